@@ -1,0 +1,158 @@
+"""Distillation: the student imitates the teacher on a transfer source."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zskd_nni.augment import Augmentation, augment
+from zskd_nni.errors import UserError
+from zskd_nni.files import fingerprint_of
+from zskd_nni.losses import distillation_loss
+from zskd_nni.teacher import Teacher, first_tensor
+from zskd_nni.training import Checkpoint, History, cosine_schedule, fit, training_mode
+from zskd_nni.transfer import TransferSource
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How the student is taught.
+
+    Attributes:
+        temperature: of both softmaxes (ZSKD: 20).
+        steps: optimiser steps; the last state is the result.
+        batch: images a step.
+        learning_rate: of Adam, at the top of the cosine.
+        weight_decay: decoupled.
+        warmup: steps of linear warm-up.
+        augmentation: what happens to each image; the teacher labels what comes out.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    temperature: float = 20.0
+    steps: int = 8000
+    batch: int = 128
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    warmup: int = 100
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.steps < 1 or self.batch < 1:
+            raise ValueError(f"steps and batch must be at least 1, not {self.steps} and {self.batch}")
+        if self.weight_decay < 0 or self.warmup < 0:
+            raise ValueError("weight_decay and warmup must not be negative")
+
+
+def transfer_batch(
+    source: TransferSource,
+    teacher: Teacher,
+    settings: DistillationSettings,
+    step: int,
+    random: torch.Generator,
+    student: nn.Module | None = None,
+) -> Tensor:
+    """The augmented images ``(N, C, H, W)`` of a step, on the teacher's device, in its value range."""
+    images = source.batch(step, random, student).to(teacher.device, non_blocking=True)
+    return augment(images, settings.augmentation, random, teacher.spec.low, teacher.spec.high)
+
+
+def check_student(student: nn.Module, teacher: Teacher) -> None:
+    """Refuse a student that cannot answer the teacher's questions.
+
+    Raises:
+        UserError: it cannot take the teacher's input, or has another number of classes.
+    """
+    probe = copy.deepcopy(student).eval()
+    try:
+        with torch.no_grad():
+            logits = first_tensor(probe(teacher.spec.normalise(teacher.spec.midpoint(2)).to(_device_of(student))))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"The student cannot take the teacher's input of shape {list(teacher.spec.shape)} ({error})."
+        ) from error
+    if logits.ndim != 2 or logits.shape[1] != teacher.num_classes:
+        raise UserError(
+            f"The student answers with {logits.shape[-1]} classes, the teacher with {teacher.num_classes}; "
+            "they must be the same."
+        )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def distill(
+    student: nn.Module,
+    teacher: Teacher,
+    source: TransferSource,
+    settings: DistillationSettings,
+    *,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    label: str = "distillation",
+    quiet: bool = False,
+) -> History:
+    """Teach ``student`` in place; it comes back in ``eval()`` mode, as its last step left it.
+
+    Args:
+        student: takes what the teacher takes, on the teacher's device.
+        teacher: answers every augmented image anew.
+        source: the images.
+        settings: temperature, schedule, augmentation.
+        seed: names the random streams.
+        checkpoint: a file to keep the state in; the same call again goes on from it.
+        label: shown beside the progress.
+        quiet: no progress.
+
+    Raises:
+        UserError: the student does not fit the teacher, training diverges, or the checkpoint is of another run.
+    """
+    check_student(student, teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    scheduler = cosine_schedule(optimizer, settings.steps, min(settings.warmup, settings.steps // 2))
+
+    def loss(step: int, random: torch.Generator) -> Tensor:
+        images = transfer_batch(source, teacher, settings, step, random, student)
+        with torch.no_grad():
+            answers = teacher(images)
+        logits = first_tensor(student(teacher.spec.normalise(images)))
+        return distillation_loss(logits, answers, settings.temperature)
+
+    kept = None
+    if checkpoint is not None:
+        fingerprint = run_fingerprint(teacher, source, settings, seed, student)
+        kept = Checkpoint(Path(checkpoint), fingerprint)
+    with training_mode(student):
+        return fit(
+            student, optimizer, scheduler, loss, steps=settings.steps, seed=seed, label=label, checkpoint=kept, quiet=quiet
+        )
+
+
+def run_fingerprint(
+    teacher: Teacher, source: TransferSource, settings: DistillationSettings, seed: int, student: nn.Module
+) -> str:
+    """What a checkpoint of this run must match."""
+    shapes = {name: list(value.shape) for name, value in student.state_dict().items()}
+    return fingerprint_of([teacher.fingerprint, source.fingerprint, _listed(asdict(settings)), seed, shapes])
+
+
+def _listed(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _listed(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_listed(entry) for entry in value]
+    return value

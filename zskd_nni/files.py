@@ -1,0 +1,188 @@
+"""Reading and writing so that nothing is half-written and nothing that is read can run code."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from zskd_nni.errors import UserError
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new.
+
+    Raises:
+        UserError: the disk is full, the folder is read-only or gone. What was there before is still there.
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        _remove_quietly(temporary)
+        raise UserError(_write_failure(path, error)) from error
+    except BaseException:
+        _remove_quietly(temporary)
+        raise
+
+
+def _remove_quietly(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError:
+        pass
+
+
+def _write_failure(path: Path, error: OSError) -> str:
+    kept = "What was finished before is kept; run the same command again once this is mended."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full: {path} could not be written. Free some space. {kept}"
+    if error.errno == errno.EFBIG:
+        return f"{path} could not be written: it would be larger than the limit on file sizes. {kept}"
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{path} could not be written: the folder {path.parent} cannot be written to. {kept}"
+    if error.errno == errno.ENOENT:
+        return f"{path} could not be written: the folder {path.parent} is not there. {kept}"
+    return f"{path} could not be written ({error.strerror}). {kept}"
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create ``path`` and its parents if need be.
+
+    Raises:
+        UserError: a file stands in the way, or the place cannot be written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{path} cannot be used as a folder: a file of that name stands in the way.") from error
+    except OSError as error:
+        raise UserError(f"The folder {path} could not be made ({error.strerror}).") from error
+    return path
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}).") from error
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """SHA-256 of ``data``, as hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint_of(content: Any) -> str:
+    """SHA-256 of a JSON-able value, independent of the order of its keys."""
+    return sha256_of_bytes(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write named tensors as safetensors, atomically; returns the SHA-256 of the file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors_bytes(_without_sharing(plain), metadata)
+    write_atomic(path, data)
+    return sha256_of_bytes(data)
+
+
+def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory; tied weights are written once for each of their names.
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return result
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Named tensors and metadata of a safetensors file.
+
+    Raises:
+        UserError: the file is missing, or is not a sound safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a sound safetensors file ({error}).") from error
+
+
+def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:
+    """A state dict from ``.safetensors``, or from a PyTorch file where ``allow_pt`` says so.
+
+    PyTorch files are read with ``weights_only=True``; nothing in them is run.
+
+    Raises:
+        UserError: no such file, a PyTorch file without the flag, or a file that holds more than weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no weights file {path}.")
+    if path.suffix == ".safetensors":
+        return load_tensors(path)[0]
+    if not allow_pt:
+        raise UserError(
+            f"{path} is not a .safetensors file. PyTorch's own format is read only where you allow it "
+            "(recipe: teacher.allow_pt: true; command line: --allow-pt)."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle raises anything
+        raise UserError(
+            f"{path} was refused: it is damaged, or holds more than weights and wants to run code. "
+            "Save the state dict alone, best as .safetensors."
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict (names and tensors); save model.state_dict().")
+    return content

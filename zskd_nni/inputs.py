@@ -1,0 +1,54 @@
+"""What a network expects at its input: shape, value range, normalisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the network expects at its input.
+
+    Attributes:
+        shape: ``(channels, height, width)``.
+        low, high: range of an image's values before normalisation.
+        mean, std: per channel (or one value for all); the network sees ``(image - mean) / std``.
+
+    Raises:
+        ValueError: a size below 1, an empty range, a standard deviation that is not positive.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    shape: tuple[int, int, int]
+    low: float = 0.0
+    high: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1:
+            raise ValueError(f"an input shape is (channels, height, width), each at least 1, not {list(self.shape)}")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"the value range must go from low to high, not from {self.low} to {self.high}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.shape[0]) or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} takes one number, or one for each of the {self.shape[0]} channels")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, not {list(self.std)}")
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """``(N, C, H, W)`` images in [low, high] to what the network sees."""
+        if self.mean == (0.0,) and self.std == (1.0,):
+            return images
+        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+        return (images - mean) / std
+
+    def midpoint(self, count: int = 1) -> Tensor:
+        """``(count, C, H, W)`` images of the middle of the value range: a harmless probe."""
+        return torch.full((count, *self.shape), (self.low + self.high) / 2)

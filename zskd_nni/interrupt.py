@@ -1,0 +1,50 @@
+"""Stopping at a safe place: a signal is noted, and loops act on it between two steps."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """The user or the system asked the run to stop; what was finished is kept.
+
+    Attributes:
+        signum: the signal's number; the exit code is 128 plus it.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+_pending: int | None = None
+
+
+def check() -> None:
+    """Raise :class:`Interrupted` if a stop was asked for. Loops call it where their state is whole."""
+    if _pending is not None:
+        raise Interrupted(_pending)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM are noted for :func:`check`; a second one stops at once."""
+    global _pending
+    _pending = None
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        global _pending
+        if _pending is not None:
+            raise Interrupted(signum)
+        _pending = signum
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _pending = None

@@ -1,0 +1,38 @@
+"""Losses of distillation: pure functions of tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch.
+
+    Hinton et al. 2015, section 2; the student's loss of ZSKD (equation 6) without the label term.
+
+    Args:
+        student: logits ``(N, K)``.
+        teacher: logits ``(N, K)``.
+        temperature: T > 0.
+    """
+    log_student = functional.log_softmax(student / temperature, 1)
+    log_teacher = functional.log_softmax(teacher / temperature, 1)
+    return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def soft_target_divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """``KL(targets || softmax(logits / T))`` of each row: ``(N, K), (N, K) -> (N,)``.
+
+    It differs from the cross-entropy of ZSKD's equation 5 by the targets' entropy alone, so that its gradient is
+    the same and its value is 0 where the fit is perfect.
+    """
+    log_probabilities = functional.log_softmax(logits / temperature, 1)
+    return functional.kl_div(log_probabilities, targets, reduction="none").sum(1)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Sum of squared differences between neighbouring pixels of each image: ``(N, C, H, W) -> (N,)``."""
+    down = (images[:, :, 1:] - images[:, :, :-1]).square().sum((1, 2, 3))
+    right = (images[:, :, :, 1:] - images[:, :, :, :-1]).square().sum((1, 2, 3))
+    return down + right

@@ -1,0 +1,8 @@
+"""From soft targets to data impressions: the engine that makes them and the store that keeps them."""
+
+from zskd_nni.synthesis.engine import Impressions, synthesize_shard
+from zskd_nni.synthesis.run import TargetPlan, synthesize
+from zskd_nni.synthesis.settings import SynthesisSettings
+from zskd_nni.synthesis.store import ImpressionStore
+
+__all__ = ["ImpressionStore", "Impressions", "SynthesisSettings", "TargetPlan", "synthesize", "synthesize_shard"]

@@ -1,0 +1,108 @@
+"""Making a store: what is missing is made, shard by shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zskd_nni.progress import Progress
+from zskd_nni.seeds import derive_seed, generator
+from zskd_nni.synthesis.engine import synthesize_shard
+from zskd_nni.synthesis.settings import SynthesisSettings
+from zskd_nni.synthesis.starts import start_images
+from zskd_nni.synthesis.store import ImpressionStore
+from zskd_nni.teacher import Teacher
+
+
+class TargetPlan(Protocol):
+    """Which soft target impression number ``i`` of a set shall have.
+
+    Attributes:
+        identity: JSON-able; says which targets these are.
+    """
+
+    identity: dict[str, Any]
+
+    def targets(self, first: int, count: int, total: int, seed: int) -> Tensor:
+        """``(count, K)`` soft targets of impressions ``first`` to ``first + count`` out of ``total``."""
+        ...
+
+
+def synthesize(
+    teacher: Teacher,
+    plan: TargetPlan,
+    settings: SynthesisSettings,
+    *,
+    size: int,
+    seed: int,
+    folder: str | Path,
+    label: str = "impressions",
+    quiet: bool = False,
+) -> ImpressionStore:
+    """Make ``size`` impressions in ``folder``, or what is missing of them.
+
+    The same arguments give the same impressions; on the CPU, and with as many threads, bit by bit. A finished shard
+    is never made again, a damaged one is.
+
+    Raises:
+        UserError: the folder holds something else, another run is at work there, or it cannot be written.
+    """
+    counts = [min(settings.shard, size - first) for first in range(0, size, settings.shard)]
+    identity = {
+        "teacher": teacher.fingerprint,
+        "input": {**dataclasses.asdict(teacher.spec), "shape": list(teacher.spec.shape)},
+        "targets": plan.identity,
+        "synthesis": dataclasses.asdict(settings),
+        "size": size,
+        "seed": seed,
+    }
+    identity = _as_json(identity)
+    environment = {
+        "device": teacher.device.type,
+        "threads": torch.get_num_threads(),
+        "precision": "float32",
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+    store = ImpressionStore.create(folder, identity, counts, environment)
+    with store.locked():
+        store = ImpressionStore.open(folder)  # as it is now that nobody else writes
+        missing = store.missing()
+        done = size - sum(counts[index] for index in missing)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(int(store.manifest["environment"]["threads"]))  # the bits depend on it
+        try:
+            with Progress(label, size, "impressions", done=done, quiet=quiet) as progress:
+                for index in missing:
+                    started = time.monotonic()
+                    first = sum(counts[:index])
+                    targets = plan.targets(first, counts[index], size, derive_seed(seed, "targets", index))
+                    random = generator(seed, "start", index)
+                    starts = start_images(settings.start, counts[index], teacher.spec, random)
+                    prior = _prior_weights(settings, counts[index], random)
+                    impressions = synthesize_shard(teacher, targets, starts, prior, settings, progress.advance)
+                    store.write(index, impressions, time.monotonic() - started)
+        finally:
+            torch.set_num_threads(threads)
+    return store
+
+
+def _prior_weights(settings: SynthesisSettings, count: int, random: torch.Generator) -> Tensor:
+    low, high = settings.total_variation
+    if high == 0:
+        return torch.zeros(count)
+    return low * (high / low) ** torch.rand(count, generator=random)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    return value

@@ -1,0 +1,73 @@
+"""How impressions are optimised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STARTS = ("uniform", "smooth")
+RANGES = ("clamp", "rescale", "free")
+
+
+@dataclass(frozen=True)
+class SynthesisSettings:
+    """The optimisation of an image towards its soft target.
+
+    Attributes:
+        temperature: the teacher's temperature while images are fitted (ZSKD: 20).
+        learning_rate: of Adam, in units of the value range.
+        max_steps: an image leaves after that many steps, fitted or not.
+        tolerance: an image leaves as soon as ``KL(target || teacher)`` is below this; None runs every image for
+            ``max_steps``, as published.
+        patience: an image also leaves when its divergence has not fallen by a hundredth of itself in that many
+            steps; 0 never gives up.
+        start: ``uniform`` noise over the value range, or ``smooth``: noise of random coarseness, brightness and
+            contrast.
+        total_variation: weight of the smoothness prior, drawn for each image log-uniformly between the two; (0, 0)
+            for none.
+        range: ``clamp`` to the value range after every step; ``rescale`` the whole batch to it by its extremes
+            before every step but the last, as the authors' code does; ``free``.
+        warm_start: the next batch starts from the last one's images, and Adam goes on (authors' code).
+        slots: images in flight.
+        shard: images in a shard, the unit that is written, resumed and re-made.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    temperature: float = 20.0
+    learning_rate: float = 0.05
+    max_steps: int = 100
+    tolerance: float | None = None
+    patience: int = 0
+    start: str = "uniform"
+    total_variation: tuple[float, float] = (0.0, 0.0)
+    range: str = "clamp"
+    warm_start: bool = False
+    slots: int = 250
+    shard: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("max_steps", "slots", "shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.tolerance is not None and self.tolerance <= 0:
+            raise ValueError(f"tolerance must be positive, or null to run all steps, not {self.tolerance}")
+        if self.patience < 0:
+            raise ValueError(f"patience must not be negative, not {self.patience}")
+        if self.start not in STARTS:
+            raise ValueError(f"start is one of {', '.join(STARTS)}, not {self.start!r}")
+        if self.range not in RANGES:
+            raise ValueError(f"range is one of {', '.join(RANGES)}, not {self.range!r}")
+        low, high = self.total_variation
+        if not 0 <= low <= high < float("inf") or (low == 0) != (high == 0):
+            raise ValueError(f"total_variation is two weights, both 0 or 0 < low <= high, not [{low}, {high}]")
+        if (self.range == "rescale" or self.warm_start) and (self.tolerance is not None or self.patience):
+            raise ValueError(
+                "range: rescale and warm_start tie the images of a batch together, so that none may leave early; "
+                "set tolerance: null and patience: 0"
+            )

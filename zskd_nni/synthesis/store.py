@@ -1,0 +1,261 @@
+"""The store: nothing finished is ever lost, nothing damaged is ever used.
+
+A folder of safetensors shards and one ``manifest.json`` that says what they are: the teacher's fingerprint, the
+recipe, the seed, versions, and every shard's checksum. Files are written under another name, flushed and renamed. A
+shard that is missing or damaged is made again from its own seed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor
+
+from zskd_nni.errors import UserError
+from zskd_nni.files import fingerprint_of, load_tensors, make_folder, read_json, save_tensors, sha256_of_file, write_json
+from zskd_nni.synthesis.engine import Impressions
+
+MANIFEST = "manifest.json"
+FORMAT = "zskd_nni impressions 1"
+_SHARD_NAME = re.compile(r"shard-\d{5}\.safetensors")
+_FIELDS = ("images", "targets", "logits", "fit", "steps")
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard."""
+    return f"shard-{index:05d}.safetensors"
+
+
+class ImpressionStore:
+    """A folder of impressions.
+
+    Use :meth:`create` to make or resume one and :meth:`open` to read one.
+
+    Attributes:
+        folder: where it is.
+        manifest: the content of ``manifest.json``.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, folder: str | Path, identity: dict[str, Any], plan: list[int], environment: dict[str, Any]) -> ImpressionStore:
+        """Make a store, or take one up again.
+
+        Args:
+            folder: made if need be.
+            identity: JSON-able; what these impressions are (teacher, method, settings, seed). A store of another
+                identity is refused.
+            plan: number of impressions of each shard.
+            environment: JSON-able; how they are made (threads, slots, versions). The first run's stays in force.
+
+        Raises:
+            UserError: the folder holds another store, or something that is not one.
+        """
+        folder = make_folder(folder)
+        path = folder / MANIFEST
+        if path.exists():
+            store = cls.open(folder)
+            difference = describe_difference(store.manifest["identity"], identity)
+            if difference or store.manifest["plan"] != plan:
+                raise UserError(
+                    f"{folder} holds impressions of another run ({difference or 'another number of impressions'}). "
+                    "Use another folder, or remove this one."
+                )
+            return store
+        if any(_SHARD_NAME.fullmatch(entry.name) for entry in folder.iterdir()):
+            raise UserError(
+                f"{folder} holds shards but no {MANIFEST}, so that nobody can say what they are. "
+                "Put the manifest back, or remove the folder."
+            )
+        manifest = {
+            "format": FORMAT,
+            "fingerprint": fingerprint_of(identity),
+            "identity": identity,
+            "environment": environment,
+            "plan": plan,
+            "shards": {},
+        }
+        store = cls(folder, manifest)
+        store._write_manifest()
+        return store
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ImpressionStore:
+        """Read a store's manifest.
+
+        Raises:
+            UserError: there is none, or it is not sound.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder} is not a store of impressions: it has no {MANIFEST}.")
+        manifest = read_json(folder / MANIFEST)
+        problem = _problem_with(manifest)
+        if problem:
+            raise UserError(f"{folder / MANIFEST} is not sound ({problem}). Remove the folder to make it anew.")
+        return cls(folder, manifest)
+
+    def _write_manifest(self) -> None:
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block no other run writes here.
+
+        Raises:
+            UserError: another run is at work on the folder.
+        """
+        lock = filelock.FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(f"Another run is at work in {self.folder}; wait for it, or use another folder.") from error
+        try:
+            for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed between write and rename
+                leftover.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def plan(self) -> list[int]:
+        """Number of impressions of each shard."""
+        return self.manifest["plan"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what these impressions are."""
+        return self.manifest["fingerprint"]
+
+    def __len__(self) -> int:
+        return sum(self.plan)
+
+    def missing(self) -> list[int]:
+        """Shards that are not there or not as their checksum says, in order."""
+        return [index for index in range(len(self.plan)) if self.damage(index) is not None]
+
+    def damage(self, index: int) -> str | None:
+        """What is wrong with a shard, or None: ``not made yet``, ``gone``, ``not as written``."""
+        entry = self.manifest["shards"].get(str(index))
+        if entry is None:
+            return "not made yet"
+        path = self.folder / shard_name(index)
+        if path.is_symlink() or not path.is_file():
+            return "gone"
+        return None if sha256_of_file(path) == entry["sha256"] else "not as written"
+
+    def write(self, index: int, impressions: Impressions, seconds: float) -> None:
+        """Keep a finished shard: first its file, then its line in the manifest."""
+        for name in _FIELDS:
+            values = getattr(impressions, name)
+            if values.is_floating_point() and not torch.isfinite(values).all():
+                raise UserError(f"Shard {index} of {self.folder} was not written: its {name} are not finite.")
+        tensors = {name: getattr(impressions, name) for name in _FIELDS}
+        # Half precision is finer than 8-bit images by far; the teacher labels what is stored anew in any case.
+        tensors["images"] = tensors["images"].half()
+        checksum = save_tensors(self.folder / shard_name(index), tensors)
+        histogram = torch.bincount(impressions.steps.long())
+        spent = {str(step): int(count) for step, count in enumerate(histogram) if count}
+        self.manifest["shards"][str(index)] = {
+            "sha256": checksum,
+            "fit": round(float(impressions.fit.double().mean()), 9),
+            "steps": spent,
+            "seconds": round(seconds, 3),
+        }
+        self._write_manifest()
+
+    def read(self, index: int) -> Impressions:
+        """A shard, checked against its checksum.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        problem = self.damage(index)
+        if problem is not None:
+            raise UserError(
+                f"{self.folder / shard_name(index)} is {problem}. Run the same synthesis again: it makes that shard anew."
+            )
+        tensors, _ = load_tensors(self.folder / shard_name(index))
+        if set(tensors) != set(_FIELDS) or any(len(value) != self.plan[index] for value in tensors.values()):
+            raise UserError(f"{self.folder / shard_name(index)} does not hold the {self.plan[index]} impressions planned.")
+        return Impressions(**tensors)
+
+    def images(self) -> Tensor:
+        """All images ``(N, C, H, W)``, float16, in order."""
+        return torch.cat([self.read(index).images for index in range(len(self.plan))])
+
+    def steps_histogram(self) -> dict[int, int]:
+        """How many impressions left after how many steps."""
+        total: dict[int, int] = {}
+        for entry in self.manifest["shards"].values():
+            for step, count in entry["steps"].items():
+                total[int(step)] = total.get(int(step), 0) + count
+        return dict(sorted(total.items()))
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, mean fit, seconds and rate, for reports."""
+        shards = self.manifest["shards"]
+        made = sum(self.plan[int(index)] for index in shards)
+        seconds = sum(entry["seconds"] for entry in shards.values())
+        fit = sum(entry["fit"] * self.plan[int(index)] for index, entry in shards.items()) / max(1, made)
+        steps = self.steps_histogram()
+        image_steps = sum(step * count for step, count in steps.items())
+        return {
+            "impressions": made,
+            "mean_fit": fit,
+            "mean_steps": image_steps / max(1, made),
+            "seconds": seconds,
+            "impressions_per_second": made / seconds if seconds else None,
+            "image_steps_per_second": image_steps / seconds if seconds else None,
+            "steps": {str(step): count for step, count in steps.items()},
+        }
+
+
+def _problem_with(manifest: Any) -> str | None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return f"its format is not {FORMAT!r}"
+    plan, shards = manifest.get("plan"), manifest.get("shards")
+    if not isinstance(plan, list) or not all(isinstance(count, int) and count > 0 for count in plan):
+        return "'plan' is not a list of counts"
+    if not isinstance(manifest.get("identity"), dict) or not isinstance(manifest.get("environment"), dict):
+        return "'identity' or 'environment' is missing"
+    if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
+        return "its fingerprint is not that of its identity: it was edited"
+    if not isinstance(shards, dict):
+        return "'shards' is missing"
+    for index, entry in shards.items():
+        if not (index.isdigit() and int(index) < len(plan) and isinstance(entry, dict)):
+            return f"there is no shard {index!r} in its plan"
+        if not isinstance(entry.get("sha256"), str) or not isinstance(entry.get("steps"), dict):
+            return f"shard {index} has no checksum"
+        if not isinstance(entry.get("fit"), float | int) or not isinstance(entry.get("seconds"), float | int):
+            return f"shard {index} has no figures"
+    return None
+
+
+def describe_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
+    """The first difference between two JSON-able mappings as ``key.path is A there, B here``; empty if none."""
+    for key in sorted(old.keys() | new.keys()):
+        here = f"{path}{key}"
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = describe_difference(a, b, f"{here}.")
+            if inner:
+                return inner
+        elif a != b:
+            return f"{here} is {_short(a)} there, {_short(b)} here"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:20] + "..."

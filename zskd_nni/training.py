@@ -1,0 +1,237 @@
+"""The one training loop: steps, cosine schedule, checkpoint, resume.
+
+Supervised training, distillation and NNI's fused compressions all run through :func:`fit`. Everything random in
+step ``s`` is drawn from streams named after the seed and ``s``, so that a resumed run goes on bit by bit on the CPU
+as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from zskd_nni import interrupt
+from zskd_nni.errors import UserError
+from zskd_nni.files import load_tensors, save_tensors
+from zskd_nni.progress import Progress
+from zskd_nni.seeds import derive_seed, generator
+
+Loss = Callable[[int, torch.Generator], Tensor]
+_LOSS_EVERY = 50
+
+
+@dataclass
+class History:
+    """The loss along a run: mean over each stretch of 50 steps."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    pending: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run keeps its state, and what it must match to be taken up again.
+
+    Attributes:
+        path: a safetensors file.
+        fingerprint: of everything that shapes the run; a checkpoint of another run is refused.
+        every: seconds between two writes.
+    """
+
+    path: Path
+    fingerprint: str
+    every: float = 30.0
+
+
+def cosine_schedule(optimizer: Optimizer, steps: int, warmup: int = 0) -> LRScheduler:
+    """Linear warm-up over ``warmup`` steps, then half a cosine down to 0 at ``steps``."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    loss: Loss,
+    *,
+    steps: int,
+    seed: int,
+    label: str = "training",
+    checkpoint: Checkpoint | None = None,
+    after_step: Callable[[int], None] | None = None,
+    quiet: bool = False,
+) -> History:
+    """Take ``steps`` optimiser steps; the last state is the result, no step is picked by its score.
+
+    Args:
+        model: what is trained, in training mode already.
+        optimizer, scheduler: stepped once a step.
+        loss: ``loss(step, generator)`` gives the scalar to minimise; everything it draws comes from ``generator``.
+        steps: number of steps, at least 1.
+        seed: names the random streams.
+        label: shown beside the progress.
+        checkpoint: where to keep the state; an existing one of the same run is taken up.
+        after_step: called with the number of finished steps.
+        quiet: no progress.
+
+    Raises:
+        UserError: the loss is not finite (names the step), or the checkpoint belongs to another run.
+    """
+    first, history = 0, History()
+    if checkpoint is not None and checkpoint.path.exists():
+        first, history = load_checkpoint(checkpoint, model, optimizer, scheduler)
+    started, saved = time.monotonic(), time.monotonic()
+    before = history.seconds
+    mean = math.nan
+    recent = [torch.tensor(value) for value in history.pending]
+
+    def save(step: int) -> None:
+        if checkpoint is not None:
+            history.pending = [float(value) for value in recent]
+            history.seconds = before + time.monotonic() - started
+            save_checkpoint(checkpoint, model, optimizer, scheduler, step, history)
+
+    with Progress(label, steps, "steps", done=first, quiet=quiet) as progress:
+        for step in range(first, steps):
+            with torch.random.fork_rng(devices=_cuda_devices(model)):
+                torch.manual_seed(derive_seed(seed, "layers", step))  # dropout and the like
+                value = loss(step, generator(seed, "step", step))
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+            recent.append(value.detach())
+            done = step + 1
+            if done % _LOSS_EVERY == 0 or done == steps:
+                mean = float(torch.stack(recent).double().mean())
+                if not math.isfinite(mean):
+                    raise UserError(
+                        f"{label.capitalize()} diverged: the loss is no longer finite in the {len(recent)} steps up to "
+                        f"step {done} of {steps}. A smaller learning rate usually mends it."
+                    )
+                recent.clear()
+                history.steps.append(done)
+                history.losses.append(mean)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            if after_step is not None:
+                after_step(done)
+            progress.advance(1, "" if math.isnan(mean) else f"loss {mean:.4f}")
+            try:
+                interrupt.check()
+            except interrupt.Interrupted:
+                save(done)
+                raise
+            if checkpoint is not None and time.monotonic() - saved >= checkpoint.every:
+                save(done)
+                saved = time.monotonic()
+    history.seconds = before + time.monotonic() - started
+    save(steps)
+    return history
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    step: int,
+    history: History,
+) -> None:
+    """Write model, optimiser, schedule and history into one safetensors file, atomically."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    optimizer_state = optimizer.state_dict()
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entry in optimizer_state["state"].items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    groups = [{k: v for k, v in group.items() if _is_plain(v)} for group in optimizer_state["param_groups"]]
+    state = {
+        "fingerprint": checkpoint.fingerprint,
+        "step": step,
+        "optimizer": {"state": plain, "groups": groups},
+        "scheduler": None if scheduler is None else {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)},
+        "history": vars(history),
+    }
+    save_tensors(checkpoint.path, tensors, {"state": json.dumps(state)})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, int | float | str | bool)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None
+) -> tuple[int, History]:
+    """Put a saved state back; returns the number of finished steps and the history.
+
+    Raises:
+        UserError: the file is damaged, or belongs to another run.
+    """
+    tensors, metadata = load_tensors(checkpoint.path)
+    try:
+        state = json.loads(metadata["state"])
+        if state["fingerprint"] != checkpoint.fingerprint:
+            raise UserError(
+                f"The checkpoint {checkpoint.path} belongs to another run (its recipe, teacher or seed differ). "
+                "Use another output folder, or remove the file to start over."
+            )
+        weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
+        model.load_state_dict(weights)
+        optimizer_state = optimizer.state_dict()
+        entries: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"]["state"].items()}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                entries.setdefault(int(index), {})[key] = value
+        for group, saved in zip(optimizer_state["param_groups"], state["optimizer"]["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
+        optimizer_state["state"] = entries
+        optimizer.load_state_dict(optimizer_state)
+        if scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+        return int(state["step"]), History(**state["history"])
+    except UserError:
+        raise
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"The checkpoint {checkpoint.path} does not fit this run ({str(error).splitlines()[0]}). "
+            "Remove the file to start over."
+        ) from error
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block the model trains; afterwards it is in ``eval()``."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
