@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,18 @@ class Checkpoint:
     every: float = 30.0
 
 
+class Stateful(Protocol):
+    """State beside model, optimiser and schedule: a streaming source, NNI's compressors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be saved, by name."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what :meth:`state_dict` gave; called before the model's state is put back."""
+        ...
+
+
 def cosine_schedule(optimizer: Optimizer, steps: int, warmup: int = 0) -> LRScheduler:
     """Linear warm-up over ``warmup`` steps, then half a cosine down to 0 at ``steps``."""
 
@@ -78,6 +90,7 @@ def fit(
     label: str = "training",
     checkpoint: Checkpoint | None = None,
     after_step: Callable[[int], None] | None = None,
+    extra: Stateful | None = None,
     quiet: bool = False,
 ) -> History:
     """Take ``steps`` optimiser steps; the last state is the result, no step is picked by its score.
@@ -91,6 +104,7 @@ def fit(
         label: shown beside the progress.
         checkpoint: where to keep the state; an existing one of the same run is taken up.
         after_step: called with the number of finished steps.
+        extra: more state for the checkpoint.
         quiet: no progress.
 
     Raises:
@@ -98,7 +112,7 @@ def fit(
     """
     first, history = 0, History()
     if checkpoint is not None and checkpoint.path.exists():
-        first, history = load_checkpoint(checkpoint, model, optimizer, scheduler)
+        first, history = load_checkpoint(checkpoint, model, optimizer, scheduler, extra)
     started, saved = time.monotonic(), time.monotonic()
     before = history.seconds
     mean = math.nan
@@ -108,7 +122,7 @@ def fit(
         if checkpoint is not None:
             history.pending = [float(value) for value in recent]
             history.seconds = before + time.monotonic() - started
-            save_checkpoint(checkpoint, model, optimizer, scheduler, step, history)
+            save_checkpoint(checkpoint, model, optimizer, scheduler, step, history, extra)
 
     with Progress(label, steps, "steps", done=first, quiet=quiet) as progress:
         for step in range(first, steps):
@@ -159,9 +173,12 @@ def save_checkpoint(
     scheduler: LRScheduler | None,
     step: int,
     history: History,
+    extra: Stateful | None = None,
 ) -> None:
-    """Write model, optimiser, schedule and history into one safetensors file, atomically."""
+    """Write model, optimiser, schedule, extra state and history into one safetensors file, atomically."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if extra is not None:
+        tensors.update({f"extra.{name}": value for name, value in extra.state_dict().items()})
     optimizer_state = optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
     for index, entry in optimizer_state["state"].items():
@@ -188,7 +205,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    extra: Stateful | None = None,
 ) -> tuple[int, History]:
     """Put a saved state back; returns the number of finished steps and the history.
 
@@ -203,6 +224,8 @@ def load_checkpoint(
                 f"The checkpoint {checkpoint.path} belongs to another run (its recipe, teacher or seed differ). "
                 "Use another output folder, or remove the file to start over."
             )
+        if extra is not None:
+            extra.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("extra.")})
         weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         model.load_state_dict(weights)
         optimizer_state = optimizer.state_dict()

@@ -15,7 +15,8 @@ step. What we chose is in the presets' comments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,11 @@ import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
+from zskd_nni.methods.registry import TransferRequest
+from zskd_nni.settings import build_settings
+from zskd_nni.synthesis import SynthesisSettings, synthesize
 from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import StoredSource
 
 
 @dataclass(frozen=True)
@@ -139,3 +144,90 @@ class ZskdTargets:
         classes, betas = self.rows(first, count, total)
         drawn = sample_targets(self._table[betas, classes].double().numpy(), seed)
         return torch.from_numpy(drawn).float()
+
+
+@dataclass(frozen=True)
+class ZskdOptions:
+    """ZSKD's keys in a recipe's ``transfer`` section.
+
+    Attributes:
+        targets: which soft targets are drawn.
+        synthesis: how images are fitted to them.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    targets: ZskdSettings = field(default_factory=ZskdSettings)
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # The paper: no prior, temperature 20, noise start, fresh noise and a fresh optimiser for every image. It leaves
+    # the learning rate, the number of steps and the pixel range of MNIST and Fashion-MNIST open.
+    "paper": {
+        "targets": {"betas": (1.0, 0.1)},
+        "synthesis": {"start": "uniform", "range": "clamp", "learning_rate": 0.05, "max_steps": 100},
+    },
+    # The released code for CIFAR-10: batches of 100, 1,500 steps of Adam at 1e-3, whole-batch rescaling, beta
+    # cancelled, 20 rows of 2,000. A row is a shard here, so that Adam starts anew with a row (theirs never does).
+    "author-code": {
+        "targets": {"betas": (1.0, 0.1), "cancel_beta": True, "order": "rows"},
+        "synthesis": {
+            "start": "uniform",
+            "range": "rescale",
+            "learning_rate": 1e-3,
+            "max_steps": 1500,
+            "warm_start": True,
+            "slots": 100,
+            "shard": 2000,
+        },
+    },
+    # What earned its place on the validation slice; docs/methods/zskd.md has the ablations.
+    "best": {
+        "targets": {"betas": (1.0, 0.1)},
+        "synthesis": {
+            "start": "smooth",
+            "range": "clamp",
+            "learning_rate": 0.05,
+            "max_steps": 100,
+            "total_variation": (3e-4, 3e-3),
+        },
+    },
+}
+
+
+class Zskd:
+    """ZSKD as a method of recipes."""
+
+    name = "zskd"
+    presets = tuple(PRESETS)
+
+    def options(self, preset: str, given: Mapping[str, Any]) -> ZskdOptions:
+        """The preset with the recipe's own keys over it."""
+        if preset not in PRESETS:
+            raise ValueError(f"preset: zskd has {', '.join(PRESETS)}, not {preset!r}")
+        merged: dict[str, Any] = {section: dict(values) for section, values in PRESETS[preset].items()}
+        for key, value in given.items():
+            if isinstance(value, Mapping) and key in merged:
+                merged[key].update(value)
+            else:
+                merged[key] = value
+        return build_settings(ZskdOptions, merged)
+
+    def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
+        """Synthesise what is missing of the impressions and draw from them."""
+        options: ZskdOptions = request.options
+        store = synthesize(
+            teacher,
+            ZskdTargets(teacher, options.targets),
+            options.synthesis,
+            size=request.size,
+            seed=request.seed,
+            folder=request.folder,
+            label=request.label,
+            quiet=request.quiet,
+        )
+        return StoredSource(store.images(), request.batch_size, request.seed, store.fingerprint)
+
+
+METHOD = Zskd()

@@ -1,0 +1,302 @@
+"""The command line. A user's mistake ends in one sentence and exit code 2; a stopped run in 130 or 143."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zskd_nni.errors import UserError
+
+app = typer.Typer(
+    name="zskd-nni",
+    help="Compress a trained network without its training data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="A recipe is a packaged name (zskd-nni recipes) or a YAML file. The same command again resumes.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A packaged recipe, or a YAML file.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Output folder; the same command again resumes in it.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a key of the recipe; may be given often."),
+]
+DataRootOption = Annotated[
+    Path | None,
+    typer.Option("--data-root", help="Folder of real test data; the variable ZSKD_NNI_DATA where absent."),
+]
+DownloadOption = Annotated[bool, typer.Option("--download", help="Let torchvision fetch test data that is missing.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or cuda:N.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores where absent.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+def _prepare(device: str, threads: int | None = None) -> None:
+    import torch
+
+    torch.set_flush_denormal(True)  # denormals slow a CPU by a factor of up to a hundred
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device is cpu, cuda or cuda:N, not {device!r}.") from error
+    if kind.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is cpu, cuda or cuda:N, not {device!r}.")
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch finds no usable GPU.")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0.")
+
+
+def _run(
+    recipe: str,
+    out: Path,
+    seed: int | None,
+    changes: list[str] | None,
+    root: Path | None,
+    download: bool,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> Any:
+    from zskd_nni.pipeline import Run
+    from zskd_nni.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes or (), seed)
+    _prepare(device, threads)
+    return Run(loaded, out, device=device, root=root, download=download, quiet=quiet)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("out/demo"),
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Compress a digit classifier without data: everything at once, in about a minute."""
+    compress("digits-prune50", out, seed, None, None, False, "cpu", threads, quiet)
+
+
+@app.command()
+def compress(
+    recipe: RecipeArgument,
+    out: OutOption,
+    seed: SeedOption = None,
+    changes: SetOption = None,
+    data_root: DataRootOption = None,
+    download: DownloadOption = False,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a whole recipe: impressions, student, controls, export, report."""
+    from zskd_nni.report import render_table
+
+    run = _run(recipe, out, seed, changes, data_root, download, device, threads, quiet)
+    report = run.compress()
+    typer.echo(render_table(report))
+    typer.echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
+
+
+@app.command()
+def synthesize(
+    recipe: RecipeArgument,
+    out: OutOption,
+    size: Annotated[int | None, typer.Option("--size", min=1, help="Impressions, instead of the recipe's.")] = None,
+    seed: SeedOption = None,
+    changes: SetOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a store of data impressions of a recipe's teacher."""
+    from zskd_nni.methods.registry import TransferRequest, find_method
+    from zskd_nni.recipe import load_recipe
+    from zskd_nni.synthesis import ImpressionStore
+
+    loaded = load_recipe(recipe, [*(changes or ()), *([f"transfer.size={size}"] if size else [])], seed)
+    _prepare(device, threads)
+    section = loaded.recipe.transfer
+    request = TransferRequest(
+        size=section.size,
+        batch_size=loaded.recipe.distillation.batch,
+        seed=loaded.recipe.seed,
+        folder=out,
+        options=section.options(),
+        quiet=quiet,
+    )
+    teacher = loaded.teacher().to(device)
+    typer.echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
+    find_method(section.method).source(teacher, request)
+    summary = ImpressionStore.open(out).summary()
+    typer.echo(
+        f"{summary['impressions']:,} impressions in {out}: mean divergence {summary['mean_fit']:.4f} after "
+        f"{summary['mean_steps']:.1f} steps, {summary['impressions_per_second']:,.0f} a second"
+    )
+
+
+@app.command()
+def distill(
+    recipe: RecipeArgument,
+    out: OutOption,
+    seed: SeedOption = None,
+    changes: SetOption = None,
+    data_root: DataRootOption = None,
+    download: DownloadOption = False,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Teach a recipe's student on impressions, without controls; NNI's compression is left out."""
+    from zskd_nni.recipe import load_recipe
+    from zskd_nni.report import render_table
+
+    loaded = load_recipe(recipe, changes or (), seed)
+    if loaded.recipe.student is None:
+        raise UserError(f"The recipe {recipe} names no student network to teach; use zskd-nni compress for it.")
+    plain = [*(changes or ()), "controls=[]", "compression={}"]
+    run = _run(recipe, out, seed, plain, data_root, download, device, threads, quiet)
+    typer.echo(render_table(run.compress()))
+
+
+@app.command()
+def evaluate(
+    network: Annotated[Path, typer.Argument(metavar="FILE", help="A student.json (or the folder it lies in).")],
+    data: Annotated[str, typer.Option("--data", help="digits, mnist, fashion-mnist, cifar10, an .npz or a folder.")],
+    split: Annotated[str, typer.Option("--split", help="train or test.")] = "test",
+    data_root: DataRootOption = None,
+    download: DownloadOption = False,
+) -> None:
+    """Measure a saved network, and its ONNX beside it, on labelled images."""
+    from zskd_nni.data import load_images
+    from zskd_nni.export import run_onnx
+    from zskd_nni.files import read_json
+    from zskd_nni.inputs import InputSpec
+    from zskd_nni.metrics import accuracy, agreement, logits_on
+    from zskd_nni.saved_model import load_network
+    from zskd_nni.settings import build_settings
+    from zskd_nni.teacher import first_tensor
+
+    _prepare("cpu")
+    path = network / "student.json" if network.is_dir() else network
+    model = load_network(path)
+    spec = build_settings(InputSpec, read_json(path).get("input", {}), f"{path}: input")
+    images = load_images(data, split, data_root, download)
+    logits = logits_on(lambda batch: first_tensor(model(spec.normalise(batch))), images, spec)
+    typer.echo(f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}")
+    exported = path.with_suffix(".onnx")
+    if exported.exists():
+        answered = logits_on(lambda batch: run_onnx(exported, batch), images, spec)
+        typer.echo(
+            f"{exported}: accuracy {accuracy(answered, images.labels):.2f} %, "
+            f"agreement {100 * agreement(answered, logits):.2f} %"
+        )
+
+
+@app.command()
+def show(
+    store: Annotated[Path, typer.Argument(metavar="FOLDER", help="A store of impressions.")],
+    out: Annotated[Path, typer.Option("--out", help="The picture, .png.")] = Path("impressions.png"),
+    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="How many impressions.")] = 60,
+) -> None:
+    """Draw a store's impressions, labelled with what the teacher sees in each."""
+    from zskd_nni.inputs import InputSpec
+    from zskd_nni.pictures import impressions_picture, pick_by_class
+    from zskd_nni.settings import build_settings
+    from zskd_nni.synthesis import ImpressionStore
+
+    if out.suffix != ".png":
+        raise UserError(f"--out is a .png file, not {out}.")
+    opened = ImpressionStore.open(store)
+    made = [index for index in range(len(opened.plan)) if opened.damage(index) is None]
+    if not made:
+        raise UserError(f"{store} holds no finished impressions yet.")
+    impressions = opened.read(made[0])
+    spec = build_settings(InputSpec, opened.manifest["identity"]["input"], "input")
+    chosen = pick_by_class(impressions.logits, max(1, count // impressions.logits.shape[1]))[:count]
+    impressions_picture(impressions.images[chosen], impressions.logits[chosen], spec, out, title=str(store))
+    typer.echo(f"{out}: {len(chosen)} of {len(opened):,} impressions")
+
+
+@app.command("recipes")
+def recipes_command(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe's YAML.")] = None,
+) -> None:
+    """List the packaged recipes, or print one."""
+    import yaml
+
+    from zskd_nni.recipe import packaged_names, recipe_text
+
+    if name is not None:
+        typer.echo(recipe_text(name)[0], nl=False)
+        return
+    width = max(len(entry) for entry in packaged_names())
+    for entry in packaged_names():
+        typer.echo(f"{entry:<{width}}  {yaml.safe_load(recipe_text(entry)[0])['description']}")
+
+
+@app.command("train-teacher")
+def train_teacher_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="lenet5-digits, lenet5-mnist, ...; see --help.")],
+    out: OutOption,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of start and order.")] = 0,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Instead of the recipe's.")] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Measure on a twelfth held back from the training split.")
+    ] = False,
+    data_root: DataRootOption = None,
+    download: DownloadOption = False,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Train one of the zoo's teachers on real data.
+
+    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10 or wrn-40-2-cifar10. This is the one
+    command that trains on real data; it is how the shipped teachers were made.
+    """
+    from zskd_nni.train_teacher import train_teacher
+
+    _prepare(device, threads)
+    result = train_teacher(
+        name,
+        out,
+        root=data_root,
+        download=download,
+        seed=seed,
+        epochs=epochs,
+        device=device,
+        validation=validation,
+        quiet=quiet,
+    )
+    typer.echo(f"{out / name}.safetensors: {result['accuracy']:.2f} % on {result['measured_on']} of {result['data']}")
+
+
+def main() -> None:
+    """Entry point of ``zskd-nni``."""
+    from zskd_nni.interrupt import Interrupted, stoppable
+
+    try:
+        with stoppable():
+            app()  # answers wrong usage itself, with exit code 2
+    except UserError as error:
+        _fail(str(error))
+    except Interrupted as stop:
+        print(f"{stop}; what was finished is kept, the same command goes on from there.", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> None:
+    sentence = sentence if sentence.endswith((".", "?", "!")) else sentence + "."
+    print(f"Error: {sentence[0].upper()}{sentence[1:]}", file=sys.stderr)
+    sys.exit(2)

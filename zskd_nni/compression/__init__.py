@@ -1,0 +1,14 @@
+"""The NNI adapter, the only place that knows NNI; importing it puts ``ZeroShotDistiller`` beside NNI's distillers."""
+
+from __future__ import annotations
+
+from nni.compression import distillation as _distillation
+
+from zskd_nni.compression.distiller import ZeroShotDistiller
+from zskd_nni.compression.evaluator import DataFreeEvaluator
+
+_distillation.ZeroShotDistiller = ZeroShotDistiller
+if hasattr(_distillation, "__all__") and "ZeroShotDistiller" not in _distillation.__all__:
+    _distillation.__all__ = [*_distillation.__all__, "ZeroShotDistiller"]
+
+__all__ = ["DataFreeEvaluator", "ZeroShotDistiller"]

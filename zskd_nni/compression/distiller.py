@@ -1,0 +1,337 @@
+"""A distiller beside NNI's own that asks for no label and, unless told otherwise, matches the logits."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from nni.compression.base.compressor import Compressor
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.distillation.basic_distiller import TeacherModelBasedDistiller
+from nni.compression.utils import Evaluator, TorchEvaluator
+from nni.compression.utils.evaluator import ForwardHook
+from schema import SchemaError
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zskd_nni.distillation import check_student
+from zskd_nni.errors import UserError
+from zskd_nni.losses import distillation_loss
+from zskd_nni.teacher import OutputAdapter, Teacher, first_tensor
+
+TeacherPredict = Callable[[Any, nn.Module], Any]
+
+_SELECTION_KEYS = ("op_types", "op_names", "op_names_re", "exclude_op_names", "exclude_op_types", "exclude_op_names_re")
+_SETTING_KEYS = ("lambda", "link", "apply_method", "temperature")
+_CONFIG_KEYS = (*_SELECTION_KEYS, "target_names", "target_settings", *_SETTING_KEYS)
+_IMAGE_KEYS = ("images", "x", "input", "pixel_values")
+
+
+class ZeroShotDistiller(TeacherModelBasedDistiller):
+    """Distils a frozen teacher into the bound model, fused with any pruner or quantizer, without labels.
+
+    With an empty ``config_list`` the loss of a step is ``T^2 * KL(teacher || student)`` between the softened logits
+    of the teacher and of the student on that step's batch. With a config list the loss is the sum over its targets,
+    as in NNI's ``DynamicLayerwiseDistiller``: each student target against the nearest of its linked teacher targets.
+
+    Args:
+        model: the student.
+        config_list: NNI's distillation config. ``lambda`` (1), ``link`` (``auto``: the teacher's module of the same
+            name) and ``apply_method`` (``mse``) are NNI's, ``lambda`` may be an int; ``temperature`` belongs to
+            ``kl`` targets and defaults to the distiller's.
+        evaluator: any NNI evaluator; :class:`~zskd_nni.compression.evaluator.DataFreeEvaluator` brings the images.
+        teacher_model: a module, of which a frozen copy is taken, or a :class:`~zskd_nni.teacher.Teacher`.
+        teacher_predict: ``teacher_predict(batch, teacher)`` gives what the teacher answers. By default the images
+            are the batch itself, the first entry of a sequence, or ``images``, ``x``, ``input`` or ``pixel_values``
+            of a mapping.
+        origin_loss_lambda: weight of the evaluator's own loss. At 0 that loss is never looked at.
+        existed_wrappers: NNI's, from :meth:`from_compressor`.
+        temperature: T > 0 of both softmaxes (ZSKD: 20).
+
+    Raises:
+        UserError: the teacher is the student, another number of classes, no evaluator, a temperature that is not
+            positive, or a config list with an unknown key.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        teacher_model: nn.Module | Teacher,
+        teacher_predict: TeacherPredict | None = None,
+        origin_loss_lambda: float = 0.0,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        temperature: float = 20.0,
+    ) -> None:
+        self.temperature = _checked_temperature(temperature)
+        if evaluator is None:
+            raise UserError("ZeroShotDistiller needs an evaluator: it brings the images and the optimiser.")
+        given = teacher_model.model if isinstance(teacher_model, Teacher) else teacher_model
+        if given is model:
+            raise UserError("The teacher is the student itself; give the distiller a copy of the model from before.")
+        _check_answers(model, teacher_model, evaluator)
+        self._teacher_output: OutputAdapter = first_tensor
+        if isinstance(teacher_model, Teacher):
+            self._teacher_output = teacher_model.output
+            clean = teacher_model.model
+        else:
+            clean = copy.deepcopy(given).float().eval().requires_grad_(False)
+        if config_list:
+            # NNI wraps the teacher's linked layers. A copy takes that, so that the given teacher stays clean.
+            clean = copy.deepcopy(clean)
+        self._answers: list[Any] = []
+        self.config_list: list[dict]
+        super().__init__(
+            model=model,
+            config_list=config_list,
+            evaluator=evaluator,
+            teacher_model=clean,
+            teacher_predict=teacher_predict or default_teacher_predict,
+            origin_loss_lambda=float(origin_loss_lambda),
+            existed_wrappers=existed_wrappers,
+        )
+
+    @classmethod
+    def from_compressor(
+        cls,
+        compressor: Compressor,
+        new_config_list: list[dict],
+        teacher_model: nn.Module | Teacher,
+        teacher_predict: TeacherPredict | None = None,
+        origin_loss_lambda: float = 0.0,
+        evaluator: Evaluator | None = None,
+        *,
+        temperature: float = 20.0,
+    ) -> ZeroShotDistiller:
+        """A distiller on top of ``compressor``; its ``compress`` runs both. Arguments as in the constructor."""
+        return super(TeacherModelBasedDistiller, cls).from_compressor(
+            compressor,
+            new_config_list,
+            evaluator=evaluator,
+            teacher_model=teacher_model,
+            teacher_predict=teacher_predict,
+            origin_loss_lambda=origin_loss_lambda,
+            temperature=temperature,
+        )
+
+    def wrap_model(self) -> None:
+        """NNI's, mended: a bias that a fold of BatchNorm keeps in the wrapper is handed over again on rewrapping.
+
+        NNI registers it only where the wrapper has none, so that a convolution with a bias, folded with its
+        BatchNorm, could not be inherited from a quantizer. Unwrapping has put its value back into the module.
+        """
+        for wrapper in self._module_wrappers.values():
+            own = {*wrapper.pruning_target_spaces, *wrapper.quantization_target_spaces}
+            if wrapper.fused_modules and "bias" in wrapper._parameters and "bias" not in own:
+                del wrapper.bias
+        super().wrap_model()
+
+    def compute_distill_loss(self) -> Tensor:
+        """The weighted sum over the configured targets of the last batch, a scalar.
+
+        Raises:
+            UserError: no target saw a batch, or a target differs in shape from its link.
+        """
+        losses = []
+        for path, spaces in self._target_spaces.items():
+            for name, space in spaces.items():
+                links = [(link, self._teacher_target_spaces[link][name].hidden_state) for link in space.link]
+                student = space.hidden_state
+                terms = [
+                    space.lambda_ * self._target_loss(space, student, teacher.to(student.device), f"{path} ~ {link}")
+                    for link, teacher in links
+                    if student is not None and teacher is not None
+                ]
+                if terms:
+                    losses.append(torch.stack(terms).min())
+        for spaces in (*self._target_spaces.values(), *self._teacher_target_spaces.values()):
+            for space in spaces.values():
+                space.clean()
+        if not losses:
+            raise UserError("No distillation target was reached by the batch; check op_names and link in config_list.")
+        return torch.stack(losses).sum()
+
+    def _target_loss(self, space: Any, student: Tensor, teacher: Tensor, where: str) -> Tensor:
+        if student.shape != teacher.shape:
+            raise UserError(
+                f"The distillation targets {where} (student ~ teacher) give {list(student.shape)} and "
+                f"{list(teacher.shape)}; they must have the same shape."
+            )
+        if space.apply_method == "mse":
+            return functional.mse_loss(student, teacher)
+        temperature = space.setting.get("temperature") or self.temperature
+        log_student = functional.log_softmax(student / temperature, -1)
+        log_teacher = functional.log_softmax(teacher / temperature, -1)
+        return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+    def compute_logits_loss(self, answer: Any) -> Tensor:
+        """``T^2 * KL`` between the teacher's ``answer`` and the bound model's last output, a scalar.
+
+        Raises:
+            UserError: the bound model was not called on the batch, or has another number of classes.
+        """
+        if not self._answers:
+            raise UserError("The training step did not call the model, so that there are no logits to distil.")
+        student = first_tensor(self._answers.pop())
+        self._answers.clear()
+        teacher = self._teacher_output(answer).to(student.device)
+        if student.shape != teacher.shape:
+            raise UserError(
+                f"The student answers a batch with logits {list(student.shape)}, the teacher with "
+                f"{list(teacher.shape)}; they must have the same number of classes."
+            )
+        return distillation_loss(student, teacher, self.temperature)
+
+    def _register_loss_patch(self, evaluator: Evaluator) -> None:
+        if self.origin_loss_lambda == 0 and isinstance(evaluator, TorchEvaluator):
+            # NNI patches tensors, sequences and mappings; a training step without a loss of its own returns None.
+            _discard_origin_loss(evaluator)
+
+        def loss_patch(original_loss: Tensor, batch: Any) -> Tensor:
+            with torch.no_grad():
+                answer = self.teacher_predict(batch, self.teacher_model)
+            loss = self.compute_distill_loss() if self._target_spaces else self.compute_logits_loss(answer)
+            if self.origin_loss_lambda == 0:
+                return loss  # 0 * NaN is NaN: the original loss is left out, not weighted
+            return self.origin_loss_lambda * original_loss + loss
+
+        evaluator.patch_loss(loss_patch)
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        if not self._target_spaces:
+            self._answers = []
+            evaluator.register_hooks([ForwardHook(self.bound_model, "logits", self._keep_answer)])
+        super()._fuse_preprocess(evaluator)
+
+    def _keep_answer(self, buffer: list) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._answers = [output]
+
+        return keep
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        self._answers = []
+
+    def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if max_steps is None and max_epochs is None:
+            raise UserError("ZeroShotDistiller.compress needs max_steps or max_epochs.")
+        try:
+            super()._fusion_compress(max_steps, max_epochs)
+        except BaseException:
+            # NNI unbinds after a finished run alone; hooks and patches must not outlive an interrupted one.
+            if getattr(self.evaluator, "model", None) is not None:
+                self.evaluator.unbind_model()
+            raise
+
+    def _validate_config(self) -> None:
+        for number, config in enumerate(self.config_list):
+            _check_keys(config, _CONFIG_KEYS, f"config_list[{number}]")
+            settings = config.get("target_settings", {})
+            for name, setting in settings.items():
+                _check_keys(setting, _SETTING_KEYS, f"config_list[{number}].target_settings.{name}")
+            for setting in (config, *settings.values()):
+                if isinstance(setting.get("lambda"), int):
+                    setting["lambda"] = float(setting["lambda"])  # NNI's schema takes an int, its setter refuses it
+                if "temperature" in setting:
+                    setting["temperature"] = _checked_temperature(setting["temperature"])
+        given, self.config_list = self.config_list, [_without_temperature(config) for config in self.config_list]
+        try:
+            super()._validate_config()
+        except SchemaError as error:
+            raise UserError(f"The distiller's config_list is not valid: {str(error).splitlines()[-1]}.") from error
+        self.config_list = [_with_nested_temperature(config) for config in given]
+
+
+def default_teacher_predict(batch: Any, teacher: nn.Module) -> Any:
+    """What the teacher answers to the images of a batch; see :func:`images_of`."""
+    images = images_of(batch)
+    device = next((parameter.device for parameter in teacher.parameters()), images.device)
+    return teacher(images.to(device))
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images ``(N, C, H, W)`` in a batch: itself, a sequence's first entry, or a mapping's usual keys.
+
+    Raises:
+        UserError: there is no tensor in any of these places.
+    """
+    found: Any = batch
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
+        found = batch[0]
+    if isinstance(found, Tensor):
+        return found
+    raise UserError(
+        f"No images were found in a batch of type {type(batch).__name__}; pass teacher_predict(batch, teacher), "
+        "a function that gives the teacher's logits."
+    )
+
+
+def _discard_origin_loss(evaluator: TorchEvaluator) -> None:
+    step = evaluator._training_step
+
+    def unlabelled_step(*args: Any, **kwargs: Any) -> Tensor:
+        step(*args, **kwargs)
+        return torch.zeros(())
+
+    evaluator._training_step = unlabelled_step
+
+
+def _check_answers(model: nn.Module, teacher: nn.Module | Teacher, evaluator: Evaluator) -> None:
+    if isinstance(teacher, Teacher):
+        check_student(model, teacher)
+        return
+    dummy = evaluator.get_dummy_input() if hasattr(evaluator, "dummy_input") else None
+    if not isinstance(dummy, Tensor):
+        return  # the first batch will tell
+    with torch.no_grad():
+        shapes = [list(first_tensor(copy.deepcopy(network).eval()(dummy)).shape) for network in (model, teacher)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"The student answers with {shapes[0][-1]} classes, the teacher with {shapes[1][-1]}; "
+            "they must be the same."
+        )
+
+
+def _checked_temperature(value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise UserError(f"A temperature must be a positive number, not {value!r}.")
+    return float(value)
+
+
+def _check_keys(config: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where} must be a dict, not {type(config).__name__}.")
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.0)[0]
+            raise UserError(f"{where} has no key {key!r}; the nearest is {near!r}. Known: {', '.join(known)}.")
+
+
+def _without_temperature(config: dict) -> dict:
+    result = {key: value for key, value in config.items() if key != "temperature"}
+    if "target_settings" in config:
+        result["target_settings"] = {
+            name: _without_temperature(setting) for name, setting in config["target_settings"].items()
+        }
+    return result
+
+
+def _with_nested_temperature(config: dict) -> dict:
+    # NNI copies only the keys it knows from the config itself into a target's setting, but all of target_settings.
+    if "temperature" not in config:
+        return config
+    result = {key: value for key, value in config.items() if key != "temperature"}
+    settings = {name: dict(setting) for name, setting in config.get("target_settings", {}).items()}
+    settings.setdefault("_output_", {})
+    for setting in settings.values():
+        setting.setdefault("temperature", config["temperature"])
+    return {**result, "target_settings": settings}

@@ -1,0 +1,116 @@
+"""ONNX export, checked: onnxruntime must answer as the network does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zskd_nni.errors import UserError
+from zskd_nni.files import write_atomic
+from zskd_nni.inputs import InputSpec
+
+OPSET = 18
+
+
+class _WithNormalisation(nn.Module):
+    """A network together with its input's normalisation, so that a deployment feeds plain pixel values."""
+
+    def __init__(self, network: nn.Module, spec: InputSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
+        self.plain = spec.mean == (0.0,) and spec.std == (1.0,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        from zskd_nni.teacher import first_tensor
+
+        normalised = images if self.plain else (images - self.mean) / self.std
+        return first_tensor(self.network(normalised))
+
+
+def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
+    """The network as ONNX: input ``images (N, C, H, W)`` in the value range, output ``logits (N, K)``, N free.
+
+    Raises:
+        UserError: the network cannot be exported.
+    """
+    whole = _WithNormalisation(copy.deepcopy(network).cpu().float().eval(), spec).eval()
+    example = spec.midpoint(2)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                whole,
+                (example,),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+            assert program is not None
+            return program.model_proto.SerializeToString()
+    except Exception as error:  # the exporter raises anything
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"The network cannot be exported to ONNX: {first_line}") from error
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+
+
+def run_onnx(model: bytes | str | Path, images: Tensor, batch: int = 500) -> Tensor:
+    """Logits ``(N, K)`` of an ONNX model in onnxruntime on the CPU."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    session = onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model), providers=["CPUExecutionProvider"]
+    )
+    parts = [session.run(["logits"], {"images": part.numpy().astype(np.float32)})[0] for part in images.split(batch)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def export_onnx(network: nn.Module, spec: InputSpec, path: Path, images: Tensor, tolerance: float = 1e-3) -> float:
+    """Write ``path`` and check it against the network on ``images``.
+
+    Args:
+        network: what is exported, in ``eval()`` semantics.
+        spec: its input; the normalisation becomes part of the file.
+        path: an ``.onnx`` file.
+        images: ``(N, C, H, W)`` in the value range.
+        tolerance: largest allowed difference of a logit, relative to the largest logit (at least 1).
+
+    Returns:
+        The largest difference found, on that scale.
+
+    Raises:
+        UserError: it cannot be exported, or answers otherwise.
+    """
+    data = onnx_bytes(network, spec)
+    with torch.no_grad():
+        plain = copy.deepcopy(network).cpu().float().eval()
+        expected = torch.cat([_WithNormalisation(plain, spec).eval()(part) for part in images.split(500)])
+    answered = run_onnx(data, images)
+    difference = float((answered - expected).abs().max() / expected.abs().max().clamp_min(1))
+    if not difference <= tolerance:
+        raise UserError(f"onnxruntime answers otherwise than the network: logits differ by {difference:.2g}, relatively.")
+    write_atomic(path, data)
+    return difference

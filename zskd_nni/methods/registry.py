@@ -1,0 +1,89 @@
+"""Methods by name, from the entry-point group ``zskd_nni.methods``.
+
+A method of somebody else's is a package with an entry point in that group; nothing here needs to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from zskd_nni.errors import UserError
+from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import TransferSource
+
+GROUP = "zskd_nni.methods"
+
+
+@dataclass(frozen=True)
+class TransferRequest:
+    """What a recipe asks of a method.
+
+    Attributes:
+        size: number of distinct images, where the method holds any.
+        batch_size: images in a batch.
+        seed: names the random streams.
+        folder: where the method may keep what it makes.
+        options: the method's own keys of the recipe's ``transfer`` section, preset applied and checked.
+        label: shown beside the progress.
+        quiet: no progress.
+    """
+
+    size: int
+    batch_size: int
+    seed: int
+    folder: Path
+    options: Any
+    label: str = "impressions"
+    quiet: bool = False
+
+
+class Method(Protocol):
+    """What an entry point of the group gives.
+
+    Attributes:
+        name: as in ``transfer.method``.
+        presets: names of the presets.
+    """
+
+    name: str
+    presets: tuple[str, ...]
+
+    def options(self, preset: str, given: Mapping[str, Any]) -> Any:
+        """The preset with the recipe's own keys put over it, checked.
+
+        Raises:
+            ValueError: an unknown preset or key, or a value outside its range.
+        """
+        ...
+
+    def source(self, teacher: Teacher, request: TransferRequest) -> TransferSource:
+        """Make, or take up again, the transfer source."""
+        ...
+
+
+def method_names() -> list[str]:
+    """Names of all installed methods."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
+def find_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            try:
+                return entry.load()
+            except Exception as error:  # somebody else's package may raise anything
+                raise UserError(f"The method {name!r} ({entry.value}) cannot be loaded: {error}") from error
+    names = method_names()
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"There is no method {name!r}; there are {', '.join(names)}.{hint}")

@@ -1,0 +1,57 @@
+"""Pictures of impressions, labelled with what the teacher sees in each."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zskd_nni.files import write_atomic
+from zskd_nni.inputs import InputSpec
+
+
+def impressions_picture(
+    images: Tensor, logits: Tensor, spec: InputSpec, path: Path, columns: int = 10, title: str = ""
+) -> None:
+    """Draw ``(N, C, H, W)`` images in a grid with the teacher's class and confidence above each.
+
+    Args:
+        images: in the value range.
+        logits: ``(N, K)`` the teacher's answers.
+        spec: the value range.
+        path: a ``.png`` file.
+        columns: images in a row.
+        title: above the grid.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    unit = ((images.float() - spec.low) / (spec.high - spec.low)).clamp(0, 1)
+    confidence, seen = torch.softmax(logits.float(), 1).max(1)
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(columns * 0.95, rows * 1.15 + (0.45 if title else 0)), dpi=110)
+    FigureCanvasAgg(figure)
+    axes = np.atleast_2d(figure.subplots(rows, columns, squeeze=False))
+    for number, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if number >= len(images):
+            continue
+        picture = unit[number].permute(1, 2, 0).numpy()
+        axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture[..., :3], cmap="gray", vmin=0, vmax=1)
+        axis.set_title(f"{int(seen[number])}  {100 * float(confidence[number]):.0f}%", fontsize=7, pad=2)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomic(path, buffer.getvalue())
+
+
+def pick_by_class(logits: Tensor, per_class: int) -> Tensor:
+    """Indices of up to ``per_class`` images of every class the teacher sees, class by class: ``(N, K) -> (M,)``."""
+    seen = logits.argmax(1)
+    chosen = [(seen == label).nonzero().flatten()[:per_class] for label in range(logits.shape[1])]
+    return torch.cat(chosen)

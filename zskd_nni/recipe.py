@@ -1,0 +1,356 @@
+"""Recipes: an NNI compression config with a teacher and a transfer method in front, as YAML.
+
+NNI's own ``config_list`` passes through untouched. Unknown keys are errors that name the nearest right key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from zskd_nni.data import NAMED_SETS
+from zskd_nni.distillation import DistillationSettings
+from zskd_nni.errors import UserError
+from zskd_nni.files import load_weights
+from zskd_nni.inputs import InputSpec
+from zskd_nni.methods.registry import find_method
+from zskd_nni.networks import FORMS, build_network, load_into
+from zskd_nni.settings import describe_validation
+from zskd_nni.teacher import Teacher
+from zskd_nni.zoo.trained import trained_weights
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkSection(_Section):
+    """A network: how it is built and which weights it gets.
+
+    Attributes:
+        model: ``zoo:NAME``, ``torchvision:NAME``, ``package.module:factory`` or ``file.py:factory``.
+        arguments: keyword arguments of the factory.
+        weights: ``zoo:NAME`` for a shipped teacher, or a file; without, the network starts at random.
+        allow_pt: read weights in PyTorch's own format (with ``weights_only=True``).
+    """
+
+    model: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+    allow_pt: bool = False
+
+    @field_validator("model")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        source, colon, name = value.rpartition(":")
+        if not (colon and source and name):
+            raise ValueError(f"a network is named as {FORMS}")
+        return value
+
+
+class TeacherSection(NetworkSection):
+    """The trained network that is to be compressed.
+
+    Attributes:
+        input: shape, value range and normalisation of its input.
+        classifier: path of the layer that makes the logits; found where absent.
+    """
+
+    input: InputSpec
+    classifier: str | None = None
+
+
+class TransferSection(BaseModel):
+    """Which images the student learns on. Further keys are the method's own, put over its preset.
+
+    Attributes:
+        method: name of an installed method.
+        preset: one of the method's presets.
+        size: number of distinct images.
+        held_out: impressions of another seed on which agreement is measured.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str = "zskd"
+    preset: str = "best"
+    size: int = Field(default=12000, ge=1)
+    held_out: int = Field(default=500, ge=1)
+
+    @model_validator(mode="after")
+    def _options_are_right(self) -> TransferSection:
+        try:
+            self.options()
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def options(self) -> Any:
+        """The method's settings."""
+        return find_method(self.method).options(self.preset, self.model_extra or {})
+
+
+class ScheduleSection(_Section):
+    """A pruning schedule over the pruner.
+
+    Attributes:
+        name: NNI's ``AGPPruner`` or ``LinearPruner``.
+        interval: steps between two prunings.
+        total_times: number of prunings.
+    """
+
+    name: Literal["AGPPruner", "LinearPruner"]
+    interval: int = Field(ge=1)
+    total_times: int = Field(ge=1)
+
+
+class PruningSection(_Section):
+    """NNI pruning, fused with distillation, then shrinking.
+
+    Attributes:
+        pruner: name of an NNI pruner.
+        config_list: NNI's own, untouched.
+        arguments: further keyword arguments of the pruner.
+        schedule: of the sparsity; one shot where absent.
+        steps: distillation steps under the masks, before the network is shrunk; ``distillation.steps`` come after.
+        speedup: shrink the network to what the masks leave.
+    """
+
+    pruner: str = "L1NormPruner"
+    config_list: list[dict[str, Any]] = Field(min_length=1)
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    schedule: ScheduleSection | None = None
+    steps: int = Field(default=200, ge=0)
+    speedup: bool = True
+
+    @field_validator("config_list")
+    @classmethod
+    def _sparsity_in_range(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for number, config in enumerate(value):
+            for path, ratio in _sparsities(config, f"{number}"):
+                if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+                    raise ValueError(f"{path}: a sparsity lies in [0, 1), not {ratio!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> PruningSection:
+        if self.schedule is not None and self.steps < self.schedule.interval * self.schedule.total_times:
+            raise ValueError(
+                f"steps ({self.steps}) must be at least schedule.interval x schedule.total_times "
+                f"({self.schedule.interval * self.schedule.total_times})"
+            )
+        return self
+
+
+def _sparsities(config: Any, path: str) -> list[tuple[str, Any]]:
+    found = []
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            here = f"{path}.{key}"
+            if key in ("sparse_ratio", "sparsity", "sparsity_per_layer", "total_sparsity"):
+                found.append((here, value))
+            else:
+                found.extend(_sparsities(value, here))
+    return found
+
+
+class CompressionSection(_Section):
+    """What NNI does to the student.
+
+    Attributes:
+        pruning: NNI pruning.
+    """
+
+    pruning: PruningSection | None = None
+
+
+class EvaluationSection(_Section):
+    """Real test data, read once at the end and for nothing else.
+
+    Attributes:
+        data: name or path, as ``--data-root`` and ``ZSKD_NNI_DATA`` find it.
+        split: train or test.
+    """
+
+    data: str
+    split: Literal["train", "test"] = "test"
+
+
+class Recipe(_Section):
+    """A whole recipe.
+
+    Attributes:
+        name: for reports.
+        description: one sentence.
+        teacher: the network to compress.
+        student: another network to teach; the teacher itself where absent.
+        transfer: which images the student learns on.
+        compression: what NNI does to the student.
+        distillation: how the student is taught.
+        evaluation: test data, if there is any.
+        controls: made beside the student by the same steps: ``none`` without distillation, ``noise`` distilled on
+            uniform noise.
+        selected_on: where these settings were chosen.
+        seed: of everything random.
+    """
+
+    name: str
+    description: str = ""
+    teacher: TeacherSection
+    student: NetworkSection | None = None
+    transfer: TransferSection = Field(default_factory=TransferSection)
+    compression: CompressionSection = Field(default_factory=CompressionSection)
+    distillation: DistillationSettings = Field(default_factory=DistillationSettings)
+    evaluation: EvaluationSection | None = None
+    controls: list[Literal["none", "noise"]] = Field(default_factory=lambda: ["none", "noise"])
+    selected_on: str | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Recipe:
+        if self.student is None and self.compression.pruning is None:
+            raise ValueError("a recipe needs a student, or compression.pruning to make one of the teacher")
+        return self
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where its relative paths are meant from.
+
+    Attributes:
+        recipe: the checked recipe.
+        base: folder of its file; None for a packaged one.
+        source: plain mapping it was made of, overrides applied.
+    """
+
+    recipe: Recipe
+    base: Path | None
+    source: dict[str, Any]
+
+    def path(self, text: str) -> Path:
+        """``text`` as a path, from the recipe's folder where it is relative."""
+        path = Path(text)
+        return path if path.is_absolute() or self.base is None else self.base / path
+
+    def network(self, section: NetworkSection) -> Any:
+        """Build a section's network and load its weights."""
+        network = build_network(section.model, section.arguments, self.base)
+        if section.weights is not None:
+            file = trained_weights(section.weights[4:]) if section.weights.startswith("zoo:") else self.path(section.weights)
+            load_into(network, load_weights(file, section.allow_pt), section.weights)
+        return network
+
+    def teacher(self) -> Teacher:
+        """The recipe's teacher, frozen and checked."""
+        section = self.recipe.teacher
+        return Teacher(self.network(section), section.input, section.classifier)
+
+    def data_name(self) -> str | None:
+        """The evaluation data: a known name, or a path from the recipe's folder; None without."""
+        if self.recipe.evaluation is None:
+            return None
+        name = self.recipe.evaluation.data
+        return name if name in NAMED_SETS else str(self.path(name))
+
+
+def packaged_folder() -> Path:
+    """Where the packaged recipes lie."""
+    return Path(str(resources.files("zskd_nni") / "recipes"))
+
+
+def packaged_names() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(path.stem for path in packaged_folder().glob("*.yml"))
+
+
+def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
+    """The YAML of a packaged recipe or of a file, and the folder its relative paths are meant from.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if name_or_file in packaged_names():
+        return (packaged_folder() / f"{name_or_file}.yml").read_text(), None
+    path = Path(name_or_file)
+    if path.suffix in (".yml", ".yaml") or path.exists():
+        try:
+            return path.read_text(), path.resolve().parent
+        except FileNotFoundError as error:
+            raise UserError(f"There is no recipe file {path}.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The recipe {path} cannot be read ({error}).") from error
+    near = difflib.get_close_matches(name_or_file, packaged_names(), 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"packaged ones: {', '.join(packaged_names())}; or name a .yml file."
+    raise UserError(f"There is no recipe {name_or_file!r}; {hint}")
+
+
+def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | None = None) -> LoadedRecipe:
+    """Read and check a recipe.
+
+    Args:
+        name_or_file: a packaged recipe's name or a YAML file.
+        overrides: ``key.path=value``, values as YAML.
+        seed: instead of the recipe's.
+
+    Raises:
+        UserError: one sentence on the first thing that is wrong.
+    """
+    text, base = recipe_text(name_or_file)
+    try:
+        source = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {name_or_file} is not YAML: {_one_line(error)}.") from error
+    if not isinstance(source, dict):
+        raise UserError(f"The recipe {name_or_file} must be a mapping with keys such as teacher and transfer.")
+    for override in overrides:
+        _apply_override(source, override)
+    if seed is not None:
+        source["seed"] = seed
+    try:
+        recipe = Recipe.model_validate(source)
+    except ValidationError as error:
+        raise UserError(f"The recipe {name_or_file}: {describe_validation(error, Recipe)}.") from error
+    return LoadedRecipe(recipe, base, source)
+
+
+def _apply_override(source: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set takes key.path=value, not {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {path}: the value is not YAML: {_one_line(error)}.") from error
+    place: Any = source
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                where = ".".join(keys[:depth])
+                raise UserError(f"--set {path}: {where} is a list of {len(place)}; {key!r} is no index of it.")
+            index = int(key)
+            if last:
+                place[index] = value
+            else:
+                place = place[index]
+        elif isinstance(place, dict):
+            if last:
+                place[key] = value
+            else:
+                if place.get(key) is None:
+                    place[key] = {}
+                place = place[key]
+        else:
+            raise UserError(f"--set {path}: {'.'.join(keys[:depth])} is {place!r}, which has no keys.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

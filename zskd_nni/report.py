@@ -1,0 +1,106 @@
+"""The report: ``report.json`` for programs, ``report.html`` and a table on the terminal for people."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from zskd_nni.files import write_atomic, write_json
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write ``report.json`` and ``report.html`` into ``folder``."""
+    write_json(folder / "report.json", report)
+    write_atomic(folder / "report.html", render_html(folder, report))
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows ``(what, teacher, student)`` of the headline table."""
+
+    def percent(value: float | None) -> str:
+        return "no test data" if value is None else f"{value:.2f} %"
+
+    rows = [
+        ("accuracy", percent(report["accuracy"]["teacher"]), percent(report["accuracy"]["student"])),
+        ("agreement with the teacher", "", f"{100 * report['agreement']:.2f} %"),
+        ("parameters", f"{report['parameters']['teacher']:,}", f"{report['parameters']['student']:,}"),
+    ]
+    for kind, name in (("safetensors", "weights, bytes"), ("onnx", "ONNX, bytes")):
+        teacher, student = report["bytes"]["teacher"][kind], report["bytes"]["student"][kind]
+        rows.append((name, f"{teacher:,}", f"{student:,}"))
+    for name, control in report["controls"].items():
+        label = {"none": "control: not distilled", "noise": "control: distilled on noise"}[name]
+        value = control["accuracy"]
+        rows.append((label, "", percent(value) if value is not None else f"agreement {100 * control['agreement']:.2f} %"))
+    return rows
+
+
+def render_table(report: dict[str, Any]) -> str:
+    """The headline table and the seconds of each stage as plain text."""
+    rows = [("", "teacher", "student"), *table_rows(report)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    lines.append("")
+    for stage, seconds in report["seconds"].items():
+        lines.append(f"{stage:<32}{seconds:>8.1f} s")
+    lines.append("")
+    lines.append(f"agreement is measured on {report['agreement_on']}")
+    return "\n".join(lines)
+
+
+def render_html(folder: Path, report: dict[str, Any]) -> str:
+    """``report.html`` as one file, its picture and curves inside."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("zskd_nni"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    picture = folder / "impressions.png"
+    impressions = report["impressions"]
+    return environment.get_template("report.html").render(
+        report=report,
+        rows=table_rows(report),
+        picture=base64.b64encode(picture.read_bytes()).decode() if picture.exists() else None,
+        curve=_curve(report["history"]),
+        steps=_histogram(impressions["steps"]) if impressions else None,
+        layers=[row for row in (report["pruning"] or {}).get("layers", []) if _changed(row)],
+    )
+
+
+def _changed(row: dict[str, Any]) -> bool:
+    return row["inputs_before"] != row["inputs_after"] or row["outputs_before"] != row["outputs_after"]
+
+
+def _curve(history: dict[str, Any] | None, width: int = 560, height: int = 140) -> str | None:
+    """Points of an SVG polyline of the loss, on a logarithmic scale."""
+    import math
+
+    if not history or len(history["losses"]) < 2:
+        return None
+    values = [math.log10(max(loss, 1e-12)) for loss in history["losses"]]
+    low, high = min(values), max(values)
+    last = history["steps"][-1]
+    points = (
+        (width * step / last, height * (high - value) / max(high - low, 1e-9))
+        for step, value in zip(history["steps"], values, strict=True)
+    )
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _histogram(steps: dict[str, int], bars: int = 20) -> list[tuple[str, int, float]]:
+    """``(range of steps, impressions, share of the fullest bar)`` of at most ``bars`` bars."""
+    if not steps:
+        return []
+    counts = {int(step): count for step, count in steps.items()}
+    largest = max(counts)
+    width = max(1, -(-(largest + 1) // bars))
+    binned: dict[int, int] = {}
+    for step, count in counts.items():
+        binned[step // width] = binned.get(step // width, 0) + count
+    top = max(binned.values())
+    return [
+        (f"{b * width}" if width == 1 else f"{b * width} to {b * width + width - 1}", count, count / top)
+        for b, count in sorted(binned.items())
+    ]

@@ -1,0 +1,140 @@
+"""A network on disk: weights as safetensors, and a JSON description from which it is built again.
+
+The description names the factory and its arguments, and lists every layer whose sizes differ from what the factory
+makes: a shrunken network is the factory's network with those layers put in their place. No pruning code is needed
+to load it, and nothing in either file can run code beyond the named factory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zskd_nni.errors import UserError
+from zskd_nni.files import load_tensors, read_json, save_tensors, sha256_of_file, write_json
+from zskd_nni.networks import build_network, load_into
+
+FORMAT = "zskd_nni network 1"
+
+# What says how large a layer is, by type; all of it are constructor arguments.
+_LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    kind.__name__: (kind, arguments)
+    for kind, arguments in (
+        (nn.Linear, ("in_features", "out_features")),
+        *(
+            (
+                kind,
+                ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+            )
+            for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        ),
+        *(
+            (kind, ("num_features", "eps", "momentum", "affine", "track_running_stats"))
+            for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        ),
+        *(
+            (kind, ("num_features", "eps", "momentum", "affine", "track_running_stats"))
+            for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d)
+        ),
+        (nn.ConvTranspose2d, ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "dilation", "padding_mode")),
+        (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine")),
+        (nn.GroupNorm, ("num_groups", "num_channels", "eps", "affine")),
+        (nn.PReLU, ("num_parameters",)),
+    )
+}
+
+
+def describe_layer(layer: nn.Module) -> dict[str, Any] | None:
+    """Type and constructor arguments of a layer whose size can change, or None for any other module."""
+    name = type(layer).__name__
+    if name not in _LAYERS or type(layer) is not _LAYERS[name][0]:
+        return None
+    description: dict[str, Any] = {"type": name}
+    for argument in _LAYERS[name][1]:
+        value = getattr(layer, argument)
+        description[argument] = list(value) if isinstance(value, tuple) else value
+    if hasattr(layer, "bias") and not name.startswith(("Batch", "Instance", "Group")):
+        description["bias"] = layer.bias is not None
+    return description
+
+
+def _build_layer(description: dict[str, Any], path: str, source: Path) -> nn.Module:
+    arguments = dict(description)
+    kind = arguments.pop("type", None)
+    if kind not in _LAYERS or not set(arguments) <= {*_LAYERS[kind][1], "bias"}:
+        raise UserError(f"{source}: the layer {path!r} is described as {kind!r}, which is not a layer known here.")
+    try:
+        return _LAYERS[kind][0](**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: the layer {path!r} cannot be built as described ({error}).") from error
+
+
+def save_network(
+    network: nn.Module,
+    reference: str,
+    arguments: dict[str, Any],
+    weights: Path,
+    description: Path,
+    base: Path | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write ``weights`` (safetensors) and ``description`` (JSON).
+
+    Args:
+        network: in any state; made from the factory, layers replaced at most.
+        reference: how :func:`zskd_nni.networks.build_network` names the factory.
+        arguments: of the factory.
+        weights: file to write.
+        description: file to write; it names the weights file beside it.
+        base: the folder that a relative ``file.py`` is meant from.
+        extra: further JSON-able content (input, classes, provenance).
+    """
+    original = dict(build_network(reference, arguments, base).named_modules())
+    changed = {}
+    for path, layer in network.named_modules():
+        described = describe_layer(layer)
+        if described is not None and (path not in original or describe_layer(original[path]) != described):
+            changed[path] = described
+    save_tensors(weights, network.state_dict())
+    content = {
+        "format": FORMAT,
+        "network": reference,
+        "arguments": arguments,
+        "layers": changed,
+        "weights": weights.name,
+        "sha256": sha256_of_file(weights),
+        **(extra or {}),
+    }
+    write_json(description, content)
+
+
+def load_network(description: str | Path, base: Path | None = None) -> nn.Module:
+    """Build the network that a JSON description describes and load its weights; in ``eval()`` mode.
+
+    Raises:
+        UserError: a file is missing, damaged or not of this kind, or they do not belong together.
+    """
+    description = Path(description)
+    content = read_json(description)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{description} does not describe a network (its format is not {FORMAT!r}).")
+    name = content.get("weights")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(f"{description}: 'weights' must be the name of a file beside it, not {name!r}.")
+    weights = description.parent / name
+    tensors, _ = load_tensors(weights)
+    if sha256_of_file(weights) != content.get("sha256"):
+        raise UserError(f"{weights} is not the file that {description.name} describes: its checksum differs.")
+    network = build_network(content["network"], content.get("arguments"), base or description.parent)
+    for path, described in content.get("layers", {}).items():
+        parent, _, child = path.rpartition(".")
+        try:
+            owner = network.get_submodule(parent)
+            owner.get_submodule(child)
+        except AttributeError as error:
+            raise UserError(f"{description}: {content['network']} has no layer {path!r}.") from error
+        owner.register_module(child, _build_layer(described, path, description))
+    load_into(network, tensors, str(weights))
+    return network.eval()

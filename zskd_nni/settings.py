@@ -1,0 +1,78 @@
+"""Checking mappings against the settings classes: unknown keys are named together with the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+def build_settings(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """An instance of a settings dataclass or model from plain values.
+
+    Args:
+        kind: the class.
+        values: as read from YAML.
+        where: key path, for messages.
+
+    Raises:
+        ValueError: one sentence that names the key path, what is wrong and what would be right.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        raise ValueError(describe_validation(error, kind, where)) from error
+
+
+def describe_validation(error: ValidationError, kind: Any, where: str = "") -> str:
+    """The first problem of a pydantic validation as one sentence."""
+    problem = error.errors(include_url=False)[0]
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(part for part in ([where] if where else []) + location if not _is_type_tag(part))
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys_at(kind, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {path!r}; {hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"the key {path!r} is missing"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{path}: {message}" if path else message
+    text = problem["msg"]
+    return f"{path}: {text[0].lower()}{text[1:]}, not {problem['input']!r}"
+
+
+def _is_type_tag(part: str) -> bool:
+    return "[" in part or part in ("function-after", "function-before")
+
+
+def _keys_at(kind: Any, path: list[str]) -> list[str]:
+    for part in path:
+        if part.isdigit() or _is_type_tag(part):
+            continue
+        kind = _field_types(kind).get(part)
+        kind = next((option for option in _options(kind) if _field_types(option)), None)
+    return list(_field_types(kind))
+
+
+def _options(kind: Any) -> list[Any]:
+    found = [kind]
+    for option in get_args(kind):
+        found.extend(_options(option))
+    return found
+
+
+def _field_types(kind: Any) -> dict[str, Any]:
+    if hasattr(kind, "model_fields"):
+        return {(field.alias or name): field.annotation for name, field in kind.model_fields.items()}
+    if hasattr(kind, "__dataclass_fields__"):
+        from typing import get_type_hints
+
+        hints = get_type_hints(kind)
+        return {name: hints[name] for name, field in kind.__dataclass_fields__.items() if field.init}
+    return {}

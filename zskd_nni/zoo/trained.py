@@ -1,0 +1,40 @@
+"""Trained teachers that come with the package: weights as safetensors, and where they come from as JSON."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from zskd_nni.errors import UserError
+from zskd_nni.files import read_json
+
+
+def trained_folder() -> Path:
+    """Where the shipped weights lie."""
+    return Path(str(resources.files("zskd_nni.zoo") / "weights"))
+
+
+def trained_names() -> list[str]:
+    """Names of the shipped teachers, as in ``zoo:NAME``."""
+    return sorted(path.stem for path in trained_folder().glob("*.safetensors"))
+
+
+def trained_weights(name: str) -> Path:
+    """The safetensors file of a shipped teacher.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = trained_folder() / f"{name}.safetensors"
+    if name not in trained_names():
+        raise UserError(
+            f"The zoo has no trained weights {name!r}; it has {', '.join(trained_names())}. "
+            "zskd-nni train-teacher makes others from real data."
+        )
+    return path
+
+
+def provenance(name: str) -> dict[str, Any]:
+    """How a shipped teacher was made: network, data, settings, seed, accuracy, versions."""
+    return read_json(trained_weights(name).with_suffix(".json"))
