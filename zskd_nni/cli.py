@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,13 +66,14 @@ def _run(
     device: str,
     threads: int | None,
     quiet: bool,
+    impressions: Path | None = None,
 ) -> Any:
     from zskd_nni.pipeline import Run
     from zskd_nni.recipe import load_recipe
 
     loaded = load_recipe(recipe, changes or (), seed)
     _prepare(device, threads)
-    return Run(loaded, out, device=device, root=root, download=download, quiet=quiet)
+    return Run(loaded, out, device=device, root=root, download=download, impressions=impressions, quiet=quiet)
 
 
 @app.command()
@@ -147,6 +149,9 @@ def synthesize(
 def distill(
     recipe: RecipeArgument,
     out: OutOption,
+    impressions: Annotated[
+        Path | None, typer.Option("--impressions", help="A store made by synthesize, instead of making one.")
+    ] = None,
     seed: SeedOption = None,
     changes: SetOption = None,
     data_root: DataRootOption = None,
@@ -155,7 +160,7 @@ def distill(
     threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Teach a recipe's student on impressions, without controls; NNI's compression is left out."""
+    """Teach a recipe's student network on impressions: no controls, and NNI's compression is left out."""
     from zskd_nni.recipe import load_recipe
     from zskd_nni.report import render_table
 
@@ -163,7 +168,7 @@ def distill(
     if loaded.recipe.student is None:
         raise UserError(f"The recipe {recipe} names no student network to teach; use zskd-nni compress for it.")
     plain = [*(changes or ()), "controls=[]", "compression={}"]
-    run = _run(recipe, out, seed, plain, data_root, download, device, threads, quiet)
+    run = _run(recipe, out, seed, plain, data_root, download, device, threads, quiet, impressions)
     typer.echo(render_table(run.compress()))
 
 
@@ -282,6 +287,8 @@ def train_teacher_command(
 
 def main() -> None:
     """Entry point of ``zskd-nni``."""
+    # Threads that spin while they wait make a CPU that others use as well up to seven times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from zskd_nni.interrupt import Interrupted, stoppable
 
     try:

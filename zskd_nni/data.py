@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def fit_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """
     channels, height, width = shape
     if images.shape[1] != channels:
-        images = images.mean(1, keepdim=True) if channels == 1 else images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
+        images = (
+            images.mean(1, keepdim=True) if channels == 1 else images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
+        )
     if tuple(images.shape[2:]) == (28, 28) and (height, width) == (32, 32):
         return functional.pad(images, (2, 2, 2, 2))
     if tuple(images.shape[2:]) != (height, width):
@@ -146,12 +149,13 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
             images, labels = content["images"], content["labels"]
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} holds no arrays 'images' and 'labels' ({error}).") from error
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+    labelled = labels.shape == images.shape[:1] != (0,) and labels.dtype.kind in "iu"
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not labelled:
         raise UserError(
-            f"{path}: 'images' must be uint8 of shape (N, H, W) or (N, H, W, C) with one label each, "
-            f"not {images.dtype} {images.shape} beside {len(labels)} labels."
+            f"{path}: 'images' must be uint8 of shape (N, H, W) or (N, H, W, C) with one integer label each, "
+            f"not {images.dtype} {images.shape} beside {labels.dtype} {labels.shape}."
         )
     tensor = torch.from_numpy(images)
     tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
@@ -177,6 +181,8 @@ def _folder(path: Path) -> LabelledImages:
             raise UserError(f"{file} cannot be read as an image ({error}).") from error
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
-        raise UserError(f"The images in {path} differ in size ({', '.join(map(str, sorted(shapes)[:3]))}); resize them.")
+        raise UserError(
+            f"The images in {path} differ in size ({', '.join(map(str, sorted(shapes)[:3]))}); resize them."
+        )
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(images, torch.tensor([index for _, index in files]), path.name)

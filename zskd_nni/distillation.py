@@ -122,7 +122,10 @@ def distill(
         UserError: the student does not fit the teacher, training diverges, or the checkpoint is of another run.
     """
     check_student(student, teacher)
-    optimizer = torch.optim.AdamW(student.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    student.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     scheduler = cosine_schedule(optimizer, settings.steps, min(settings.warmup, settings.steps // 2))
 
     def loss(step: int, random: torch.Generator) -> Tensor:
@@ -138,7 +141,15 @@ def distill(
         kept = Checkpoint(Path(checkpoint), fingerprint)
     with training_mode(student):
         return fit(
-            student, optimizer, scheduler, loss, steps=settings.steps, seed=seed, label=label, checkpoint=kept, quiet=quiet
+            student,
+            optimizer,
+            scheduler,
+            loss,
+            steps=settings.steps,
+            seed=seed,
+            label=label,
+            checkpoint=kept,
+            quiet=quiet,
         )
 
 

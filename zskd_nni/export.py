@@ -26,6 +26,8 @@ class _WithNormalisation(nn.Module):
     def __init__(self, network: nn.Module, spec: InputSpec) -> None:
         super().__init__()
         self.network = network
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
         self.plain = spec.mean == (0.0,) and spec.std == (1.0,)
@@ -43,7 +45,8 @@ def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
     Raises:
         UserError: the network cannot be exported.
     """
-    whole = _WithNormalisation(copy.deepcopy(network).cpu().float().eval(), spec).eval()
+    plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    whole = _WithNormalisation(plain, spec).eval()
     example = spec.midpoint(2)
     try:
         with _quiet():
@@ -111,6 +114,8 @@ def export_onnx(network: nn.Module, spec: InputSpec, path: Path, images: Tensor,
     answered = run_onnx(data, images)
     difference = float((answered - expected).abs().max() / expected.abs().max().clamp_min(1))
     if not difference <= tolerance:
-        raise UserError(f"onnxruntime answers otherwise than the network: logits differ by {difference:.2g}, relatively.")
+        raise UserError(
+            f"onnxruntime answers otherwise than the network: logits differ by {difference:.2g}, relatively."
+        )
     write_atomic(path, data)
     return difference

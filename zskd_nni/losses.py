@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,8 +22,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
-def soft_target_divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """``KL(targets || softmax(logits / T))`` of each row: ``(N, K), (N, K) -> (N,)``.
+def soft_target_divergence(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> Tensor:
+    """``KL(targets || softmax(logits / T))`` of each row: ``(N, K), (N, K), scalar or (N, 1) -> (N,)``.
 
     It differs from the cross-entropy of ZSKD's equation 5 by the targets' entropy alone, so that its gradient is
     the same and its value is 0 where the fit is perfect.
@@ -31,8 +32,17 @@ def soft_target_divergence(logits: Tensor, targets: Tensor, temperature: float) 
     return functional.kl_div(log_probabilities, targets, reduction="none").sum(1)
 
 
-def total_variation(images: Tensor) -> Tensor:
-    """Sum of squared differences between neighbouring pixels of each image: ``(N, C, H, W) -> (N,)``."""
-    down = (images[:, :, 1:] - images[:, :, :-1]).square().sum((1, 2, 3))
-    right = (images[:, :, :, 1:] - images[:, :, :, :-1]).square().sum((1, 2, 3))
-    return down + right
+def total_variation(images: Tensor, knee: float = 0.05) -> Tensor:
+    """Sum of Huber's loss of the differences of neighbouring pixels: ``(N, C, H, W) -> (N,)``.
+
+    Quadratic below ``knee`` (``d^2 / 2 knee``), linear above it (``|d| - knee / 2``), so that edges are not punished
+    for being sharp.
+    """
+
+    def huber(difference: Tensor) -> Tensor:
+        return functional.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=knee).sum(
+            (1, 2, 3)
+        )
+
+    down, right = images[:, :, 1:] - images[:, :, :-1], images[:, :, :, 1:] - images[:, :, :, :-1]
+    return (huber(down) + huber(right)) / knee

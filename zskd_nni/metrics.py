@@ -24,7 +24,9 @@ def agreement(first: Tensor, second: Tensor) -> float:
 
 
 @torch.no_grad()
-def logits_on(network: Network, data: LabelledImages, spec: InputSpec, device: str = "cpu", batch: int = 1000) -> Tensor:
+def logits_on(
+    network: Network, data: LabelledImages, spec: InputSpec, device: str = "cpu", batch: int = 1000
+) -> Tensor:
     """Logits ``(N, K)`` of a network that takes images in the spec's value range, on the CPU."""
     parts = range(0, len(data), batch)
     return torch.cat([network(data.pixels(slice(i, i + batch), spec).to(device)).float().cpu() for i in parts])

@@ -36,7 +36,9 @@ def build_network(reference: str, arguments: Mapping[str, Any] | None = None, ba
     try:
         network = factory(**dict(arguments or {}))
     except Exception as error:  # a factory may raise anything
-        raise UserError(f"The network {reference!r} could not be built with {dict(arguments or {})}: {error}") from error
+        raise UserError(
+            f"The network {reference!r} could not be built with {dict(arguments or {})}: {error}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{reference!r} made a {type(network).__name__}; a factory must return an nn.Module.")
     return network
@@ -93,7 +95,8 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) ->
         UserError: keys are missing or left over, or shapes differ; names them.
     """
     expected = network.state_dict()
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}  # of DataParallel
+    # DataParallel puts "module." in front of all names
+    weights = {name if name in expected else name.removeprefix("module."): value for name, value in weights.items()}
     missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in weights if name not in expected]
     shapes = [

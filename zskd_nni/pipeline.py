@@ -25,10 +25,9 @@ from zskd_nni.data import load_images
 from zskd_nni.distillation import check_student, distill
 from zskd_nni.errors import UserError
 from zskd_nni.export import export_onnx
-from zskd_nni.files import fingerprint_of, make_folder, read_json, write_json
-from zskd_nni.metrics import accuracy, agreement, logits_on
+from zskd_nni.files import fingerprint_of, make_folder, read_json, save_tensors, write_json
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.networks import build_network
+from zskd_nni.metrics import accuracy, agreement, logits_on
 from zskd_nni.pictures import impressions_picture, pick_by_class
 from zskd_nni.provenance import provenance
 from zskd_nni.recipe import LoadedRecipe, NetworkSection
@@ -37,8 +36,8 @@ from zskd_nni.saved_model import load_network, save_network
 from zskd_nni.seeds import derive_seed
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.synthesis.store import describe_difference
-from zskd_nni.teacher import Teacher, first_tensor
-from zskd_nni.transfer import NoiseSource, TransferSource
+from zskd_nni.teacher import first_tensor
+from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
 
 RUN = "run.json"
 
@@ -65,6 +64,7 @@ class Run:
         device: cpu or cuda.
         root: where real test data is.
         download: let torchvision fetch it.
+        impressions: a finished store of this teacher's impressions to learn on, instead of making them.
         quiet: no progress.
 
     Raises:
@@ -79,6 +79,7 @@ class Run:
         device: str = "cpu",
         root: Path | None = None,
         download: bool = False,
+        impressions: Path | None = None,
         quiet: bool = False,
     ) -> None:
         self.loaded, self.recipe = loaded, loaded.recipe
@@ -86,8 +87,20 @@ class Run:
         self.out = Path(out)
         self.teacher = loaded.teacher()
         self._check_early()
+        self.given = None if impressions is None else self._given_store(impressions)
         self.identity = {"recipe": _plain(self.recipe.model_dump(mode="json")), "teacher": self.teacher.fingerprint}
+        if self.given is not None:
+            self.identity["impressions"] = self.given.fingerprint
         self.seconds: dict[str, float] = {}
+
+    def _given_store(self, folder: Path) -> ImpressionStore:
+        store = ImpressionStore.open(folder)
+        if store.manifest["identity"].get("teacher") != self.teacher.fingerprint:
+            raise UserError(f"{folder} holds impressions of another teacher than the recipe's.")
+        missing = store.missing()
+        if missing:
+            raise UserError(f"{folder} is not finished: shard {missing[0]} is {store.damage(missing[0])}.")
+        return store
 
     def _check_early(self) -> None:
         """Everything that can be known to be wrong before the long work begins."""
@@ -132,7 +145,9 @@ class Run:
                     raise UserError(f"{self.out} belongs to another run ({difference}). Use another output folder.")
                 self.seconds = dict(known.get("seconds", {}))
             elif any(entry.name != ".lock" for entry in self.out.iterdir()):
-                raise UserError(f"{self.out} is not empty and no run of this recipe made it. Use another output folder.")
+                raise UserError(
+                    f"{self.out} is not empty and no run of this recipe made it. Use another output folder."
+                )
             self._write_run()
             yield
         finally:
@@ -179,6 +194,9 @@ class Run:
     def transfer(self) -> TransferSource:
         """The transfer source of the recipe's method, made or taken up again in ``impressions/``."""
         section = self.recipe.transfer
+        if self.given is not None:
+            batch = self.recipe.distillation.batch
+            return StoredSource(self.given.images(), batch, self.recipe.seed, self.given.fingerprint)
         with self._timed("synthesis"):
             self.teacher.to(self.device)
             request = TransferRequest(
@@ -302,8 +320,6 @@ class Run:
         teacher_onnx, teacher_weights = state / "teacher.onnx", state / "teacher.safetensors"
         if not teacher_onnx.exists():
             export_onnx(self.teacher.model, spec, teacher_onnx, held_out)
-        from zskd_nni.files import save_tensors
-
         save_tensors(teacher_weights, self.teacher.model.state_dict())
         sizes = {
             "teacher": {"safetensors": teacher_weights.stat().st_size, "onnx": teacher_onnx.stat().st_size},
@@ -334,7 +350,8 @@ class Run:
             agreements_test = {name: agreement(logits, on_test["teacher"]) for name, logits in on_test.items()}
             agreement_on = f"test data ({data.name}, {len(data)} images)"
         shown = agreements_test or agreements
-        store = ImpressionStore.open(self.out / "impressions") if (self.out / "impressions/manifest.json").exists() else None
+        made_here = (self.out / "impressions" / "manifest.json").exists()
+        store = self.given or (ImpressionStore.open(self.out / "impressions") if made_here else None)
         if store is not None:
             self._picture(store)
         controls = {
@@ -393,5 +410,3 @@ class Run:
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-

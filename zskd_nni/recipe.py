@@ -209,7 +209,7 @@ class Recipe(_Section):
     compression: CompressionSection = Field(default_factory=CompressionSection)
     distillation: DistillationSettings = Field(default_factory=DistillationSettings)
     evaluation: EvaluationSection | None = None
-    controls: list[Literal["none", "noise"]] = Field(default_factory=lambda: ["none", "noise"])
+    controls: list[Literal["none", "noise"]] = ["none", "noise"]
     selected_on: str | None = None
     seed: int = Field(default=0, ge=0)
 
@@ -243,7 +243,11 @@ class LoadedRecipe:
         """Build a section's network and load its weights."""
         network = build_network(section.model, section.arguments, self.base)
         if section.weights is not None:
-            file = trained_weights(section.weights[4:]) if section.weights.startswith("zoo:") else self.path(section.weights)
+            file = (
+                trained_weights(section.weights[4:])
+                if section.weights.startswith("zoo:")
+                else self.path(section.weights)
+            )
             load_into(network, load_weights(file, section.allow_pt), section.weights)
         return network
 

@@ -32,7 +32,9 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     for name, control in report["controls"].items():
         label = {"none": "control: not distilled", "noise": "control: distilled on noise"}[name]
         value = control["accuracy"]
-        rows.append((label, "", percent(value) if value is not None else f"agreement {100 * control['agreement']:.2f} %"))
+        rows.append(
+            (label, "", percent(value) if value is not None else f"agreement {100 * control['agreement']:.2f} %")
+        )
     return rows
 
 

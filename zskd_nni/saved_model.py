@@ -26,7 +26,16 @@ _LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         *(
             (
                 kind,
-                ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+                (
+                    "in_channels",
+                    "out_channels",
+                    "kernel_size",
+                    "stride",
+                    "padding",
+                    "dilation",
+                    "groups",
+                    "padding_mode",
+                ),
             )
             for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         ),
@@ -38,7 +47,20 @@ _LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
             (kind, ("num_features", "eps", "momentum", "affine", "track_running_stats"))
             for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d)
         ),
-        (nn.ConvTranspose2d, ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "dilation", "padding_mode")),
+        (
+            nn.ConvTranspose2d,
+            (
+                "in_channels",
+                "out_channels",
+                "kernel_size",
+                "stride",
+                "padding",
+                "output_padding",
+                "groups",
+                "dilation",
+                "padding_mode",
+            ),
+        ),
         (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine")),
         (nn.GroupNorm, ("num_groups", "num_channels", "eps", "affine")),
         (nn.PReLU, ("num_parameters",)),
@@ -63,7 +85,7 @@ def describe_layer(layer: nn.Module) -> dict[str, Any] | None:
 def _build_layer(description: dict[str, Any], path: str, source: Path) -> nn.Module:
     arguments = dict(description)
     kind = arguments.pop("type", None)
-    if kind not in _LAYERS or not set(arguments) <= {*_LAYERS[kind][1], "bias"}:
+    if not isinstance(kind, str) or kind not in _LAYERS or not set(arguments) <= {*_LAYERS[kind][1], "bias"}:
         raise UserError(f"{source}: the layer {path!r} is described as {kind!r}, which is not a layer known here.")
     try:
         return _LAYERS[kind][0](**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
@@ -120,6 +142,9 @@ def load_network(description: str | Path, base: Path | None = None) -> nn.Module
     content = read_json(description)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{description} does not describe a network (its format is not {FORMAT!r}).")
+    for key, kind in (("network", str), ("arguments", dict), ("layers", dict)):
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{description}: {key!r} must be a {kind.__name__}, not {content.get(key)!r}.")
     name = content.get("weights")
     if not isinstance(name, str) or Path(name).name != name:
         raise UserError(f"{description}: 'weights' must be the name of a file beside it, not {name!r}.")
@@ -135,6 +160,8 @@ def load_network(description: str | Path, base: Path | None = None) -> nn.Module
             owner.get_submodule(child)
         except AttributeError as error:
             raise UserError(f"{description}: {content['network']} has no layer {path!r}.") from error
+        if not child or not isinstance(described, dict):
+            raise UserError(f"{description}: the layer {path!r} is not described.")
         owner.register_module(child, _build_layer(described, path, description))
     load_into(network, tensors, str(weights))
     return network.eval()

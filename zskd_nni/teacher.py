@@ -67,7 +67,9 @@ class Teacher:
         check_finite(model.state_dict())
         self.spec = spec
         self.output = output or first_tensor
-        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+        frozen = copy.deepcopy(model).float().eval().requires_grad_(False)
+        # On the CPU, pooling and small convolutions are up to twice as fast with the channels last in memory.
+        self.model = frozen.to(memory_format=torch.channels_last)
         self.classifier_path, self.num_classes = self._find_classifier(classifier)
         self.fingerprint = self._fingerprint()
 

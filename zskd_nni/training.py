@@ -97,7 +97,8 @@ def fit(
 
     Args:
         model: what is trained, in training mode already.
-        optimizer, scheduler: stepped once a step.
+        optimizer: stepped once a step.
+        scheduler: stepped once a step, or None.
         loss: ``loss(step, generator)`` gives the scalar to minimise; everything it draws comes from ``generator``.
         steps: number of steps, at least 1.
         seed: names the random streams.

@@ -74,6 +74,7 @@ class StoredSource(_Stateless):
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Images ``(batch_size, C, H, W)``, every one of the set once an epoch."""
         epoch, position = divmod(step, self._per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch)))
@@ -96,5 +97,6 @@ class NoiseSource(_Stateless):
         self.fingerprint = "uniform noise"
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Fresh noise ``(batch_size, C, H, W)``."""
         noise = torch.rand((self.batch_size, *self.spec.shape), generator=random)
         return noise.mul_(self.spec.high - self.spec.low).add_(self.spec.low)

@@ -312,6 +312,18 @@ def test_norms_lead_where_the_config_names_them() -> None:
     assert set(by_name(plan)) == {"bn1"} and "bn2" in plan.left_out["bn0"]
 
 
+def test_norms_do_not_lead_where_something_reads_past_them() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.conv1(x)
+        return head(net, torch.relu(net.bn2(net.conv2(x + net.bn1(x)))))
+
+    model = Net(forward, conv1=conv(3, 8), bn1=nn.BatchNorm2d(8), conv2=conv(8, 8), bn2=nn.BatchNorm2d(8),
+                fc=nn.Linear(8, 4))  # fmt: skip
+    plan = plan_pruning(model, [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}], IMAGE)
+    assert set(by_name(plan)) == {"bn2"}
+    assert "past the normalisation" in plan.left_out["bn1"]
+
+
 def test_nnis_old_keys_work() -> None:
     entries = by_name(complete_config_list(plain(), [{"op_types": ["Conv2d"], "sparsity": 0.5}], IMAGE))
     assert entries["conv1"]["target_settings"]["weight"]["sparse_ratio"] == 0.5

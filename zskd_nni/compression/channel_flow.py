@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,13 @@ class Flow:
         dim: the dimension that holds the channels.
         labels: one label a channel, ``(channels,)``.
         constant: a removed channel may hold a constant here; zero otherwise.
+        raw: no normalisation has scaled the channels yet since they were computed.
     """
 
     dim: int
     labels: Labels
     constant: bool = False
+    raw: bool = False
 
 
 @dataclass
@@ -88,6 +90,7 @@ class ChannelFlow:
         gates: the sources whose outputs only multiply other channels (squeeze and excitation).
         blocks: by module path of a source: its channels are pruned in this many equal blocks.
         frozen: label -> why the channels with this label stay.
+        read_raw: the labels that some layer reads before a normalisation could silence them.
         unfollowed: module path -> why a layer is neither a source nor a follower although it is called.
     """
 
@@ -97,6 +100,7 @@ class ChannelFlow:
     gates: set[str] = field(default_factory=set)
     blocks: dict[str, int] = field(default_factory=dict)
     frozen: dict[int, str] = field(default_factory=dict)
+    read_raw: set[int] = field(default_factory=set)
     unfollowed: dict[str, str] = field(default_factory=dict)
 
     def reason(self, name: str) -> str | None:
@@ -128,6 +132,7 @@ def channel_flow(graph_module: GraphModule) -> ChannelFlow:
 
 
 def is_depthwise(module: nn.Module) -> bool:
+    """Whether each channel of a convolution is filtered for itself, so that it has as many outputs as inputs."""
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
@@ -141,6 +146,7 @@ class _Analysis:
         self.sources: dict[str, Labels] = {}
         self.followers: dict[str, Labels] = {}
         self.gate_labels: set[int] = set()
+        self.read_raw: set[int] = set()
         self.unfollowed: dict[str, str] = {}
         self.grouped: list[tuple[str, Labels, int]] = []
         self.unread = set(unread_nodes(graph_module))
@@ -204,13 +210,17 @@ class _Analysis:
         for flow in self.inputs(node):
             self.freeze_flow(flow, what)
 
+    def note_raw(self, flow: Flow | None) -> None:
+        if flow is not None and flow.raw:
+            self.read_raw.update(flow.labels.tolist())
+
     def kept(self, node: Node, flow: Flow, constant: bool | None = None) -> Flow | None:
         """The same channels in the node's output, provided that its shape has them where they were."""
         before, after = node_shape(_first(node)), node_shape(node)
         if before is None or after is None or before[: flow.dim + 1] != after[: flow.dim + 1]:
             self.freeze_flow(flow, f"they pass `{_label(node)}`, which moves the channel dimension")
             return None
-        return Flow(flow.dim, flow.labels, flow.constant if constant is None else constant)
+        return flow if constant is None else replace(flow, constant=constant)
 
     def module(self, node: Node, module: nn.Module) -> Flow | None:
         name = str(node.target)
@@ -247,6 +257,7 @@ class _Analysis:
             padded = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and _is_padded(module.padding)
             return self.pool(node, flow, padded or getattr(module, "return_indices", False))
         if exact is nn.LocalResponseNorm and flow.dim == 1 and not flow.constant:
+            self.note_raw(flow)
             return self.kept(node, flow)
         if exact is nn.Flatten:
             return self.flatten(node, flow, module.start_dim, module.end_dim)
@@ -268,7 +279,8 @@ class _Analysis:
                 return None
             self.followers[name] = flow.labels
             constant = name in self.composite and (flow.constant or module.bias is not None)
-            return Flow(1, flow.labels, constant)
+            return Flow(1, flow.labels, constant, flow.raw or module.bias is not None)
+        self.note_raw(flow)
         if module.groups > 1:
             labels = self.fresh(module.out_channels)
             if flow is not None:
@@ -277,15 +289,16 @@ class _Analysis:
         else:
             labels = self.fresh(module.out_channels)
         self.sources[name] = labels
-        return Flow(1, labels)
+        return Flow(1, labels, raw=True)
 
     def linear(self, node: Node, module: nn.Linear, flow: Flow | None) -> Flow | None:
         shape = node_shape(node)
         if flow is not None and shape is not None and flow.dim != len(shape) - 1:
             self.freeze_flow(flow, f"they enter {node.target} as something else than features")
+        self.note_raw(flow)
         labels = self.fresh(module.out_features)
         self.sources[str(node.target)] = labels
-        return Flow(len(shape) - 1, labels) if shape is not None else None
+        return Flow(len(shape) - 1, labels, raw=True) if shape is not None else None
 
     def norm(self, node: Node, module: Any, flow: Flow) -> Flow | None:
         name = str(node.target)
@@ -296,7 +309,10 @@ class _Analysis:
             self.freeze_flow(flow, f"they enter {name}, which keeps no running statistics")
             return None
         self.followers[name] = flow.labels
-        return Flow(1, flow.labels, name in self.composite or not module.affine)
+        silent = module.affine and name not in self.composite
+        if not silent:
+            self.note_raw(flow)
+        return Flow(1, flow.labels, constant=not silent)
 
     def pool(self, node: Node, flow: Flow, uneven: bool) -> Flow | None:
         if uneven and flow.constant:
@@ -315,7 +331,7 @@ class _Analysis:
             self.freeze_flow(flow, f"they pass `{_label(node)}`, which mixes them with another dimension")
             return None
         repeats = math.prod(shape[start + 1 : end + 1])
-        return Flow(start, np.repeat(flow.labels, repeats), flow.constant)
+        return replace(flow, dim=start, labels=np.repeat(flow.labels, repeats))
 
     def operation(self, node: Node) -> Flow | None:
         name = _name(node)
@@ -371,7 +387,9 @@ class _Analysis:
             else:
                 self.give_up(node, f"they pass `{_label(node)}` along another dimension")
                 return None
-        return Flow(dim, np.concatenate(labels), any(flow.constant for flow in self.inputs(node)))
+        inputs = self.inputs(node)
+        constant, raw = any(flow.constant for flow in inputs), any(flow.raw for flow in inputs)
+        return Flow(dim, np.concatenate(labels), constant, raw)
 
     def arithmetic(self, node: Node, name: str) -> Flow | None:
         if any(isinstance(argument, Node) for argument in node.kwargs.values()):
@@ -404,11 +422,12 @@ class _Analysis:
             return wide
         self.tie(first.labels, second.labels)
         if name in _ADDITIONS:
-            return Flow(first.dim, first.labels, first.constant or second.constant)
+            constant, raw = first.constant or second.constant, first.raw or second.raw
+            return Flow(first.dim, first.labels, constant, raw)
         if first.constant != second.constant:
             self.gate_labels.update((first if first.constant else second).labels.tolist())
         value = second if first.constant else first
-        return Flow(first.dim, value.labels, first.constant and second.constant)
+        return Flow(first.dim, value.labels, first.constant and second.constant, first.raw and second.raw)
 
     def is_wide(self, node: Node) -> bool:
         """Whether a node holds a tensor of more than one number, or one with channels."""
@@ -434,9 +453,9 @@ class _Analysis:
         before, after = node_shape(_first(node)), node_shape(node)
         if flow.dim == 1 and before is not None and after is not None and len(sizes) == len(after) >= 2:
             if len(sizes) == 2 and sizes[1] == -1 and after[0] == before[0]:
-                return Flow(1, np.repeat(flow.labels, math.prod(before[2:])), flow.constant)
+                return replace(flow, labels=np.repeat(flow.labels, math.prod(before[2:])))
             if isinstance(sizes[1], Node) and after[:2] == before[:2]:
-                return Flow(1, flow.labels, flow.constant)
+                return flow
         self.freeze_flow(flow, f"they pass `{_label(node)}`, which regroups them or names their number")
         return None
 
@@ -461,6 +480,7 @@ class _Analysis:
         flow.gates = {name for name, labels in self.sources.items() if set(labels.tolist()) & self.gate_labels}
         flow.frozen = frozen
         flow.unfollowed = self.unfollowed
+        flow.read_raw = {self.find(label) for label in self.read_raw}
         whole = {labels.tobytes(): name for name, labels in flow.sources.items()}
         flow.composite = {name for name, labels in flow.followers.items() if labels.tobytes() not in whole}
 

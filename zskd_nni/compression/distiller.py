@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from nni.compression.base.compressor import Compressor
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.distillation.basic_distiller import TeacherModelBasedDistiller
+from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator, TorchEvaluator
 from nni.compression.utils.evaluator import ForwardHook
 from schema import SchemaError
@@ -23,6 +25,7 @@ from zskd_nni.errors import UserError
 from zskd_nni.losses import distillation_loss
 from zskd_nni.teacher import OutputAdapter, Teacher, first_tensor
 
+_logger = logging.getLogger(__name__)
 TeacherPredict = Callable[[Any, nn.Module], Any]
 
 _SELECTION_KEYS = ("op_types", "op_names", "op_names_re", "exclude_op_names", "exclude_op_types", "exclude_op_names_re")
@@ -204,6 +207,13 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         evaluator.patch_loss(loss_patch)
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        for compressor in self.fused_compressors:
+            if _waits_for_masks(compressor):
+                _logger.warning(
+                    "%s has made no masks, and makes none in a fused run: call its compress() before from_compressor, "
+                    "or put it under AGPPruner or LinearPruner.",
+                    type(compressor).__name__,
+                )
         if not self._target_spaces:
             self._answers = []
             evaluator.register_hooks([ForwardHook(self.bound_model, "logits", self._keep_answer)])
@@ -272,6 +282,13 @@ def images_of(batch: Any) -> Tensor:
         f"No images were found in a batch of type {type(batch).__name__}; pass teacher_predict(batch, teacher), "
         "a function that gives the teacher's logits."
     )
+
+
+def _waits_for_masks(compressor: Compressor) -> bool:
+    if not isinstance(compressor, _NormPruner) or compressor.interval_steps >= 0:
+        return False
+    masks = [mask for targets in compressor.get_masks().values() for mask in targets.values() if mask is not None]
+    return all(bool(mask.all()) for mask in masks)
 
 
 def _discard_origin_loss(evaluator: TorchEvaluator) -> None:

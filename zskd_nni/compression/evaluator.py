@@ -31,6 +31,7 @@ from zskd_nni.transfer import TransferSource
 _logger = logging.getLogger(__name__)
 _STEPS_OF_A_STREAM = 1000
 _CALIBRATION_BATCH = 256
+_RELATIVE_SCALE_STEP = 0.01
 TrainingStep = Callable[..., Any]
 
 
@@ -56,6 +57,7 @@ class DataFreeEvaluator(TorchEvaluator):
         lr_schedulers: one traced schedule of that optimiser in place of the cosine.
         dummy_input: ``(2, C, H, W)`` of mid-grey by default.
         checkpoint_every: seconds between two writes.
+        label: shown beside the progress.
         quiet: no progress.
 
     Attributes:
@@ -79,6 +81,7 @@ class DataFreeEvaluator(TorchEvaluator):
         lr_schedulers: LRScheduler | list[LRScheduler] | None = None,
         dummy_input: Tensor | None = None,
         checkpoint_every: float = 30.0,
+        label: str = "compression",
         quiet: bool = False,
     ) -> None:
         given_optimizers, given_schedules = _listed(optimizers), _listed(lr_schedulers)
@@ -92,9 +95,10 @@ class DataFreeEvaluator(TorchEvaluator):
         self.settings = settings or DistillationSettings()
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.pseudo_labels, self.calibration_images = pseudo_labels, calibration_images
-        self.checkpoint_every, self.quiet = checkpoint_every, quiet
+        self.checkpoint_every, self.label, self.quiet = checkpoint_every, label, quiet
         self.histories: list[History] = []
         self._tmp_optimizers: list[Optimizer]  # NNI's, until the model is known
+        self._own_optimizer = not given_optimizers
         self._compression = FusedState(source)
         self._calibration_set: Tensor | None = None
         if dummy_input is None:
@@ -150,7 +154,22 @@ class DataFreeEvaluator(TorchEvaluator):
             path: [weight for weight in weights if id(weight) not in known]
             for path, weights in module_name_param_dict.items()
         }
+        if self._own_optimizer:
+            self._add_scales(fresh)
         super().patch_optim_param_group(fresh)
+
+    def _add_scales(self, weights_by_path: dict[str, list[Tensor]]) -> None:
+        # A step of Adam is as long as its learning rate, whatever the gradient: at the weights' rate it would throw
+        # a learnt quantization scale, often as small as that rate, to the other side of 0.
+        assert self.model is not None and self._optimizers
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        for path, weights in weights_by_path.items():
+            scales = [weight for weight in weights if names.get(id(weight), "").endswith("_scale") and weight.numel()]
+            for scale in scales:
+                rate = _RELATIVE_SCALE_STEP * float(scale.detach().abs().mean())
+                self._optimizers[0].add_param_group({"params": [scale], "lr": rate, "weight_decay": 0.0})
+            taken = {id(scale) for scale in scales}
+            weights_by_path[path] = [weight for weight in weights if id(weight) not in taken]
 
     def register_hooks(self, hooks: list[Hook]) -> None:
         """NNI's; what the hooks gather is noted for the checkpoint."""
@@ -246,7 +265,7 @@ class DataFreeEvaluator(TorchEvaluator):
                 loss,
                 steps=steps,
                 seed=self.seed,
-                label="compression",
+                label=self.label,
                 checkpoint=checkpoint,
                 extra=self._compression,
                 quiet=self.quiet,

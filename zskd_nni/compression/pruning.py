@@ -79,7 +79,9 @@ def prune(
         distiller.compress(max_steps=section.steps, max_epochs=None)
         masks = pruner.get_masks()
         distiller.unwrap_model()
+        history = evaluator.histories[-1]
     else:
+        history = None
         _, masks = pruner.compress(None, None) if section.schedule is None else (None, pruner.generate_masks())
         pruner.unwrap_model()
     network = network.cpu().eval()
@@ -93,6 +95,7 @@ def prune(
             if mask is not None
         },
         "left_out": left_out,
+        "history": None if history is None else {"steps": history.steps, "losses": history.losses},
     }
     cpu_masks = {
         name: {target: None if mask is None else mask.cpu() for target, mask in targets.items()}

@@ -33,9 +33,7 @@ class PruningPlan:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def complete_config_list(
-    model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any
-) -> list[dict[str, Any]]:
+def complete_config_list(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> list[dict[str, Any]]:
     """Complete a plain pruning config so that the masks of layers that share channels agree.
 
     ``plan_pruning`` without the list of what was left out, which goes to the log.
@@ -73,11 +71,16 @@ def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_inpu
     What is left out: layers whose channels cannot be removed from what follows, the network's outputs above all, and
     layers that share channels with one that the config does not name.
 
+    Where the config names normalisations but not the layers in front of them, the normalisations are ranked.
+
     A module that the user gave a ``dependency_group_id`` or an ``align`` passes as it is. So does one with a
-    ``granularity`` other than whole channels.
+    ``granularity`` other than whole channels. NNI ranks a dependency group by itself, so that a
+    ``global_group_id`` has no effect on its members.
 
     Args:
-        model: see ``complete_config_list``; also the other arguments.
+        model: see ``complete_config_list``.
+        config_list: see ``complete_config_list``.
+        dummy_input: see ``complete_config_list``.
 
     Raises:
         UserError: the config names no module of the model, or none that can be pruned, or gives layers that
@@ -235,6 +238,8 @@ class _Planner:
         reason = self.flow.reason(group[0])
         if unnamed:
             reason = reason or f"it shares channels with {unnamed[0]}, which the config does not prune"
+        if self.flow.read_raw.intersection(self.flow.followers[norms[0]].tolist()):
+            reason = reason or "some layer reads its channels past the normalisation"
         if reason:
             self.leave_out(named, reason)
             return

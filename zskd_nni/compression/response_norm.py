@@ -30,8 +30,10 @@ class PrunedLocalResponseNorm(nn.Module):
         self.register_buffer("window", window.float())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(N, K, ...)`` by the energy of each channel's original neighbours."""
         energy = torch.einsum("ij,nj...->ni...", self.window.to(x.dtype), x.square())  # (N, K, ...)
         return x / (self.k + self.alpha / self.size * energy).pow(self.beta)
 
     def extra_repr(self) -> str:
+        """Channels and settings, as in ``nn.LocalResponseNorm``."""
         return f"{self.window.shape[0]} channels, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"

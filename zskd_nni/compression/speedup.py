@@ -26,6 +26,7 @@ from zskd_nni.errors import UserError
 Masks = dict[str, dict[str, Tensor | None]]
 
 _CHECK_BATCH_SIZE = 4
+_SELECTIONS = {"getitem", "chunk", "split", "narrow", "unbind", "select", "index_select"}
 
 
 @dataclass(frozen=True)
@@ -319,9 +320,7 @@ def _remove(
     return candidate, _kept_channels(speedup), notes
 
 
-def _spread_norm_masks(
-    model: nn.Module, masks: dict[str, dict[str, Tensor]], graph_module: GraphModule
-) -> None:
+def _spread_norm_masks(model: nn.Module, masks: dict[str, dict[str, Tensor]], graph_module: GraphModule) -> None:
     """Where only normalisations are masked, mask the layers in front of them, which NNI would not find by itself.
 
     What such a layer gives for a silenced channel is multiplied by zero; should anything else read it after all, the
@@ -362,7 +361,7 @@ def _model_speedup(
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", ".*already registered as pytree node", UserWarning)
         from nni.compression.speedup import ModelSpeedup
-        from nni.compression.speedup.mask_updater import NoChangeMaskUpdater, NoMaskUpdater
+        from nni.compression.speedup.mask_updater import DefaultMaskUpdater, NoChangeMaskUpdater, NoMaskUpdater
         from nni.compression.speedup.replacer import DefaultReplacer
 
     class RelativeModelSpeedup(ModelSpeedup):
@@ -382,6 +381,21 @@ def _model_speedup(
             for done in model_speedup.user_to_last_uses.get(node, []):
                 model_speedup.node_infos[done].output_randomize = None
 
+    class SelectionMaskUpdater(DefaultMaskUpdater):
+        """Channels that a slice does not pick are not removed for that: the slice would then pick others."""
+
+        def detect(self, model_speedup: Any, node: Any) -> bool:
+            name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+            source = node.all_input_nodes[0] if node.all_input_nodes else None
+            return name in _SELECTIONS and isinstance(model_speedup.node_infos[source].output_origin, Tensor)
+
+        def indirect_update_process(self, model_speedup: Any, node: Any) -> None:
+            super().indirect_update_process(model_speedup, node)
+            source = node.all_input_nodes[0]
+            whole = torch.zeros_like(model_speedup.node_infos[source].output_origin)
+            whole.grad = torch.ones_like(whole)
+            model_speedup.indirect_pass_grad(source, whole)
+
     return RelativeModelSpeedup(
         model,
         arguments,
@@ -389,6 +403,7 @@ def _model_speedup(
         customized_mask_updaters=[
             NoChangeMaskUpdater((nn.LocalResponseNorm, nn.Dropout, nn.Dropout2d, nn.Identity)),
             SizeMaskUpdater(),
+            SelectionMaskUpdater(),
         ],
         customized_replacers=[
             DefaultReplacer(

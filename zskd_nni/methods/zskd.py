@@ -186,11 +186,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "best": {
         "targets": {"betas": (1.0, 0.1)},
         "synthesis": {
-            "start": "smooth",
+            "temperature": (1.5, 8.0),
+            "start": "mixed",
+            "hold": 0.7,
             "range": "clamp",
             "learning_rate": 0.05,
-            "max_steps": 100,
-            "total_variation": (3e-4, 3e-3),
+            "max_steps": 60,
+            "total_variation": (3e-5, 3e-3),
         },
     },
 }

@@ -1,8 +1,16 @@
 """From soft targets to data impressions: the engine that makes them and the store that keeps them."""
 
-from zskd_nni.synthesis.engine import Impressions, synthesize_shard
+from zskd_nni.synthesis.engine import Impressions, Orders, synthesize_shard
 from zskd_nni.synthesis.run import TargetPlan, synthesize
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.synthesis.store import ImpressionStore
 
-__all__ = ["ImpressionStore", "Impressions", "SynthesisSettings", "TargetPlan", "synthesize", "synthesize_shard"]
+__all__ = [
+    "ImpressionStore",
+    "Impressions",
+    "Orders",
+    "SynthesisSettings",
+    "TargetPlan",
+    "synthesize",
+    "synthesize_shard",
+]

@@ -20,6 +20,7 @@ from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.teacher import Teacher
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults, as the authors use them
+REFERENCE_TEMPERATURE = 20.0
 _STANDSTILL = 0.99
 
 
@@ -45,15 +46,38 @@ class Impressions:
         return len(self.images)
 
 
+@dataclass(frozen=True)
+class Orders:
+    """What is asked for, one row an impression, on the CPU.
+
+    Attributes:
+        targets: ``(N, K)`` rows of probabilities.
+        starts: ``(N, C, H, W)`` in the teacher's value range.
+        temperatures: ``(N, 1)`` the teacher's temperature for each.
+        prior: ``(N,)`` weight of the total variation of each.
+        free: ``(N, 1, H, W)`` which pixels may change, or None for all.
+    """
+
+    targets: Tensor
+    starts: Tensor
+    temperatures: Tensor
+    prior: Tensor
+    free: Tensor | None = None
+
+
 class _Slots:
     """The state of the images in flight; every tensor has one row a slot."""
 
-    def __init__(self, count: int, device: torch.device, images: Tensor, targets: Tensor, prior: Tensor) -> None:
+    _ROWS = ("images", "targets", "temperatures", "prior", "first", "second", "age", "adam_step", "best", "best_age")
+
+    def __init__(self, count: int, device: torch.device, orders: Orders) -> None:
         self.device = device
         self.index = torch.arange(count)  # which image of the shard (CPU)
-        self.images = images[:count].to(device)
-        self.targets = targets[:count].to(device)
-        self.prior = prior[:count].to(device)
+        self.images = orders.starts[:count].to(device, copy=True)  # the caller's stay as they are
+        self.targets = orders.targets[:count].to(device, copy=True)
+        self.temperatures = orders.temperatures[:count].to(device, copy=True)
+        self.prior = orders.prior[:count].to(device, copy=True)
+        self.free = None if orders.free is None else orders.free[:count].to(device, copy=True)
         self.first = torch.zeros_like(self.images)  # Adam's moments
         self.second = torch.zeros_like(self.images)
         self.age = torch.zeros(count, device=device)  # steps of this image
@@ -61,16 +85,19 @@ class _Slots:
         self.best = torch.full((count,), float("inf"), device=device)
         self.best_age = torch.zeros(count, device=device)
 
-    def refill(self, rows: Tensor, index: Tensor, images: Tensor, targets: Tensor, prior: Tensor, warm: bool) -> None:
+    def refill(self, rows: Tensor, index: Tensor, orders: Orders, warm: bool) -> None:
         on_device = rows.to(self.device)
         self.index[rows] = index
-        self.targets[on_device] = targets[index].to(self.device)
-        self.prior[on_device] = prior[index].to(self.device)
+        self.targets[on_device] = orders.targets[index].to(self.device)
+        self.temperatures[on_device] = orders.temperatures[index].to(self.device)
+        self.prior[on_device] = orders.prior[index].to(self.device)
+        if self.free is not None and orders.free is not None:
+            self.free[on_device] = orders.free[index].to(self.device)
         self.age[on_device] = 0
         self.best[on_device] = float("inf")
         self.best_age[on_device] = 0
         if not warm:
-            self.images[on_device] = images[index].to(self.device)
+            self.images[on_device] = orders.starts[index].to(self.device)
             self.first[on_device] = 0
             self.second[on_device] = 0
             self.adam_step[on_device] = 0
@@ -78,36 +105,35 @@ class _Slots:
     def keep(self, rows: Tensor) -> None:
         on_device = rows.to(self.device)
         self.index = self.index[rows]
-        for name in ("images", "targets", "prior", "first", "second", "age", "adam_step", "best", "best_age"):
-            setattr(self, name, getattr(self, name)[on_device].contiguous())
+        for name in self._ROWS:
+            setattr(self, name, getattr(self, name)[on_device])
+        if self.free is not None:
+            self.free = self.free[on_device]
 
 
 def synthesize_shard(
     teacher: Teacher,
-    targets: Tensor,
-    starts: Tensor,
-    prior: Tensor,
+    orders: Orders,
     settings: SynthesisSettings,
     on_finished: Callable[[int], None] | None = None,
 ) -> Impressions:
-    """Optimise ``starts`` until the teacher answers them with ``targets`` (ZSKD equation 5).
+    """Optimise starts until the teacher answers them with their targets (ZSKD equation 5).
 
     Args:
         teacher: on the device to use.
-        targets: ``(N, K)`` rows of probabilities.
-        starts: ``(N, C, H, W)`` in the teacher's value range.
-        prior: ``(N,)`` weight of the total variation of each image.
+        orders: targets, starts and weights.
         settings: the schedule.
         on_finished: called with the number of images that left at a step.
 
     Raises:
         UserError: the teacher's answer or its gradient is not finite.
     """
-    spec, count, device = teacher.spec, len(targets), teacher.device
+    spec, device, starts, targets = teacher.spec, teacher.device, orders.starts, orders.targets
+    count = len(targets)
     result_images = torch.empty_like(starts)
     result_logits = torch.empty(count, targets.shape[1])
     result_fit, result_steps = torch.empty(count), torch.zeros(count, dtype=torch.int32)
-    slots = _Slots(min(settings.slots, count), device, starts, targets, prior)
+    slots = _Slots(min(settings.slots, count), device, orders)
     following = len(slots.index)  # the next image of the shard that waits for a slot
     with_prior = settings.total_variation != (0.0, 0.0)
     value_range = spec.high - spec.low
@@ -118,11 +144,15 @@ def synthesize_shard(
             slots.images = _rescaled(slots.images, slots.age, settings.max_steps, spec.low, spec.high)
         images = slots.images.requires_grad_(True)
         logits = teacher(images)
-        fit = soft_target_divergence(logits, slots.targets, settings.temperature)
-        objective = fit.sum()
+        fit = soft_target_divergence(logits, slots.targets, slots.temperatures)
+        # A logit's pull falls with 1 / T; the factor keeps the balance with the prior alike at every temperature.
+        # Adam itself does not mind the scale.
+        objective = (fit * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
         if with_prior:
-            objective = objective + (slots.prior * total_variation(images)).sum() / value_range**2
+            objective = objective + (slots.prior * total_variation(images / value_range)).sum()
         (gradient,) = torch.autograd.grad(objective, images)
+        if slots.free is not None:
+            gradient = gradient * slots.free
         slots.images = images.detach()
         fit, logits = fit.detach(), logits.detach()
 
@@ -153,14 +183,15 @@ def synthesize_shard(
             if on_finished is not None:
                 on_finished(len(rows))
 
-        _adam_step(slots, gradient, settings.learning_rate * value_range)
-        if settings.range == "clamp":
-            slots.images.clamp_(spec.low, spec.high)
+        if not (settings.warm_start and len(rows)):  # a warm start goes on from the images as they were kept
+            _adam_step(slots, gradient, settings.learning_rate * value_range)
+            if settings.range == "clamp":
+                slots.images.clamp_(spec.low, spec.high)
         if len(rows):
             fresh = torch.arange(following, min(count, following + len(rows)))
             following += len(fresh)
             if len(fresh):
-                slots.refill(rows[: len(fresh)], fresh, starts, targets, prior, settings.warm_start)
+                slots.refill(rows[: len(fresh)], fresh, orders, settings.warm_start)
             if len(fresh) < len(rows):
                 stay = torch.ones(len(slots.index), dtype=torch.bool)
                 stay[rows[len(fresh) :]] = False

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zskd_nni.errors import UserError
 from zskd_nni.progress import Progress
 from zskd_nni.seeds import derive_seed, generator
-from zskd_nni.synthesis.engine import synthesize_shard
+from zskd_nni.synthesis.engine import Orders, synthesize_shard
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.synthesis.starts import start_images
 from zskd_nni.synthesis.store import ImpressionStore
@@ -53,6 +54,8 @@ def synthesize(
     Raises:
         UserError: the folder holds something else, another run is at work there, or it cannot be written.
     """
+    if size < 1:
+        raise UserError(f"A store holds at least 1 impression, not {size}.")
     counts = [min(settings.shard, size - first) for first in range(0, size, settings.shard)]
     identity = {
         "teacher": teacher.fingerprint,
@@ -84,19 +87,20 @@ def synthesize(
                     first = sum(counts[:index])
                     targets = plan.targets(first, counts[index], size, derive_seed(seed, "targets", index))
                     random = generator(seed, "start", index)
-                    starts = start_images(settings.start, counts[index], teacher.spec, random)
-                    prior = _prior_weights(settings, counts[index], random)
-                    impressions = synthesize_shard(teacher, targets, starts, prior, settings, progress.advance)
+                    starts, free = start_images(settings.start, counts[index], teacher.spec, random, settings.hold)
+                    prior = _log_uniform(*settings.total_variation, counts[index], random)
+                    temperatures = _log_uniform(*settings.temperatures, counts[index], random).unsqueeze(1)
+                    orders = Orders(targets, starts, temperatures, prior, free)
+                    impressions = synthesize_shard(teacher, orders, settings, progress.advance)
                     store.write(index, impressions, time.monotonic() - started)
         finally:
             torch.set_num_threads(threads)
     return store
 
 
-def _prior_weights(settings: SynthesisSettings, count: int, random: torch.Generator) -> Tensor:
-    low, high = settings.total_variation
-    if high == 0:
-        return torch.zeros(count)
+def _log_uniform(low: float, high: float, count: int, random: torch.Generator) -> Tensor:
+    if low == high:
+        return torch.full((count,), low)
     return low * (high / low) ** torch.rand(count, generator=random)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STARTS = ("uniform", "smooth")
+STARTS = ("uniform", "smooth", "shapes", "mixed")
 RANGES = ("clamp", "rescale", "free")
 
 
@@ -13,17 +13,19 @@ class SynthesisSettings:
     """The optimisation of an image towards its soft target.
 
     Attributes:
-        temperature: the teacher's temperature while images are fitted (ZSKD: 20).
+        temperature: the teacher's temperature while images are fitted (ZSKD: 20); two numbers draw it for each image
+            log-uniformly between them.
         learning_rate: of Adam, in units of the value range.
         max_steps: an image leaves after that many steps, fitted or not.
         tolerance: an image leaves as soon as ``KL(target || teacher)`` is below this; None runs every image for
             ``max_steps``, as published.
         patience: an image also leaves when its divergence has not fallen by a hundredth of itself in that many
             steps; 0 never gives up.
-        start: ``uniform`` noise over the value range, or ``smooth``: noise of random coarseness, brightness and
-            contrast.
-        total_variation: weight of the smoothness prior, drawn for each image log-uniformly between the two; (0, 0)
-            for none.
+        start: ``uniform`` noise over the value range (the paper's), ``smooth`` noise, ``shapes`` or ``mixed``; see
+            :mod:`zskd_nni.synthesis.starts`.
+        hold: probability that the empty background of a shape is held, in [0, 1].
+        total_variation: weight of the smoothness prior beside the divergence times temperature / 20, drawn for each
+            image log-uniformly between the two; (0, 0) for none.
         range: ``clamp`` to the value range after every step; ``rescale`` the whole batch to it by its extremes
             before every step but the last, as the authors' code does; ``free``.
         warm_start: the next batch starts from the last one's images, and Adam goes on (authors' code).
@@ -36,12 +38,13 @@ class SynthesisSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    temperature: float = 20.0
+    temperature: float | tuple[float, float] = 20.0
     learning_rate: float = 0.05
     max_steps: int = 100
     tolerance: float | None = None
     patience: int = 0
     start: str = "uniform"
+    hold: float = 0.7
     total_variation: tuple[float, float] = (0.0, 0.0)
     range: str = "clamp"
     warm_start: bool = False
@@ -49,13 +52,17 @@ class SynthesisSettings:
     shard: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        coldest, hottest = self.temperatures
+        if not 0 < coldest <= hottest < float("inf"):
+            raise ValueError(f"temperature must be positive, or two such numbers in order, not {self.temperature}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if not 0 <= self.hold <= 1:
+            raise ValueError(f"hold must lie in [0, 1], not {self.hold}")
         for name in ("max_steps", "slots", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.tolerance is not None and self.tolerance <= 0:
+        if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
             raise ValueError(f"tolerance must be positive, or null to run all steps, not {self.tolerance}")
         if self.patience < 0:
             raise ValueError(f"patience must not be negative, not {self.patience}")
@@ -71,3 +78,8 @@ class SynthesisSettings:
                 "range: rescale and warm_start tie the images of a batch together, so that none may leave early; "
                 "set tolerance: null and patience: 0"
             )
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """The coldest and the hottest temperature an image is fitted at."""
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature, self.temperature)

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
-from zskd_nni.files import fingerprint_of, load_tensors, make_folder, read_json, save_tensors, sha256_of_file, write_json
+from zskd_nni.files import (
+    fingerprint_of,
+    load_tensors,
+    make_folder,
+    read_json,
+    save_tensors,
+    sha256_of_file,
+    write_json,
+)
 from zskd_nni.synthesis.engine import Impressions
 
 MANIFEST = "manifest.json"
@@ -47,7 +55,9 @@ class ImpressionStore:
         self.manifest = manifest
 
     @classmethod
-    def create(cls, folder: str | Path, identity: dict[str, Any], plan: list[int], environment: dict[str, Any]) -> ImpressionStore:
+    def create(
+        cls, folder: str | Path, identity: dict[str, Any], plan: list[int], environment: dict[str, Any]
+    ) -> ImpressionStore:
         """Make a store, or take one up again.
 
         Args:
@@ -119,6 +129,8 @@ class ImpressionStore:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise UserError(f"Another run is at work in {self.folder}; wait for it, or use another folder.") from error
+        except OSError as error:
+            raise UserError(f"The folder {self.folder} cannot be written to ({error.strerror}).") from error
         try:
             for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed between write and rename
                 leftover.unlink(missing_ok=True)
@@ -155,13 +167,12 @@ class ImpressionStore:
 
     def write(self, index: int, impressions: Impressions, seconds: float) -> None:
         """Keep a finished shard: first its file, then its line in the manifest."""
-        for name in _FIELDS:
-            values = getattr(impressions, name)
-            if values.is_floating_point() and not torch.isfinite(values).all():
-                raise UserError(f"Shard {index} of {self.folder} was not written: its {name} are not finite.")
         tensors = {name: getattr(impressions, name) for name in _FIELDS}
         # Half precision is finer than 8-bit images by far; the teacher labels what is stored anew in any case.
         tensors["images"] = tensors["images"].half()
+        for name, values in tensors.items():
+            if values.is_floating_point() and not torch.isfinite(values).all():
+                raise UserError(f"Shard {index} of {self.folder} was not written: its {name} are not finite.")
         checksum = save_tensors(self.folder / shard_name(index), tensors)
         histogram = torch.bincount(impressions.steps.long())
         spent = {str(step): int(count) for step, count in enumerate(histogram) if count}
@@ -182,11 +193,14 @@ class ImpressionStore:
         problem = self.damage(index)
         if problem is not None:
             raise UserError(
-                f"{self.folder / shard_name(index)} is {problem}. Run the same synthesis again: it makes that shard anew."
+                f"{self.folder / shard_name(index)} is {problem}. "
+                "Run the same synthesis again: it makes that shard anew."
             )
         tensors, _ = load_tensors(self.folder / shard_name(index))
         if set(tensors) != set(_FIELDS) or any(len(value) != self.plan[index] for value in tensors.values()):
-            raise UserError(f"{self.folder / shard_name(index)} does not hold the {self.plan[index]} impressions planned.")
+            raise UserError(
+                f"{self.folder / shard_name(index)} does not hold the {self.plan[index]} impressions planned."
+            )
         return Impressions(**tensors)
 
     def images(self) -> Tensor:
@@ -228,12 +242,14 @@ def _problem_with(manifest: Any) -> str | None:
         return "'plan' is not a list of counts"
     if not isinstance(manifest.get("identity"), dict) or not isinstance(manifest.get("environment"), dict):
         return "'identity' or 'environment' is missing"
+    if type(manifest["environment"].get("threads")) is not int or manifest["environment"]["threads"] < 1:
+        return "'environment' does not say how many threads"
     if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
         return "its fingerprint is not that of its identity: it was edited"
     if not isinstance(shards, dict):
         return "'shards' is missing"
     for index, entry in shards.items():
-        if not (index.isdigit() and int(index) < len(plan) and isinstance(entry, dict)):
+        if not (index.isascii() and index.isdigit() and int(index) < len(plan) and isinstance(entry, dict)):
             return f"there is no shard {index!r} in its plan"
         if not isinstance(entry.get("sha256"), str) or not isinstance(entry.get("steps"), dict):
             return f"shard {index} has no checksum"

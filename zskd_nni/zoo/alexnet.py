@@ -40,43 +40,44 @@ class AlexNet(nn.Module):
     ) -> None:
         super().__init__()
         a, b, c, d, e = widths
-        bn = {"eps": 1e-3, "momentum": bn_momentum}
         self.conv1 = nn.Conv2d(in_channels, a, 5, padding=2)
         self.relu1 = nn.ReLU()
         self.norm1 = _response_norm()
         self.pool1 = nn.MaxPool2d(3, 2)
-        self.bn1 = nn.BatchNorm2d(a, **bn)
+        self.bn1 = nn.BatchNorm2d(a, eps=1e-3, momentum=bn_momentum)
         self.conv2 = nn.Conv2d(a, b, 5, padding=2)
         self.relu2 = nn.ReLU()
         self.norm2 = _response_norm()
         self.pool2 = nn.MaxPool2d(3, 2)
-        self.bn2 = nn.BatchNorm2d(b, **bn)
+        self.bn2 = nn.BatchNorm2d(b, eps=1e-3, momentum=bn_momentum)
         self.conv3 = nn.Conv2d(b, c, 3, padding=1)
         self.relu3 = nn.ReLU()
-        self.bn3 = nn.BatchNorm2d(c, **bn)
+        self.bn3 = nn.BatchNorm2d(c, eps=1e-3, momentum=bn_momentum)
         self.conv4 = nn.Conv2d(c, d, 3, padding=1)
         self.relu4 = nn.ReLU()
-        self.bn4 = nn.BatchNorm2d(d, **bn)
+        self.bn4 = nn.BatchNorm2d(d, eps=1e-3, momentum=bn_momentum)
         self.conv5 = nn.Conv2d(d, e, 3, padding=1)
         self.relu5 = nn.ReLU()
         self.pool5 = nn.MaxPool2d(3, 2)
-        self.bn5 = nn.BatchNorm2d(e, **bn)
+        self.bn5 = nn.BatchNorm2d(e, eps=1e-3, momentum=bn_momentum)
         self.flatten = nn.Flatten()
         self.fc6 = nn.Linear(e * 3 * 3, hidden[0])
         self.relu6 = nn.ReLU()
         self.drop6 = nn.Dropout(0.5)
-        self.bn6 = nn.BatchNorm1d(hidden[0], **bn)
+        self.bn6 = nn.BatchNorm1d(hidden[0], eps=1e-3, momentum=bn_momentum)
         self.fc7 = nn.Linear(hidden[0], hidden[1])
         self.relu7 = nn.ReLU()
         self.drop7 = nn.Dropout(0.5)
-        self.bn7 = nn.BatchNorm1d(hidden[1], **bn)
+        self.bn7 = nn.BatchNorm1d(hidden[1], eps=1e-3, momentum=bn_momentum)
         self.fc8 = nn.Linear(hidden[1], num_classes)
         for module in self.modules():
             # The authors draw every weight from N(0, 0.01); Kaiming's start trains reliably.
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
         for module in (self.conv2, self.conv4, self.conv5):
+            assert module.bias is not None
             nn.init.ones_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
