@@ -109,6 +109,15 @@ def make_store(
     )
 
 
+def make_store_stoppably(folder: str | Path, **options: Any) -> None:
+    """As the command line does it: a stop leaves with 128 plus the signal's number."""
+    try:
+        with interrupt.stoppable():
+            make_store(folder, **options)
+    except interrupt.Interrupted as stop:
+        sys.exit(128 + stop.signum)
+
+
 def shard_hashes(folder: Path) -> dict[str, str]:
     """Name and SHA-256 of everything in a store but its manifest and lock."""
     return {

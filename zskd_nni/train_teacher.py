@@ -69,14 +69,18 @@ TEACHERS = {
             augmentation=Augmentation(rotation=10, translation=0.08, scale=(0.9, 1.1), shear=5),
         ),
     ),
+    # Trained for 60 epochs at 3e-3 it reaches 92.1 % on test data, but logits so steep that impressions of it teach
+    # less: on a validation slice the student fell from about 83 % to 76 %.
     "lenet5-fashion-mnist": TeacherRecipe(
         "zoo:lenet5",
         "fashion-mnist",
         _GREY,
         SupervisedSettings(
-            epochs=60,
-            learning_rate=3e-3,
-            augmentation=Augmentation(rotation=4, translation=0.05, scale=(0.95, 1.05), flip=0.5),
+            epochs=22,
+            batch=256,
+            learning_rate=2e-3,
+            weight_decay=1e-3,
+            augmentation=Augmentation(translation=0.03, flip=0.5),
         ),
     ),
     "alexnet-cifar10": TeacherRecipe(

@@ -166,6 +166,16 @@ def test_fused_with_a_pruner_the_masked_weights_stay_masked(teacher, kind):
     torch.testing.assert_close(answer, student(images(4)))
 
 
+def test_a_norm_pruner_that_will_make_no_masks_is_told(teacher, caplog):
+    for first in (False, True):
+        caplog.clear()
+        pruner = L1NormPruner(lenet5(), CONVOLUTIONS, evaluator_for(teacher))
+        if first:
+            pruner.compress()
+        ZeroShotDistiller.from_compressor(pruner, [], teacher).compress(1, None)
+        assert ("has made no masks" in caplog.text) is not first
+
+
 def test_taylor_measures_with_the_distillation_loss(teacher, monkeypatch):
     pruner = TaylorPruner(lenet5(), CONVOLUTIONS, evaluator_for(teacher), training_steps=3)
     scores = {}

@@ -120,6 +120,7 @@ def test_lengths_of_a_training(teacher):
     evaluator = evaluator_for(teacher, settings=DistillationSettings(steps=77))
     assert evaluator.steps_for(5, None) == 5
     assert evaluator.steps_for(None, 3) == 3 * 256 // 32
+    assert evaluator_for(teacher, source=source(100)).steps_for(None, 3) == 6  # as the source counts its epochs
     assert evaluator.steps_for(20, 2) == 16
     assert evaluator.steps_for(None, None) == 77
     assert evaluator.steps_for(0, None) == 0
@@ -378,6 +379,10 @@ def test_a_checkpoint_of_another_compression_is_refused(teacher, tmp_path):
         fused("qat", teacher, evaluator_for(teacher, checkpoint=path)).compress(16, None)
     with pytest.raises(UserError, match="another run"):
         fused("agp", teacher, evaluator_for(teacher, checkpoint=path)).compress(17, None)
+    hotter = fused("agp", teacher, evaluator_for(teacher, checkpoint=path))
+    hotter.temperature = 21.0
+    with pytest.raises(UserError, match="another run"):
+        hotter.compress(16, None)
 
 
 def test_a_second_training_keeps_its_own_checkpoint(teacher, tmp_path):

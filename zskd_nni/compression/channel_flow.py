@@ -222,7 +222,7 @@ class _Analysis:
             return None
         return flow if constant is None else replace(flow, constant=constant)
 
-    def module(self, node: Node, module: nn.Module) -> Flow | None:
+    def module(self, node: Node, module: Any) -> Flow | None:
         name = str(node.target)
         inputs = self.inputs(node)
         parametric = next(module.parameters(), None) is not None
@@ -396,15 +396,15 @@ class _Analysis:
             self.give_up(node, f"they enter `{_label(node)}` by keyword")
             return None
         tensors = [argument for argument in node.args if isinstance(argument, Node) and self.is_wide(argument)]
-        flows = [self.flows.get(argument) for argument in tensors]
-        if len(tensors) == 1 and flows[0] is not None:
+        flows = [self.flows[argument] for argument in tensors if argument in self.flows]
+        if len(tensors) == len(flows) == 1:
             number = next((argument for argument in node.args if argument is not tensors[0]), None)
             scaled = name in _PRODUCTS or (name in _QUOTIENTS and node.args[0] is tensors[0])
             if name in _QUOTIENTS and not scaled:
                 self.give_up(node, f"they are a divisor in `{_label(node)}`")
                 return None
             return self.kept(node, flows[0], flows[0].constant or not (scaled or number == 0))
-        if len(tensors) != 2 or any(flow is None for flow in flows) or name in _QUOTIENTS:
+        if len(tensors) != 2 or len(flows) != 2 or name in _QUOTIENTS:
             self.give_up(node, f"they enter `{_label(node)}` with a tensor whose channels stay")
             return None
         first, second = flows
@@ -474,7 +474,7 @@ class _Analysis:
             {name: self.roots(labels) for name, labels in self.sources.items()},
             {name: self.roots(labels) for name, labels in self.followers.items()},
         )
-        frozen = {}
+        frozen: dict[int, str] = {}
         for label, reason in self.frozen.items():
             frozen.setdefault(self.find(label), reason)
         flow.gates = {name for name, labels in self.sources.items() if set(labels.tolist()) & self.gate_labels}

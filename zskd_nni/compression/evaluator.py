@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,7 +178,7 @@ class DataFreeEvaluator(TorchEvaluator):
     def steps_for(self, max_steps: int | None, max_epochs: int | None) -> int:
         """Optimiser steps of a training: the shorter of the two limits, or the settings' own without any."""
         size = self.source.size
-        epoch = _STEPS_OF_A_STREAM if size is None else max(1, math.ceil(size / self.source.batch_size))
+        epoch = _STEPS_OF_A_STREAM if size is None else max(1, size // self.source.batch_size)
         limits = [] if max_steps is None else [max_steps]
         if max_epochs is not None:
             limits.append(max_epochs * epoch)

@@ -52,8 +52,14 @@ class FusedState:
                 self._optimizers.append(thing)
 
     def description(self) -> list[str]:
-        """Which compressors there are and what they were configured to do; a checkpoint of others is refused."""
-        return [f"{type(compressor).__name__} {compressor.config_list!r}" for compressor in self._compressors]
+        """Which compressors there are and what they were told to do; a checkpoint of others is refused.
+
+        Read before the first step, when every counter stands at its start.
+        """
+        return [
+            f"{type(compressor).__name__} {compressor.config_list!r} {sorted(_counters(compressor).items())!r}"
+            for compressor in self._compressors
+        ]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors on any device."""
@@ -120,6 +126,8 @@ class FusedState:
     def _make_room(self, shapes: dict[str, Tensor]) -> None:
         # Scales and ranges are None, or of another shape, until a forward pass; load_state_dict wants them there.
         modules = dict(self._wrapped())
+        assert self.model is not None
+        anywhere = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
         for name, shape in shapes.items():
             path, own = name.rsplit(":", 1)
             module = modules[path]
@@ -128,7 +136,7 @@ class FusedState:
                 current = module._parameters.get(own)
             if current is not None and list(current.shape) == shape.tolist():
                 continue
-            device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+            device = next((tensor.device for tensor in module.parameters()), anywhere)
             room = torch.zeros(shape.tolist(), device=device if current is None else current.device)
             if isinstance(current, nn.Parameter):
                 current.data = room

@@ -206,12 +206,18 @@ def slice_calibration(calibration: Calibration, masks_or_kept_channels: Mapping[
 
 
 def sliced(quantization: Quantization, student: nn.Module, masks_or_kept_channels: Mapping[str, Any]) -> Quantization:
-    """The quantization of ``student``, which is the quantized one with channels removed; see
-    :func:`slice_calibration`. The scales stay what they were: shrinking changes no value that is left.
+    """The quantization of ``student``, which is the quantized one with channels removed.
+
+    The scales stay what they were: shrinking changes no value that is left.
+
+    Args:
+        quantization: of the network before it shrank.
+        student: what it shrank to, unwrapped.
+        masks_or_kept_channels: see :func:`slice_calibration`.
 
     Raises:
         UserError: the calibration that is left does not fit ``student``.
-    """  # noqa: D205
+    """
     left = set(dict(student.named_modules()))
     calibration = slice_calibration(quantization.calibration, masks_or_kept_channels)
     calibration = {path: targets for path, targets in calibration.items() if path in left}

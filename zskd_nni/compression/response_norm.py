@@ -21,6 +21,8 @@ class PrunedLocalResponseNorm(nn.Module):
         input and output ``(N, K, ...)``.
     """
 
+    window: Tensor
+
     def __init__(self, norm: nn.LocalResponseNorm, kept: Tensor) -> None:
         super().__init__()
         self.size, self.alpha, self.beta, self.k = norm.size, norm.alpha, norm.beta, norm.k

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -343,7 +343,7 @@ def _spread_norm_masks(model: nn.Module, masks: dict[str, dict[str, Tensor]], gr
                 silenced &= sum(masks[other].values()) == 0
         for other in tied:
             if other not in norms and isinstance(model.get_submodule(other), (nn.Linear, *CONVOLUTIONS)):
-                module = model.get_submodule(other)
+                module: Any = model.get_submodule(other)
                 targets = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
                 masks[other] = {}
                 for target, parameter in targets.items():
@@ -457,7 +457,7 @@ def _drop_auxiliary_heads(model: nn.Module, called: Counter[str]) -> list[str]:
     ]
     for name in unused:
         setattr(model, name, None)
-    model.aux_logits = False
+    model.aux_logits = False  # type: ignore[assignment]
     return unused
 
 
@@ -478,7 +478,7 @@ def _fold_constants(
             masked(*_random_like(arguments, generator, flat))
     folded, unfoldable = [], []
     for name, node in readers.items():
-        module, smaller = masked.get_submodule(name), candidate.get_submodule(name)
+        module, smaller = masked.get_submodule(name), cast(Any, candidate.get_submodule(name))
         dim = -1 if isinstance(module, nn.Linear) else 1
         in_mask, out_mask = (speedup.node_infos[n].output_masks for n in (node.args[0], node))
         if not isinstance(in_mask, Tensor) or not isinstance(out_mask, Tensor):

@@ -191,7 +191,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "hold": 0.7,
             "range": "clamp",
             "learning_rate": 0.05,
-            "max_steps": 60,
+            "max_steps": (10, 60),
             "total_variation": (3e-5, 3e-3),
         },
     },

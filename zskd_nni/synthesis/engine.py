@@ -55,6 +55,7 @@ class Orders:
         starts: ``(N, C, H, W)`` in the teacher's value range.
         temperatures: ``(N, 1)`` the teacher's temperature for each.
         prior: ``(N,)`` weight of the total variation of each.
+        limits: ``(N,)`` float32, after how many steps each leaves at the latest.
         free: ``(N, 1, H, W)`` which pixels may change, or None for all.
     """
 
@@ -62,13 +63,15 @@ class Orders:
     starts: Tensor
     temperatures: Tensor
     prior: Tensor
+    limits: Tensor
     free: Tensor | None = None
 
 
 class _Slots:
     """The state of the images in flight; every tensor has one row a slot."""
 
-    _ROWS = ("images", "targets", "temperatures", "prior", "first", "second", "age", "adam_step", "best", "best_age")
+    _ORDERED = ("targets", "temperatures", "prior", "limits")
+    _ROWS = ("images", *_ORDERED, "first", "second", "age", "adam_step", "best", "best_age")
 
     def __init__(self, count: int, device: torch.device, orders: Orders) -> None:
         self.device = device
@@ -77,6 +80,7 @@ class _Slots:
         self.targets = orders.targets[:count].to(device, copy=True)
         self.temperatures = orders.temperatures[:count].to(device, copy=True)
         self.prior = orders.prior[:count].to(device, copy=True)
+        self.limits = orders.limits[:count].to(device, copy=True)
         self.free = None if orders.free is None else orders.free[:count].to(device, copy=True)
         self.first = torch.zeros_like(self.images)  # Adam's moments
         self.second = torch.zeros_like(self.images)
@@ -88,9 +92,8 @@ class _Slots:
     def refill(self, rows: Tensor, index: Tensor, orders: Orders, warm: bool) -> None:
         on_device = rows.to(self.device)
         self.index[rows] = index
-        self.targets[on_device] = orders.targets[index].to(self.device)
-        self.temperatures[on_device] = orders.temperatures[index].to(self.device)
-        self.prior[on_device] = orders.prior[index].to(self.device)
+        for name in self._ORDERED:
+            getattr(self, name)[on_device] = getattr(orders, name)[index].to(self.device)
         if self.free is not None and orders.free is not None:
             self.free[on_device] = orders.free[index].to(self.device)
         self.age[on_device] = 0
@@ -135,13 +138,16 @@ def synthesize_shard(
     result_fit, result_steps = torch.empty(count), torch.zeros(count, dtype=torch.int32)
     slots = _Slots(min(settings.slots, count), device, orders)
     following = len(slots.index)  # the next image of the shard that waits for a slot
+    # Without a reason to leave early all images of a batch leave together, and one of them tells when.
+    smallest, largest = settings.step_limits
+    together = settings.tolerance is None and not settings.patience and smallest == largest
     with_prior = settings.total_variation != (0.0, 0.0)
     value_range = spec.high - spec.low
 
     while len(slots.index):
         interrupt.check()
         if settings.range == "rescale":
-            slots.images = _rescaled(slots.images, slots.age, settings.max_steps, spec.low, spec.high)
+            slots.images = _rescaled(slots.images, slots.age, largest, spec.low, spec.high)
         images = slots.images.requires_grad_(True)
         logits = teacher(images)
         fit = soft_target_divergence(logits, slots.targets, slots.temperatures)
@@ -156,7 +162,7 @@ def synthesize_shard(
         slots.images = images.detach()
         fit, logits = fit.detach(), logits.detach()
 
-        leaving = slots.age >= settings.max_steps
+        leaving = slots.age >= slots.limits
         if settings.tolerance is not None:
             leaving |= fit <= settings.tolerance
         if settings.patience:
@@ -164,10 +170,10 @@ def synthesize_shard(
             slots.best = torch.where(better, fit, slots.best)
             slots.best_age = torch.where(better, slots.age, slots.best_age)
             leaving |= slots.age - slots.best_age >= settings.patience
-        if settings.tolerance is not None or settings.patience or bool(slots.age[0] >= settings.max_steps):
-            rows = leaving.nonzero().flatten().cpu()
-        else:
+        if together and not bool(slots.age[0] >= slots.limits[0]):
             rows = torch.empty(0, dtype=torch.long)
+        else:
+            rows = leaving.nonzero().flatten().cpu()
 
         if len(rows):
             done, on_device = slots.index[rows], rows.to(device)

@@ -90,7 +90,8 @@ def synthesize(
                     starts, free = start_images(settings.start, counts[index], teacher.spec, random, settings.hold)
                     prior = _log_uniform(*settings.total_variation, counts[index], random)
                     temperatures = _log_uniform(*settings.temperatures, counts[index], random).unsqueeze(1)
-                    orders = Orders(targets, starts, temperatures, prior, free)
+                    limits = _log_uniform(*settings.step_limits, counts[index], random).round()
+                    orders = Orders(targets, starts, temperatures, prior, limits, free)
                     impressions = synthesize_shard(teacher, orders, settings, progress.advance)
                     store.write(index, impressions, time.monotonic() - started)
         finally:
@@ -100,7 +101,7 @@ def synthesize(
 
 def _log_uniform(low: float, high: float, count: int, random: torch.Generator) -> Tensor:
     if low == high:
-        return torch.full((count,), low)
+        return torch.full((count,), float(low))
     return low * (high / low) ** torch.rand(count, generator=random)
 
 

@@ -16,7 +16,8 @@ class SynthesisSettings:
         temperature: the teacher's temperature while images are fitted (ZSKD: 20); two numbers draw it for each image
             log-uniformly between them.
         learning_rate: of Adam, in units of the value range.
-        max_steps: an image leaves after that many steps, fitted or not.
+        max_steps: an image leaves after that many steps, fitted or not; two numbers draw the limit for each image
+            log-uniformly between them, so that a set holds images from early and late on their way.
         tolerance: an image leaves as soon as ``KL(target || teacher)`` is below this; None runs every image for
             ``max_steps``, as published.
         patience: an image also leaves when its divergence has not fallen by a hundredth of itself in that many
@@ -40,7 +41,7 @@ class SynthesisSettings:
 
     temperature: float | tuple[float, float] = 20.0
     learning_rate: float = 0.05
-    max_steps: int = 100
+    max_steps: int | tuple[int, int] = 100
     tolerance: float | None = None
     patience: int = 0
     start: str = "uniform"
@@ -59,7 +60,9 @@ class SynthesisSettings:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.hold <= 1:
             raise ValueError(f"hold must lie in [0, 1], not {self.hold}")
-        for name in ("max_steps", "slots", "shard"):
+        if not 1 <= self.step_limits[0] <= self.step_limits[1]:
+            raise ValueError(f"max_steps must be at least 1, or two such numbers in order, not {self.max_steps}")
+        for name in ("slots", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
@@ -73,13 +76,19 @@ class SynthesisSettings:
         low, high = self.total_variation
         if not 0 <= low <= high < float("inf") or (low == 0) != (high == 0):
             raise ValueError(f"total_variation is two weights, both 0 or 0 < low <= high, not [{low}, {high}]")
-        if (self.range == "rescale" or self.warm_start) and (self.tolerance is not None or self.patience):
+        early = self.tolerance is not None or self.patience or self.step_limits[0] != self.step_limits[1]
+        if (self.range == "rescale" or self.warm_start) and early:
             raise ValueError(
                 "range: rescale and warm_start tie the images of a batch together, so that none may leave early; "
-                "set tolerance: null and patience: 0"
+                "set tolerance: null, patience: 0 and one number of max_steps"
             )
 
     @property
     def temperatures(self) -> tuple[float, float]:
         """The coldest and the hottest temperature an image is fitted at."""
         return self.temperature if isinstance(self.temperature, tuple) else (self.temperature, self.temperature)
+
+    @property
+    def step_limits(self) -> tuple[int, int]:
+        """The smallest and the largest step limit of an image."""
+        return self.max_steps if isinstance(self.max_steps, tuple) else (self.max_steps, self.max_steps)

@@ -1,0 +1,414 @@
+"""The engine against plain loops with torch.optim.Adam, and what may never come out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, make_store, random, small_network, small_teacher, soft_targets
+from torch import Tensor
+
+from zskd_nni.errors import UserError
+from zskd_nni.inputs import InputSpec
+from zskd_nni.losses import total_variation
+from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings
+from zskd_nni.synthesis import synthesize_shard as engine
+from zskd_nni.synthesis.starts import STARTS, start_images
+from zskd_nni.teacher import Teacher
+
+TEMPERATURE = 20.0
+
+
+def orders_for(count: int, spec: InputSpec = SMALL, prior: float = 0.0, seed: int = 0, **options: Any) -> Orders:
+    starts = spec.low + (spec.high - spec.low) * torch.rand((count, *spec.shape), generator=random(seed))
+    return Orders(
+        **{
+            "targets": soft_targets(count, 5, seed),
+            "starts": starts,
+            "temperatures": torch.full((count, 1), TEMPERATURE),
+            "prior": torch.full((count,), prior),
+            "limits": torch.zeros(count),
+            **options,
+        }
+    )
+
+
+def rows_of(orders: Orders, rows: slice) -> Orders:
+    values = {field.name: getattr(orders, field.name) for field in dataclasses.fields(orders)}
+    return Orders(**{name: None if value is None else value[rows] for name, value in values.items()})
+
+
+def synthesize_shard(
+    teacher: Teacher, orders: Orders, settings: SynthesisSettings, on_finished: Callable[[int], None] | None = None
+) -> Impressions:
+    """The engine, with the settings' one step limit for all images."""
+    if isinstance(settings.max_steps, int):
+        orders = dataclasses.replace(orders, limits=torch.full((len(orders.targets),), float(settings.max_steps)))
+    return engine(teacher, orders, settings, on_finished)
+
+
+def settings_for(**values: Any) -> SynthesisSettings:
+    return SynthesisSettings(**{"temperature": TEMPERATURE, "max_steps": 15, "learning_rate": 0.03, **values})
+
+
+def cross_entropy(teacher: Teacher, images: Tensor, targets: Tensor, temperature: Tensor | float) -> Tensor:
+    """Equation 5, row by row, written out."""
+    scaled = teacher(images) / temperature
+    log_sum = (scaled - scaled.max(1, keepdim=True).values).exp().sum(1, keepdim=True).log()
+    return -(targets * (scaled - scaled.max(1, keepdim=True).values - log_sum)).sum(1)
+
+
+def divergence(teacher: Teacher, images: Tensor, targets: Tensor, temperature: Tensor | float = TEMPERATURE) -> Tensor:
+    with torch.no_grad():
+        entropy = -torch.xlogy(targets, targets).sum(1)
+        return cross_entropy(teacher, images, targets, temperature) - entropy
+
+
+def plain_loop(
+    teacher: Teacher, orders: Orders, settings: SynthesisSettings, rows: slice, clamp: bool = True, prior: bool = False
+) -> Tensor:
+    """The published loop for the images ``rows``: Adam of PyTorch, clamp after every step."""
+    spec = teacher.spec
+    span = spec.high - spec.low
+    images = orders.starts[rows].clone().requires_grad_(True)
+    adam = torch.optim.Adam([images], lr=settings.learning_rate * span)
+    for _ in range(settings.max_steps):
+        adam.zero_grad()
+        loss = cross_entropy(teacher, images, orders.targets[rows], orders.temperatures[rows])
+        loss = (loss * orders.temperatures[rows][:, 0]).sum() / 20
+        if prior:
+            loss = loss + (orders.prior[rows] * total_variation(images / span)).sum()
+        loss.backward()
+        if orders.free is not None:
+            images.grad *= orders.free[rows]
+        adam.step()
+        if clamp:
+            with torch.no_grad():
+                images.clamp_(spec.low, spec.high)
+    return images.detach()
+
+
+def assert_results_belong_together(teacher: Teacher, orders: Orders, result: Impressions) -> None:
+    """Logits and divergence are those of the very images that are kept, in the order of the targets."""
+    assert torch.equal(result.targets, orders.targets)
+    torch.testing.assert_close(result.logits, teacher.predict(result.images), rtol=1e-4, atol=1e-4)
+    expected = divergence(teacher, result.images, orders.targets, orders.temperatures)
+    torch.testing.assert_close(result.fit, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [SMALL, InputSpec((1, 8, 8), low=-1, high=3, mean=(0.5,), std=(0.8,))])
+@pytest.mark.parametrize("prior", [0.0, 1e-3])
+def test_equals_a_plain_loop_step_by_step(spec: InputSpec, prior: float) -> None:
+    teacher = Teacher(small_network(), spec)
+    orders = orders_for(12, spec, prior)
+    for steps in (1, 2, 5, 15):
+        settings = settings_for(max_steps=steps, slots=12, total_variation=(prior, prior))
+        result = synthesize_shard(teacher, orders, settings)
+        expected = plain_loop(teacher, orders, settings, slice(0, 12), prior=prior > 0)
+        torch.testing.assert_close(result.images, expected, rtol=0, atol=1e-5 * (spec.high - spec.low))
+        assert result.steps.tolist() == [steps] * 12
+        assert_results_belong_together(teacher, orders, result)
+
+
+def test_temperature_of_each_image() -> None:
+    teacher = small_teacher()
+    orders = orders_for(9, temperatures=torch.linspace(2, 20, 9).unsqueeze(1))
+    settings = settings_for(temperature=(2.0, 20.0), slots=4)
+    result = synthesize_shard(teacher, orders, settings)
+    for row in range(9):
+        alone = plain_loop(teacher, orders, settings, slice(row, row + 1))
+        torch.testing.assert_close(result.images[row : row + 1], alone, rtol=0, atol=1e-5)
+    assert_results_belong_together(teacher, orders, result)
+
+
+def test_held_pixels_stay() -> None:
+    teacher = small_teacher()
+    free = (torch.rand((10, 1, 8, 8), generator=random(5)) < 0.5).float()
+    orders = orders_for(10, free=free)
+    result = synthesize_shard(teacher, orders, settings_for(slots=4))
+    held = (free == 0).expand_as(result.images)
+    assert torch.equal(result.images[held], orders.starts[held])
+    assert float((result.images - orders.starts)[~held].abs().mean()) > 0.05
+    for row in (0, 9):
+        alone = plain_loop(teacher, orders, settings_for(), slice(row, row + 1))
+        torch.testing.assert_close(result.images[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_the_objective_falls() -> None:
+    teacher, orders = small_teacher(), orders_for(30)
+    before = divergence(teacher, orders.starts, orders.targets)
+    result = synthesize_shard(teacher, orders, settings_for(max_steps=40))
+    assert bool((result.fit < before).all())
+    assert float(result.fit.mean()) < 0.8 * float(before.mean())
+
+
+def test_callers_tensors_are_left_alone() -> None:
+    teacher, orders = small_teacher(), orders_for(10, prior=1e-3)
+    before = [getattr(orders, name).clone() for name in ("targets", "starts", "temperatures", "prior")]
+    first = synthesize_shard(teacher, orders, settings_for(slots=3, total_variation=(1e-3, 1e-3)))
+    after = [getattr(orders, name) for name in ("targets", "starts", "temperatures", "prior")]
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(before, after, strict=True))
+    second = synthesize_shard(teacher, orders, settings_for(slots=3, total_variation=(1e-3, 1e-3)))
+    assert torch.equal(first.images, second.images)
+    assert all(p.grad is None for p in teacher.model.parameters())
+
+
+# Slots.
+
+
+@pytest.mark.parametrize("slots", [1, 4, 7, 30])
+def test_refilled_slots_begin_afresh(slots: int) -> None:
+    """Every image ends as if it were alone in the world, whichever slot it got and whoever was there before."""
+    teacher, orders = small_teacher(), orders_for(17, temperatures=torch.ones(17, 1))
+    settings = settings_for(slots=slots, tolerance=0.05, max_steps=20)
+    result = synthesize_shard(teacher, orders, settings)
+    assert len(set(result.steps.tolist())) > 3, "the images must leave at different times"
+    for row in range(17):
+        one = slice(row, row + 1)
+        single = synthesize_shard(teacher, rows_of(orders, one), settings)
+        assert single.steps[0] == result.steps[row]
+        torch.testing.assert_close(result.images[one], single.images, rtol=0, atol=1e-5)
+    assert_results_belong_together(teacher, orders, result)
+
+
+def test_number_of_slots_changes_nothing_but_time() -> None:
+    teacher, orders = small_teacher(), orders_for(23)
+    results = [synthesize_shard(teacher, orders, settings_for(slots=slots)) for slots in (1, 5, 23, 250)]
+    for other in results[1:]:
+        torch.testing.assert_close(other.images, results[0].images, rtol=0, atol=1e-5)
+        assert torch.equal(other.steps, results[0].steps)
+
+
+def test_never_more_images_in_flight_than_slots() -> None:
+    teacher, seen = small_teacher(), []
+    teacher.model.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
+    synthesize_shard(teacher, orders_for(41, temperatures=torch.ones(41, 1)), settings_for(slots=6, tolerance=0.1))
+    assert max(seen) == 6
+    assert seen == sorted(seen, reverse=True), "slots are filled while there is something to fill them with"
+
+
+def test_images_leave_as_soon_as_they_fit() -> None:
+    teacher, orders = small_teacher(), orders_for(40, temperatures=torch.ones(40, 1))
+    settings = settings_for(max_steps=20, tolerance=0.05, slots=16)
+    result = synthesize_shard(teacher, orders, settings)
+    early = result.steps < 20
+    assert 10 < int(early.sum()) < 40
+    assert float(result.fit[early].max()) <= 0.05
+    left_at_the_end = result.steps == 20
+    assert int(result.steps.max()) == 20
+    assert float(result.fit[left_at_the_end].max()) > 0.05
+    for row in (result.steps > 0).logical_and(early).nonzero().flatten().tolist()[:6]:  # and not a step later
+        one = slice(row, row + 1)
+        steps = int(result.steps[row]) - 1
+        before = plain_loop(teacher, orders, settings_for(max_steps=steps), one)
+        assert float(divergence(teacher, before, orders.targets[one], 1.0)) > 0.05
+
+
+def test_images_that_cannot_fit_use_all_steps_or_their_patience() -> None:
+    """One-hot targets cannot be met at temperature 20."""
+    teacher = small_teacher()
+    orders = orders_for(10, targets=torch.eye(5).repeat(2, 1))
+    stubborn = synthesize_shard(teacher, orders, settings_for(max_steps=80, tolerance=1e-4, learning_rate=0.3))
+    assert stubborn.steps.tolist() == [80] * 10
+    patient = settings_for(max_steps=80, tolerance=1e-4, learning_rate=0.3, patience=5)
+    given_up = synthesize_shard(teacher, orders, patient)
+    assert int(given_up.steps.max()) < 80
+    assert int(given_up.steps.min()) >= 5
+    assert_results_belong_together(teacher, orders, given_up)
+
+
+def test_patience_by_a_naive_rule() -> None:
+    teacher, orders = small_teacher(), orders_for(6)
+    settings = settings_for(max_steps=50, learning_rate=0.2, patience=4)
+    result = synthesize_shard(teacher, orders, settings)
+    for row in range(6):
+        one = slice(row, row + 1)
+        best, best_step, left = math.inf, 0, 50
+        for step in range(51):
+            images = plain_loop(teacher, orders, settings_for(max_steps=step, learning_rate=0.2), one) if step else orders.starts[one]
+            fit = float(divergence(teacher, images, orders.targets[one]))
+            if fit < 0.99 * best:
+                best, best_step = fit, step
+            if step - best_step >= 4:
+                left = step
+                break
+        assert int(result.steps[row]) == left
+
+
+def test_on_finished_counts_every_image_once() -> None:
+    counts: list[int] = []
+    synthesize_shard(
+        small_teacher(), orders_for(33, temperatures=torch.ones(33, 1)), settings_for(slots=7, tolerance=0.1), counts.append
+    )
+    assert sum(counts) == 33
+    assert all(counts)
+
+
+def test_step_limit_of_each_image() -> None:
+    teacher, limits = small_teacher(), torch.tensor([3.0, 11, 1, 7, 2, 2, 15, 9, 4])
+    orders = orders_for(9, limits=limits)
+    result = engine(teacher, orders, settings_for(max_steps=(1, 15), slots=4))
+    assert result.steps.tolist() == limits.tolist()
+    for row, limit in enumerate(limits.tolist()):
+        alone = plain_loop(teacher, orders, settings_for(max_steps=int(limit)), slice(row, row + 1))
+        torch.testing.assert_close(result.images[row : row + 1], alone, rtol=0, atol=1e-5)
+    assert_results_belong_together(teacher, orders, result)
+
+
+def test_step_limits_and_temperatures_of_a_store_are_drawn_between_two_numbers(tmp_path) -> None:
+    store = make_store(tmp_path / "s", size=200, shard=200, max_steps=(2, 9), temperature=(1.0, 20.0))
+    steps = store.read(0).steps.tolist()
+    assert set(steps) <= set(range(2, 10))
+    assert len(set(steps)) >= 6
+    shorter = sum(step <= 4 for step in steps) / len(steps)  # log-uniform: ln(4.5 / 2) / ln(9 / 2) = 0.54
+    assert 0.4 < shorter < 0.68
+
+
+# The authors' schedule.
+
+
+@pytest.mark.parametrize(("rescale", "warm"), [(True, True), (True, False), (False, True)])
+def test_authors_schedule_by_a_naive_loop(rescale: bool, warm: bool) -> None:
+    """Batches of 4; the whole batch rescaled before every step but the last; warm starts keep images and Adam."""
+    teacher, orders, steps, batch = small_teacher(), orders_for(10), 6, 4
+    settings = settings_for(
+        max_steps=steps, slots=batch, range="rescale" if rescale else "clamp", warm_start=warm, learning_rate=0.01
+    )
+    result = synthesize_shard(teacher, orders, settings)
+    kept, images, adam = [], None, None
+    for first in range(0, 10, batch):
+        rows = slice(first, min(first + batch, 10))
+        count = rows.stop - rows.start
+        if images is None or not warm:
+            images = orders.starts[rows].clone().requires_grad_(True)
+            adam = torch.optim.Adam([images], lr=0.01)
+        elif count < batch:  # the last batch is smaller: the first slots go on
+            state = {key: value[:count] if value.ndim else value for key, value in adam.state[images].items()}
+            images = images.detach()[:count].clone().requires_grad_(True)
+            adam = torch.optim.Adam([images], lr=0.01)
+            adam.state[images] = state
+        for step in range(steps):
+            if rescale and step < steps - 1:
+                with torch.no_grad():
+                    low, high = images.min().clone(), images.max().clone()
+                    images.sub_(low).div_(high - low)
+            adam.zero_grad()
+            cross_entropy(teacher, images, orders.targets[rows], TEMPERATURE).sum().backward()
+            adam.step()
+            if not rescale:
+                with torch.no_grad():
+                    images.clamp_(0, 1)
+        kept.append(images.detach().clone())
+    torch.testing.assert_close(result.images, torch.cat(kept), rtol=0, atol=2e-5)
+    assert result.steps.tolist() == [steps] * 10
+    assert_results_belong_together(teacher, orders, result)
+
+
+def test_free_range_leaves_the_value_range_and_clamp_does_not() -> None:
+    teacher, orders = small_teacher(), orders_for(10)
+    free = synthesize_shard(teacher, orders, settings_for(range="free", learning_rate=0.3))
+    torch.testing.assert_close(
+        free.images,
+        plain_loop(teacher, orders, settings_for(learning_rate=0.3), slice(0, 10), clamp=False),
+        rtol=0,
+        atol=1e-4,
+    )
+    assert float(free.images.max()) > 1.5
+    clamped = synthesize_shard(teacher, orders, settings_for(learning_rate=0.3))
+    assert float(clamped.images.min()) >= 0
+    assert float(clamped.images.max()) <= 1
+
+
+# Divergence.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"tolerance": 0.01}, {"patience": 3}])
+def test_a_teacher_that_turns_nan_never_yields_an_impression(value: float, options: dict[str, Any]) -> None:
+    teacher = small_teacher()
+    with torch.no_grad():
+        teacher.model.hidden.weight[0, 0] = value
+        teacher.model.hidden.weight[0, 1] = -value
+    with pytest.raises(UserError, match="not finite.*learning_rate"):
+        synthesize_shard(teacher, orders_for(8), settings_for(**options))
+
+
+def test_a_huge_learning_rate_never_stores_what_is_not_finite(tmp_path) -> None:
+    clamped = make_store(tmp_path / "clamped", size=40, learning_rate=1e9)
+    assert torch.isfinite(clamped.images()).all()
+    with pytest.raises(UserError, match="not finite"):
+        make_store(tmp_path / "free", size=40, learning_rate=1e9, range="free")
+    assert not list((tmp_path / "free").glob("*.safetensors"))
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": (3.0, 2.0)}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"slots": 0}, "slots must be at least 1"),
+        ({"shard": -5}, "shard must be at least 1"),
+        ({"tolerance": 0.0}, "tolerance must be positive"),
+        ({"tolerance": float("nan")}, "tolerance must be positive"),
+        ({"patience": -1}, "patience must not be negative"),
+        ({"start": "noise"}, "start is one of .*not 'noise'"),
+        ({"range": "clip"}, "range is one of .*not 'clip'"),
+        ({"hold": 1.5}, "hold must lie in"),
+        ({"total_variation": (1.0, 0.5)}, "total_variation is two weights"),
+        ({"total_variation": (0.0, 0.5)}, "total_variation is two weights"),
+        ({"range": "rescale", "tolerance": 0.1}, "tolerance: null and patience: 0"),
+        ({"warm_start": True, "patience": 5}, "tolerance: null and patience: 0"),
+    ],
+)
+def test_settings_outside_their_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SynthesisSettings(**arguments)
+
+
+# Starts.
+
+
+@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize("spec", [SMALL, InputSpec((3, 32, 20), low=-2, high=0.5)])
+def test_starts_lie_in_the_range_and_depend_on_the_generator_alone(kind: str, spec: InputSpec) -> None:
+    images, free = start_images(kind, 60, spec, random(4))
+    again, free_again = start_images(kind, 60, spec, random(4))
+    other, _ = start_images(kind, 60, spec, random(5))
+    assert images.shape == (60, *spec.shape)
+    assert torch.isfinite(images).all()
+    assert float(images.min()) >= spec.low - 1e-6
+    assert float(images.max()) <= spec.high + 1e-6
+    assert torch.equal(images, again)
+    assert not torch.equal(images, other)
+    if free is not None:
+        assert free.shape == (60, 1, *spec.shape[1:])
+        assert set(free.unique().tolist()) <= {0.0, 1.0}
+        assert torch.equal(free, free_again)
+    assert float(images.flatten(1).mean(1).std()) > (0 if kind == "uniform" else 0.05) * (spec.high - spec.low)
+
+
+def test_uniform_starts_are_uniform() -> None:
+    from scipy import stats
+
+    images, free = start_images("uniform", 40, InputSpec((1, 32, 32), low=-1, high=1), random(0))
+    assert free is None
+    assert stats.kstest(images.flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("hold", [0.0, 1.0])
+def test_hold_is_a_probability(hold: float) -> None:
+    _, free = start_images("shapes", 100, InputSpec((1, 32, 32)), random(0), hold=hold)
+    assert free is not None
+    held = (free == 0).flatten(1).any(1).float().mean()
+    assert float(held) == 0 if hold == 0 else float(held) > 0.8
