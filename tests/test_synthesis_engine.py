@@ -367,8 +367,10 @@ def test_a_huge_learning_rate_never_stores_what_is_not_finite(tmp_path) -> None:
         ({"hold": 1.5}, "hold must lie in"),
         ({"total_variation": (1.0, 0.5)}, "total_variation is two weights"),
         ({"total_variation": (0.0, 0.5)}, "total_variation is two weights"),
-        ({"range": "rescale", "tolerance": 0.1}, "tolerance: null and patience: 0"),
-        ({"warm_start": True, "patience": 5}, "tolerance: null and patience: 0"),
+        ({"max_steps": (9, 2)}, "max_steps must be at least 1"),
+        ({"range": "rescale", "tolerance": 0.1}, "none may leave early.*tolerance: null, patience: 0"),
+        ({"warm_start": True, "patience": 5}, "none may leave early.*tolerance: null, patience: 0"),
+        ({"warm_start": True, "max_steps": (2, 9)}, "none may leave early.*one number of max_steps"),
     ],
 )
 def test_settings_outside_their_range(arguments: dict[str, Any], message: str) -> None:

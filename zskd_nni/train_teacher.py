@@ -59,14 +59,13 @@ TEACHERS = {
             augmentation=Augmentation(rotation=10, translation=0.08, scale=(0.9, 1.1)),
         ),
     ),
+    # Rotation, shear and 40 epochs give 99.45 % on test data, but a teacher whose impressions teach less.
     "lenet5-mnist": TeacherRecipe(
         "zoo:lenet5",
         "mnist",
         _GREY,
         SupervisedSettings(
-            epochs=40,
-            learning_rate=3e-3,
-            augmentation=Augmentation(rotation=10, translation=0.08, scale=(0.9, 1.1), shear=5),
+            epochs=20, learning_rate=2e-3, weight_decay=1e-3, augmentation=Augmentation(translation=0.05)
         ),
     ),
     # Trained for 60 epochs at 3e-3 it reaches 92.1 % on test data, but logits so steep that impressions of it teach
@@ -77,10 +76,9 @@ TEACHERS = {
         _GREY,
         SupervisedSettings(
             epochs=22,
-            batch=256,
             learning_rate=2e-3,
             weight_decay=1e-3,
-            augmentation=Augmentation(translation=0.03, flip=0.5),
+            augmentation=Augmentation(translation=0.03),
         ),
     ),
     "alexnet-cifar10": TeacherRecipe(

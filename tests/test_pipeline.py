@@ -1,0 +1,174 @@
+"""A recipe from its teacher to its report, on the embedded digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zskd_nni.data import load_images
+from zskd_nni.errors import UserError
+from zskd_nni.export import run_onnx
+from zskd_nni.files import sha256_of_file
+from zskd_nni.inputs import InputSpec
+from zskd_nni.metrics import accuracy, logits_on
+from zskd_nni.pipeline import Run
+from zskd_nni.recipe import load_recipe
+from zskd_nni.saved_model import load_network
+
+SMALL = (
+    "transfer.size=300",
+    "transfer.held_out=100",
+    "transfer.synthesis.shard=150",
+    "compression.pruning.steps=20",
+    "distillation.steps=40",
+)
+SPEC = InputSpec((1, 32, 32))
+
+
+def run(out: Path, *changes: str, seed: int = 0) -> dict:
+    return Run(load_recipe("digits-prune50", [*SMALL, *changes], seed), out, quiet=True).compress()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("digits")
+    return out, run(out)
+
+
+def test_everything_a_run_promises_is_there(finished):
+    out, report = finished
+    for name in (
+        "report.json",
+        "report.html",
+        "student.safetensors",
+        "student.json",
+        "student.onnx",
+        "impressions.png",
+        "impressions/manifest.json",
+    ):
+        assert (out / name).stat().st_size > 0, name
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["parameters"] == {"teacher": 61706, "student": 35820}
+    assert set(report["accuracy"]) == {"teacher", "student"}
+    assert 0 <= report["agreement"] <= 1
+    assert report["seconds"]["total"] == pytest.approx(sum(v for k, v in report["seconds"].items() if k != "total"))
+    assert report["bytes"]["student"]["onnx"] == (out / "student.onnx").stat().st_size
+    assert set(report["controls"]) == {"none", "noise"}
+    assert report["provenance"]["seed"] == 0
+    assert report["pruning"]["max_logit_difference"] <= 1e-4
+
+
+def test_the_saved_student_and_its_onnx_answer_as_reported(finished):
+    out, report = finished
+    network = load_network(out / "student.json")
+    data = load_images("digits", "test")
+    logits = logits_on(lambda images: network(SPEC.normalise(images)), data, SPEC)
+    assert accuracy(logits, data.labels) == pytest.approx(report["accuracy"]["student"], abs=1e-3)
+    answered = run_onnx(out / "student.onnx", data.pixels(slice(None), SPEC))
+    assert torch.allclose(answered, logits, atol=1e-3 * float(logits.abs().max()))
+    assert network.conv1.out_channels == 3
+    assert network.conv2.out_channels == 8
+
+
+def test_distillation_repairs_what_pruning_broke(finished):
+    _, report = finished
+    assert report["accuracy"]["student"] > report["controls"]["none"]["accuracy"] + 1
+    assert report["accuracy"]["teacher"] > 97
+
+
+def test_the_same_run_again_does_nothing_twice(finished):
+    out, report = finished
+    before = {path: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in (out / "state").glob("student*")}
+    again = run(out)
+    assert before == {
+        path: (path.stat().st_mtime_ns, sha256_of_file(path)) for path in (out / "state").glob("student*")
+    }
+    assert again["accuracy"] == report["accuracy"]
+
+
+def test_a_lost_stage_is_made_again_alike(finished, tmp_path):
+    out, _ = finished
+    run(tmp_path)
+    for name in ("student.safetensors", "student.json"):
+        (tmp_path / "state" / name).unlink()
+    (tmp_path / "impressions" / "shard-00001.safetensors").write_bytes(b"damaged")
+    run(tmp_path)
+    for name in ("student.safetensors", "impressions/shard-00000.safetensors", "impressions/shard-00001.safetensors"):
+        assert sha256_of_file(tmp_path / name) == sha256_of_file(out / name), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed", "named"),
+    [((), 1, "seed"), (("distillation.temperature=5",), 0, "distillation.temperature")],
+)
+def test_the_folder_of_another_run_is_refused(finished, changes, seed, named):
+    out, _ = finished
+    with pytest.raises(UserError, match=f"belongs to another run .*{named}"):
+        run(out, *changes, seed=seed)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        run(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_without_test_data_accuracy_is_null_and_agreement_is_on_impressions(tmp_path):
+    report = run(tmp_path, "evaluation=null", "controls=[]")
+    assert report["accuracy"] == {"teacher": None, "student": None}
+    assert "held-out" in report["agreement_on"]
+    assert report["agreement"] == report["agreement_held_out"]
+
+
+def test_another_student_network_is_taught(tmp_path):
+    report = run(tmp_path, "student.model=zoo:lenet5_half", "compression={}", "controls=[none]")
+    assert report["parameters"]["student"] == 35820
+    assert report["pruning"] is None
+    assert report["accuracy"]["student"] > report["controls"]["none"]["accuracy"]
+
+
+def test_a_student_with_other_classes_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="7 classes, the teacher with 10"):
+        run(tmp_path / "out", "student.model=zoo:lenet5_half", "student.arguments.num_classes=7", "compression={}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_agp_reaches_its_sparsity(tmp_path):
+    report = run(
+        tmp_path,
+        "compression.pruning.schedule={name: AGPPruner, interval: 4, total_times: 5}",
+        "controls=[]",
+    )
+    assert report["parameters"]["student"] == 35820
+
+
+def test_the_users_own_network_from_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.features = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4))\n"
+        "        self.head = nn.Linear(128, 5)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.features(x).flatten(1))\n"
+    )
+    recipe = {
+        "name": "mine",
+        "teacher": {"model": "mine.py:Net", "input": {"shape": [1, 20, 20]}},
+        "transfer": {"size": 60, "held_out": 20, "synthesis": {"max_steps": 5}},
+        "compression": {"pruning": {"config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], "steps": 5}},
+        "distillation": {"steps": 5},
+        "controls": [],
+    }
+    (tmp_path / "mine.yml").write_text(json.dumps(recipe))
+    report = Run(load_recipe(str(tmp_path / "mine.yml")), tmp_path / "out", quiet=True).compress()
+    assert report["classifier"] == "head"
+    network = load_network(tmp_path / "out" / "student.json", tmp_path)
+    assert network.features[0].out_channels == 4
+    assert np.isfinite(network(torch.rand(2, 1, 20, 20)).detach().numpy()).all()

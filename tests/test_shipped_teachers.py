@@ -1,0 +1,48 @@
+"""The trained teachers that come with the package."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import require_real_data
+
+from zskd_nni.data import load_images
+from zskd_nni.files import load_weights, sha256_of_file
+from zskd_nni.inputs import InputSpec
+from zskd_nni.metrics import accuracy, logits_on
+from zskd_nni.networks import build_network, load_into
+from zskd_nni.zoo.trained import provenance, trained_names, trained_weights
+
+LEAST = {"lenet5-digits": 97.0, "lenet5-mnist": 99.2, "lenet5-fashion-mnist": 90.6}
+
+
+def measured(name: str) -> float:
+    about = provenance(name)
+    network = build_network(about["network"], about["arguments"])
+    load_into(network, load_weights(trained_weights(name)), name)
+    network.eval()
+    spec = InputSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in about["input"].items()})
+    data = load_images(about["data"], "test")
+    with torch.no_grad():
+        return accuracy(logits_on(lambda images: network(spec.normalise(images)), data, spec), data.labels)
+
+
+def test_every_teacher_has_its_provenance():
+    assert set(LEAST) <= set(trained_names())
+    for name in trained_names():
+        about = provenance(name)
+        assert about["sha256"] == sha256_of_file(trained_weights(name))
+        assert about["provenance"]["versions"]["torch"]
+
+
+def test_digits_teacher():
+    assert measured("lenet5-digits") == pytest.approx(provenance("lenet5-digits")["accuracy"], abs=0.3)
+    assert measured("lenet5-digits") >= LEAST["lenet5-digits"]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["lenet5-mnist", "lenet5-fashion-mnist"])
+def test_teachers_on_real_test_data(name):
+    require_real_data()
+    assert measured(name) == pytest.approx(provenance(name)["accuracy"], abs=0.05)
+    assert measured(name) >= LEAST[name]
