@@ -256,12 +256,12 @@ def canaries(folder: Path) -> list[tuple[Path, Path]]:
     torch.save(Canary(canary), files[1])
     torch.save({"state_dict": {"a": torch.zeros(1)}, "hook": Canary(canary)}, files[2])
     torch.save({"a": Canary(canary)}, files[3])
-    files[4].write_bytes(pickle.dumps(Canary(canary)))
+    files[4].write_bytes(pickle.dumps(Canary(canary), 2))
     buffer = io.BytesIO()
     torch.save({"a": torch.zeros(1)}, buffer)
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(files[5], "w") as new:
         for name in old.namelist():
-            new.writestr(name, pickle.dumps(Canary(canary)) if name.endswith("data.pkl") else old.read(name))
+            new.writestr(name, pickle.dumps(Canary(canary), 2) if name.endswith("data.pkl") else old.read(name))
     return [(file, canary) for file in files]
 
 

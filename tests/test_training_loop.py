@@ -349,7 +349,7 @@ def test_distillation_teaches() -> None:
     teacher, data = small_teacher(), images(256)
     settings = DistillationSettings(temperature=4, steps=200, batch=64, learning_rate=1e-2, warmup=5)
     student = small_network(1)
-    answers, untaught = teacher.predict(data), student.eval()(data)
+    answers, untaught = teacher.predict(data), student.eval()(data).detach()
     distill(student, teacher, StoredSource(data, 64, 0, "set"), settings, quiet=True)
     with torch.no_grad():
         taught = student(data)

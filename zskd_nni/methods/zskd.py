@@ -104,7 +104,9 @@ def sample_targets(concentration: np.ndarray, seed: int) -> np.ndarray:
     logs = np.log(random.standard_gamma(concentration + 1)) + np.log(random.random(concentration.shape)) / concentration
     logs -= logs.max(1, keepdims=True)
     draws = np.exp(logs)
-    return draws / draws.sum(1, keepdims=True)
+    draws /= draws.sum(1, keepdims=True)
+    # What float32 holds only as a denormal would depend on whether the CPU flushes denormals.
+    return np.where(draws < 1e-30, 0.0, draws)
 
 
 class ZskdTargets:

@@ -74,6 +74,9 @@ def synthesize(
         "python": platform.python_version(),
     }
     store = ImpressionStore.create(folder, identity, counts, environment)
+    # Denormals slow a CPU by a factor of up to a hundred; other libraries switch the flushing off again at times, and
+    # the bits depend on it.
+    torch.set_flush_denormal(True)
     with store.locked():
         store = ImpressionStore.open(folder)  # as it is now that nobody else writes
         missing = store.missing()

@@ -1,0 +1,130 @@
+"""What importing costs, and which module may import which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zskd_nni
+
+PACKAGE = Path(zskd_nni.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = ("zskd_nni", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def for_typing_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports_of(path: Path, lazy: bool) -> set[str]:
+    """Names of the imported modules; with those inside functions where ``lazy``."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if for_typing_only(node):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            found.update(
+                name if (name := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+            )
+        if not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stderr == ""
+    return set(run.stdout.split())
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    loaded = loaded_by("import zskd_nni; dir(zskd_nni); import zskd_nni.cli")
+    assert not loaded & {"torch", "torchvision", "nni", "numpy", "matplotlib", "sklearn", "pydantic"}
+
+
+def test_the_core_does_not_need_nni() -> None:
+    core = "teacher synthesis distillation methods.zskd recipe pipeline cli report saved_model train_teacher export"
+    loaded = loaded_by("import " + ", ".join(f"zskd_nni.{name}" for name in core.split()))
+    assert "torch" in loaded
+    assert not loaded & {"nni", "matplotlib", "onnxruntime", "sklearn"}
+
+
+def test_public_names_are_there_and_lead_home() -> None:
+    for name in zskd_nni.__all__:
+        if name in ("ZeroShotDistiller", "DataFreeEvaluator"):
+            continue  # they import NNI
+        assert getattr(zskd_nni, name).__module__.startswith(zskd_nni._HOMES[name])
+    assert set(zskd_nni.__all__) == set(zskd_nni._HOMES) <= set(dir(zskd_nni))
+    with pytest.raises(AttributeError, match="no attribute 'Techer'"):
+        zskd_nni.Techer  # noqa: B018
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_the_adapter_imports_nni(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports_of(path, lazy=True)}
+    if "compression" not in path.relative_to(PACKAGE).parts:
+        assert "nni" not in roots
+        assert "importlib.import_module('nni" not in path.read_text().replace('"', "'")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_the_core_reaches_the_adapter_only_from_within_functions(path: Path) -> None:
+    if "compression" not in path.relative_to(PACKAGE).parts:
+        assert not {name for name in imports_of(path, lazy=False) if name.startswith("zskd_nni.compression")}
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str] | None:
+    done: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> list[str] | None:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return None
+        for other in sorted(graph[name]):
+            found = walk(other, [*trail, name])
+            if found:
+                return found
+        done.add(name)
+        return None
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), None)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["at import", "within functions too"])
+def test_imports_have_a_direction(lazy: bool) -> None:
+    graph = {name: (imports_of(path, lazy) & set(MODULES)) - {name} for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 50
+    assert cycle_in(graph) is None
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+
+
+def test_low_layers_do_not_know_high_ones() -> None:
+    lazy = {name: imports_of(path, lazy=True) for name, path in MODULES.items()}
+    high = {"zskd_nni.cli", "zskd_nni.pipeline", "zskd_nni.recipe", "zskd_nni.report"}
+    for name, imported in lazy.items():
+        if name not in high | {"zskd_nni.__main__"} and not name.startswith("zskd_nni.compression"):
+            assert not imported & high, name
+    for name in ("zskd_nni.errors", "zskd_nni.seeds", "zskd_nni.interrupt", "zskd_nni.progress"):
+        assert not {entry for entry in lazy[name] if entry.startswith("zskd_nni")}, name

@@ -1,0 +1,386 @@
+"""Recipes: every mistake is one sentence that names the key and what would be right."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers import digits_network, small_network
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
+
+from zskd_nni.distillation import DistillationSettings
+from zskd_nni.errors import UserError
+from zskd_nni.files import save_tensors
+from zskd_nni.recipe import LoadedRecipe, load_recipe, packaged_names, recipe_text
+from zskd_nni.settings import build_settings
+from zskd_nni.synthesis import SynthesisSettings
+
+DIGITS = "digits-prune50"
+
+
+def plain(name: str = DIGITS) -> dict[str, Any]:
+    return yaml.safe_load(recipe_text(name)[0])
+
+
+def write(folder: Path, content: object) -> str:
+    path = folder / "recipe.yml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+# Packaged recipes.
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_packaged_recipes_are_sound(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.recipe.name == name
+    assert loaded.recipe.description
+    assert loaded.base is None
+    again = load_recipe(name, seed=5)
+    assert again.recipe.seed == 5
+    assert again.recipe.model_copy(update={"seed": loaded.recipe.seed}) == loaded.recipe
+
+
+def test_the_digits_recipe_brings_its_teacher() -> None:
+    teacher = load_recipe(DIGITS).teacher()
+    assert (teacher.classifier_path, teacher.num_classes) == ("fc3", 10)
+    assert torch.equal(teacher.class_weights(), digits_network().fc3.weight)
+
+
+# Unknown keys.
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong", "near"),
+    [
+        ("distilation.steps=3", "distilation", "distillation"),
+        ("sed=3", "sed", "seed"),
+        ("teacher.imput=3", "teacher.imput", "input"),
+        ("teacher.weihgts=x", "teacher.weihgts", "weights"),
+        ("teacher.input.shap=3", "teacher.input.shap", "shape"),
+        ("distillation.step=3", "distillation.step", "steps"),
+        ("distillation.augmentation.rotatoin=3", "distillation.augmentation.rotatoin", "rotation"),
+        ("compression.prunning=3", "compression.prunning", "pruning"),
+        ("compression.pruning.step=3", "compression.pruning.step", "steps"),
+        ("evaluation.dat=x", "evaluation.dat", "data"),
+        ("transfer.synthesis.max_step=3", "synthesis.max_step", "max_steps"),
+        ("transfer.targets.beta=3", "targets.beta", "betas"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(override: str, wrong: str, near: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(DIGITS, [override])
+    text = str(caught.value)
+    assert DIGITS in text
+    assert f"unknown key {wrong!r}; did you mean {near!r}?" in text
+    assert "\n" not in text
+
+
+def test_unknown_keys_of_the_transfer_section_name_its_own_keys() -> None:
+    with pytest.raises(UserError, match="unknown key.*'presett'"):
+        load_recipe(DIGITS, ["transfer.presett=best"])
+
+
+@pytest.mark.xfail(strict=True, reason="the hint knows the method's own keys only")
+def test_a_misspelt_preset_names_preset() -> None:
+    with pytest.raises(UserError, match="did you mean 'preset'"):
+        load_recipe(DIGITS, ["transfer.presett=best"])
+
+
+def test_keys_like_nothing_list_what_is_known() -> None:
+    with pytest.raises(UserError, match="'evaluation.zzzzz'; known here: data, split"):
+        load_recipe(DIGITS, ["evaluation.zzzzz=1"])
+
+
+# Types and ranges.
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=5", "name: input should be a valid string, not 5"),
+        ("teacher=null", "teacher: input should be"),
+        ("teacher.input=3", "teacher.input: input should be"),
+        ("teacher.input.shape=[1, 32]", "teacher.input.shape"),
+        ("teacher.input.shape=[0, 32, 32]", "teacher.input: .*at least 1"),
+        ("teacher.input.std=[0]", "teacher.input: std must be positive"),
+        ("teacher.model=lenet5", "teacher.model: a network is named as"),
+        ("transfer=3", "transfer: input should be"),
+        ("transfer.size=0", "transfer.size: .*greater than or equal to 1, not 0"),
+        ("transfer.size=many", "transfer.size: .*'many'"),
+        ("transfer.held_out=-1", "transfer.held_out"),
+        ("transfer.method=zsdk", "no method 'zsdk'.*Did you mean 'zskd'"),
+        ("transfer.preset=bset", "preset: zskd has paper, author-code, best, not 'bset'"),
+        ("transfer.synthesis=3", "transfer: synthesis: input should be"),
+        ("transfer.synthesis.temperature=0", "transfer: synthesis: temperature must be positive"),
+        ("transfer.synthesis.tolerance=.nan", "transfer: synthesis: tolerance must be positive"),
+        ("transfer.targets.betas=[1, -1]", "transfer: targets: beta must be positive"),
+        ("distillation=3", "distillation: input should be"),
+        ("distillation.steps=abc", "distillation.steps: .*'abc'"),
+        ("distillation.steps=1.5", "distillation.steps: .*1.5"),
+        ("distillation.temperature=-1", "distillation: temperature must be positive, not -1"),
+        ("distillation.augmentation.flip=2", "distillation.augmentation: flip must lie in"),
+        ("compression.pruning.config_list=[]", "compression.pruning.config_list"),
+        ("compression.pruning.config_list.0.sparse_ratio=1", r"0\.sparse_ratio: a sparsity lies in \[0, 1\), not 1"),
+        ("compression.pruning.config_list.0.sparse_ratio=x", r"a sparsity lies in \[0, 1\), not 'x'"),
+        ("compression.pruning.schedule={name: AGPPruner, interval: 50, total_times: 9}", r"steps \(200\).*\(450\)"),
+        ("compression.pruning.schedule={name: Other, interval: 5, total_times: 9}", "schedule.name: .*AGPPruner"),
+        ("compression={}", "needs a student, or compression.pruning"),
+        ("evaluation.split=val", "evaluation.split: .*'val'"),
+        ("controls=[nose]", "controls.0: .*'nose'"),
+        ("seed=-1", "seed: .*greater than or equal to 0, not -1"),
+    ],
+)
+def test_wrong_values_name_the_key_and_the_value(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(DIGITS, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, reason="weight_decay: .nan passes the check weight_decay < 0")
+def test_nan_is_no_weight_decay() -> None:
+    with pytest.raises(UserError, match="weight_decay"):
+        load_recipe(DIGITS, ["distillation.weight_decay=.nan"])
+
+
+# Overrides.
+
+
+def test_overrides_reach_every_depth() -> None:
+    changes = [
+        "seed=7",
+        "transfer.synthesis.max_steps=11",
+        "transfer.targets.betas=[0.5]",
+        "distillation.augmentation.scale=[0.5, 2]",
+        "compression.pruning.config_list.0.sparse_ratio=0.25",
+        "compression.pruning.config_list.0.op_names=[conv1]",
+        "student.model=zoo:lenet5_half",
+        "evaluation=null",
+    ]
+    recipe = load_recipe(DIGITS, changes).recipe
+    assert recipe.seed == 7
+    assert recipe.transfer.options().synthesis.max_steps == 11
+    assert recipe.transfer.options().targets.betas == (0.5,)
+    assert recipe.distillation.augmentation.scale == (0.5, 2.0)
+    assert recipe.compression.pruning is not None
+    assert recipe.compression.pruning.config_list == [{"op_names": ["conv1"], "sparse_ratio": 0.25}]
+    assert recipe.student is not None
+    assert recipe.student.model == "zoo:lenet5_half"
+    assert recipe.evaluation is None
+    assert load_recipe(DIGITS, ["seed=1", "seed=2"], seed=3).recipe.seed == 3
+    assert load_recipe(DIGITS).recipe.seed == 0, "nothing sticks"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "key.path=value, not 'seed'"),
+        ("=3", "key.path=value"),
+        ("a..b=3", "key.path=value"),
+        ("seed=[1", "seed: the value is not YAML"),
+        ("seed.deep=3", "seed.deep|seed: "),
+        ("name.deep=3", "name is .*no keys"),
+        ("compression.pruning.config_list.5.x=1", "list of 1; '5' is no index"),
+        ("compression.pruning.config_list.x=1", "'x' is no index"),
+    ],
+)
+def test_wrong_overrides(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(DIGITS, [override])
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="str.isdigit is true of digits that int() refuses")
+def test_strange_digits_are_no_index() -> None:
+    with pytest.raises(UserError, match="no index"):
+        load_recipe(DIGITS, ["compression.pruning.config_list.²=1"])
+
+
+# Files.
+
+
+def test_unknown_recipes_name_a_near_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"did you mean {DIGITS}"):
+        load_recipe("digits-prune5")
+    with pytest.raises(UserError, match=r"packaged ones: .*or name a \.yml file"):
+        load_recipe("zzz")
+    with pytest.raises(UserError, match="There is no recipe file"):
+        load_recipe(str(tmp_path / "absent.yml"))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n- b\n", "text", "a: [1", "a: b: c", "\tx: 1", "a: &x 1\nb: *y", "a: !!python/name:os.system ''"]
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"is not YAML|must be a mapping") as caught:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_runs_no_code(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    text = f"name: !!python/object/apply:os.mkdir ['{canary}']\n"
+    with pytest.raises(UserError, match="is not YAML"):
+        load_recipe(write(tmp_path, text))
+    with pytest.raises(UserError, match="is not YAML"):
+        load_recipe(DIGITS, [f"name=!!python/object/apply:os.mkdir ['{canary}']"])
+    assert not canary.exists()
+
+
+def test_binary_files_are_no_recipes(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match=r"recipe\.yml"):
+        load_recipe(str(tmp_path / "recipe.yml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 2001-99-99\n",
+        "seed: !!int 'x'\n",
+        "seed: !!int ''\n",
+        "seed: !!float 'x'\n",
+        pytest.param("seed: " + "[" * 3000, id="deep"),
+    ],
+)
+@pytest.mark.xfail(
+    strict=True, raises=(ValueError, IndexError, RecursionError), reason="PyYAML raises more than YAMLError"
+)
+def test_what_yaml_chokes_on(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"recipe\.yml"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_relative_paths_are_meant_from_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "net.py").write_text("from helpers import small_network\n")
+    save_tensors(folder / "w.safetensors", small_network(5).state_dict())
+    content = plain()
+    content["teacher"] = {"model": "net.py:small_network", "weights": "w.safetensors", "input": {"shape": [1, 8, 8]}}
+    content["evaluation"] = {"data": "data.npz"}
+    name = write(folder, content)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_recipe(name)
+    assert torch.equal(loaded.teacher().class_weights(), small_network(5).head.weight)
+    assert loaded.data_name() == str(folder / "data.npz")
+    assert load_recipe(name, ["evaluation.data=digits"]).data_name() == "digits"
+    assert load_recipe(name, ["evaluation=null"]).data_name() is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.weights=zoo:nothing", "no trained weights 'nothing'"),
+        ("teacher.weights=absent.safetensors", "no weights file"),
+        ("teacher.model=zoo:lenet5_half", r"zoo:lenet5-digits do not fit.*conv1\.weight"),
+        ("teacher.model=zoo:nothing", "no network 'nothing'"),
+        ("teacher.classifier=fc9", "'fc9'.*fc1, fc2, fc3"),
+        ("teacher.input.shape=[3, 32, 32]", r"teacher\.input\.shape"),
+    ],
+)
+def test_teachers_that_cannot_be_had(override: str, message: str) -> None:
+    loaded = load_recipe(DIGITS, [override])
+    with pytest.raises(UserError, match=message):
+        loaded.teacher()
+
+
+# Mutations.
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.sampled_from([10**9, -(10**30), 1e308, float("nan"), float("inf"), 0.5, -0.1])
+    | st.text(max_size=5)
+    | st.sampled_from(["zoo:lenet5", "zskd", "best", "paper", "uniform", "file.py:x", "none", "noise", "AGPPruner", "$x"])
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=5) | st.integers(0, 3) | st.sampled_from(["steps", "model"]), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path] if path else []
+    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in entries:
+        found.extend(places(value, (*path, key)))
+    return found
+
+
+EXTRA = {
+    "student": {"model": "zoo:lenet5_half", "arguments": {}, "weights": None},
+    "selected_on": None,
+    "seed": 3,
+}
+
+
+@settings(max_examples=350, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), name=st.sampled_from(packaged_names()), count=st.integers(1, 3))
+def test_mutated_recipes_load_or_are_refused_in_one_sentence(tmp_path: Path, data, name: str, count: int) -> None:
+    content = {**plain(name), **copy.deepcopy(EXTRA)}
+    content["transfer"].update(synthesis={"max_steps": 5, "tolerance": None}, targets={"betas": [1.0]})
+    for _ in range(count):
+        path = data.draw(st.sampled_from(places(content)))
+        place = content
+        for key in path[:-1]:
+            place = place[key]
+        how = data.draw(st.sampled_from(["replace", "replace", "delete", "rename", "add"]))
+        if how == "replace":
+            place[path[-1]] = data.draw(values)
+        elif how == "delete":
+            del place[path[-1]]
+        elif how == "rename" and isinstance(place, dict):
+            place[data.draw(st.text(max_size=6))] = place.pop(path[-1])
+        elif isinstance(place, dict):
+            place[data.draw(st.text(max_size=6) | st.integers(0, 9))] = data.draw(values)
+        if not content or not places(content):
+            break
+    try:
+        assert isinstance(load_recipe(write(tmp_path, content)), LoadedRecipe)
+    except UserError as error:
+        assert str(error)
+
+
+# The machinery behind it.
+
+
+def test_build_settings_from_plain_values() -> None:
+    settings = build_settings(SynthesisSettings, {"max_steps": 3, "total_variation": [0.1, 0.2]})
+    assert settings == SynthesisSettings(max_steps=3, total_variation=(0.1, 0.2))
+    nested = build_settings(DistillationSettings, {"augmentation": {"scale": [0.5, 1]}})
+    assert nested.augmentation.scale == (0.5, 1.0)
+    with pytest.raises(ValueError, match=r"unknown key 'here.learning_rat'; did you mean 'learning_rate'\?"):
+        build_settings(SynthesisSettings, {"learning_rat": 1}, "here")
+    with pytest.raises(ValueError, match="here: learning_rate must be positive"):
+        build_settings(SynthesisSettings, {"learning_rate": 0}, "here")
+
+
+def test_hints_follow_optional_and_listed_sections() -> None:
+    class Inner(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        width: int = 1
+
+    class Outer(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        parts: list[Inner] = []
+        maybe: Inner | None = None
+        must: int
+
+    with pytest.raises(ValueError, match=r"'parts.1.widht'; did you mean 'width'"):
+        build_settings(Outer, {"must": 1, "parts": [{}, {"widht": 2}]})
+    with pytest.raises(ValueError, match=r"'maybe.widht'; did you mean 'width'"):
+        build_settings(Outer, {"must": 1, "maybe": {"widht": 2}})
+    with pytest.raises(ValueError, match="the key 'must' is missing"):
+        build_settings(Outer, {})
