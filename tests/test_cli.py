@@ -206,9 +206,7 @@ def test_disk_full(tmp_path: Path, undisturbed: Path) -> None:
     good = shard_hashes(store)
     limit = 10_000
     assert (store / "manifest.json").stat().st_size < limit < (store / "shard-00000.safetensors").stat().st_size
-    result = run_cli(
-        *synthesize(store), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
+    result = run_cli(*synthesize(store), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert result.returncode == 2
     assert is_one_sentence(result.stderr), result.stderr
     assert "shard-00005" in result.stderr

@@ -209,7 +209,7 @@ def test_another_run_is_refused_by_the_key_that_differs(store: Path, change: dic
 def test_missing_manifest_is_refused(store: Path) -> None:
     (store / MANIFEST).unlink()
     before = shard_hashes(store)
-    with pytest.raises(UserError, match="no manifest.json"):
+    with pytest.raises(UserError, match=r"no manifest.json"):
         make_store(store)
     with pytest.raises(UserError, match="not a store"):
         ImpressionStore.open(store)
@@ -314,16 +314,21 @@ def long_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def wait_for_shards(folder: Path, goal: int, process) -> None:
+    def there() -> bool:
+        return (folder / MANIFEST).exists() and finished_shards(folder) >= goal
+
+    wait_for(lambda: there() or process.exitcode is not None)
+
+
 @pytest.mark.slow
 def test_kill_at_random_moments(long_undisturbed: Path, folder: Path) -> None:
     moments, killed, progress = chance.Random(0), 0, [0]
     for _ in range(12):
         process = start_process(make_store, folder, **LONG)
         begun = finished_shards(folder) if (folder / MANIFEST).exists() else -1
-        wait_for(lambda: (folder / MANIFEST).exists() or process.exitcode is not None)
-        if begun >= 0:  # let it get to work again
-            goal = begun + moments.choice([0, 1, 1])
-            wait_for(lambda goal=goal: finished_shards(folder) >= goal or process.exitcode is not None)
+        goal = begun + moments.choice([0, 1, 1]) if begun >= 0 else -1  # let it get to work again
+        wait_for_shards(folder, goal, process)
         time.sleep(moments.uniform(0, 0.25))
         process.kill()
         process.join()

@@ -97,7 +97,9 @@ def test_files_that_cannot_be_imported(tmp_path: Path, text: str) -> None:
 def test_weights_are_loaded_whole() -> None:
     source, target = small_network(1), small_network(2)
     load_into(target, source.state_dict(), "here")
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 def test_weights_of_data_parallel_and_without_counters() -> None:
@@ -126,7 +128,9 @@ def test_weights_that_do_not_fit_are_named() -> None:
     del state["head.bias"]
     state["haed.bias"] = torch.zeros(5)
     state["hidden.weight"] = torch.zeros(2, 2)
-    expected = r"in here do not fit.*head\.bias missing; haed\.bias not of this network; hidden\.weight is \[2, 2\], not"
+    expected = (
+        r"in here do not fit.*head\.bias missing; haed\.bias not of this network; hidden\.weight is \[2, 2\], not"
+    )
     with pytest.raises(UserError, match=expected):
         load_into(network, state, "here")
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
@@ -298,7 +302,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(["format", "network", "arguments", "layers", "weights", "sha256"]), json_values, st.booleans())
 def test_any_value_anywhere_is_refused_or_loads(saved: Path, key: str, value: object, inside: bool) -> None:
     original = saved.read_text()

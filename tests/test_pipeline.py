@@ -126,10 +126,12 @@ def test_without_test_data_accuracy_is_null_and_agreement_is_on_impressions(tmp_
 
 
 def test_another_student_network_is_taught(tmp_path):
-    report = run(tmp_path, "student.model=zoo:lenet5_half", "compression={}", "controls=[none]")
+    report = run(
+        tmp_path, "student.model=zoo:lenet5_half", "compression={}", "controls=[none]", "distillation.steps=250"
+    )
     assert report["parameters"]["student"] == 35820
     assert report["pruning"] is None
-    assert report["accuracy"]["student"] > report["controls"]["none"]["accuracy"]
+    assert report["accuracy"]["student"] > report["controls"]["none"]["accuracy"] + 30
 
 
 def test_a_student_with_other_classes_is_refused_before_any_work(tmp_path):

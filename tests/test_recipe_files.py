@@ -84,7 +84,7 @@ def test_unknown_keys_name_the_nearest(override: str, wrong: str, near: str) -> 
 
 
 def test_unknown_keys_of_the_transfer_section_name_its_own_keys() -> None:
-    with pytest.raises(UserError, match="unknown key.*'presett'"):
+    with pytest.raises(UserError, match=r"unknown key.*'presett'"):
         load_recipe(DIGITS, ["transfer.presett=best"])
 
 
@@ -95,7 +95,7 @@ def test_a_misspelt_preset_names_preset() -> None:
 
 
 def test_keys_like_nothing_list_what_is_known() -> None:
-    with pytest.raises(UserError, match="'evaluation.zzzzz'; known here: data, split"):
+    with pytest.raises(UserError, match=r"'evaluation.zzzzz'; known here: data, split"):
         load_recipe(DIGITS, ["evaluation.zzzzz=1"])
 
 
@@ -301,12 +301,18 @@ scalars = (
     | st.integers(-5, 5)
     | st.sampled_from([10**9, -(10**30), 1e308, float("nan"), float("inf"), 0.5, -0.1])
     | st.text(max_size=5)
-    | st.sampled_from(["zoo:lenet5", "zskd", "best", "paper", "uniform", "file.py:x", "none", "noise", "AGPPruner", "$x"])
+    | st.sampled_from(
+        ["zoo:lenet5", "zskd", "best", "paper", "uniform", "file.py:x", "none", "noise", "AGPPruner", "$x"]
+    )
 )
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=5) | st.integers(0, 3) | st.sampled_from(["steps", "model"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(max_size=5) | st.integers(0, 3) | st.sampled_from(["steps", "model"]), inner, max_size=3
+        )
+    ),
     max_leaves=5,
 )
 

@@ -229,7 +229,11 @@ def test_patience_by_a_naive_rule() -> None:
         one = slice(row, row + 1)
         best, best_step, left = math.inf, 0, 50
         for step in range(51):
-            images = plain_loop(teacher, orders, settings_for(max_steps=step, learning_rate=0.2), one) if step else orders.starts[one]
+            images = (
+                plain_loop(teacher, orders, settings_for(max_steps=step, learning_rate=0.2), one)
+                if step
+                else orders.starts[one]
+            )
             fit = float(divergence(teacher, images, orders.targets[one]))
             if fit < 0.99 * best:
                 best, best_step = fit, step
@@ -242,7 +246,10 @@ def test_patience_by_a_naive_rule() -> None:
 def test_on_finished_counts_every_image_once() -> None:
     counts: list[int] = []
     synthesize_shard(
-        small_teacher(), orders_for(33, temperatures=torch.ones(33, 1)), settings_for(slots=7, tolerance=0.1), counts.append
+        small_teacher(),
+        orders_for(33, temperatures=torch.ones(33, 1)),
+        settings_for(slots=7, tolerance=0.1),
+        counts.append,
     )
     assert sum(counts) == 33
     assert all(counts)
@@ -333,7 +340,7 @@ def test_a_teacher_that_turns_nan_never_yields_an_impression(value: float, optio
     with torch.no_grad():
         teacher.model.hidden.weight[0, 0] = value
         teacher.model.hidden.weight[0, 1] = -value
-    with pytest.raises(UserError, match="not finite.*learning_rate"):
+    with pytest.raises(UserError, match=r"not finite.*learning_rate"):
         synthesize_shard(teacher, orders_for(8), settings_for(**options))
 
 

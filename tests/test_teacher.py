@@ -277,7 +277,7 @@ def test_output_function_and_its_absence() -> None:
         def forward(self, x: Tensor):
             return SimpleNamespace(answer=self.inner(x))
 
-    with pytest.raises(UserError, match="SimpleNamespace.*output="):
+    with pytest.raises(UserError, match=r"SimpleNamespace.*output="):
         Teacher(Strange(), SMALL)
     teacher = Teacher(Strange(), SMALL, output=lambda result: result.answer)
     assert teacher(torch.rand(2, 1, 8, 8)).shape == (2, 5)
@@ -392,5 +392,3 @@ def test_record_features() -> None:
     with pytest.raises(UserError, match="'nothing'"), record_features(teacher.model, ["conv", "nothing"]):
         pass
     assert all(not module._forward_hooks for module in teacher.model.modules())
-
-

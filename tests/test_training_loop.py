@@ -225,7 +225,7 @@ def test_divergence_names_the_step(steps: int) -> None:
 def test_divergence_by_a_real_learning_rate() -> None:
     settings = DistillationSettings(steps=100, batch=8, learning_rate=1e30, warmup=0)
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5))
-    with pytest.raises(UserError, match="Distillation diverged.*step 50 of 100.*smaller learning rate"):
+    with pytest.raises(UserError, match=r"Distillation diverged.*step 50 of 100.*smaller learning rate"):
         distill(student, small_teacher(), NoiseSource(SMALL, 8), settings, quiet=True)
 
 

@@ -63,7 +63,7 @@ def test_all_zero_classifier_row_is_named() -> None:
     network = small_teacher().model
     with torch.no_grad():
         network.head.weight[3] = 0
-    with pytest.raises(UserError, match="Class 3 .*all-zero"):
+    with pytest.raises(UserError, match=r"Class 3 .*all-zero"):
         ZskdTargets(Teacher(network, SMALL), ZskdSettings())
 
 
@@ -222,7 +222,10 @@ def test_targets_are_drawn_from_the_row_of_their_class_and_beta() -> None:
             rows = targets[(classes == k) & (betas == b)].double().numpy()
             alpha = concentrations(plan.similarity, beta)[k].double().numpy()
             theory = stats.dirichlet(alpha)
-            assert np.all(np.abs(rows.mean(0) - theory.mean()) < 5 * np.sqrt(theory.var() / len(rows)) + 1e-6), (k, beta)
+            assert np.all(np.abs(rows.mean(0) - theory.mean()) < 5 * np.sqrt(theory.var() / len(rows)) + 1e-6), (
+                k,
+                beta,
+            )
     # beta 0.1 is peakier than beta 1
     peak = targets.max(1).values
     assert peak[betas == 1].mean() > peak[betas == 0].mean() + 0.1
@@ -309,7 +312,7 @@ def test_unknown_presets_and_keys() -> None:
     method = find_method("zskd")
     with pytest.raises(ValueError, match="paper, author-code, best, not 'bset'"):
         method.options("bset", {})
-    with pytest.raises(ValueError, match="'synthesis.max_step'; did you mean 'max_steps'"):
+    with pytest.raises(ValueError, match=r"'synthesis.max_step'; did you mean 'max_steps'"):
         method.options("best", {"synthesis": {"max_step": 3}})
 
 

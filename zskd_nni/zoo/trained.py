@@ -29,8 +29,8 @@ def trained_weights(name: str) -> Path:
     path = trained_folder() / f"{name}.safetensors"
     if name not in trained_names():
         raise UserError(
-            f"The zoo has no trained weights {name!r}; it has {', '.join(trained_names())}. "
-            "zskd-nni train-teacher makes others from real data."
+            f"No trained weights {name!r} come with the package; {', '.join(trained_names())} do. Others are made from "
+            f"real data by zskd-nni train-teacher NAME --out DIR and named as teacher.weights: DIR/NAME.safetensors."
         )
     return path
 
