@@ -216,6 +216,7 @@ def test_logits_in_batches() -> None:
     [
         ("mnist", (1, 28, 28), {"train": 60_000, "test": 10_000}),
         ("fashion-mnist", (1, 28, 28), {"train": 60_000, "test": 10_000}),
+        ("cifar10", (3, 32, 32), {"train": 50_000, "test": 10_000}),
     ],
 )
 def test_real_sets(name: str, shape: tuple[int, ...], counts: dict[str, int]) -> None:

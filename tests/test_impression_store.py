@@ -232,9 +232,9 @@ def set_at(*path: str) -> Callable[[object], Callable[[dict], None]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("identity", "seed")(5), "edited"),
-        (set_at("identity", "teacher")("0" * 64), "edited"),
-        (set_at("fingerprint")("0" * 64), "edited"),
+        (set_at("identity", "seed")(5), "it was edited"),
+        (set_at("identity", "teacher")("0" * 64), "it was edited"),
+        (set_at("fingerprint")("0" * 64), "it was edited"),
         (set_at("format")("zskd_nni impressions 2"), "format"),
         (set_at("plan")([20, 20, "20"]), "plan"),
         (set_at("plan")([20, 0]), "plan"),
@@ -304,7 +304,8 @@ def test_describe_difference() -> None:
 
 # Kill and stop.
 
-LONG = {"size": 160, "max_steps": 60, "slots": 20}
+SHARDS = 15
+LONG = {"size": 20 * SHARDS, "max_steps": 60, "slots": 20}
 
 
 @pytest.fixture(scope="module")
@@ -324,12 +325,13 @@ def wait_for_shards(folder: Path, goal: int, process) -> None:
 @pytest.mark.slow
 def test_kill_at_random_moments(long_undisturbed: Path, folder: Path) -> None:
     moments, killed, progress = chance.Random(0), 0, [0]
+    seconds = ImpressionStore.open(long_undisturbed).summary()["seconds"] / SHARDS
     for _ in range(12):
         process = start_process(make_store, folder, **LONG)
         begun = finished_shards(folder) if (folder / MANIFEST).exists() else -1
         goal = begun + moments.choice([0, 1, 1]) if begun >= 0 else -1  # let it get to work again
         wait_for_shards(folder, goal, process)
-        time.sleep(moments.uniform(0, 0.25))
+        time.sleep(moments.uniform(0, 1.5 * seconds))
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -370,8 +372,8 @@ def test_stop_between_two_steps_keeps_what_is_finished(long_undisturbed: Path, f
     process.join()
     assert process.exitcode == 128 + signum
     made = finished_shards(folder)
-    assert 2 <= made < 8
-    assert manifest_of(folder)["plan"] == [20] * 8
-    assert ImpressionStore.open(folder).missing() == list(range(made, 8))
+    assert 2 <= made < SHARDS
+    assert manifest_of(folder)["plan"] == [20] * SHARDS
+    assert ImpressionStore.open(folder).missing() == list(range(made, SHARDS))
     make_store(folder, **LONG)
     assert same_store(long_undisturbed, folder)

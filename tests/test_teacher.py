@@ -147,6 +147,17 @@ def test_classifier_is_what_makes_the_logits_not_what_is_defined_last() -> None:
     assert teacher.classifier_path == "head"
 
 
+def test_classifier_is_not_what_is_called_last_either() -> None:
+    class HeadEarly(HeadFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            self.seen = self.auxiliary(x.flatten(1))
+            return logits
+
+    torch.manual_seed(0)
+    assert Teacher(HeadEarly(), SMALL).classifier_path == "head"
+
+
 @pytest.mark.parametrize("behind", [nn.LogSoftmax(1), nn.Identity(), nn.Dropout(0.5)])
 def test_classifier_with_something_behind_it(behind: nn.Module) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 4), behind)

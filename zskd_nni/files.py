@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,12 @@ def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:
     if not allow_pt:
         raise UserError(
             f"{path} is not a .safetensors file. PyTorch's own format is read only where you allow it "
-            "(recipe: teacher.allow_pt: true; command line: --allow-pt)."
+            "(teacher.allow_pt: true in the recipe, or --set teacher.allow_pt=true)."
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickle protocols; what does not fit is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle raises anything
         raise UserError(
             f"{path} was refused: it is damaged, or holds more than weights and wants to run code. "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -87,9 +87,16 @@ class TransferSection(BaseModel):
     @model_validator(mode="after")
     def _options_are_right(self) -> TransferSection:
         try:
-            self.options()
+            method = find_method(self.method)
         except UserError as error:
             raise ValueError(str(error)) from error
+        known = [*type(self).model_fields, *(entry.name for entry in fields(method.options(self.preset, {})))]
+        for key in self.model_extra or {}:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1, 0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+                raise ValueError(f"unknown key {key!r}; {hint}")
+        self.options()
         return self
 
     def options(self) -> Any:
@@ -320,7 +327,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | No
     try:
         recipe = Recipe.model_validate(source)
     except ValidationError as error:
-        raise UserError(f"The recipe {name_or_file}: {describe_validation(error, Recipe)}.") from error
+        raise UserError(f"The recipe {name_or_file}: {describe_validation(error, Recipe)}") from error
     return LoadedRecipe(recipe, base, source)
 
 
