@@ -48,7 +48,7 @@ def run(recipe: str, seed: int, runs: Path, threads: int | None) -> dict[str, An
 def table(names: list[str]) -> str:
     """A Markdown table, mean and standard deviation over the seeds of each recipe."""
     lines = [
-        "| recipe | teacher | student | not distilled | distilled on noise | parameters | ONNX bytes | seconds a seed |",
+        "| recipe | teacher | student | not distilled | on noise | parameters | ONNX bytes | seconds a seed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:

@@ -111,7 +111,6 @@ def test_mistakes_end_in_one_sentence(tmp_path: Path, arguments: list[object], m
     assert not (tmp_path / "o").exists(), "a mistake leaves nothing behind"
 
 
-@pytest.mark.xfail(strict=True, reason="the sentence of somebody else's exception is printed with its line breaks")
 def test_a_factory_that_fails_at_length_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("def net():\n    raise RuntimeError('first line\\nsecond line')\n")
     change = "teacher={model: 'net.py:net', input: {shape: [1, 8, 8]}}"
@@ -121,7 +120,6 @@ def test_a_factory_that_fails_at_length_ends_in_one_line(tmp_path: Path) -> None
     assert is_one_sentence(result.stderr), result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="the first letter of the sentence is raised, even that of a path")
 def test_a_path_at_the_beginning_keeps_its_letters(tmp_path: Path) -> None:
     assert "absent is not a store" in run_cli("show", "absent", cwd=tmp_path).stderr
 
@@ -274,7 +272,6 @@ def test_evaluate_of_a_changed_file(student: Path, tmp_path: Path) -> None:
     assert is_one_sentence(result.stderr), result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="the ValueError of the missing input shape is not turned into a sentence")
 def test_evaluate_of_a_description_without_input(student: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(student, tmp_path / "student"))
     content = json.loads((copy / "student.json").read_text())

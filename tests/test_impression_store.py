@@ -25,7 +25,7 @@ from helpers import (
 )
 
 from zskd_nni.errors import UserError
-from zskd_nni.files import fingerprint_of, load_tensors, save_tensors, sha256_of_file
+from zskd_nni.files import fingerprint_of, load_tensors, only_writer, save_tensors, sha256_of_file
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.synthesis.store import describe_difference
 
@@ -360,7 +360,7 @@ def test_a_second_run_on_the_folder_is_refused(long_undisturbed: Path, folder: P
     finally:
         process.kill()
         process.join()
-    with ImpressionStore.open(folder).locked():  # the lock dies with its process
+    with only_writer(folder):  # the lock dies with its process
         pass
 
 

@@ -88,7 +88,6 @@ def test_unknown_keys_of_the_transfer_section_name_its_own_keys() -> None:
         load_recipe(DIGITS, ["transfer.presett=best"])
 
 
-@pytest.mark.xfail(strict=True, reason="the hint knows the method's own keys only")
 def test_a_misspelt_preset_names_preset() -> None:
     with pytest.raises(UserError, match="did you mean 'preset'"):
         load_recipe(DIGITS, ["transfer.presett=best"])
@@ -144,7 +143,6 @@ def test_wrong_values_name_the_key_and_the_value(override: str, message: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="weight_decay: .nan passes the check weight_decay < 0")
 def test_nan_is_no_weight_decay() -> None:
     with pytest.raises(UserError, match="weight_decay"):
         load_recipe(DIGITS, ["distillation.weight_decay=.nan"])
@@ -196,7 +194,6 @@ def test_wrong_overrides(override: str, message: str) -> None:
         load_recipe(DIGITS, [override])
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="str.isdigit is true of digits that int() refuses")
 def test_strange_digits_are_no_index() -> None:
     with pytest.raises(UserError, match="no index"):
         load_recipe(DIGITS, ["compression.pruning.config_list.²=1"])
@@ -251,9 +248,6 @@ def test_binary_files_are_no_recipes(tmp_path: Path) -> None:
         pytest.param("seed: " + "[" * 3000, id="deep"),
     ],
 )
-@pytest.mark.xfail(
-    strict=True, raises=(ValueError, IndexError, RecursionError), reason="PyYAML raises more than YAMLError"
-)
 def test_what_yaml_chokes_on(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"recipe\.yml"):
         load_recipe(write(tmp_path, text))
@@ -279,7 +273,7 @@ def test_relative_paths_are_meant_from_the_recipe(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("teacher.weights=zoo:nothing", "no trained weights 'nothing'"),
+        ("teacher.weights=zoo:nothing", "[Nn]o trained weights 'nothing'.*lenet5-digits"),
         ("teacher.weights=absent.safetensors", "no weights file"),
         ("teacher.model=zoo:lenet5_half", r"zoo:lenet5-digits do not fit.*conv1\.weight"),
         ("teacher.model=zoo:nothing", "no network 'nothing'"),

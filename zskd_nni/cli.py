@@ -76,6 +76,16 @@ def _run(
     return Run(loaded, out, device=device, root=root, download=download, impressions=impressions, quiet=quiet)
 
 
+def _input_of(content: Any, path: Path) -> Any:
+    from zskd_nni.inputs import InputSpec
+    from zskd_nni.settings import build_settings
+
+    try:
+        return build_settings(InputSpec, content.get("input") or {}, "input")
+    except ValueError as error:
+        raise UserError(f"{path} does not describe the network's input: {error}.") from error
+
+
 @app.command()
 def demo(
     out: OutOption = Path("out/demo"),
@@ -184,16 +194,14 @@ def evaluate(
     from zskd_nni.data import load_images
     from zskd_nni.export import run_onnx
     from zskd_nni.files import read_json
-    from zskd_nni.inputs import InputSpec
     from zskd_nni.metrics import accuracy, agreement, logits_on
     from zskd_nni.saved_model import load_network
-    from zskd_nni.settings import build_settings
     from zskd_nni.teacher import first_tensor
 
     _prepare("cpu")
     path = network / "student.json" if network.is_dir() else network
     model = load_network(path)
-    spec = build_settings(InputSpec, read_json(path).get("input", {}), f"{path}: input")
+    spec = _input_of(read_json(path), path)
     images = load_images(data, split, data_root, download)
     logits = logits_on(lambda batch: first_tensor(model(spec.normalise(batch))), images, spec)
     typer.echo(f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}")
@@ -213,9 +221,7 @@ def show(
     count: Annotated[int, typer.Option("--count", min=1, max=1000, help="How many impressions.")] = 60,
 ) -> None:
     """Draw a store's impressions, labelled with what the teacher sees in each."""
-    from zskd_nni.inputs import InputSpec
     from zskd_nni.pictures import impressions_picture, pick_by_class
-    from zskd_nni.settings import build_settings
     from zskd_nni.synthesis import ImpressionStore
 
     if out.suffix != ".png":
@@ -225,7 +231,7 @@ def show(
     if not made:
         raise UserError(f"{store} holds no finished impressions yet.")
     impressions = opened.read(made[0])
-    spec = build_settings(InputSpec, opened.manifest["identity"]["input"], "input")
+    spec = _input_of(opened.manifest["identity"], store / "manifest.json")
     chosen = pick_by_class(impressions.logits, max(1, count // impressions.logits.shape[1]))[:count]
     impressions_picture(impressions.images[chosen], impressions.logits[chosen], spec, out, title=str(store))
     typer.echo(f"{out}: {len(chosen)} of {len(opened):,} impressions")
@@ -304,6 +310,6 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> None:
-    sentence = sentence if sentence.endswith((".", "?", "!")) else sentence + "."
-    print(f"Error: {sentence[0].upper()}{sentence[1:]}", file=sys.stderr)
+    sentence = " ".join(sentence.split())  # somebody else's exception may be in it, line breaks and all
+    print(f"Error: {sentence}" + ("" if sentence.endswith((".", "?", "!")) else "."), file=sys.stderr)
     sys.exit(2)

@@ -51,8 +51,8 @@ class DistillationSettings:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"steps and batch must be at least 1, not {self.steps} and {self.batch}")
-        if self.weight_decay < 0 or self.warmup < 0:
-            raise ValueError("weight_decay and warmup must not be negative")
+        if not 0 <= self.weight_decay < float("inf") or self.warmup < 0:
+            raise ValueError(f"weight_decay and warmup must not be negative: {self.weight_decay} and {self.warmup}")
 
 
 def transfer_batch(

@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -79,6 +81,30 @@ def make_folder(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"The folder {path} could not be made ({error.strerror}).") from error
     return path
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Within the block no other run writes into ``folder``; what a killed one left half-written is removed.
+
+    The lock is the operating system's and goes with its process, however that ends.
+
+    Raises:
+        UserError: another run is at work there, or the folder cannot be written to.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(f"Another run is at work in {folder}; wait for it, or use another folder.") from error
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written to ({error.strerror}).") from error
+    try:
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def read_json(path: str | Path) -> Any:

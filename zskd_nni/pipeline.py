@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from zskd_nni.data import load_images
 from zskd_nni.distillation import check_student, distill
 from zskd_nni.errors import UserError
 from zskd_nni.export import export_onnx
-from zskd_nni.files import fingerprint_of, make_folder, read_json, save_tensors, write_json
+from zskd_nni.files import fingerprint_of, make_folder, only_writer, read_json, save_tensors, write_json
 from zskd_nni.methods.registry import TransferRequest, find_method
 from zskd_nni.metrics import accuracy, agreement, logits_on
 from zskd_nni.pictures import impressions_picture, pick_by_class
@@ -127,14 +126,7 @@ class Run:
     @contextmanager
     def _owned(self) -> Iterator[None]:
         make_folder(self.out)
-        lock = filelock.FileLock(self.out / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise UserError(f"Another run is at work in {self.out}; wait for it, or use another folder.") from error
-        except OSError as error:
-            raise UserError(f"The folder {self.out} cannot be written to ({error.strerror}).") from error
-        try:
+        with only_writer(self.out):
             path = self.out / RUN
             if path.exists():
                 known = read_json(path)
@@ -150,8 +142,6 @@ class Run:
                 )
             self._write_run()
             yield
-        finally:
-            lock.release()
 
     def _write_run(self) -> None:
         write_json(self.out / RUN, {"identity": self.identity, "seconds": self.seconds})

@@ -314,10 +314,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | No
         UserError: one sentence on the first thing that is wrong.
     """
     text, base = recipe_text(name_or_file)
-    try:
-        source = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"The recipe {name_or_file} is not YAML: {_one_line(error)}.") from error
+    source = _parse_yaml(text, f"The recipe {name_or_file} is not YAML")
     if not isinstance(source, dict):
         raise UserError(f"The recipe {name_or_file} must be a mapping with keys such as teacher and transfer.")
     for override in overrides:
@@ -336,15 +333,12 @@ def _apply_override(source: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise UserError(f"--set takes key.path=value, not {override!r}.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {path}: the value is not YAML: {_one_line(error)}.") from error
+    value = _parse_yaml(text, f"--set {path}: the value is not YAML")
     place: Any = source
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
+            if not (key.isascii() and key.isdigit() and int(key) < len(place)):
                 where = ".".join(keys[:depth])
                 raise UserError(f"--set {path}: {where} is a list of {len(place)}; {key!r} is no index of it.")
             index = int(key)
@@ -363,5 +357,10 @@ def _apply_override(source: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {path}: {'.'.join(keys[:depth])} is {place!r}, which has no keys.")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _parse_yaml(text: str, complaint: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise UserError(f"{complaint}: it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # bad dates, numbers, keys
+        raise UserError(f"{complaint}: {' '.join(str(error).split())}.") from error

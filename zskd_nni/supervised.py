@@ -46,7 +46,7 @@ class SupervisedSettings:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer is adamw or sgd, not {self.optimizer!r}")
-        if self.epochs < 1 or self.batch < 1 or self.learning_rate <= 0:
+        if self.epochs < 1 or self.batch < 1 or not 0 < self.learning_rate < float("inf"):
             raise ValueError("epochs and batch must be at least 1 and learning_rate positive")
 
 

@@ -120,9 +120,17 @@ def fit(
     mean = math.nan
     recent = [torch.tensor(value) for value in history.pending]
 
+    def diverged(step: int) -> UserError:
+        return UserError(
+            f"{label.capitalize()} diverged: the loss is no longer finite in the {_LOSS_EVERY} steps up to step {step} "
+            f"of {steps}. A smaller learning rate usually mends it."
+        )
+
     def save(step: int) -> None:
         if checkpoint is not None:
             history.pending = [float(value) for value in recent]
+            if not all(map(math.isfinite, history.pending)):
+                raise diverged(step)  # the last good checkpoint stays
             history.seconds = before + time.monotonic() - started
             save_checkpoint(checkpoint, model, optimizer, scheduler, step, history, extra)
 
@@ -138,10 +146,7 @@ def fit(
             if done % _LOSS_EVERY == 0 or done == steps:
                 mean = float(torch.stack(recent).double().mean())
                 if not math.isfinite(mean):
-                    raise UserError(
-                        f"{label.capitalize()} diverged: the loss is no longer finite in the {len(recent)} steps up to "
-                        f"step {done} of {steps}. A smaller learning rate usually mends it."
-                    )
+                    raise diverged(done)
                 recent.clear()
                 history.steps.append(done)
                 history.losses.append(mean)
@@ -159,6 +164,8 @@ def fit(
             if checkpoint is not None and time.monotonic() - saved >= checkpoint.every:
                 save(done)
                 saved = time.monotonic()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise diverged(steps)  # by the very last update, which no loss has seen
     history.seconds = before + time.monotonic() - started
     save(steps)
     return history

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
+from zskd_nni.files import make_folder, only_writer
 from zskd_nni.progress import Progress
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.synthesis.engine import Orders, synthesize_shard
@@ -73,12 +74,12 @@ def synthesize(
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-    store = ImpressionStore.create(folder, identity, counts, environment)
     # Denormals slow a CPU by a factor of up to a hundred; other libraries switch the flushing off again at times, and
     # the bits depend on it.
     torch.set_flush_denormal(True)
-    with store.locked():
-        store = ImpressionStore.open(folder)  # as it is now that nobody else writes
+    folder = make_folder(folder)
+    with only_writer(folder):
+        store = ImpressionStore.create(folder, identity, counts, environment)
         missing = store.missing()
         done = size - sum(counts[index] for index in missing)
         threads = torch.get_num_threads()

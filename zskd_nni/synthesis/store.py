@@ -8,12 +8,9 @@ shard that is missing or damaged is made again from its own seed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from torch import Tensor
 
@@ -116,27 +113,6 @@ class ImpressionStore:
 
     def _write_manifest(self) -> None:
         write_json(self.folder / MANIFEST, self.manifest)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Within the block no other run writes here.
-
-        Raises:
-            UserError: another run is at work on the folder.
-        """
-        lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise UserError(f"Another run is at work in {self.folder}; wait for it, or use another folder.") from error
-        except OSError as error:
-            raise UserError(f"The folder {self.folder} cannot be written to ({error.strerror}).") from error
-        try:
-            for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed between write and rename
-                leftover.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
 
     @property
     def plan(self) -> list[int]:
