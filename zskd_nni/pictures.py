@@ -43,7 +43,7 @@ def impressions_picture(
         axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture[..., :3], cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{int(seen[number])}  {100 * float(confidence[number]):.0f}%", fontsize=7, pad=2)
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(title, fontsize=9, y=0.998)
     figure.tight_layout(pad=0.4)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
