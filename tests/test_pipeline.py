@@ -24,6 +24,7 @@ SMALL = (
     "transfer.held_out=100",
     "transfer.synthesis.shard=150",
     "compression.pruning.steps=20",
+    "compression.quantization.steps=20",
     "distillation.steps=40",
 )
 SPEC = InputSpec((1, 32, 32))
@@ -53,7 +54,7 @@ def test_everything_a_run_promises_is_there(finished):
         assert (out / name).stat().st_size > 0, name
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
     assert report["parameters"] == {"teacher": 61706, "student": 35820}
-    assert set(report["accuracy"]) == {"teacher", "student"}
+    assert set(report["accuracy"]) == {"teacher", "student", "student_int8"}
     assert 0 <= report["agreement"] <= 1
     assert report["seconds"]["total"] == pytest.approx(sum(v for k, v in report["seconds"].items() if k != "total"))
     assert report["bytes"]["student"]["onnx"] == (out / "student.onnx").stat().st_size
@@ -120,7 +121,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_without_test_data_accuracy_is_null_and_agreement_is_on_impressions(tmp_path):
     report = run(tmp_path, "evaluation=null", "controls=[]")
-    assert report["accuracy"] == {"teacher": None, "student": None}
+    assert report["accuracy"] == {"teacher": None, "student": None, "student_int8": None}
     assert "held-out" in report["agreement_on"]
     assert report["agreement"] == report["agreement_held_out"]
 
