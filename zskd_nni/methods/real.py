@@ -57,7 +57,7 @@ class Real:
         """``request.size`` images of the training split; held-out ones are taken from the other end of the order."""
         name = request.options.data
         if not name:
-            raise UserError("transfer.data: the method real needs the name of a data set, such as mnist.")
+            raise UserError("The method real needs transfer.data, the name of a data set such as mnist.")
         if name not in NAMED_SETS and request.base is not None:
             name = str(request.base / name)
         data = load_images(name, "train", request.root, request.download)
