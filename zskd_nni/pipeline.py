@@ -296,7 +296,8 @@ class Run:
         made.network.cpu().eval()
         self._save(made, finished)
         (state / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
-        return made
+        # As a later run finds it: training leaves another memory format, whose sums round otherwise.
+        return self._load(finished)
 
     def _pruned(
         self, name: str, network: nn.Module, source: TransferSource | None, scores: TransferSource | None
