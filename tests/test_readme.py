@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from zskd_nni.zoo import lenet5
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,3 +36,20 @@ def test_results_have_three_seeds_controls_and_provenance(path):
         assert record["provenance"]["commit"]
         assert record["provenance"]["selected_on"]
         assert record["accuracy"]["student"] is not None
+
+
+def test_the_example_in_python_runs_as_it_stands(tmp_path, monkeypatch):
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (example,) = [block.split("```")[0] for block in blocks if "ZeroShotDistiller" in block]
+    assert "size=8000" in example
+    assert "2000" in example
+    monkeypatch.chdir(tmp_path)
+    model = lenet5()
+    before = model.conv1.weight.detach().clone()
+    names = {"model": model}
+    # Only the sizes are smaller.
+    exec(example.replace("size=8000", "size=60").replace("2000", "4"), names)  # the README's own code
+    assert isinstance(names["distiller"], names["ZeroShotDistiller"])
+    names["distiller"].unwrap_model()
+    assert not before.equal(model.conv1.weight.detach())
+    assert (tmp_path / "impressions" / "manifest.json").exists()
