@@ -57,10 +57,10 @@ def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
         temperature: T > 0; there is no factor T^2.
         over: the mean is taken over all N * K ``elements``, as ZSKT's released code does, or over ``images``.
     """
-    reduction = {"elements": "mean", "images": "batchmean"}[over]
     log_student = functional.log_softmax(student / temperature, 1)
     log_teacher = functional.log_softmax(teacher / temperature, 1)
-    return functional.kl_div(log_student, log_teacher, reduction=reduction, log_target=True)
+    divergence = functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return divergence / student.shape[1] if over == "elements" else divergence
 
 
 def attention_map(features: Tensor) -> Tensor:

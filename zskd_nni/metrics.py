@@ -13,7 +13,7 @@ from torch.nn import functional
 from zskd_nni.data import LabelledImages
 from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
-from zskd_nni.teacher import first_tensor
+from zskd_nni.teacher import Teacher, first_tensor
 
 Network = Callable[[Tensor], Tensor]
 
@@ -60,8 +60,15 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     return float(gap.abs().sum() / len(logits))
 
 
+def _answer(network: Network | Teacher, images: Tensor) -> Tensor:
+    """Logits of normalised images."""
+    if isinstance(network, Teacher):  # called itself it would normalise once more
+        return network.output(network.model(images))
+    return first_tensor(network(images))
+
+
 @contextmanager
-def _evaluating(*networks: Network) -> Iterator[None]:
+def _evaluating(*networks: Network | Teacher) -> Iterator[None]:
     """Within the block every module is in ``eval()`` mode; afterwards each as it was."""
     modules = [module for network in networks if isinstance(network, nn.Module) for module in network.modules()]
     modes = [module.training for module in modules]
@@ -75,7 +82,12 @@ def _evaluating(*networks: Network) -> Iterator[None]:
 
 
 def transition_curves(
-    followed: Network, other: Network, images: Tensor, targets: Tensor, steps: int = 100, step_size: float = 1.0
+    followed: Network | Teacher,
+    other: Network | Teacher,
+    images: Tensor,
+    targets: Tensor,
+    steps: int = 100,
+    step_size: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Probabilities of ``targets`` along the way on which ``followed`` comes to see them (ZSKT, algorithm 2).
 
@@ -85,7 +97,7 @@ def transition_curves(
 
     Args:
         followed: A, the network whose gradient is followed (the student); takes what networks see, normalised
-            images; tuples and mappings are understood. Both are run in ``eval()`` mode.
+            images; tuples and mappings are understood, and so is a :class:`Teacher`. Both are run in ``eval()`` mode.
         other: B, the network beside it (the teacher).
         images: ``(N, C, H, W)``, normalised, on the networks' device.
         targets: ``(N,)`` the class each image is led to.
@@ -101,10 +113,10 @@ def transition_curves(
     with _evaluating(followed, other), torch.enable_grad():
         for step in range(steps):
             at.requires_grad_(True)
-            logits = first_tensor(followed(at))
+            logits = _answer(followed, at)
             with torch.no_grad():
                 first.append(logits.softmax(1)[rows, targets].cpu())
-                second.append(first_tensor(other(at)).softmax(1)[rows, targets].cpu())
+                second.append(_answer(other, at).softmax(1)[rows, targets].cpu())
             if step + 1 < steps:
                 (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, targets, reduction="sum"), at)
                 at = at.detach() - step_size * gradient
@@ -133,8 +145,8 @@ class TransitionResult:
 
 
 def mean_transition_error(
-    followed: Network,
-    other: Network,
+    followed: Network | Teacher,
+    other: Network | Teacher,
     images: Tensor,
     *,
     steps: int = 100,
@@ -164,10 +176,10 @@ def mean_transition_error(
     """
     with _evaluating(followed, other), torch.no_grad():
         answers = [
-            torch.cat([first_tensor(network(part)).argmax(1) for part in images.split(batch)])
+            torch.cat([_answer(network, part).argmax(1) for part in images.split(batch)])
             for network in (followed, other)
         ]
-        classes = first_tensor(followed(images[:1])).shape[1]
+        classes = _answer(followed, images[:1]).shape[1]
     agreed = (answers[0] == answers[1]).nonzero().flatten()[:limit]
     if len(agreed) == 0:
         raise UserError("The two networks agree on no image, so that there is no transition error to measure.")

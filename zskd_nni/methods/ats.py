@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from torch import Tensor
 
@@ -247,13 +248,11 @@ class _Classes:
             pool = torch.cat([self.spare[old], images])
             parts.append((pool[best], torch.full((len(best),), k), scores[best]))
         if parts:
-            self.spare, self.spare_class, self.spare_probability = (torch.cat(column) for column in zip(*parts))
+            pools, names, scored = zip(*parts, strict=True)
+            self.spare, self.spare_class, self.spare_probability = torch.cat(pools), torch.cat(names), torch.cat(scored)
         else:
-            self.spare, self.spare_class, self.spare_probability = (
-                self.spare[:0],
-                self.spare_class[:0],
-                self.spare_probability[:0],
-            )
+            self.spare, self.spare_class = self.spare[:0], self.spare_class[:0]
+            self.spare_probability = self.spare_probability[:0]
 
 
 def balance(
@@ -271,10 +270,10 @@ def balance(
         UserError: the teacher puts all candidates into one class, although balance is asked for.
     """
     while int(classes.block) < len(candidates) and not classes.full:
-        images = candidates.block(int(classes.block))
+        block = candidates.block(int(classes.block))
         # The teacher labels what is kept: half precision.
-        classes.add(images, teacher.predict(images.half().float()))
-        progress.advance(len(images), f"{int((classes.counts >= classes.quota).sum())} classes full")
+        classes.add(block, teacher.predict(block.half().float()))
+        progress.advance(len(block), f"{int((classes.counts >= classes.quota).sum())} classes full")
         if save is not None:
             save()
     if settings.balanced and int((classes.seen > 0).sum()) <= 1:
@@ -411,17 +410,39 @@ def make_transfer_set(
         quiet: no progress.
 
     Raises:
-        UserError: the folder holds another set, images cannot be read, the size is below the number of classes, or
-            the teacher puts everything into one class.
+        UserError: the folder holds another set or another run is at work there, images cannot be read, the size is
+            below the number of classes, or the teacher puts everything into one class.
     """
-    quota = size // teacher.num_classes
-    if quota < 1:
+    if size < teacher.num_classes:
         raise UserError(
             f"A transfer set of {size} images has less than one for each of the teacher's {teacher.num_classes} "
             f"classes; ask for at least {teacher.num_classes}."
         )
     torch.set_flush_denormal(True)
     folder = make_folder(folder)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(f"Another run is at work in {folder}; wait for it, or use another folder.") from error
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written to ({error.strerror}).") from error
+    try:
+        return _make(teacher, settings, size, seed, folder, label, save_every, quiet)
+    finally:
+        lock.release()
+
+
+def _make(
+    teacher: Teacher,
+    settings: AtsSettings,
+    size: int,
+    seed: int,
+    folder: Path,
+    label: str,
+    save_every: float,
+    quiet: bool,
+) -> TransferSet:
     candidates = Candidates(settings, teacher.spec, settings.candidates * size, seed)
     identity = {
         "method": "ats",
@@ -438,7 +459,7 @@ def make_transfer_set(
             raise UserError(f"{folder} holds another transfer set ({difference}). Use another folder.")
         if finished.whole():
             return finished
-    classes = _Classes(teacher.num_classes, quota, teacher.spec.shape, settings.balanced)
+    classes = _Classes(teacher.num_classes, size // teacher.num_classes, teacher.spec.shape, settings.balanced)
     progress_path, fingerprint = folder / PROGRESS, fingerprint_of(identity)
     if progress_path.exists():
         state, metadata = load_tensors(progress_path)
@@ -468,7 +489,7 @@ def make_transfer_set(
         "format": FORMAT,
         "fingerprint": fingerprint,
         "identity": identity,
-        "quota": quota,
+        "quota": classes.quota,
         "images": len(images),
         "counts": counts,
         "sha256": checksum,

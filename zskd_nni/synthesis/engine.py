@@ -8,7 +8,7 @@ state of its own. With ``tolerance: null`` all images of a batch leave together,
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -168,7 +168,10 @@ def synthesize_shard(
         if settings.range == "rescale":
             slots.images = _rescaled(slots.images, slots.age, largest, spec.low, spec.high)
         images = slots.images.requires_grad_(True)
-        with nullcontext([]) if term is None else watched(teacher.model, term.point) as features:
+        seen: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if term is not None:
+            seen = watched(teacher.model, term.point)
+        with seen as features:
             logits = teacher(images)
         fit = soft_target_divergence(logits, slots.targets, slots.temperatures)
         # A logit's pull falls with 1 / T; the factor keeps the balance with the prior alike at every temperature.
