@@ -39,7 +39,7 @@ from torch import Tensor
 
 from zskd_nni import interrupt
 from zskd_nni.augment import Augmentation, augment
-from zskd_nni.data import LabelledImages, load_images
+from zskd_nni.data import NAMED_SETS, LabelledImages, load_images
 from zskd_nni.errors import UserError
 from zskd_nni.files import (
     fingerprint_of,
@@ -153,6 +153,11 @@ class Candidates:
         for name in dict.fromkeys(settings.sources):
             count = limit
             if name not in PROCEDURAL:
+                if name not in NAMED_SETS and not Path(name).exists():
+                    raise UserError(
+                        f"ATS has no source {name!r}: name one of {', '.join((*PROCEDURAL, *NAMED_SETS))}, an .npz "
+                        "file or a folder of images."
+                    )
                 images = load_images(name, settings.split, settings.root)
                 order = torch.randperm(len(images), generator=generator(seed, "order of candidates", name))
                 self.data[name] = sha256_of_bytes(images.images.contiguous().numpy().tobytes())
@@ -383,7 +388,8 @@ class TransferSet:
         """
         if not self.whole():
             raise UserError(f"{self.folder / IMAGES} is not as written; run the same command again to make it anew.")
-        return load_tensors(self.folder / IMAGES)[0]["images"]
+        # A copy: what was read is a window on the file, which somebody may damage meanwhile.
+        return load_tensors(self.folder / IMAGES)[0]["images"].clone()
 
 
 def make_transfer_set(
