@@ -33,7 +33,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from torch import Tensor
 
@@ -45,6 +44,7 @@ from zskd_nni.files import (
     fingerprint_of,
     load_tensors,
     make_folder,
+    only_writer,
     read_json,
     save_tensors,
     sha256_of_bytes,
@@ -416,7 +416,7 @@ def make_transfer_set(
         quiet: no progress.
 
     Raises:
-        UserError: the folder holds another set or another run is at work there, images cannot be read, the size is
+        UserError: the folder holds another set, another run is at work there, images cannot be read, the size is
             below the number of classes, or the teacher puts everything into one class.
     """
     if size < teacher.num_classes:
@@ -426,17 +426,8 @@ def make_transfer_set(
         )
     torch.set_flush_denormal(True)
     folder = make_folder(folder)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(f"Another run is at work in {folder}; wait for it, or use another folder.") from error
-    except OSError as error:
-        raise UserError(f"The folder {folder} cannot be written to ({error.strerror}).") from error
-    try:
+    with only_writer(folder):
         return _make(teacher, settings, size, seed, folder, label, save_every, quiet)
-    finally:
-        lock.release()
 
 
 def _make(

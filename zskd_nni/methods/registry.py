@@ -86,8 +86,8 @@ def find_method(name: str) -> Method:
             except Exception as error:  # somebody else's package may raise anything
                 raise UserError(f"The method {name!r} ({entry.value}) cannot be loaded: {error}") from error
     names = method_names()
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = sorted(difflib.get_close_matches(name, names, 2))
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise UserError(f"There is no method {name!r}; there are {', '.join(names)}.{hint}")
 
 
