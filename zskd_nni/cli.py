@@ -149,10 +149,10 @@ def synthesize(
     typer.echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
     source = find_method(section.method).source(teacher, request)
     if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set, a live generator
-        made = (
-            "nothing: its images are made while a student learns" if source.size is None else f"{source.size:,} images"
-        )
-        typer.echo(f"{section.method} keeps {made}" + ("" if source.size is None else f" in {out}"))
+        if source.size is None:
+            typer.echo(f"{section.method} stores nothing: its images are made while a student learns")
+        else:
+            typer.echo(f"{source.size:,} images of {section.method} in {out}")
         return
     summary = ImpressionStore.open(out).summary()
     typer.echo(
