@@ -41,7 +41,7 @@ def teacher() -> Teacher:
 
 def student_of(kind: str, teacher: Teacher, checkpoint: Path | None = None) -> tuple[dict[str, Tensor], ZsktSource]:
     torch.manual_seed(1)
-    source = ZsktSource(teacher, ZsktSettings(rounds=4, student_steps=3, latent=10), 8, seed=2)
+    source = ZsktSource(teacher, ZsktSettings(rounds=4, student_steps=3, latent=10, width=16), 8, seed=2)
     settings = DistillationSettings(temperature=1.0, steps=10, batch=8, warmup=0)
     evaluator = DataFreeEvaluator(teacher, source, settings, checkpoint=checkpoint, quiet=True)
     student = lenet5()
@@ -89,7 +89,7 @@ def test_any_compressed_student_is_what_the_generator_plays_against(teacher, kin
 
 
 def test_calibration_does_not_train_the_generator(teacher):
-    source = ZsktSource(teacher, ZsktSettings(rounds=4, latent=10), 8, seed=2)
+    source = ZsktSource(teacher, ZsktSettings(rounds=4, latent=10, width=16), 8, seed=2)
     evaluator = DataFreeEvaluator(teacher, source, calibration_images=20, quiet=True)
     before = copy.deepcopy(source.state_dict())
     network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
