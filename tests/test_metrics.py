@@ -73,6 +73,9 @@ def test_calibration_error_of_known_cases() -> None:
     # Over- and underconfidence in different bins do not cancel: |0.8 - 0| / 2 + |1 - 1| / 2
     both = torch.cat([honest[:5], sure[:5]])
     assert expected_calibration_error(both, torch.tensor([1] * 5 + [0] * 5)) == pytest.approx(0.4, abs=1e-6)
+    # A confidence on an edge belongs below it: |0.5 - 1| / 2 + |0.8 - 0| / 2 in two bins
+    edge = torch.tensor([[0.0, 0.0], [math.log(4.0), 0.0]])
+    assert expected_calibration_error(edge, torch.tensor([0, 1]), bins=2) == pytest.approx(0.65, abs=1e-6)
     with pytest.raises(ValueError, match="at least one image"):
         expected_calibration_error(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
 
