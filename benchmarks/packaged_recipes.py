@@ -24,6 +24,9 @@ KEPT = (
     "agreement",
     "agreement_on",
     "agreement_held_out",
+    "agreement_onnx",
+    "latency_ms",
+    "quantization",
     "parameters",
     "bytes",
     "controls",
@@ -42,7 +45,7 @@ def run(recipe: str, seed: int, runs: Path, threads: int | None) -> dict[str, An
         command = [sys.executable, "-m", "zskd_nni", "compress", recipe, "--out", str(out), "--seed", str(seed)]
         subprocess.run(command + (["--threads", str(threads)] if threads else []), check=True)
     report = json.loads((out / "report.json").read_text())
-    return {key: report[key] for key in KEPT}
+    return {key: report.get(key) for key in KEPT}
 
 
 def table(names: list[str]) -> str:

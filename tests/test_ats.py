@@ -21,7 +21,7 @@ from zskd_nni.files import load_tensors
 from zskd_nni.inputs import InputSpec
 from zskd_nni.methods import ats
 from zskd_nni.methods.ats import AtsSettings, Candidates, TransferSet, make_transfer_set, procedural_images
-from zskd_nni.methods.registry import TransferRequest, find_method
+from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.teacher import Teacher
 
 SIZE = 200
@@ -396,3 +396,28 @@ def test_the_method_makes_a_source(tmp_path: Path) -> None:
 def test_digits_teacher_balances_its_own_kind(digits_teacher: Teacher, tmp_path: Path) -> None:
     found = made(tmp_path, digits_teacher, size=300, sources=("digits",), fill="none")
     assert found.counts["own"] == [30] * 10
+
+
+def test_held_out_real_images_are_not_among_those_learnt_on(tmp_path: Path) -> None:
+    method = find_method("ats")
+    np.savez(tmp_path / "ramp.npz", images=distinct_images(500), labels=np.zeros(500, dtype=np.int64))
+    options = method.options("unbalanced", {"sources": ["ramp.npz"]})
+
+    def seen(folder: str, seed: int, size: int, held_out: bool) -> set[bytes]:
+        request = TransferRequest(
+            size, 8, seed, tmp_path / folder, options, quiet=True, held_out=held_out, base=tmp_path
+        )
+        return {image.numpy().tobytes() for image in method.source(brightness_teacher(), request).images}
+
+    learnt, held_out = seen("a", 0, 450, False), seen("b", 7, 50, True)
+    assert (len(learnt), len(held_out)) == (450, 50)
+    assert not learnt & held_out
+    assert not is_data_free(method, options)
+    assert options.data == "ramp.npz"
+    assert is_data_free(method, method.options("paper", {}))
+
+
+def distinct_images(count: int) -> np.ndarray:
+    images = np.zeros((count, 8, 8), dtype=np.uint8)
+    images[:, 0, 0], images[:, 0, 1] = np.arange(count) % 250, np.arange(count) // 250
+    return images

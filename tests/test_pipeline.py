@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ SMALL = (
     "transfer.held_out=100",
     "transfer.synthesis.shard=150",
     "compression.pruning.steps=20",
+    "compression.quantization.steps=20",
     "distillation.steps=40",
 )
 SPEC = InputSpec((1, 32, 32))
@@ -53,7 +55,7 @@ def test_everything_a_run_promises_is_there(finished):
         assert (out / name).stat().st_size > 0, name
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
     assert report["parameters"] == {"teacher": 61706, "student": 35820}
-    assert set(report["accuracy"]) == {"teacher", "student"}
+    assert set(report["accuracy"]) == {"teacher", "student", "student_int8"}
     assert 0 <= report["agreement"] <= 1
     assert report["seconds"]["total"] == pytest.approx(sum(v for k, v in report["seconds"].items() if k != "total"))
     assert report["bytes"]["student"]["onnx"] == (out / "student.onnx").stat().st_size
@@ -72,6 +74,67 @@ def test_the_saved_student_and_its_onnx_answer_as_reported(finished):
     assert torch.allclose(answered, logits, atol=1e-3 * float(logits.abs().max()))
     assert network.conv1.out_channels == 3
     assert network.conv2.out_channels == 8
+
+
+def test_the_integers_are_a_file_that_answers_as_reported(finished):
+    out, report = finished
+    integers = out / "student-int8.onnx"
+    assert report["bytes"]["student"]["onnx_int8"] == integers.stat().st_size < report["bytes"]["teacher"]["onnx"] / 5
+    assert report["agreement_onnx"] >= 0.995
+    assert set(report["latency_ms"]) == {"teacher", "student", "student_int8"}
+    assert all(value > 0 for value in report["latency_ms"].values())
+    data = load_images("digits", "test")
+    answered = run_onnx(integers, data.pixels(slice(None), SPEC))
+    assert accuracy(answered, data.labels) == pytest.approx(report["accuracy"]["student_int8"], abs=1e-3)
+    assert abs(report["accuracy"]["student_int8"] - report["accuracy"]["student"]) < 5
+    assert all(control["accuracy_int8"] is not None for control in report["controls"].values())
+    page = (out / "report.html").read_text()
+    assert "int8 ONNX, bytes" in page and "quantized by calibration alone" in page
+
+
+def test_a_lost_quantization_is_made_again_alike(finished, tmp_path):
+    out, report = finished
+    shutil.copytree(out, tmp_path / "copy")
+    state = tmp_path / "copy" / "state"
+    for file in state.glob("student-quantized*"):
+        file.unlink()
+    again = run(tmp_path / "copy")
+    assert again["accuracy"] == report["accuracy"]
+    for name in ("student-quantized.calibration.safetensors", "student-quantized.safetensors"):
+        assert sha256_of_file(state / name) == sha256_of_file(out / "state" / name)
+
+
+def test_calibration_alone_of_the_teacher_itself(tmp_path):
+    report = run(
+        tmp_path, "compression.pruning=null", "compression.quantization.quantizer=PtqQuantizer", "controls=[noise]"
+    )
+    assert report["parameters"]["student"] == report["parameters"]["teacher"]
+    assert report["accuracy"]["student"] == report["accuracy"]["teacher"]
+    assert report["accuracy"]["student_int8"] > report["accuracy"]["teacher"] - 1
+    assert report["history"] is None and report["pruning"] is None
+
+
+def test_a_quantizer_that_changes_weights_is_measured_in_simulation(tmp_path):
+    config = "{op_names: [conv2], target_names: [weight], quant_dtype: int8, quant_scheme: affine}"
+    section = f"compression.quantization={{quantizer: DoReFaQuantizer, steps: 20, config_list: [{config}]}}"
+    report = run(tmp_path, section, "controls=[none]")
+    assert report["bytes"]["student"]["onnx_int8"] is report["agreement_onnx"] is report["latency_ms"]["student_int8"]
+    assert report["bytes"]["student"]["onnx_int8"] is None and "simulated" in report["quantization"]["note"]
+    assert report["accuracy"]["student_int8"] is not None
+    assert report["controls"]["none"]["accuracy_int8"] is None  # it cannot do without training
+    assert not (tmp_path / "student-int8.onnx").exists()
+
+
+def test_without_a_quantizer_its_figures_are_null(tmp_path):
+    report = run(tmp_path, "compression.quantization=null", "controls=[]")
+    assert report["accuracy"]["student_int8"] is None and report["agreement_onnx"] is None
+    assert report["latency_ms"]["student"] > 0 and report["latency_ms"]["student_int8"] is None
+
+
+def test_a_quantizer_that_nni_refuses_is_told_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="refuses the config"):
+        run(tmp_path / "out", "compression.quantization.config_list.0.quant_dtype=float7")
+    assert not (tmp_path / "out").exists()
 
 
 def test_distillation_repairs_what_pruning_broke(finished):
@@ -120,7 +183,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_without_test_data_accuracy_is_null_and_agreement_is_on_impressions(tmp_path):
     report = run(tmp_path, "evaluation=null", "controls=[]")
-    assert report["accuracy"] == {"teacher": None, "student": None}
+    assert report["accuracy"] == {"teacher": None, "student": None, "student_int8": None}
     assert "held-out" in report["agreement_on"]
     assert report["agreement"] == report["agreement_held_out"]
 

@@ -1,6 +1,7 @@
 """A recipe from its teacher to its report: stages that are taken up where they stopped.
 
-    teacher -> impressions -> student (pruned under NNI, distilled, shrunk, distilled) -> figures, export, report
+    teacher -> impressions -> student (pruned under NNI, distilled, shrunk, distilled) -> quantized student
+            -> export, figures, report
 
 Everything a stage leaves lies in the output folder; a stage whose result is there is not run again.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from zskd_nni.data import load_images
 from zskd_nni.distillation import check_student, distill
 from zskd_nni.errors import UserError
-from zskd_nni.export import export_onnx
+from zskd_nni.export import export_onnx, run_onnx
 from zskd_nni.files import fingerprint_of, make_folder, only_writer, read_json, save_tensors, write_json
-from zskd_nni.methods.registry import TransferRequest, find_method
+from zskd_nni.latency import median_latencies
+from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.metrics import accuracy, agreement, logits_on
 from zskd_nni.pictures import impressions_picture, pick_by_class
 from zskd_nni.provenance import provenance
@@ -38,7 +40,12 @@ from zskd_nni.synthesis.store import describe_difference
 from zskd_nni.teacher import first_tensor
 from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
 
+if TYPE_CHECKING:
+    from zskd_nni.compression.quantization import Quantization
+
 RUN = "run.json"
+# Of the held-out images onnxruntime must choose as NNI's simulation does on so many, or there is a warning, an error.
+GOOD_AGREEMENT, LEAST_AGREEMENT = 0.995, 0.98
 
 
 @dataclass
@@ -48,10 +55,12 @@ class Made:
     Attributes:
         network: in ``eval()`` mode, on the CPU.
         record: JSON-able; what pruning and shrinking did, the losses along the way.
+        quantization: of the network where the recipe asks for it, and where it can be had for this student.
     """
 
     network: nn.Module
     record: dict[str, Any] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
 
 class Run:
@@ -110,6 +119,14 @@ class Run:
             from zskd_nni.compression.pruning import check_pruning
 
             check_pruning(self._fresh_student(), self.recipe.compression.pruning, self.teacher)
+        if self.recipe.compression.quantization is not None:
+            from zskd_nni.compression.student_quantization import check_quantization
+
+            check_quantization(self._fresh_student(), self.recipe.compression.quantization, self.teacher)
+        if self.recipe.compression.distiller is not None:
+            from zskd_nni.compression.distillers import check_distiller
+
+            check_distiller(self._fresh_student(), self.recipe.compression.distiller, self.teacher)
 
     def _test_data(self):  # type: ignore[no-untyped-def]
         assert self.recipe.evaluation is not None
@@ -169,14 +186,14 @@ class Run:
             held_out = self.held_out()
             made = {"student": self.student("student", source)}
             if "none" in self.recipe.controls:
-                made["none"] = self.student("control-none", None)
+                made["none"] = self.student("control-none", None, scores=source)
             if "noise" in self.recipe.controls:
                 noise = NoiseSource(self.teacher.spec, self.recipe.distillation.batch)
                 made["noise"] = self.student("control-noise", noise)
             with self._timed("export"):
-                sizes, difference = self._export(made["student"].network, held_out)
+                exported = self._export(made["student"], held_out)
             with self._timed("evaluation"):
-                report = self._report(made, held_out, sizes, difference)
+                report = self._report(made, held_out, exported)
             report["seconds"] = {**self.seconds, "total": round(sum(self.seconds.values()), 2)}
             write_report(self.out, report)
         return report
@@ -196,6 +213,9 @@ class Run:
                 folder=self.out / "impressions",
                 options=section.options(),
                 quiet=self.quiet,
+                root=self.root,
+                download=self.download,
+                base=self.loaded.base,
             )
             return find_method(section.method).source(self.teacher, request)
 
@@ -211,6 +231,10 @@ class Run:
                 options=section.options(),
                 label="held-out impressions",
                 quiet=self.quiet,
+                held_out=True,
+                root=self.root,
+                download=self.download,
+                base=self.loaded.base,
             )
             source = find_method(section.method).source(self.teacher, request)
             return source.batch(0, torch.Generator().manual_seed(0)).cpu()
@@ -225,22 +249,37 @@ class Run:
     def _student_section(self) -> NetworkSection:
         return self.recipe.student or self.recipe.teacher
 
-    def student(self, name: str, source: TransferSource | None) -> Made:
+    def student(self, name: str, source: TransferSource | None, scores: TransferSource | None = None) -> Made:
         """Make a student, or load it where it was finished before.
 
         Args:
             name: of the files in ``state/``.
             source: what it learns on; None leaves it untaught.
+            scores: what a pruner scores channels on and a quantizer is calibrated on; ``source`` where absent.
         """
-        state = make_folder(self.out / "state")
+        make_folder(self.out / "state")
+        section = self.recipe.compression.quantization
+        if section is not None and section.fused and source is not None:
+            return self._in_one_training(name, source)
+        made = self._taught(name, source, scores)
+        if section is not None:
+            images = scores if source is None else source
+            assert images is not None
+            made.quantization = self._quantized(name, made, images, train=source is not None)
+        return made
+
+    def _taught(self, name: str, source: TransferSource | None, scores: TransferSource | None) -> Made:
+        """Pruned and distilled, in floating point."""
+        state = self.out / "state"
         finished = state / f"{name}.json"
         if finished.exists():
-            record = read_json(finished).get("record", {})
-            return Made(load_network(finished, self.loaded.base), record)
+            return self._load(finished)
         made = Made(self._fresh_student())
         if self.recipe.compression.pruning is not None:
-            made = self._pruned(name, made.network, source)
-        if source is not None:
+            made = self._pruned(name, made.network, source, scores)
+        # The teacher itself, not pruned, has nothing to learn from itself before it is quantized.
+        something_to_learn = self.recipe.student is not None or self.recipe.compression.pruning is not None
+        if source is not None and something_to_learn:
             with self._timed(f"distillation of {name}"):
                 network = made.network.to(self.device)
                 history = distill(
@@ -257,32 +296,111 @@ class Run:
         made.network.cpu().eval()
         self._save(made, finished)
         (state / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
-        return made
+        # As a later run finds it: training leaves another memory format, whose sums round otherwise.
+        return self._load(finished)
 
-    def _pruned(self, name: str, network: nn.Module, source: TransferSource | None) -> Made:
+    def _pruned(
+        self, name: str, network: nn.Module, source: TransferSource | None, scores: TransferSource | None
+    ) -> Made:
         """Masks by NNI, trained under them, and the network shrunk to what they leave."""
         from zskd_nni.compression.pruning import prune
 
         finished = self.out / "state" / f"{name}-pruned.json"
         if finished.exists():
-            return Made(load_network(finished, self.loaded.base), read_json(finished).get("record", {}))
+            return self._load(finished)
         section = self.recipe.compression.pruning
         assert section is not None
+        checkpoint = self.out / "state" / f"{name}-pruning.checkpoint.safetensors"
         with self._timed(f"pruning of {name}"):
-            pruned, record = prune(
+            pruned = prune(
                 network.to(self.device),
                 section,
                 self.teacher.to(self.device),
                 source,
                 self.recipe.distillation,
+                scores=scores,
+                distiller=self.recipe.compression.distiller,
                 seed=derive_seed(self.recipe.seed, "pruning") % 2**31,
-                checkpoint=self.out / "state" / f"{name}-pruning.checkpoint.safetensors",
+                checkpoint=checkpoint,
                 quiet=self.quiet,
             )
-            made = Made(pruned, {"pruning": record})
+            made = Made(pruned.network, {"pruning": pruned.record})
             self._save(made, finished)
-            (self.out / "state" / f"{name}-pruning.checkpoint.safetensors").unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)
         return made
+
+    def _quantized(self, name: str, made: Made, images: TransferSource, train: bool) -> Quantization | None:
+        """A finished student quantized by NNI; None where the quantizer would have to train and may not."""
+        from zskd_nni.compression.saved_quantization import load_quantization
+        from zskd_nni.compression.student_quantization import quantize_student
+
+        finished = self.out / "state" / f"{name}-quantized.json"
+        if finished.exists():
+            return load_quantization(finished, self.loaded.base)
+        section = self.recipe.compression.quantization
+        assert section is not None
+        checkpoint = self.out / "state" / f"{name}-quantization.checkpoint.safetensors"
+        with self._timed(f"quantization of {name}"):
+            quantization = quantize_student(
+                made.network.to(self.device),
+                section,
+                self.teacher.to(self.device),
+                images,
+                self.recipe.distillation,
+                train=train,
+                distiller=self.recipe.compression.distiller,
+                seed=derive_seed(self.recipe.seed, "quantization") % 2**31,
+                checkpoint=checkpoint,
+                quiet=self.quiet,
+            )
+            made.network.cpu()
+            if quantization is not None:
+                self._save_quantized(quantization, finished)
+            checkpoint.unlink(missing_ok=True)
+        return quantization
+
+    def _in_one_training(self, name: str, source: TransferSource) -> Made:
+        """Pruned, quantized and distilled in one NNI training, then shrunk."""
+        from zskd_nni.compression.saved_quantization import load_quantization
+        from zskd_nni.compression.student_quantization import compress_in_one_training
+
+        state = self.out / "state"
+        finished, quantized = state / f"{name}.json", state / f"{name}-quantized.json"
+        if finished.exists() and quantized.exists():
+            made = self._load(finished)
+            made.quantization = load_quantization(quantized, self.loaded.base)
+            return made
+        compression = self.recipe.compression
+        assert compression.pruning is not None and compression.quantization is not None
+        checkpoint = state / f"{name}.checkpoint.safetensors"
+        with self._timed(f"pruning, quantization and distillation of {name}"):
+            pruned, quantization = compress_in_one_training(
+                self._fresh_student().to(self.device),
+                compression.pruning,
+                compression.quantization,
+                self.teacher.to(self.device),
+                source,
+                self.recipe.distillation,
+                distiller=compression.distiller,
+                seed=derive_seed(self.recipe.seed, "pruning") % 2**31,
+                checkpoint=checkpoint,
+                quiet=self.quiet,
+            )
+            record = {"pruning": pruned.record, "distillation": pruned.record["history"]}
+            made = Made(pruned.network.cpu().eval(), record, quantization)
+            self._save_quantized(quantization, quantized)
+            self._save(made, finished)
+            checkpoint.unlink(missing_ok=True)
+        return made
+
+    def _load(self, description: Path) -> Made:
+        return Made(load_network(description, self.loaded.base), read_json(description).get("record", {}))
+
+    def _save_quantized(self, quantization: Quantization, description: Path) -> None:
+        from zskd_nni.compression.saved_quantization import save_calibration
+
+        made = Made(quantization.student)
+        self._save(made, description, quantization=_plain(save_calibration(quantization, description)))
 
     def _save(self, made: Made, description: Path, **extra: Any) -> None:
         section = self._student_section()
@@ -301,8 +419,9 @@ class Run:
             },
         )
 
-    def _export(self, student: nn.Module, held_out: Tensor) -> tuple[dict[str, Any], float]:
-        spec = self.teacher.spec
+    def _export(self, made: Made, held_out: Tensor) -> dict[str, Any]:
+        """Write the student's files; returns their sizes, how well they agree, and how fast they answer."""
+        spec, student = self.teacher.spec, made.network
         self.teacher.to("cpu")
         self._save(Made(student), self.out / "student.json", recipe=self.recipe.name)
         difference = export_onnx(student, spec, self.out / "student.onnx", held_out)
@@ -311,22 +430,80 @@ class Run:
         if not teacher_onnx.exists():
             export_onnx(self.teacher.model, spec, teacher_onnx, held_out)
         save_tensors(teacher_weights, self.teacher.model.state_dict())
-        sizes = {
-            "teacher": {"safetensors": teacher_weights.stat().st_size, "onnx": teacher_onnx.stat().st_size},
-            "student": {
-                "safetensors": (self.out / "student.safetensors").stat().st_size,
-                "onnx": (self.out / "student.onnx").stat().st_size,
+        integers = self.out / "student-int8.onnx"
+        quantization = self._export_integers(made.quantization, held_out, integers)
+        files = {"teacher": teacher_onnx, "student": self.out / "student.onnx"}
+        if quantization is not None and quantization["exported"]:
+            files["student_int8"] = integers
+        latencies = median_latencies(files, held_out[:1])
+        return {
+            "bytes": {
+                "teacher": {"safetensors": teacher_weights.stat().st_size, "onnx": teacher_onnx.stat().st_size},
+                "student": {
+                    "safetensors": (self.out / "student.safetensors").stat().st_size,
+                    "onnx": (self.out / "student.onnx").stat().st_size,
+                    "onnx_int8": integers.stat().st_size if "student_int8" in files else None,
+                },
             },
+            "onnx_difference": difference,
+            "latency_ms": {name: latencies.get(name) for name in ("teacher", "student", "student_int8")},
+            "quantization": quantization,
         }
-        return sizes, difference
 
-    def _report(
-        self, made: dict[str, Made], held_out: Tensor, sizes: dict[str, Any], difference: float
-    ) -> dict[str, Any]:
+    def _export_integers(
+        self, quantization: Quantization | None, held_out: Tensor, path: Path
+    ) -> dict[str, Any] | None:
+        """Write ``student-int8.onnx`` where the quantizer can be said in ONNX; None without a quantizer."""
+        if quantization is None:
+            return None
+        from zskd_nni.compression.quantized_export import export_quantized_onnx
+        from zskd_nni.compression.student_quantization import EXPORTED
+
+        result: dict[str, Any] = {
+            "quantizer": quantization.quantizer,
+            "folds": [list(names) for names in quantization.folds],
+            "layers": sorted(quantization.calibration),
+            "exported": quantization.quantizer in EXPORTED,
+            "agreement": None,
+            "max_logit_difference": None,
+            "note": "",
+        }
+        if not result["exported"]:
+            result["note"] = (
+                f"{quantization.quantizer} changes weights by more than rounding: it is simulated, and no integer "
+                "file is written"
+            )
+            path.unlink(missing_ok=True)
+            return result
+        export = export_quantized_onnx(quantization, self.teacher.spec, path, held_out, LEAST_AGREEMENT)
+        result.update(agreement=export.agreement, max_logit_difference=export.max_logit_difference)
+        if export.agreement < GOOD_AGREEMENT:
+            result["note"] = (
+                f"warning: onnxruntime and NNI's simulation agree on {export.agreement:.1%} of the held-out images "
+                f"only, less than {GOOD_AGREEMENT:.1%}"
+            )
+        return result
+
+    def _integer_answers(self, made: Made, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What a quantized student answers: onnxruntime where there is a file of it, NNI's simulation otherwise."""
+        if made.quantization is None:
+            return None
+        path = self.out / "student-int8.onnx"
+        if name == "student" and path.exists():
+            return lambda images: run_onnx(path, images)
+        from zskd_nni.compression.quantization import simulated
+
+        spec, network = self.teacher.spec, simulated(made.quantization)
+        return lambda images: first_tensor(network(spec.normalise(images)))
+
+    def _report(self, made: dict[str, Made], held_out: Tensor, exported: dict[str, Any]) -> dict[str, Any]:
         spec, teacher = self.teacher.spec, self.teacher.to("cpu")
         networks: dict[str, Callable[[Tensor], Tensor]] = {"teacher": teacher}
         for name, one in made.items():
             networks[name] = lambda images, network=one.network: first_tensor(network(spec.normalise(images)))  # type: ignore[misc]
+            integers = self._integer_answers(one, name)
+            if integers is not None:
+                networks[f"{name}_int8"] = integers
         with torch.no_grad():
             on_held_out = {name: network(held_out) for name, network in networks.items()}
         accuracies: dict[str, float | None] = dict.fromkeys(networks)
@@ -340,6 +517,8 @@ class Run:
             agreements_test = {name: agreement(logits, on_test["teacher"]) for name, logits in on_test.items()}
             agreement_on = f"test data ({data.name}, {len(data)} images)"
         shown = agreements_test or agreements
+        method, options = find_method(self.recipe.transfer.method), self.recipe.transfer.options()
+        data_free = is_data_free(method, options)
         made_here = (self.out / "impressions" / "manifest.json").exists()
         store = self.given or (ImpressionStore.open(self.out / "impressions") if made_here else None)
         if store is not None:
@@ -348,10 +527,9 @@ class Run:
             name: {
                 "accuracy": accuracies[name],
                 "agreement": round(shown[name], 6),
-                "what": {
-                    "none": "the same student without distillation",
-                    "noise": "the same student, distilled on uniform noise",
-                }[name],
+                "accuracy_int8": accuracies.get(f"{name}_int8"),
+                "agreement_int8": None if f"{name}_int8" not in shown else round(shown[f"{name}_int8"], 6),
+                "what": self._what_a_control_is(name, made[name].quantization is not None),
             }
             for name in made
             if name != "student"
@@ -360,20 +538,30 @@ class Run:
         return {
             "name": self.recipe.name,
             "description": self.recipe.description,
-            "accuracy": {"teacher": accuracies["teacher"], "student": accuracies["student"]},
+            "accuracy": {
+                "teacher": accuracies["teacher"],
+                "student": accuracies["student"],
+                "student_int8": accuracies.get("student_int8"),
+            },
             "agreement": round(shown["student"], 6),
             "agreement_on": agreement_on,
             "agreement_held_out": round(agreements["student"], 6),
+            "agreement_int8": None if "student_int8" not in shown else round(shown["student_int8"], 6),
+            "agreement_onnx": None if exported["quantization"] is None else exported["quantization"]["agreement"],
             "parameters": {
                 "teacher": sum(p.numel() for p in teacher.model.parameters()),
                 "student": count["student"],
             },
-            "bytes": sizes,
+            "bytes": exported["bytes"],
+            "latency_ms": exported["latency_ms"],
             "controls": controls,
             "impressions": None if store is None else store.summary(),
             "pruning": made["student"].record.get("pruning"),
+            "quantization": exported["quantization"],
             "history": made["student"].record.get("distillation"),
-            "onnx_difference": difference,
+            "onnx_difference": exported["onnx_difference"],
+            "data_free": data_free,
+            "learnt_on": None if data_free else getattr(options, "data", method.name),
             "classifier": teacher.classifier_path,
             "evaluation": None if self.recipe.evaluation is None else self.recipe.evaluation.data,
             "seconds": {},
@@ -385,6 +573,19 @@ class Run:
                 "teacher": self.teacher.fingerprint,
             },
         }
+
+    def _what_a_control_is(self, name: str, quantized: bool) -> str:
+        pruning = self.recipe.compression.pruning
+        if name == "noise":
+            return "the same student, with uniform noise in the place of the images"
+        what = "the same student without distillation"
+        if pruning is not None and pruning.pruner not in ("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner"):
+            what += f"; {pruning.pruner} scored its channels on the same images, the weights are those from before"
+        if pruning is not None and pruning.schedule is not None:
+            what += "; pruned at once, without the schedule"
+        if quantized:
+            what += "; quantized by calibration alone"
+        return what
 
     def _picture(self, store: ImpressionStore) -> None:
         first = store.read(0)

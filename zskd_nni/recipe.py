@@ -124,7 +124,8 @@ class PruningSection(_Section):
     Attributes:
         pruner: name of an NNI pruner.
         config_list: NNI's own, untouched.
-        arguments: further keyword arguments of the pruner.
+        arguments: further keyword arguments of the pruner, such as ``training_steps``; sensible ones follow from
+            ``steps``.
         schedule: of the sparsity; one shot where absent.
         steps: distillation steps under the masks, before the network is shrunk; ``distillation.steps`` come after.
         speedup: shrink the network to what the masks leave.
@@ -168,14 +169,73 @@ def _sparsities(config: Any, path: str) -> list[tuple[str, Any]]:
     return found
 
 
+class QuantizationSection(_Section):
+    """NNI quantization of the finished student, and its export to integers.
+
+    Attributes:
+        quantizer: name of an NNI quantizer.
+        config_list: NNI's own, untouched.
+        arguments: further keyword arguments of the quantizer, such as ``quant_start_step``.
+        fuse_names: modules that act as one, such as ``[conv1, bn1, relu1]``.
+        fuse_batch_norm: find them in the network's graph.
+        steps: distillation steps under quantization; ``PtqQuantizer`` takes none.
+        learning_rate: of those steps; a tenth of the distillation's where absent.
+        calibration_images: images that ranges are read off.
+        fused: prune, quantize and distil in one training instead of one after the other.
+    """
+
+    quantizer: str = "PtqQuantizer"
+    config_list: list[dict[str, Any]] = Field(min_length=1)
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    fuse_names: list[list[str]] = Field(default_factory=list)
+    fuse_batch_norm: bool = False
+    steps: int = Field(default=500, ge=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    calibration_images: int = Field(default=1000, ge=1)
+    fused: bool = False
+
+
+class DistillerSection(_Section):
+    """Which distiller teaches the student while NNI prunes or quantizes it.
+
+    Attributes:
+        name: ours, or one of NNI's own two.
+        config_list: NNI's distillation config; NNI's own two need one.
+    """
+
+    name: Literal["ZeroShotDistiller", "DynamicLayerwiseDistiller", "Adaptive1dLayerwiseDistiller"] = (
+        "ZeroShotDistiller"
+    )
+    config_list: list[dict[str, Any]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _nnis_own_need_targets(self) -> DistillerSection:
+        if self.name != "ZeroShotDistiller" and not self.config_list:
+            raise ValueError(f"{self.name} needs a config_list that names what it matches")
+        return self
+
+
 class CompressionSection(_Section):
     """What NNI does to the student.
 
     Attributes:
         pruning: NNI pruning.
+        quantization: NNI quantization, of what pruning and distillation leave.
+        distiller: for the trainings under NNI; of the logits where absent.
     """
 
     pruning: PruningSection | None = None
+    quantization: QuantizationSection | None = None
+    distiller: DistillerSection | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> CompressionSection:
+        fused = self.quantization is not None and self.quantization.fused
+        if fused and (self.pruning is None or not self.pruning.speedup):
+            raise ValueError("quantization.fused needs pruning with speedup beside it; leave fused out")
+        if self.distiller is not None and self.pruning is None and self.quantization is None:
+            raise ValueError("distiller is for trainings under NNI: it needs pruning or quantization beside it")
+        return self
 
 
 class EvaluationSection(_Section):
@@ -202,8 +262,8 @@ class Recipe(_Section):
         compression: what NNI does to the student.
         distillation: how the student is taught.
         evaluation: test data, if there is any.
-        controls: made beside the student by the same steps: ``none`` without distillation, ``noise`` distilled on
-            uniform noise.
+        controls: made beside the student by the same steps: ``none`` without distillation, ``noise`` with uniform
+            noise in the place of the images.
         selected_on: where these settings were chosen.
         seed: of everything random.
     """
@@ -222,8 +282,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
-        if self.student is None and self.compression.pruning is None:
-            raise ValueError("a recipe needs a student, or compression.pruning to make one of the teacher")
+        if self.student is None and self.compression.pruning is None and self.compression.quantization is None:
+            raise ValueError(
+                "a recipe needs a student, or compression.pruning or .quantization to make one of the teacher"
+            )
         return self
 
 

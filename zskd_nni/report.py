@@ -21,21 +21,58 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     def percent(value: float | None) -> str:
         return "no test data" if value is None else f"{value:.2f} %"
 
+    integers = report["quantization"] is not None
     rows = [
         ("accuracy", percent(report["accuracy"]["teacher"]), percent(report["accuracy"]["student"])),
         ("agreement with the teacher", "", f"{100 * report['agreement']:.2f} %"),
-        ("parameters", f"{report['parameters']['teacher']:,}", f"{report['parameters']['student']:,}"),
     ]
+    if integers:
+        rows.append((f"accuracy, {_integers(report)}", "", percent(report["accuracy"]["student_int8"])))
+        if report["agreement_int8"] is not None:
+            rows.append((f"agreement, {_integers(report)}", "", f"{100 * report['agreement_int8']:.2f} %"))
+        if report["agreement_onnx"] is not None:
+            rows.append(("int8 in onnxruntime agrees with NNI", "", f"{100 * report['agreement_onnx']:.2f} %"))
+    rows.append(("parameters", f"{report['parameters']['teacher']:,}", f"{report['parameters']['student']:,}"))
+    zeros = (report["pruning"] or {}).get("zeros")
+    if zeros is not None:
+        rows.append(("zeros in the masked weights", "", f"{100 * zeros:.1f} %"))
     for kind, name in (("safetensors", "weights, bytes"), ("onnx", "ONNX, bytes")):
         teacher, student = report["bytes"]["teacher"][kind], report["bytes"]["student"][kind]
         rows.append((name, f"{teacher:,}", f"{student:,}"))
+    if report["bytes"]["student"]["onnx_int8"] is not None:
+        rows.append(("int8 ONNX, bytes", "", f"{report['bytes']['student']['onnx_int8']:,}"))
+    latency = report["latency_ms"]
+    rows.append(("one image, ms", f"{latency['teacher']:.3f}", f"{latency['student']:.3f}"))
+    if latency["student_int8"] is not None:
+        rows.append(("one image, int8, ms", "", f"{latency['student_int8']:.3f}"))
     for name, control in report["controls"].items():
         label = {"none": "control: not distilled", "noise": "control: distilled on noise"}[name]
-        value = control["accuracy"]
-        rows.append(
-            (label, "", percent(value) if value is not None else f"agreement {100 * control['agreement']:.2f} %")
-        )
+        for suffix, named in (("", label), ("_int8", f"{label}, {_integers(report)}")):
+            accuracy, agreement = control[f"accuracy{suffix}"], control[f"agreement{suffix}"]
+            if agreement is not None:
+                rows.append(
+                    (named, "", percent(accuracy) if accuracy is not None else f"{100 * agreement:.2f} % agree")
+                )
     return rows
+
+
+def _integers(report: dict[str, Any]) -> str:
+    return "int8" if report["quantization"] and report["quantization"]["exported"] else "quantized (simulated)"
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What a reader must know beside the figures, in sentences."""
+    found = []
+    if not report["data_free"]:
+        found.append(
+            f"NOT data-free: the student learnt on real training images ({report['learnt_on']}). "
+            "This is a ceiling for data-free runs, not one of them."
+        )
+    for part in ("pruning", "quantization"):
+        note = (report[part] or {}).get("note")
+        if note:
+            found.append(f"{part.capitalize()}: {note}.")
+    return found
 
 
 def render_table(report: dict[str, Any]) -> str:
@@ -49,6 +86,7 @@ def render_table(report: dict[str, Any]) -> str:
         lines.append(f"{stage:<32}{seconds:>8.1f} s")
     lines.append("")
     lines.append(f"agreement is measured on {report['agreement_on']}")
+    lines.extend(remarks(report))
     return "\n".join(lines)
 
 
@@ -64,6 +102,7 @@ def render_html(folder: Path, report: dict[str, Any]) -> str:
     return environment.get_template("report.html").render(
         report=report,
         rows=table_rows(report),
+        remarks=remarks(report),
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.exists() else None,
         curve=_curve(report["history"]),
         steps=_histogram(impressions["steps"]) if impressions else None,

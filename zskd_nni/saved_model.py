@@ -15,6 +15,7 @@ from torch import nn
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_tensors, read_json, save_tensors, sha256_of_file, write_json
 from zskd_nni.networks import build_network, load_into
+from zskd_nni.response_norm import PrunedLocalResponseNorm
 
 FORMAT = "zskd_nni network 1"
 
@@ -64,6 +65,7 @@ _LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine")),
         (nn.GroupNorm, ("num_groups", "num_channels", "eps", "affine")),
         (nn.PReLU, ("num_parameters",)),
+        (PrunedLocalResponseNorm, ("kept", "size", "alpha", "beta", "k")),
     )
 }
 

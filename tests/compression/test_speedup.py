@@ -16,9 +16,9 @@ from torch.nn import functional
 from zskd_nni.compression import speedup
 from zskd_nni.compression.constant_folding import bias_of_constants
 from zskd_nni.compression.pruning_config import complete_config_list
-from zskd_nni.compression.response_norm import PrunedLocalResponseNorm
 from zskd_nni.compression.speedup import ShrinkResult, shrink
 from zskd_nni.errors import UserError
+from zskd_nni.response_norm import PrunedLocalResponseNorm
 from zskd_nni.zoo import alexnet, lenet5, wrn
 
 pruning = pytest.importorskip("nni.compression.pruning")
@@ -387,7 +387,7 @@ def test_response_normalisation_keeps_the_neighbourhoods_of_the_original_channel
         x = torch.zeros(2, 12, 3, 3)
         x[:, kept] = torch.randn(2, 6, 3, 3)
         expected = norm(x)[:, kept]
-        assert torch.allclose(PrunedLocalResponseNorm(norm, kept)(x[:, kept]), expected, atol=1e-6)
+        assert torch.allclose(PrunedLocalResponseNorm.of(norm, kept)(x[:, kept]), expected, atol=1e-6)
         assert not torch.allclose(norm(x[:, kept]), expected, atol=1e-3)  # the plain one sees other neighbours
 
 

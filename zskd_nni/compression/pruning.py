@@ -1,38 +1,83 @@
-"""Pruning a student under NNI while it is distilled, and shrinking it to what the masks leave."""
+"""Pruning a student under NNI while it is distilled, and shrinking it to what the masks leave.
+
+Pruners come in three kinds. Norm pruners read the weights. Scoring pruners (Taylor, Slim) read gradients: they are run
+alone, on a copy whose weights rest, against the teacher's own choices, because a student that still equals its teacher
+has no distillation gradient to read. Both make their masks once, and the student is then distilled under them.
+Movement and everything under a schedule change their masks while the student learns, fused with the distiller.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+import logging
 import warnings
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import nni
+import torch
+from nni.compression.base.config import default_config_schema, trans_legacy_config_list
+from torch import Tensor, nn
 
+from zskd_nni.compression.distillers import fused_distiller
+from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.compression.pruning_config import plan_pruning
-from zskd_nni.compression.speedup import shrink
+from zskd_nni.compression.speedup import KeptChannels, shrink
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
 from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import TransferSource
+from zskd_nni.transfer import NoiseSource, TransferSource
 
 if TYPE_CHECKING:
-    from zskd_nni.recipe import PruningSection
+    from zskd_nni.recipe import DistillerSection, PruningSection
 
-NORM_PRUNERS = ("L1NormPruner", "L2NormPruner", "FPGMPruner")
-PRUNERS = (*NORM_PRUNERS, "LevelPruner", "SlimPruner", "TaylorPruner", "MovementPruner")
+Masks = dict[str, dict[str, Tensor | None]]
+
+NORM_PRUNERS = ("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner")
+SCORING_PRUNERS = ("TaylorPruner", "SlimPruner")
+PRUNERS = (*NORM_PRUNERS, *SCORING_PRUNERS, "MovementPruner")
+_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class PrunedNetwork:
+    """What pruning gave.
+
+    Attributes:
+        network: on the CPU, in ``eval()``; shrunken where the masks allow it.
+        record: JSON-able: sparsity of every mask, widths of every layer, how it was checked.
+        kept: which channels each module kept, for a quantizer's calibration; empty where nothing was removed.
+    """
+
+    network: nn.Module
+    record: dict[str, Any]
+    kept: dict[str, KeptChannels]
+
+
+def is_data_driven(section: PruningSection) -> bool:
+    """Whether the masks come from images, not from the weights alone."""
+    return section.pruner not in NORM_PRUNERS
+
+
+def changes_masks_while_learning(section: PruningSection) -> bool:
+    """Whether the masks are only final at the end of the training."""
+    return section.schedule is not None or section.pruner == "MovementPruner"
 
 
 def check_pruning(network: nn.Module, section: PruningSection, teacher: Teacher) -> None:
     """Find out before the long work begins whether NNI takes this config for this network.
 
     Raises:
-        UserError: an unknown pruner, a config that NNI refuses, a network that cannot be traced.
+        UserError: an unknown pruner, a config that NNI refuses, a network that cannot be traced or, for Slim, has no
+            batch normalisation.
     """
-    network = copy.deepcopy(network).cpu()
-    pruner, _ = _make_pruner(network, section, teacher, None)
+    network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
+    source = NoiseSource(teacher.spec, 2)
+    pruner, _ = make_pruner(network, section, DataFreeEvaluator(teacher, source, quiet=True), teacher)
     pruner.unwrap_model()
 
 
@@ -43,10 +88,12 @@ def prune(
     source: TransferSource | None,
     distillation: DistillationSettings,
     *,
+    scores: TransferSource | None = None,
+    distiller: DistillerSection | None = None,
     seed: int,
     checkpoint: Path,
     quiet: bool = False,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> PrunedNetwork:
     """Prune ``network``, distil it under the masks for ``section.steps`` steps, and shrink it.
 
     Args:
@@ -55,94 +102,313 @@ def prune(
         teacher: labels every image.
         source: what the student learns on; None prunes without training.
         distillation: temperature, batch, learning rate and augmentation of the training under the masks.
+        scores: what a pruner that needs images is run on; ``source`` where absent.
+        distiller: another than the logits' own.
         seed: names the random streams.
         checkpoint: where the training keeps its state.
         quiet: no progress.
 
-    Returns:
-        The network and a JSON-able record: sparsity of every mask, widths of every layer, how it was checked.
-
     Raises:
         UserError: NNI refuses the config, or the shrunken network does not answer as the masked one.
     """
-    from zskd_nni.compression.distiller import ZeroShotDistiller
-    from zskd_nni.compression.evaluator import DataFreeEvaluator
-
-    pruner, left_out = _make_pruner(network, section, teacher, source)
+    history = None
     if source is not None and section.steps > 0:
-        evaluator = DataFreeEvaluator(teacher, source, distillation, seed=seed, checkpoint=checkpoint, quiet=quiet)
-        if section.schedule is None:
-            pruner.compress(None, None)  # NNI makes no masks of its own in a fused run
-        distiller = ZeroShotDistiller.from_compressor(
-            pruner, [], teacher, evaluator=evaluator, temperature=distillation.temperature
+        evaluator = DataFreeEvaluator(
+            teacher,
+            source,
+            distillation,
+            seed=seed,
+            checkpoint=checkpoint,
+            pseudo_labels=learns_from_choices(section),
+            label="distillation under masks",
+            quiet=quiet,
         )
-        distiller.compress(max_steps=section.steps, max_epochs=None)
+        pruner, left_out = started_pruner(network, section, teacher, scores or source, evaluator, seed, quiet)
+        top = fused_distiller(
+            pruner, distiller, teacher, evaluator, distillation.temperature, float(learns_from_choices(section))
+        )
+        top.compress(max_steps=section.steps, max_epochs=None)
         masks = pruner.get_masks()
-        distiller.unwrap_model()
+        top.unwrap_model()
+        fold_slim_factors(pruner)
         history = evaluator.histories[-1]
     else:
-        history = None
-        _, masks = pruner.compress(None, None) if section.schedule is None else (None, pruner.generate_masks())
-        pruner.unwrap_model()
+        masks, left_out = one_shot_masks(network, section, teacher, scores or source, distillation, seed, quiet)
+    return shrunken_to_masks(network, masks, section, teacher, left_out, history)
+
+
+def started_pruner(
+    network: nn.Module,
+    section: PruningSection,
+    teacher: Teacher,
+    scores: TransferSource,
+    evaluator: DataFreeEvaluator,
+    seed: int,
+    quiet: bool = False,
+) -> tuple[Any, dict[str, str]]:
+    """A pruner around ``network``, ready to be fused: with its masks, or with a schedule to make them by.
+
+    Returns:
+        The pruner, and which layers keep all their channels and why.
+    """
+    if changes_masks_while_learning(section):
+        return make_pruner(network, section, evaluator, teacher)
+    masks, left_out = one_shot_masks(network, section, teacher, scores, evaluator.settings, seed, quiet)
+    # Any pruner that nothing triggers holds the masks it is given.
+    import nni.compression.pruning as nni_pruning
+
+    holder = "LevelPruner" if section.pruner == "LevelPruner" else "L1NormPruner"
+    with _refusals(section):
+        config_list, _ = _config_list(network, section, teacher)
+        pruner = getattr(nni_pruning, holder)(network, config_list, evaluator)
+    pruner.update_masks(masks)
+    return pruner, left_out
+
+
+def one_shot_masks(
+    network: nn.Module,
+    section: PruningSection,
+    teacher: Teacher,
+    scores: TransferSource | None,
+    distillation: DistillationSettings,
+    seed: int,
+    quiet: bool = False,
+) -> tuple[Masks, dict[str, str]]:
+    """The masks of ``network`` as it is; a schedule has no say in them.
+
+    A pruner that needs images is run on a copy, so that the network's weights stay what they are.
+
+    Args:
+        network: on the teacher's device; left as it is.
+        section: pruner and config.
+        teacher: whose choices are the labels that NNI's gradients need.
+        scores: the images; may be None for a pruner that reads the weights alone.
+        distillation: batch and augmentation.
+        seed: names the random streams.
+        quiet: no progress.
+
+    Returns:
+        The masks, and which layers keep all their channels and why.
+    """
+    copied = copy.deepcopy(network).requires_grad_(True)
+    unscheduled = section.model_copy(update={"schedule": None})
+    optimizer = None
+    if section.pruner in SCORING_PRUNERS:
+        # The scores are those of the weights as they are: they must not run away while they are scored.
+        optimizer = nni.trace(torch.optim.SGD)(copied.parameters(), lr=0.0)
+    if is_data_driven(section) and scores is None:
+        raise UserError(f"{section.pruner} needs images to score the channels on.")
+    evaluator = DataFreeEvaluator(
+        teacher,
+        scores or NoiseSource(teacher.spec, 2),
+        distillation,
+        seed=seed,
+        pseudo_labels=True,
+        optimizers=optimizer,
+        label=f"scores of {section.pruner}",
+        quiet=quiet,
+    )
+    pruner, left_out = make_pruner(copied, unscheduled, evaluator, teacher)
+    if section.pruner == "MovementPruner":
+        _, masks = pruner.compress(max(section.steps, pruner.cooldown_begin_step), None)
+    else:
+        _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks, left_out
+
+
+def shrunken_to_masks(
+    network: nn.Module,
+    masks: Masks,
+    section: PruningSection,
+    teacher: Teacher,
+    left_out: dict[str, str],
+    history: Any = None,
+) -> PrunedNetwork:
+    """Remove what the masks zero; where that is no whole channel, or not wanted, multiply them into the weights."""
     network = network.cpu().eval()
-    record: dict[str, Any] = {
-        "pruner": section.pruner,
-        "steps_under_masks": section.steps if source is not None else 0,
-        "sparsity": {
-            f"{name}.{target}": round(1 - float(mask.double().mean()), 6)
-            for name, targets in masks.items()
-            for target, mask in targets.items()
-            if mask is not None
-        },
-        "left_out": left_out,
-        "history": None if history is None else {"steps": history.steps, "losses": history.losses},
-    }
-    cpu_masks = {
+    cpu_masks: Masks = {
         name: {target: None if mask is None else mask.cpu() for target, mask in targets.items()}
         for name, targets in masks.items()
     }
+    record: dict[str, Any] = {
+        "pruner": section.pruner,
+        "schedule": None if section.schedule is None else section.schedule.name,
+        "scored_on_images": is_data_driven(section),
+        "steps_under_masks": 0 if history is None else section.steps,
+        "sparsity": {
+            f"{name}.{target}": round(1 - float(mask.double().mean()), 6)
+            for name, targets in cpu_masks.items()
+            for target, mask in targets.items()
+            if mask is not None
+        },
+        "removed_channels": _removed_channels(cpu_masks),
+        "left_out": left_out,
+        "history": None if history is None else {"steps": history.steps, "losses": history.losses},
+    }
     if not section.speedup:
-        record["shrunk"] = False
-        return network, record
+        _multiply_in(network, cpu_masks)
+        record.update(
+            shrunk=False, note="speedup is off: the masks are multiplied into the weights, nothing was removed"
+        )
+        record["zeros"] = _zeros(network, cpu_masks)
+        return PrunedNetwork(network, record, {})
     result = shrink(network, cpu_masks, teacher.spec.normalise(teacher.spec.midpoint(2)))
+    note = result.note
+    if not result.shrunken:
+        note = f"{note}; the masks are multiplied into the weights, the network is as large as before"
     record.update(
         shrunk=result.shrunken,
         parameters_before=result.parameters_before,
         parameters_after=result.parameters_after,
         criterion=result.criterion,
         max_logit_difference=result.max_logit_difference,
-        note=result.note,
+        note=note,
+        zeros=_zeros(result.model, cpu_masks),
         layers=[asdict(layer) for layer in result.layers],
     )
-    return result.model, record
+    return PrunedNetwork(result.model, record, result.kept)
 
 
-def _make_pruner(
-    network: nn.Module, section: PruningSection, teacher: Teacher, source: TransferSource | None
+def learns_from_choices(section: PruningSection) -> bool:
+    """Whether the fused training needs the teacher's choices as labels beside its logits.
+
+    Scores of gradients begin before the student differs from its teacher, where the logits' loss is flat.
+    """
+    return is_data_driven(section) and changes_masks_while_learning(section)
+
+
+def make_pruner(
+    network: nn.Module, section: PruningSection, evaluator: DataFreeEvaluator, teacher: Teacher
 ) -> tuple[Any, dict[str, str]]:
+    """NNI's pruner around ``network``, under its schedule where there is one.
+
+    Returns:
+        The pruner, and which layers keep all their channels and why.
+
+    Raises:
+        UserError: an unknown pruner, or a config or arguments that NNI refuses.
+    """
     import nni.compression.pruning as nni_pruning
 
     if section.pruner not in PRUNERS:
         near = difflib.get_close_matches(section.pruner, PRUNERS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRUNERS)}."
         raise UserError(f"compression.pruning.pruner: NNI has no pruner {section.pruner!r}; {hint}")
-    if section.pruner not in NORM_PRUNERS:
+    if section.pruner == "MovementPruner" and section.schedule is not None:
         raise UserError(
-            f"compression.pruning.pruner: {section.pruner} is not available in recipes yet; "
-            f"use one of {', '.join(NORM_PRUNERS)}."
+            "compression.pruning.schedule: MovementPruner has a schedule of its own (arguments: warmup_step, "
+            "cooldown_begin_step); leave schedule out."
         )
-    plan = plan_pruning(network, section.config_list, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
+    if section.pruner == "SlimPruner" and not any(isinstance(m, _NORMALISATIONS) for m in network.modules()):
+        raise UserError(
+            f"compression.pruning.pruner: SlimPruner ranks channels by the scale of their batch normalisation, and "
+            f"{type(network).__name__} has none; use TaylorPruner or L1NormPruner."
+        )
+    # NNI ranks single weights by a view of them, which channels_last does not allow.
+    network.to(memory_format=torch.contiguous_format)
+    with _refusals(section):
+        config_list, left_out = _config_list(network, section, teacher)
+        arguments = {**default_arguments(section), **section.arguments}
+        pruner = getattr(nni_pruning, section.pruner)(network, config_list, evaluator, **arguments)
+        if section.schedule is not None:
+            scheduled = getattr(nni_pruning, section.schedule.name)
+            pruner = scheduled(pruner, section.schedule.interval, section.schedule.total_times)
+    return pruner, left_out
+
+
+def default_arguments(section: PruningSection) -> dict[str, Any]:
+    """What a pruner's constructor asks for beyond the config, derived from ``steps``; ``arguments`` go over it."""
+    if section.pruner == "TaylorPruner":
+        if section.schedule is not None:  # one score for each interval, or NNI refuses
+            return {"training_steps": section.schedule.interval}
+        return {"training_steps": max(20, min(100, section.steps))}
+    if section.pruner == "SlimPruner":
+        # NNI's penalty of 1 shrinks every scale alike where the teacher is sure of its images, as of impressions.
+        steps = section.schedule.interval if section.schedule is not None else max(50, min(300, section.steps))
+        return {"training_steps": steps, "regular_scale": 0.1}
+    if section.pruner == "MovementPruner":
+        steps = max(30, section.steps)
+        return {"warmup_step": steps // 10, "cooldown_begin_step": steps * 2 // 3}
+    return {}
+
+
+def fold_slim_factors(pruner: Any) -> None:
+    """Multiply the scales that a fused Slim has trained into the weights, which NNI's unwrapping leaves without."""
+    from nni.compression.pruning.slim_pruner import SLIM_SCALING_FACTOR_PNAME
+
+    for spaces in pruner._target_spaces.values():
+        for target, space in spaces.items():
+            factor = getattr(space._wrapper, SLIM_SCALING_FACTOR_PNAME.format(target), None)
+            if factor is None:
+                continue
+            if space._scaler is not None:
+                factor = space._scaler.expand(factor, space.shape, keepdim=True, full_expand=False)
+            with torch.no_grad():
+                getattr(space._wrapper.module, target).mul_(factor)
+
+
+def _config_list(
+    network: nn.Module, section: PruningSection, teacher: Teacher
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    schema = default_config_schema("pruning")
+    for config in trans_legacy_config_list(copy.deepcopy(section.config_list)):
+        schema.validate(config)
+    if section.pruner == "LevelPruner":
+        return section.config_list, {}  # single weights, not channels: nothing is to be aligned
+    dummy = teacher.spec.normalise(teacher.spec.midpoint(2)).to(next(network.parameters()).device)
+    plan = plan_pruning(network, section.config_list, dummy)
+    return plan.config_list, plan.left_out
+
+
+@contextlib.contextmanager
+def _refusals(section: PruningSection) -> Iterator[None]:
+    """NNI's schema, assertions and key errors as one sentence; its remarks on schedules are not for the user."""
+    logger = logging.getLogger("nni.compression.pruning.scheduled_pruner")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            pruner = getattr(nni_pruning, section.pruner)(network, plan.config_list, **section.arguments)
-            if section.schedule is not None:
-                scheduled = getattr(nni_pruning, section.schedule.name)
-                pruner = scheduled(pruner, section.schedule.interval, section.schedule.total_times)
+            yield
     except UserError:
         raise
-    except Exception as error:  # NNI's schema, assertions and key errors
+    except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"compression.pruning: NNI's {section.pruner} refuses the config ({text}).") from error
-    return pruner, plan.left_out
+    finally:
+        logger.setLevel(level)
 
+
+def _multiply_in(network: nn.Module, masks: Masks) -> None:
+    with torch.no_grad():
+        for name, targets in masks.items():
+            for target, mask in targets.items():
+                parameter = getattr(network.get_submodule(name), target, None)
+                if mask is not None and isinstance(parameter, Tensor):
+                    parameter.mul_(mask.to(parameter.device))
+
+
+def _zeros(network: nn.Module, masks: Masks) -> float | None:
+    """Share of zeros in the weights that the masks cover; None without any, as where whole channels went."""
+    covered = [
+        getattr(network.get_submodule(name), target)
+        for name, targets in masks.items()
+        for target, mask in targets.items()
+        if mask is not None and isinstance(getattr(network.get_submodule(name), target, None), Tensor)
+    ]
+    count = sum(weight.numel() for weight in covered)
+    zeros = sum(int((weight == 0).sum()) for weight in covered)
+    return round(zeros / count, 6) if zeros else None
+
+
+def _removed_channels(masks: Masks) -> dict[str, list[int]]:
+    """By module: positions of the output channels whose whole weight is masked."""
+    removed = {}
+    for name, targets in masks.items():
+        weight = targets.get("weight")
+        if weight is not None and weight.ndim > 1:
+            gone = (~weight.flatten(1).any(1)).nonzero().flatten().tolist()
+            if gone:
+                removed[name] = gone
+    return removed

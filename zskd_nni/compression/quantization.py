@@ -6,10 +6,10 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from nni.compression.base.compressor import Quantizer
+from nni.compression.base.compressor import Compressor, Quantizer
 from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.target_space import TargetType
 from nni.compression.quantization import (
@@ -23,10 +23,13 @@ from nni.compression.quantization import (
 from schema import SchemaError
 from torch import Tensor, nn
 
-from zskd_nni.compression.distiller import ZeroShotDistiller
+from zskd_nni.compression.distillers import fused_distiller
 from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.errors import UserError
 from zskd_nni.teacher import first_tensor
+
+if TYPE_CHECKING:
+    from zskd_nni.recipe import DistillerSection
 
 Calibration = dict[str, dict[str, dict[str, Any]]]
 
@@ -45,6 +48,8 @@ _SHORT_NAMES = {
     "lsq_plus": "LsqPlusQuantizer",
     "dorefa": "DoReFaQuantizer",
     "bnn": "BNNQuantizer",
+    "LSQQuantizer": "LsqQuantizer",
+    "LSQPlusQuantizer": "LsqPlusQuantizer",
 }
 _PER_TENSOR_KEYS = ("scale", "zero_point", "tracked_max", "tracked_min")
 
@@ -98,6 +103,7 @@ def quantize(
     max_epochs: int | None = None,
     temperature: float = 20.0,
     ranges_first: bool = True,
+    distiller: DistillerSection | None = None,
     **options: Any,
 ) -> Quantization:
     """Quantize ``student`` with one of NNI's quantizers, on the evaluator's images, taught by its teacher.
@@ -118,6 +124,7 @@ def quantize(
         temperature: of the distillation.
         ranges_first: LSQ and LSQ+ begin with the scales that fit the calibration set. NNI begins with 0.01 for
             everything, and with a zero point for LSQ+ that leaves a signed type its negative numbers only.
+        distiller: another than the logits' own.
         **options: for the quantizer: ``quant_start_step`` (QAT), ``is_bias_correction`` (PTQ).
 
     Raises:
@@ -125,23 +132,19 @@ def quantize(
     """
     name = quantizer_class_name(quantizer_name)
     config_list = with_fuse_names(student, config_list, fuse_names)
-    ranges = None
-    if ranges_first and name in ("LsqQuantizer", "LsqPlusQuantizer"):
-        scheme = "symmetric" if name == "LsqQuantizer" else "affine"
-        probe = _made(copy.deepcopy(student), "PtqQuantizer", _with_scheme(config_list, scheme), evaluator, {})
-        ranges = _ranges(probe, evaluator)
-    quantizer = _made(student, name, config_list, evaluator, options)
+    ranges = starting_ranges(student, name, config_list, evaluator) if ranges_first else None
+    quantizer = made_quantizer(student, name, config_list, evaluator, options)
     if ranges is not None:
-        _begin_with(quantizer, ranges)
+        begin_with(quantizer, ranges)
     if name == "PtqQuantizer":
         top: Any = quantizer
         quantizer.compress(0, None)
     else:
-        top = ZeroShotDistiller.from_compressor(quantizer, [], evaluator.teacher, temperature=temperature)
+        top = fused_distiller(quantizer, distiller, evaluator.teacher, evaluator, temperature)
         if max_steps is None and max_epochs is None:
             max_steps = evaluator.settings.steps
         top.compress(max_steps, max_epochs)
-    calibration = _plain(quantizer.get_calibration_config())
+    calibration = plain_calibration(quantizer.get_calibration_config())
     student.eval()
     probe_input = evaluator.get_dummy_input() if dummy_input is None else dummy_input
     with torch.no_grad():
@@ -259,22 +262,41 @@ def with_fuse_names(
     return result
 
 
-def _made(
-    model: nn.Module, name: str, config_list: list[dict], evaluator: DataFreeEvaluator, options: dict[str, Any]
+def made_quantizer(
+    model: nn.Module,
+    name: str,
+    config_list: list[dict],
+    evaluator: DataFreeEvaluator,
+    options: dict[str, Any],
+    on_top_of: Compressor | None = None,
 ) -> Quantizer:
+    """NNI's quantizer around ``model``, or on top of the pruner that is around it.
+
+    Raises:
+        UserError: NNI refuses the config or the options.
+    """
     try:
+        if on_top_of is not None:
+            return QUANTIZERS[name].from_compressor(on_top_of, config_list, **options)
         return QUANTIZERS[name](model, config_list, evaluator, **options)
     except UserError:
         raise
-    except (SchemaError, AssertionError, ValueError, TypeError, KeyError) as error:
+    except (SchemaError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"NNI's {name} refuses the config ({text}).") from error
 
 
-def _ranges(quantizer: Quantizer, evaluator: DataFreeEvaluator) -> Calibration:
-    quantizer.compress(0, None)
-    quantizer.unwrap_model()
-    return _plain(quantizer.get_calibration_config())
+def starting_ranges(
+    model: nn.Module, name: str, config_list: list[dict], evaluator: DataFreeEvaluator
+) -> Calibration | None:
+    """What LSQ and LSQ+ had best begin with: the ranges of ``model`` on the calibration set. None for the others."""
+    if name not in ("LsqQuantizer", "LsqPlusQuantizer"):
+        return None
+    scheme = "symmetric" if name == "LsqQuantizer" else "affine"
+    probe = made_quantizer(copy.deepcopy(model), "PtqQuantizer", _with_scheme(config_list, scheme), evaluator, {})
+    probe.compress(0, None)
+    probe.unwrap_model()
+    return plain_calibration(probe.get_calibration_config())
 
 
 def _with_scheme(config_list: list[dict], scheme: str) -> list[dict]:
@@ -288,7 +310,8 @@ def _with_scheme(config_list: list[dict], scheme: str) -> list[dict]:
     return result
 
 
-def _begin_with(quantizer: Any, ranges: Calibration) -> None:
+def begin_with(quantizer: Any, ranges: Calibration) -> None:
+    """Give LSQ or LSQ+ the scales that fit ``ranges``."""
     for path, targets in quantizer._target_spaces.items():
         for target, space in targets.items():
             entry = ranges[path][target]
@@ -315,7 +338,8 @@ def _apply_method(quantizer: str, kind: TargetType) -> str:
     return "clamp_round"
 
 
-def _plain(calibration: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Calibration:
+def plain_calibration(calibration: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Calibration:
+    """NNI's calibration config as plain dicts of tensors on the CPU."""
     return {
         path: {
             target: {

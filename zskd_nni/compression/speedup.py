@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zskd_nni.compression.channel_flow import CONVOLUTIONS, channel_flow
 from zskd_nni.compression.constant_folding import InputRanges, bias_of_constants
 from zskd_nni.compression.graph import input_arguments, trace, unread_nodes
-from zskd_nni.compression.response_norm import PrunedLocalResponseNorm
 from zskd_nni.errors import UserError
+from zskd_nni.response_norm import PrunedLocalResponseNorm
 
 Masks = dict[str, dict[str, Tensor | None]]
 
@@ -422,7 +422,7 @@ def _replace_response_norm(module: nn.LocalResponseNorm, masks: Any) -> nn.Modul
     kept = _kept(masks[0][0], 1)
     if len(kept) == masks[0][0].shape[1]:
         return module
-    return PrunedLocalResponseNorm(module, kept)
+    return PrunedLocalResponseNorm.of(module, kept)
 
 
 def _keep(module: nn.Module, masks: Any) -> nn.Module:

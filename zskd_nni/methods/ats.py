@@ -75,7 +75,6 @@ class AtsSettings:
     Attributes:
         sources: names of procedural sources, data sets or paths; they take turns.
         split: of named data sets.
-        root: folder of named data sets; the variable ``ZSKD_NNI_DATA`` where absent.
         balanced: as many images of each class; else as they come.
         candidates: how many procedural candidates are looked at for each image of the set, at most; real ones are
             looked at once.
@@ -92,7 +91,6 @@ class AtsSettings:
 
     sources: tuple[str, ...] = ("shapes",)
     split: str = "train"
-    root: str | None = None
     balanced: bool = True
     candidates: int = 20
     fill: str = "augment"
@@ -114,6 +112,33 @@ class AtsSettings:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.deviation < float("inf"):
             raise ValueError(f"deviation must be positive, not {self.deviation}")
+
+    @property
+    def data_free(self) -> bool:
+        """Whether no source is one of real images."""
+        return not self.data
+
+    @property
+    def data(self) -> str:
+        """The sources of real images, for reports."""
+        return ", ".join(name for name in self.sources if name not in PROCEDURAL)
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where real images are, and which of them are meant.
+
+    Attributes:
+        root: folder of named data sets; the variable ``ZSKD_NNI_DATA`` where absent.
+        download: let torchvision fetch them there.
+        base: the folder that a relative path is meant from.
+        part: ``all`` images, the ``held-out`` tenth (the same for every seed), or the ``other`` nine.
+    """
+
+    root: Path | None = None
+    download: bool = False
+    base: Path | None = None
+    part: str = "all"
 
 
 # Candidates.
@@ -137,6 +162,7 @@ class Candidates:
         spec: shape and value range.
         limit: procedural candidates of each source, at most.
         seed: names the random streams; real images come in an order drawn from it.
+        where: real images are.
 
     Attributes:
         data: fingerprints of the real images, by source.
@@ -145,7 +171,9 @@ class Candidates:
         UserError: a data set cannot be read.
     """
 
-    def __init__(self, settings: AtsSettings, spec: InputSpec, limit: int, seed: int) -> None:
+    def __init__(
+        self, settings: AtsSettings, spec: InputSpec, limit: int, seed: int, where: Whereabouts | None = None
+    ) -> None:
         self.settings, self.spec, self.seed = settings, spec, seed
         self._real: dict[str, LabelledImages] = {}
         self.data: dict[str, str] = {}
@@ -153,12 +181,7 @@ class Candidates:
         for name in dict.fromkeys(settings.sources):
             count = limit
             if name not in PROCEDURAL:
-                if name not in NAMED_SETS and not Path(name).exists():
-                    raise UserError(
-                        f"ATS has no source {name!r}: name one of {', '.join((*PROCEDURAL, *NAMED_SETS))}, an .npz "
-                        "file or a folder of images."
-                    )
-                images = load_images(name, settings.split, settings.root)
+                images = self._part_of(self._read(name, where or Whereabouts()), name, where or Whereabouts())
                 order = torch.randperm(len(images), generator=generator(seed, "order of candidates", name))
                 self.data[name] = sha256_of_bytes(images.images.contiguous().numpy().tobytes())
                 self._real[name] = images.subset(order)
@@ -166,6 +189,25 @@ class Candidates:
             blocks.append([(name, first, min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)])
         longest = max(map(len, blocks))
         self.plan = [entries[turn] for turn in range(longest) for entries in blocks if turn < len(entries)]
+
+    def _read(self, name: str, where: Whereabouts) -> LabelledImages:
+        path = name if name in NAMED_SETS or where.base is None else str(where.base / name)
+        if name not in NAMED_SETS and not Path(path).exists():
+            raise UserError(
+                f"ATS has no source {name!r}: name one of {', '.join((*PROCEDURAL, *NAMED_SETS))}, an .npz "
+                "file or a folder of images."
+            )
+        return load_images(path, self.settings.split, where.root, where.download)
+
+    @staticmethod
+    def _part_of(images: LabelledImages, name: str, where: Whereabouts) -> LabelledImages:
+        if where.part == "all":
+            return images
+        order = torch.randperm(len(images), generator=generator(0, "held-out candidates", len(images)))
+        held_out = -(-len(images) // 10)
+        if held_out == len(images):
+            raise UserError(f"The source {name} has too few images ({held_out}) to hold some out.")
+        return images.subset(order[:held_out] if where.part == "held-out" else order[held_out:])
 
     def __len__(self) -> int:
         """How many blocks there are."""
@@ -400,6 +442,7 @@ def make_transfer_set(
     seed: int,
     folder: str | Path,
     label: str = "transfer set",
+    where: Whereabouts | None = None,
     save_every: float = 30.0,
     quiet: bool = False,
 ) -> TransferSet:
@@ -412,6 +455,7 @@ def make_transfer_set(
         seed: names the random streams.
         folder: made if need be.
         label: shown beside the progress.
+        where: real images are, and which of them are meant.
         save_every: seconds between two notes of the progress.
         quiet: no progress.
 
@@ -427,7 +471,7 @@ def make_transfer_set(
     torch.set_flush_denormal(True)
     folder = make_folder(folder)
     with only_writer(folder):
-        return _make(teacher, settings, size, seed, folder, label, save_every, quiet)
+        return _make(teacher, settings, size, seed, folder, label, where or Whereabouts(), save_every, quiet)
 
 
 def _make(
@@ -437,14 +481,15 @@ def _make(
     seed: int,
     folder: Path,
     label: str,
+    where: Whereabouts,
     save_every: float,
     quiet: bool,
 ) -> TransferSet:
-    candidates = Candidates(settings, teacher.spec, settings.candidates * size, seed)
+    candidates = Candidates(settings, teacher.spec, settings.candidates * size, seed, where)
     identity = {
         "method": "ats",
         "teacher": teacher.fingerprint,
-        "settings": _plain({**asdict(settings), "root": None}),
+        "settings": _plain(asdict(settings)),
         "data": candidates.data,
         "size": size,
         "seed": seed,
@@ -530,6 +575,9 @@ class Ats:
             seed=request.seed,
             folder=request.folder,
             label=request.label,
+            where=Whereabouts(
+                request.root, request.download, request.base, "held-out" if request.held_out else "other"
+            ),
             quiet=request.quiet,
         )
         return StoredSource(made.images(), request.batch_size, request.seed, made.fingerprint)

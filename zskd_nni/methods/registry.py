@@ -33,6 +33,10 @@ class TransferRequest:
         options: the method's own keys of the recipe's ``transfer`` section, preset applied and checked.
         label: shown beside the progress.
         quiet: no progress.
+        held_out: these images are to measure on, and must not be among those of the other request.
+        root: where a method that reads data finds it, as evaluation data is found.
+        download: let torchvision fetch it there.
+        base: the folder that a relative path is meant from.
     """
 
     size: int
@@ -42,6 +46,10 @@ class TransferRequest:
     options: Any
     label: str = "impressions"
     quiet: bool = False
+    held_out: bool = False
+    root: Path | None = None
+    download: bool = False
+    base: Path | None = None
 
 
 class Method(Protocol):
@@ -50,6 +58,9 @@ class Method(Protocol):
     Attributes:
         name: as in ``transfer.method``.
         presets: names of the presets.
+
+    A method that reads real data says so by an attribute ``data_free = False``; one that does so with some options
+    only, by such a property of its options.
     """
 
     name: str
@@ -66,6 +77,11 @@ class Method(Protocol):
     def source(self, teacher: Teacher, request: TransferRequest) -> TransferSource:
         """Make, or take up again, the transfer source."""
         ...
+
+
+def is_data_free(method: Method, options: Any = None) -> bool:
+    """Whether a method works from the teacher alone; its options have the last word."""
+    return bool(getattr(options, "data_free", getattr(method, "data_free", True)))
 
 
 def method_names() -> list[str]:

@@ -1,0 +1,270 @@
+"""Every pruner of NNI as a stage of a recipe: masks from weights or impressions, trained under, shrunk."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import digits_network
+from torch import Tensor, nn
+
+from zskd_nni.augment import Augmentation
+from zskd_nni.compression.pruning import PrunedNetwork, check_pruning, default_arguments, one_shot_masks, prune
+from zskd_nni.data import load_images
+from zskd_nni.distillation import DistillationSettings
+from zskd_nni.errors import UserError
+from zskd_nni.inputs import InputSpec
+from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.recipe import DistillerSection, PruningSection
+from zskd_nni.saved_model import load_network, save_network
+from zskd_nni.synthesis import SynthesisSettings, synthesize
+from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import NoiseSource, StoredSource
+from zskd_nni.zoo import alexnet
+
+SPEC = InputSpec((1, 32, 32))
+SETTINGS = DistillationSettings(
+    temperature=4, steps=40, batch=64, warmup=5, augmentation=Augmentation(rotation=5, translation=0.05)
+)
+HALF = [{"op_names": ["conv1", "conv2"], "sparse_ratio": 0.5}]
+
+
+class NormNet(nn.Module):
+    """Channels whose batch normalisation tells at once how much they matter: every second one hardly does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.relu = nn.Conv2d(1, 8, 5, stride=2), nn.BatchNorm2d(8), nn.ReLU()
+        self.pool, self.head = nn.AdaptiveAvgPool2d(4), nn.Linear(128, 10)
+        with torch.no_grad():
+            self.head.weight.mul_(4)
+            self.head.weight[:, torch.arange(128) // 16 % 2 == 1] *= 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.relu(self.norm(self.conv(x)))).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return Teacher(digits_network(), SPEC)
+
+
+@pytest.fixture(scope="module")
+def source(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> StoredSource:
+    store = synthesize(
+        teacher,
+        ZskdTargets(teacher, ZskdSettings()),
+        SynthesisSettings(max_steps=25, learning_rate=0.05),
+        size=200,
+        seed=0,
+        folder=tmp_path_factory.mktemp("impressions"),
+        quiet=True,
+    )
+    return StoredSource(store.images(), 64, 0, store.fingerprint)
+
+
+def pruned(teacher: Teacher, given: Any, tmp_path: Path, scores: Any = None, **section: Any) -> PrunedNetwork:
+    distiller = section.pop("distiller", None)
+    return prune(
+        copy.deepcopy(teacher.model).requires_grad_(True),
+        PruningSection.model_validate({"config_list": HALF, "steps": 30, **section}),
+        teacher,
+        given,
+        SETTINGS,
+        scores=scores,
+        distiller=distiller,
+        seed=0,
+        checkpoint=tmp_path / "checkpoint.safetensors",
+        quiet=True,
+    )
+
+
+@torch.no_grad()
+def right(network: nn.Module) -> float:
+    data = load_images("digits", "test")
+    return (network(SPEC.normalise(data.pixels(slice(None), SPEC))).argmax(1) == data.labels).float().mean().item()
+
+
+SCHEDULES = [None, "AGPPruner", "LinearPruner"]
+STRUCTURED = [
+    *(("L1NormPruner", schedule) for schedule in SCHEDULES),
+    ("L2NormPruner", None),
+    ("FPGMPruner", None),
+    ("FPGMPruner", "AGPPruner"),
+    ("TaylorPruner", None),
+    ("TaylorPruner", "LinearPruner"),
+    ("MovementPruner", None),
+]
+
+
+@pytest.mark.parametrize(("pruner", "schedule"), STRUCTURED)
+def test_structured_pruners_end_in_a_smaller_network(teacher, source, tmp_path, pruner, schedule):
+    section = {} if schedule is None else {"schedule": {"name": schedule, "interval": 5, "total_times": 4}}
+    result = pruned(teacher, source, tmp_path, pruner=pruner, **section)
+    assert (result.network.conv1.out_channels, result.network.conv2.out_channels) == (3, 8)
+    assert result.record["shrunk"] and result.record["max_logit_difference"] <= 1e-4
+    assert result.record["parameters_after"] == 35820
+    assert set(result.kept) >= {"conv1", "conv2"}
+    assert right(result.network) > 0.6
+
+
+def test_taylor_finds_the_channels_that_matter_and_leaves_the_weights(source, tmp_path):
+    teacher = Teacher(NormNet(), SPEC)
+    network = copy.deepcopy(teacher.model).requires_grad_(True)
+    before = copy.deepcopy(network.state_dict())
+    section = PruningSection(pruner="TaylorPruner", config_list=[{"op_names": ["conv"], "sparse_ratio": 0.5}], steps=20)
+    masks, _ = one_shot_masks(network, section, teacher, source, SETTINGS, seed=0, quiet=True)
+    kept = masks["conv"]["weight"].flatten(1).any(1).nonzero().flatten().tolist()
+    assert kept == [0, 2, 4, 6]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(hasattr(module, "_nni_wrapper") for module in network.modules())
+
+
+def test_slim_prunes_behind_a_normalisation(source, tmp_path):
+    teacher = Teacher(NormNet(), SPEC)
+    config = [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]
+    result = pruned(teacher, source, tmp_path, pruner="SlimPruner", config_list=config, steps=60)
+    assert result.network.conv.out_channels == 4 and result.network.norm.num_features == 4
+    assert result.record["parameters_after"] < result.record["parameters_before"]
+
+
+def test_slim_under_a_schedule_leaves_its_scales_in_the_weights(source, tmp_path):
+    teacher = Teacher(NormNet(), SPEC)
+    config = [{"op_names": ["conv"], "sparse_ratio": 0.5}]
+    schedule = {"name": "AGPPruner", "interval": 5, "total_times": 4}
+    result = pruned(teacher, source, tmp_path, pruner="SlimPruner", config_list=config, schedule=schedule, steps=40)
+    assert result.network.conv.out_channels == 4
+
+
+def test_slim_without_batch_normalisation_says_why(teacher):
+    section = PruningSection(pruner="SlimPruner", config_list=HALF)
+    with pytest.raises(UserError, match="batch normalisation, and LeNet5 has none; use TaylorPruner"):
+        check_pruning(teacher.model, section, teacher)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "config"),
+    [
+        ("LevelPruner", HALF),
+        ("MovementPruner", [{"op_names": ["fc1"], "sparse_ratio": 0.5, "granularity": [1, 1]}]),
+    ],
+)
+def test_masks_of_single_weights_are_multiplied_in_and_the_sparsity_is_told(teacher, source, tmp_path, pruner, config):
+    result = pruned(teacher, source, tmp_path, pruner=pruner, config_list=config)
+    name = config[0]["op_names"][-1]
+    weight = result.network.get_submodule(name).weight
+    zeros = (weight == 0).float().mean().item()
+    # Movement's scores of weights behind dead units are equal, and NNI keeps equals.
+    assert zeros == pytest.approx(0.5, abs=0.02 if pruner == "LevelPruner" else 0.15)
+    assert result.record["zeros"] == pytest.approx(zeros, abs=0.02)
+    if pruner == "LevelPruner":  # Movement may empty whole units, which then go
+        assert not result.record["shrunk"] and "as large as before" in result.record["note"]
+        assert sum(p.numel() for p in result.network.parameters()) == 61706
+
+
+def test_without_speedup_nothing_is_removed_but_the_masks_are_in_the_weights(teacher, source, tmp_path):
+    result = pruned(teacher, source, tmp_path, speedup=False)
+    assert result.network.conv2.out_channels == 16
+    assert (result.network.conv2.weight.flatten(1).abs().sum(1) == 0).sum() == 8
+    assert result.record["zeros"] == 0.5 and "nothing was removed" in result.record["note"]
+
+
+@pytest.mark.parametrize("pruner", ["L1NormPruner", "TaylorPruner", "MovementPruner"])
+@pytest.mark.parametrize("schedule", [None, {"name": "AGPPruner", "interval": 5, "total_times": 4}])
+def test_the_untaught_control_has_the_teachers_weights(teacher, source, tmp_path, pruner, schedule):
+    if pruner == "MovementPruner" and schedule:
+        pytest.skip("Movement has its own schedule")
+    result = pruned(teacher, None, tmp_path, scores=source, pruner=pruner, schedule=schedule)
+    kept = result.kept["conv1"].outputs
+    assert torch.equal(result.network.conv1.weight, teacher.model.conv1.weight[kept])
+    assert result.record["steps_under_masks"] == 0 and len(kept) == 3
+
+
+def test_images_are_needed_where_channels_are_scored_on_them(teacher, tmp_path):
+    with pytest.raises(UserError, match="TaylorPruner needs images"):
+        pruned(teacher, None, tmp_path, pruner="TaylorPruner")
+
+
+def test_scores_are_those_of_the_images_that_are_given(teacher, source):
+    section = PruningSection(pruner="TaylorPruner", config_list=HALF, steps=30)
+
+    def kept(images: Any) -> list[int]:
+        masks, _ = one_shot_masks(teacher.model.requires_grad_(True), section, teacher, images, SETTINGS, 0, True)
+        return masks["conv2"]["weight"].flatten(1).any(1).nonzero().flatten().tolist()
+
+    try:
+        assert kept(source) == kept(source) != kept(NoiseSource(SPEC, 64))
+    finally:
+        teacher.model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"pruner": "TailorPruner"}, "did you mean TaylorPruner"),
+        ({"pruner": "TaylorPruner", "arguments": {"training_step": 3}}, "refuses the config"),
+        ({"pruner": "MovementPruner", "schedule": {"name": "AGPPruner", "interval": 1, "total_times": 2}}, "its own"),
+        ({"config_list": [{"op_names": ["conv1"], "sparse_ration": 0.5}]}, "refuses the config"),
+        ({"config_list": [{"op_names": ["conv9"], "sparse_ratio": 0.5}]}, "conv9"),
+    ],
+)
+def test_mistakes_are_told_before_the_work(teacher, section, message):
+    section = PruningSection.model_validate({"config_list": HALF, **section})
+    with pytest.raises(UserError, match=message):
+        check_pruning(teacher.model, section, teacher)
+
+
+def test_sensible_arguments_follow_from_the_steps():
+    def of(pruner: str, steps: int, **more: Any) -> dict[str, Any]:
+        return default_arguments(
+            PruningSection.model_validate(dict(pruner=pruner, config_list=HALF, steps=steps, **more))
+        )
+
+    assert of("TaylorPruner", 0) == {"training_steps": 20}
+    assert of("TaylorPruner", 5000) == {"training_steps": 100}
+    assert of("TaylorPruner", 50, schedule={"name": "AGPPruner", "interval": 7, "total_times": 2}) == {
+        "training_steps": 7
+    }
+    movement = of("MovementPruner", 300)
+    assert 0 < movement["warmup_step"] < movement["cooldown_begin_step"] < 300
+    assert of("L1NormPruner", 100) == {}
+
+
+@pytest.mark.parametrize("name", ["DynamicLayerwiseDistiller", "Adaptive1dLayerwiseDistiller"])
+def test_nnis_own_distillers_learn_on_impressions(teacher, source, tmp_path, name):
+    section = DistillerSection(
+        name=name, config_list=[{"op_names": ["fc3"], "target_names": ["_output_"], "lambda": 1, "apply_method": "mse"}]
+    )
+    untaught = pruned(teacher, None, tmp_path)
+    taught = pruned(teacher, source, tmp_path, distiller=section, steps=60)
+    assert right(taught.network) > right(untaught.network) + 0.01
+    assert not any(hasattr(module, "_nni_wrapper") for module in teacher.model.modules())
+
+
+def test_a_pruned_alexnet_loads_again_without_the_pruning_code(tmp_path):
+    torch.manual_seed(0)
+    spec = InputSpec((3, 32, 32))
+    teacher = Teacher(alexnet(), spec)
+    section = PruningSection(config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], steps=0)
+    result = prune(
+        copy.deepcopy(teacher.model),
+        section,
+        teacher,
+        None,
+        SETTINGS,
+        seed=0,
+        checkpoint=tmp_path / "checkpoint.safetensors",
+        quiet=True,
+    )
+    assert result.network.conv2.out_channels == 64
+    files = tmp_path / "small.safetensors", tmp_path / "small.json"
+    save_network(result.network, "zoo:alexnet", {}, *files)
+    again = load_network(files[1])
+    images = spec.normalise(torch.rand(4, 3, 32, 32))
+    with torch.no_grad():
+        assert torch.equal(again(images), result.network(images))
+        assert type(again.norm1).__module__ == "zskd_nni.response_norm"

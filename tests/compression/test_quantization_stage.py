@@ -1,0 +1,255 @@
+"""Quantization as a stage of a recipe: folds from the graph, one training for everything, files, refusals."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zskd_nni.compression.folding import batch_norm_folds
+from zskd_nni.compression.quantization import simulated
+from zskd_nni.compression.quantized_export import export_quantized_onnx
+from zskd_nni.compression.saved_quantization import calibration_file, load_quantization, save_calibration
+from zskd_nni.compression.student_quantization import (
+    check_quantization,
+    compress_in_one_training,
+    quantization_config,
+    quantize_student,
+)
+from zskd_nni.distillation import DistillationSettings
+from zskd_nni.errors import UserError
+from zskd_nni.files import save_tensors
+from zskd_nni.inputs import InputSpec
+from zskd_nni.metrics import agreement
+from zskd_nni.recipe import PruningSection, QuantizationSection
+from zskd_nni.saved_model import save_network
+from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import StoredSource
+from zskd_nni.zoo import wrn
+
+SPEC = InputSpec((1, 16, 16))
+SETTINGS = DistillationSettings(temperature=4, steps=10, batch=32, warmup=2, learning_rate=1e-3)
+INT8 = [
+    {
+        "op_types": ["Conv2d", "Linear"],
+        "target_names": ["_input_", "weight"],
+        "quant_dtype": "int8",
+        "quant_scheme": "affine",
+        "target_settings": {
+            "weight": {"granularity": "out_channel", "quant_dtype": "int8", "quant_scheme": "symmetric"}
+        },
+    }
+]
+HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+
+class Residual(nn.Module):
+    """Two foldable convolutions, one whose output two layers read, and a residual addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.relu1 = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.relu, self.norm3, self.alone = nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(4), nn.Linear(128, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.norm1(self.conv1(x)))
+        x = self.relu(x + self.norm2(self.conv2(x)))  # this ReLU is called twice
+        y = self.alone(x)
+        return self.head(self.pool(self.relu(y + self.norm3(y))).flatten(1))
+
+
+def patterns(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = functional.interpolate(torch.rand((6, 1, 4, 4), generator=generator), size=16)
+    generator.manual_seed(seed)
+    labels = torch.randint(0, 6, (count,), generator=generator)
+    return (shapes[labels] + 0.1 * torch.randn((count, 1, 16, 16), generator=generator)).clamp(0, 1), labels
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    torch.manual_seed(0)
+    network = Residual().train()
+    images, labels = patterns(600, 1)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for step in range(60):
+        at = slice(step * 32 % 576, step * 32 % 576 + 32)
+        optimizer.zero_grad()
+        functional.cross_entropy(network(SPEC.normalise(images[at])), labels[at]).backward()
+        optimizer.step()
+    found = Teacher(network.eval(), SPEC)
+    test, expected = patterns(300, 2)
+    assert (found.predict(test).argmax(1) == expected).float().mean() > 0.9
+    return found
+
+
+@pytest.fixture(scope="module")
+def source() -> StoredSource:
+    return StoredSource(patterns(200, 3)[0], 32, 0, "patterns")
+
+
+TEST = patterns(300, 4)[0]
+
+
+def section(**changes: Any) -> QuantizationSection:
+    return QuantizationSection.model_validate({"config_list": INT8, "steps": 15, **changes})
+
+
+def quantized(teacher: Teacher, source: StoredSource, tmp_path: Path, train: bool = True, **changes: Any) -> Any:
+    return quantize_student(
+        copy.deepcopy(teacher.model).requires_grad_(True),
+        section(**changes),
+        teacher,
+        source,
+        SETTINGS,
+        train=train,
+        seed=0,
+        checkpoint=tmp_path / "checkpoint.safetensors",
+        quiet=True,
+    )
+
+
+@torch.no_grad()
+def agrees(network: nn.Module, teacher: Teacher) -> float:
+    return agreement(network(SPEC.normalise(TEST)), teacher.predict(TEST))
+
+
+def test_folds_are_read_from_the_graph(teacher):
+    dummy = SPEC.normalise(SPEC.midpoint(2))
+    with_output = [{**INT8[0], "target_names": ["_input_", "weight", "_output_"]}]
+    assert batch_norm_folds(teacher.model, INT8, dummy) == [("conv1", "norm1"), ("conv2", "norm2")]
+    assert batch_norm_folds(teacher.model, with_output, dummy) == [("conv1", "norm1", "relu1"), ("conv2", "norm2")]
+    only = [{**INT8[0], "op_names": ["conv2"], "op_types": ["Conv2d"]}]
+    assert batch_norm_folds(teacher.model, only, dummy) == [("conv2", "norm2")]
+    assert batch_norm_folds(teacher.model, [{**INT8[0], "fuse_names": [("conv1", "norm1")]}], dummy) == [
+        ("conv2", "norm2")
+    ]
+    inside = batch_norm_folds(wrn(10, 1), INT8, torch.rand(2, 3, 32, 32))
+    assert inside and all(len(names) == 2 for names in inside)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "fold"),
+    [("PtqQuantizer", True), ("QATQuantizer", True), ("LSQQuantizer", False), ("LSQPlusQuantizer", False)],
+)
+def test_integers_in_onnxruntime_answer_as_the_simulation(teacher, source, tmp_path, quantizer, fold):
+    configs = INT8
+    if quantizer == "LSQQuantizer":
+        configs = [{**INT8[0], "quant_scheme": "symmetric"}]
+    result = quantized(teacher, source, tmp_path, quantizer=quantizer, fuse_batch_norm=fold, config_list=configs)
+    assert bool(result.folds) == fold
+    assert agrees(simulated(result), teacher) > 0.95
+    export = export_quantized_onnx(result, SPEC, tmp_path / "student-int8.onnx", TEST)
+    assert export.agreement >= 0.995 and export.bytes < export.float_bytes
+
+
+def test_a_training_quantizer_that_may_not_train_is_calibrated(teacher, source, tmp_path):
+    result = quantized(teacher, source, tmp_path, train=False, quantizer="QATQuantizer")
+    assert result.quantizer == "PtqQuantizer"
+    assert all(
+        torch.equal(value, teacher.model.state_dict()[name]) for name, value in result.student.state_dict().items()
+    )
+    dorefa = [{"op_names": ["conv2"], "target_names": ["weight"], "quant_dtype": "int8", "quant_scheme": "affine"}]
+    assert quantized(teacher, source, tmp_path, train=False, quantizer="DoReFaQuantizer", config_list=dorefa) is None
+
+
+def test_the_finished_student_is_left_as_it_is(teacher, source, tmp_path):
+    network = copy.deepcopy(teacher.model).requires_grad_(True)
+    before = copy.deepcopy(network.state_dict())
+    result = quantize_student(
+        network,
+        section(quantizer="QATQuantizer", steps=5),
+        teacher,
+        source,
+        SETTINGS,
+        train=True,
+        seed=0,
+        checkpoint=tmp_path / "checkpoint.safetensors",
+        quiet=True,
+    )
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not torch.equal(result.student.conv1.weight, before["conv1.weight"])
+
+
+def test_a_quantization_is_saved_and_loads_again(teacher, source, tmp_path):
+    (tmp_path / "mine.py").write_text("from test_quantization_stage import Residual\n")
+    result = quantized(teacher, source, tmp_path, quantizer="PtqQuantizer", fuse_batch_norm=True)
+    description = tmp_path / "student.json"
+    save_network(
+        result.student,
+        f"{__name__}:Residual",
+        {},
+        description.with_suffix(".safetensors"),
+        description,
+        extra={"quantization": save_calibration(result, description)},
+    )
+    again = load_quantization(description)
+    images = SPEC.normalise(TEST)
+    with torch.no_grad():
+        assert torch.equal(simulated(again)(images), simulated(result)(images))
+    assert again.folds == result.folds and again.quantizer == "PtqQuantizer"
+    file = calibration_file(description)
+    save_tensors(file, {"conv1:weight:scale": torch.ones(1)})
+    with pytest.raises(UserError, match="checksum differs"):
+        load_quantization(description)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "fold"),
+    [
+        ({"pruner": "L1NormPruner"}, True),
+        ({"pruner": "L1NormPruner", "schedule": {"name": "AGPPruner", "interval": 3, "total_times": 4}}, False),
+        ({"pruner": "TaylorPruner"}, False),
+    ],
+)
+def test_pruned_quantized_and_distilled_in_one_training(teacher, source, tmp_path, pruning, fold):
+    small, result = compress_in_one_training(
+        copy.deepcopy(teacher.model).requires_grad_(True),
+        PruningSection.model_validate({"config_list": HALF, "steps": 15, **pruning}),
+        section(quantizer="QATQuantizer", steps=25, fused=True, fuse_batch_norm=fold),
+        teacher,
+        source,
+        SETTINGS,
+        seed=0,
+        checkpoint=tmp_path / "checkpoint.safetensors",
+        quiet=True,
+    )
+    assert small.record["shrunk"] and small.network.conv1.out_channels == 4
+    assert not result.folds  # NNI folds no normalisation that a pruner masks
+    assert small.record["agreement_after_shrinking"] >= 0.99
+    assert small.record["steps_under_masks"] == 50
+    assert result.calibration["conv2"]["weight"]["scale"].numel() == 4
+    assert agrees(simulated(result), teacher) > 0.85
+    export = export_quantized_onnx(result, SPEC, tmp_path / "student-int8.onnx", TEST)
+    assert export.agreement >= 0.995
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantizer": "PtqQuantiser"}, "the nearest is 'PtqQuantizer'"),
+        ({"fused": True}, "does not train"),
+        ({"config_list": [{"op_types": ["Conv2d"], "quant_dtyp": "int8"}]}, "refuses the config"),
+        ({"fuse_names": [["norm1", "relu1", "conv1"]]}, "no config of config_list selects 'norm1'"),
+        ({"fuse_names": [["conv1", "bn9"]]}, "refuses the config"),
+        ({"quantizer": "QATQuantizer", "arguments": {"start": 3}}, "refuses the config"),
+    ],
+)
+def test_mistakes_are_told_before_the_work(teacher, changes, message):
+    with pytest.raises(UserError, match=message):
+        check_quantization(teacher.model, section(**changes), teacher)
+
+
+def test_folds_that_are_named_stay_and_others_are_found(teacher):
+    configs = quantization_config(
+        teacher.model, section(fuse_names=[["conv2", "norm2"]], fuse_batch_norm=True), teacher
+    )
+    assert configs[0]["fuse_names"] == [("conv2", "norm2"), ("conv1", "norm1")]
+    assert "fuse_names" not in INT8[0]

@@ -1,0 +1,241 @@
+"""The quantization stage of a recipe: check, calibrate or train, and the fusion of pruning with it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Container
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zskd_nni.compression.distillers import fused_distiller
+from zskd_nni.compression.evaluator import DataFreeEvaluator
+from zskd_nni.compression.folding import batch_norm_folds
+from zskd_nni.compression.pruning import (
+    PrunedNetwork,
+    fold_slim_factors,
+    learns_from_choices,
+    shrunken_to_masks,
+    started_pruner,
+)
+from zskd_nni.compression.quantization import (
+    Quantization,
+    begin_with,
+    made_quantizer,
+    plain_calibration,
+    quantize,
+    quantizer_class_name,
+    simulated,
+    sliced,
+    starting_ranges,
+    with_fuse_names,
+)
+from zskd_nni.distillation import DistillationSettings
+from zskd_nni.errors import UserError
+from zskd_nni.metrics import agreement
+from zskd_nni.teacher import Teacher, first_tensor
+from zskd_nni.transfer import NoiseSource, TransferSource
+
+if TYPE_CHECKING:
+    from zskd_nni.recipe import DistillerSection, PruningSection, QuantizationSection
+
+EXPORTED = ("PtqQuantizer", "QATQuantizer", "LsqQuantizer", "LsqPlusQuantizer")
+_LEAST_AGREEMENT_AFTER_SHRINKING = 0.98
+
+
+def check_quantization(network: nn.Module, section: QuantizationSection, teacher: Teacher) -> None:
+    """Find out before the long work begins whether NNI takes this config for this network.
+
+    Raises:
+        UserError: an unknown quantizer, or a config, fold or argument that NNI refuses.
+    """
+    name = quantizer_class_name(section.quantizer)
+    if section.fused and name == "PtqQuantizer":
+        raise UserError(
+            "compression.quantization.fused: PtqQuantizer does not train, so that there is nothing to fuse; "
+            "leave fused out, or take QATQuantizer."
+        )
+    network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
+    evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), quiet=True)
+    quantizer = made_quantizer(
+        network, name, quantization_config(network, section, teacher), evaluator, section.arguments
+    )
+    quantizer.unwrap_model()
+
+
+def quantization_config(
+    network: nn.Module, section: QuantizationSection, teacher: Teacher, masked: Container[str] = ()
+) -> list[dict]:
+    """NNI's config list of the section with its folds, named or found.
+
+    Args:
+        network: what is quantized, unwrapped.
+        section: config list and folds.
+        teacher: knows the input.
+        masked: modules under a pruner's masks in the same training. NNI folds no normalisation that is masked, so
+            that such folds are not looked for.
+    """
+    folds = [tuple(names) for names in section.fuse_names]
+    if section.fuse_batch_norm:
+        dummy = teacher.spec.normalise(teacher.spec.midpoint(2)).to(next(network.parameters()).device)
+        found = batch_norm_folds(network, with_fuse_names(network, section.config_list, folds), dummy)
+        folds.extend(names for names in found if not any(name in masked for name in names[1:]))
+    return with_fuse_names(network, section.config_list, folds)
+
+
+def quantize_student(
+    network: nn.Module,
+    section: QuantizationSection,
+    teacher: Teacher,
+    source: TransferSource,
+    distillation: DistillationSettings,
+    *,
+    train: bool,
+    distiller: DistillerSection | None = None,
+    seed: int,
+    checkpoint: Path,
+    quiet: bool = False,
+) -> Quantization | None:
+    """Quantize a copy of a finished student.
+
+    Args:
+        network: the student, on the teacher's device; left as it is.
+        section: quantizer, NNI's config list, steps.
+        teacher: teaches, where the quantizer trains.
+        source: the images to calibrate and train on.
+        distillation: temperature, batch and augmentation; the learning rate is the section's.
+        train: whether the quantizer may train. Without, its config is calibrated alone, as PTQ does.
+        distiller: another than the logits' own.
+        seed: names the random streams.
+        checkpoint: where the training keeps its state.
+        quiet: no progress.
+
+    Returns:
+        The quantization; None where the quantizer cannot do without training (DoReFa, BNN) and may not train.
+    """
+    name = quantizer_class_name(section.quantizer)
+    if not train and name not in EXPORTED:
+        return None
+    student = copy.deepcopy(network)
+    config_list = quantization_config(student, section, teacher)
+    evaluator = DataFreeEvaluator(
+        teacher,
+        source,
+        quantization_settings(section, distillation),
+        seed=seed,
+        checkpoint=checkpoint,
+        calibration_images=section.calibration_images,
+        label=f"{name}",
+        quiet=quiet,
+    )
+    trains = train and name != "PtqQuantizer"
+    result = quantize(
+        student,
+        name if train else "PtqQuantizer",
+        config_list,
+        evaluator,
+        max_steps=section.steps if trains else None,
+        temperature=distillation.temperature,
+        distiller=distiller,
+        **(section.arguments if train else {}),
+    )
+    return dataclasses.replace(result, student=result.student.cpu().eval())
+
+
+def quantization_settings(section: QuantizationSection, distillation: DistillationSettings) -> DistillationSettings:
+    """The distillation's settings with the section's steps and learning rate.
+
+    A tenth of the distillation's rate by default: the student is taught already, and only mends what rounding breaks.
+    """
+    rate = section.learning_rate or distillation.learning_rate / 10
+    return dataclasses.replace(distillation, steps=max(1, section.steps), learning_rate=rate)
+
+
+def compress_in_one_training(
+    network: nn.Module,
+    pruning: PruningSection,
+    section: QuantizationSection,
+    teacher: Teacher,
+    source: TransferSource,
+    distillation: DistillationSettings,
+    *,
+    distiller: DistillerSection | None = None,
+    seed: int,
+    checkpoint: Path,
+    quiet: bool = False,
+) -> tuple[PrunedNetwork, Quantization]:
+    """Prune, quantize and distil in one NNI training, shrink, and cut the calibration the same way.
+
+    The training is as long as its parts would be one after the other: ``pruning.steps``, ``distillation.steps`` and
+    ``quantization.steps``.
+
+    Args:
+        network: the student, on the teacher's device; consumed.
+        pruning: pruner, schedule, NNI's config list.
+        section: quantizer, NNI's config list.
+        teacher: labels every image.
+        source: what is scored, learnt and calibrated on.
+        distillation: temperature, learning rate, batch, augmentation.
+        distiller: another than the logits' own.
+        seed: names the random streams.
+        checkpoint: where the training keeps its state.
+        quiet: no progress.
+
+    Raises:
+        UserError: NNI refuses a config; the shrunken network, or its quantization, does not answer as before.
+    """
+    name = quantizer_class_name(section.quantizer)
+    steps = pruning.steps + distillation.steps + section.steps
+    evaluator = DataFreeEvaluator(
+        teacher,
+        source,
+        dataclasses.replace(distillation, steps=steps),
+        seed=seed,
+        checkpoint=checkpoint,
+        pseudo_labels=learns_from_choices(pruning),
+        calibration_images=section.calibration_images,
+        label=f"{pruning.pruner} and {name}",
+        quiet=quiet,
+    )
+    pruner, left_out = started_pruner(network, pruning, teacher, source, evaluator, seed, quiet)
+    pruner.unwrap_model()  # the next compressor wraps it again
+    config_list = quantization_config(network, section, teacher, masked=pruner._module_wrappers)
+    ranges = starting_ranges(network, name, config_list, evaluator)
+    quantizer: Any = made_quantizer(network, name, config_list, evaluator, section.arguments, on_top_of=pruner)
+    if ranges is not None:
+        begin_with(quantizer, ranges)
+    top = fused_distiller(
+        quantizer,
+        distiller,
+        teacher,
+        evaluator,
+        distillation.temperature,
+        float(learns_from_choices(pruning)),
+    )
+    top.compress(max_steps=steps, max_epochs=None)
+    network.eval()
+    probe = evaluator.calibration_set()
+    before = _answers(network, probe).cpu()
+    masks, calibration = pruner.get_masks(), plain_calibration(quantizer.get_calibration_config())
+    top.unwrap_model()
+    fold_slim_factors(pruner)
+    whole = Quantization(network, name, config_list, calibration)
+    pruned = shrunken_to_masks(network, masks, pruning, teacher, left_out, evaluator.histories[-1])
+    pruned.record["steps_under_masks"] = steps
+    result = sliced(whole, pruned.network, pruned.kept)
+    share = agreement(_answers(simulated(result), probe.cpu()), before)
+    if not share >= _LEAST_AGREEMENT_AFTER_SHRINKING:
+        raise UserError(
+            f"The shrunken, quantized network agrees with the one that was trained on {share:.1%} of {len(probe)} "
+            "images only: its calibration does not survive the shrinking. Leave compression.quantization.fused out."
+        )
+    pruned.record["agreement_after_shrinking"] = share
+    return pruned, result
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([first_tensor(model(part)) for part in images.split(256)])

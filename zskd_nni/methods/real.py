@@ -1,0 +1,75 @@
+"""Real training images as the transfer set: the ceiling that a data-free method is measured against.
+
+This is the one method that reads data. A recipe's real-data twin is the same recipe with
+
+    --set transfer.method=real --set transfer.data=mnist
+
+and its report says that it is not data-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from zskd_nni.data import NAMED_SETS, load_images
+from zskd_nni.errors import UserError
+from zskd_nni.files import fingerprint_of, sha256_of_bytes
+from zskd_nni.methods.registry import TransferRequest
+from zskd_nni.seeds import generator
+from zskd_nni.settings import build_settings
+from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import StoredSource
+
+
+@dataclass(frozen=True)
+class RealOptions:
+    """The method's keys in a recipe's ``transfer`` section.
+
+    Attributes:
+        data: name or path of a data set, found as evaluation data is; of a named one the training split is read.
+        targets: a data-free method's own key, as it stands in the recipe whose twin this is; of no meaning here.
+        synthesis: another.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    data: str = ""
+    targets: dict[str, Any] = field(default_factory=dict)
+    synthesis: dict[str, Any] = field(default_factory=dict)
+
+
+class Real:
+    """Real training images as a method of recipes; it is not data-free."""
+
+    name = "real"
+    presets = ("best",)
+    data_free = False
+
+    def options(self, preset: str, given: Mapping[str, Any]) -> RealOptions:
+        """The recipe's keys; the preset of the recipe whose twin this is means nothing here."""
+        return build_settings(RealOptions, dict(given))
+
+    def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
+        """``request.size`` images of the training split; held-out ones are taken from the other end of the order."""
+        name = request.options.data
+        if not name:
+            raise UserError("The method real needs transfer.data, the name of a data set such as mnist.")
+        if name not in NAMED_SETS and request.base is not None:
+            name = str(request.base / name)
+        data = load_images(name, "train", request.root, request.download)
+        # One order for both requests, so that no image is in both.
+        order = torch.randperm(len(data), generator=generator(0, "real", len(data)))
+        size = min(request.size, len(data))
+        if request.held_out and size == len(data):
+            raise UserError(f"transfer.held_out: {name} has {len(data)} training images; leave some to learn on.")
+        index = order[-size:] if request.held_out else order[:size]
+        images = data.pixels(index, teacher.spec)
+        digest = sha256_of_bytes(data.images[index].numpy().tobytes())
+        return StoredSource(images, request.batch_size, request.seed, fingerprint_of(["real", name, digest]))
+
+
+METHOD = Real()
