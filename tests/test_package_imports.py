@@ -120,6 +120,18 @@ def test_imports_have_a_direction(lazy: bool) -> None:
     assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
 
 
+@pytest.mark.parametrize("name", ["zskd", "class_impressions", "sts", "zskt"])
+def test_data_free_methods_cannot_reach_what_reads_images(name: str) -> None:
+    graph = {module: imports_of(path, lazy=True) & set(MODULES) for module, path in MODULES.items()}
+    seen, todo = set(), {f"zskd_nni.methods.{name}"}
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        todo |= graph[module] - seen
+    assert "zskd_nni.data" not in seen
+    assert "zskd_nni.data" in graph["zskd_nni.methods.ats"]
+
+
 def test_low_layers_do_not_know_high_ones() -> None:
     lazy = {name: imports_of(path, lazy=True) for name, path in MODULES.items()}
     high = {"zskd_nni.cli", "zskd_nni.pipeline", "zskd_nni.recipe", "zskd_nni.report"}

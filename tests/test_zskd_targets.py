@@ -274,7 +274,7 @@ def test_methods_are_found_by_entry_point() -> None:
     assert "zskd" in method_names()
     assert find_method("zskd").name == "zskd"
     with pytest.raises(UserError, match="Did you mean 'zskd'"):
-        find_method("zskt")
+        find_method("zskdd")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -129,7 +129,7 @@ def synthesize(
     threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a store of data impressions of a recipe's teacher."""
+    """Make a store of data impressions of a recipe's teacher, or the transfer set of another method."""
     from zskd_nni.methods.registry import TransferRequest, find_method
     from zskd_nni.recipe import load_recipe
     from zskd_nni.synthesis import ImpressionStore
@@ -147,7 +147,13 @@ def synthesize(
     )
     teacher = loaded.teacher().to(device)
     typer.echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
-    find_method(section.method).source(teacher, request)
+    source = find_method(section.method).source(teacher, request)
+    if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set, a live generator
+        if source.size is None:
+            typer.echo(f"{section.method} stores nothing: its images are made while a student learns")
+        else:
+            typer.echo(f"{source.size:,} images of {section.method} in {out}")
+        return
     summary = ImpressionStore.open(out).summary()
     typer.echo(
         f"{summary['impressions']:,} impressions in {out}: mean divergence {summary['mean_fit']:.4f} after "

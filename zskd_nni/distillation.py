@@ -149,6 +149,7 @@ def distill(
             seed=seed,
             label=label,
             checkpoint=kept,
+            extra=source,
             quiet=quiet,
         )
 

@@ -46,3 +46,38 @@ def total_variation(images: Tensor, knee: float = 0.05) -> Tensor:
 
     down, right = images[:, :, 1:] - images[:, :, :-1], images[:, :, :, 1:] - images[:, :, :, :-1]
     return (huber(down) + huber(right)) / knee
+
+
+def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, over: str = "elements") -> Tensor:
+    """``KL(softmax(teacher / T) || softmax(student / T))``, teacher first (ZSKT, equation 1), as a scalar.
+
+    Args:
+        student: logits ``(N, K)``.
+        teacher: logits ``(N, K)``.
+        temperature: T > 0; there is no factor T^2.
+        over: the mean is taken over all N * K ``elements``, as ZSKT's released code does, or over ``images``.
+    """
+    log_student = functional.log_softmax(student / temperature, 1)
+    log_teacher = functional.log_softmax(teacher / temperature, 1)
+    divergence = functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return divergence / student.shape[1] if over == "elements" else divergence
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """Mean of the squared channels, flattened, of length 1: ``(N, C, H, W) -> (N, H * W)`` (ZSKT, section 3.2)."""
+    return functional.normalize(features.square().mean(1).flatten(1), dim=1)
+
+
+def attention_loss(student: Tensor, teacher: Tensor, distance: str = "squared-mean") -> Tensor:
+    """How far two attention maps of the same spatial size are apart: ``(N, C, H, W), (N, C', H, W) -> scalar``.
+
+    Args:
+        student: features.
+        teacher: features; any number of channels.
+        distance: ``squared-mean`` over images and positions, as ZSKT's released code has it, or ``norm``, the L2
+            norm of each image's difference as in the paper, mean over the images.
+    """
+    difference = attention_map(student) - attention_map(teacher)
+    if distance == "squared-mean":
+        return difference.square().mean()
+    return difference.norm(dim=1).mean()

@@ -517,7 +517,8 @@ class Run:
             agreements_test = {name: agreement(logits, on_test["teacher"]) for name, logits in on_test.items()}
             agreement_on = f"test data ({data.name}, {len(data)} images)"
         shown = agreements_test or agreements
-        method = find_method(self.recipe.transfer.method)
+        method, options = find_method(self.recipe.transfer.method), self.recipe.transfer.options()
+        data_free = is_data_free(method, options)
         made_here = (self.out / "impressions" / "manifest.json").exists()
         store = self.given or (ImpressionStore.open(self.out / "impressions") if made_here else None)
         if store is not None:
@@ -559,8 +560,8 @@ class Run:
             "quantization": exported["quantization"],
             "history": made["student"].record.get("distillation"),
             "onnx_difference": exported["onnx_difference"],
-            "data_free": is_data_free(method),
-            "learnt_on": None if is_data_free(method) else getattr(self.recipe.transfer.options(), "data", method.name),
+            "data_free": data_free,
+            "learnt_on": None if data_free else getattr(options, "data", method.name),
             "classifier": teacher.classifier_path,
             "evaluation": None if self.recipe.evaluation is None else self.recipe.evaluation.data,
             "seconds": {},

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from zskd_nni.errors import UserError
+from zskd_nni.settings import build_settings
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import TransferSource
 
 GROUP = "zskd_nni.methods"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Method(Protocol):
         name: as in ``transfer.method``.
         presets: names of the presets.
 
-    A method that reads real data says so by an attribute ``data_free = False``.
+    A method that reads real data says so by an attribute ``data_free = False``; one that does so with some options
+    only, by such a property of its options.
     """
 
     name: str
@@ -76,9 +79,9 @@ class Method(Protocol):
         ...
 
 
-def is_data_free(method: Method) -> bool:
-    """Whether a method works from the teacher alone."""
-    return bool(getattr(method, "data_free", True))
+def is_data_free(method: Method, options: Any = None) -> bool:
+    """Whether a method works from the teacher alone; its options have the last word."""
+    return bool(getattr(options, "data_free", getattr(method, "data_free", True)))
 
 
 def method_names() -> list[str]:
@@ -99,6 +102,32 @@ def find_method(name: str) -> Method:
             except Exception as error:  # somebody else's package may raise anything
                 raise UserError(f"The method {name!r} ({entry.value}) cannot be loaded: {error}") from error
     names = method_names()
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = sorted(difflib.get_close_matches(name, names, 2))
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise UserError(f"There is no method {name!r}; there are {', '.join(names)}.{hint}")
+
+
+def preset_options(
+    kind: type[T], method: str, presets: Mapping[str, Mapping[str, Any]], preset: str, given: Mapping[str, Any]
+) -> T:
+    """A preset with the recipe's own keys put over it, section by section, checked.
+
+    Args:
+        kind: the settings class.
+        method: its name, for messages.
+        presets: plain values of each preset.
+        preset: which one.
+        given: the recipe's own keys.
+
+    Raises:
+        ValueError: an unknown preset or key, or a value outside its range.
+    """
+    if preset not in presets:
+        raise ValueError(f"preset: {method} has {', '.join(presets)}, not {preset!r}")
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in presets[preset].items()}
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key].update(value)
+        else:
+            merged[key] = value
+    return build_settings(kind, merged)

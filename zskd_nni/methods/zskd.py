@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
-from zskd_nni.methods.registry import TransferRequest
-from zskd_nni.settings import build_settings
+from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.synthesis import SynthesisSettings, synthesize
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
@@ -208,15 +207,7 @@ class Zskd:
 
     def options(self, preset: str, given: Mapping[str, Any]) -> ZskdOptions:
         """The preset with the recipe's own keys over it."""
-        if preset not in PRESETS:
-            raise ValueError(f"preset: zskd has {', '.join(PRESETS)}, not {preset!r}")
-        merged: dict[str, Any] = {section: dict(values) for section, values in PRESETS[preset].items()}
-        for key, value in given.items():
-            if isinstance(value, Mapping) and key in merged:
-                merged[key].update(value)
-            else:
-                merged[key] = value
-        return build_settings(ZskdOptions, merged)
+        return preset_options(ZskdOptions, self.name, PRESETS, preset, given)
 
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Synthesise what is missing of the impressions and draw from them."""

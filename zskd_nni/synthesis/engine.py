@@ -8,6 +8,7 @@ state of its own. With ``tolerance: null`` all images of a batch leave together,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from zskd_nni import interrupt
 from zskd_nni.errors import UserError
+from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.losses import soft_target_divergence, total_variation
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.teacher import Teacher
@@ -65,6 +67,21 @@ class Orders:
     prior: Tensor
     limits: Tensor
     free: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FeatureTerm:
+    """A further term of the objective, computed from what passes a point inside the teacher.
+
+    Attributes:
+        point: where the features are taken.
+        weight: of the term beside the divergence (at temperature 20; see the engine's balance of terms).
+        value: takes the features ``(N, ...)`` and gives what is to become small, ``(N,)``.
+    """
+
+    point: FeaturePoint
+    weight: float
+    value: Callable[[Tensor], Tensor]
 
 
 class _Slots:
@@ -119,6 +136,7 @@ def synthesize_shard(
     orders: Orders,
     settings: SynthesisSettings,
     on_finished: Callable[[int], None] | None = None,
+    term: FeatureTerm | None = None,
 ) -> Impressions:
     """Optimise starts until the teacher answers them with their targets (ZSKD equation 5).
 
@@ -127,6 +145,7 @@ def synthesize_shard(
         orders: targets, starts and weights.
         settings: the schedule.
         on_finished: called with the number of images that left at a step.
+        term: added to the objective, if given.
 
     Raises:
         UserError: the teacher's answer or its gradient is not finite.
@@ -149,13 +168,19 @@ def synthesize_shard(
         if settings.range == "rescale":
             slots.images = _rescaled(slots.images, slots.age, largest, spec.low, spec.high)
         images = slots.images.requires_grad_(True)
-        logits = teacher(images)
+        seen: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if term is not None:
+            seen = watched(teacher.model, term.point)
+        with seen as features:
+            logits = teacher(images)
         fit = soft_target_divergence(logits, slots.targets, slots.temperatures)
         # A logit's pull falls with 1 / T; the factor keeps the balance with the prior alike at every temperature.
         # Adam itself does not mind the scale.
         objective = (fit * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
         if with_prior:
             objective = objective + (slots.prior * total_variation(images / value_range)).sum()
+        if term is not None:
+            objective = objective + term.weight * term.value(features[-1]).sum()
         (gradient,) = torch.autograd.grad(objective, images)
         if slots.free is not None:
             gradient = gradient * slots.free

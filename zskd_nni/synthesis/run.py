@@ -15,7 +15,7 @@ from zskd_nni.errors import UserError
 from zskd_nni.files import make_folder, only_writer
 from zskd_nni.progress import Progress
 from zskd_nni.seeds import derive_seed, generator
-from zskd_nni.synthesis.engine import Orders, synthesize_shard
+from zskd_nni.synthesis.engine import FeatureTerm, Orders, synthesize_shard
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.synthesis.starts import start_images
 from zskd_nni.synthesis.store import ImpressionStore
@@ -24,6 +24,9 @@ from zskd_nni.teacher import Teacher
 
 class TargetPlan(Protocol):
     """Which soft target impression number ``i`` of a set shall have.
+
+    A plan may also have an attribute ``term``, a further term of the images' objective (a
+    :class:`~zskd_nni.synthesis.engine.FeatureTerm`, or None); its identity must tell of it.
 
     Attributes:
         identity: JSON-able; says which targets these are.
@@ -67,6 +70,7 @@ def synthesize(
         "seed": seed,
     }
     identity = _as_json(identity)
+    term: FeatureTerm | None = getattr(plan, "term", None)
     environment = {
         "device": teacher.device.type,
         "threads": torch.get_num_threads(),
@@ -96,7 +100,7 @@ def synthesize(
                     temperatures = _log_uniform(*settings.temperatures, counts[index], random).unsqueeze(1)
                     limits = _log_uniform(*settings.step_limits, counts[index], random).round()
                     orders = Orders(targets, starts, temperatures, prior, limits, free)
-                    impressions = synthesize_shard(teacher, orders, settings, progress.advance)
+                    impressions = synthesize_shard(teacher, orders, settings, progress.advance, term)
                     store.write(index, impressions, time.monotonic() - started)
         finally:
             torch.set_num_threads(threads)
