@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from zskd_nni.methods import zskd
+from zskd_nni.methods.impressions import impressions_source
 from zskd_nni.methods.registry import TransferRequest, preset_options
-from zskd_nni.synthesis import SynthesisSettings, synthesize
+from zskd_nni.synthesis import SynthesisSettings
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
 
@@ -98,17 +99,9 @@ class ClassImpressions:
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Synthesise what is missing of the impressions and draw from them."""
         options: ClassImpressionOptions = request.options
-        store = synthesize(
-            teacher,
-            ClassTargets(teacher.num_classes, options.targets),
-            options.synthesis,
-            size=request.size,
-            seed=request.seed,
-            folder=request.folder,
-            label=request.label,
-            quiet=request.quiet,
+        return impressions_source(
+            teacher, ClassTargets(teacher.num_classes, options.targets), options.synthesis, request
         )
-        return StoredSource(store.images(), request.batch_size, request.seed, store.fingerprint)
 
 
 METHOD = ClassImpressions()

@@ -39,9 +39,10 @@ from torch import Tensor, nn
 from zskd_nni.errors import UserError
 from zskd_nni.feature_points import FeaturePoint, module_at, replaced, watched
 from zskd_nni.methods import zskd
+from zskd_nni.methods.impressions import impressions_source
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.seeds import generator
-from zskd_nni.synthesis import FeatureTerm, SynthesisSettings, synthesize
+from zskd_nni.synthesis import FeatureTerm, SynthesisSettings
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
 
@@ -318,17 +319,7 @@ class Sts:
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Synthesise what is missing of the impressions and draw from them."""
         options: StsOptions = request.options
-        store = synthesize(
-            teacher,
-            StsTargets(teacher, options.targets),
-            options.synthesis,
-            size=request.size,
-            seed=request.seed,
-            folder=request.folder,
-            label=request.label,
-            quiet=request.quiet,
-        )
-        return StoredSource(store.images(), request.batch_size, request.seed, store.fingerprint)
+        return impressions_source(teacher, StsTargets(teacher, options.targets), options.synthesis, request)
 
 
 METHOD = Sts()

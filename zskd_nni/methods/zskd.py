@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
+from zskd_nni.methods.impressions import impressions_source
 from zskd_nni.methods.registry import TransferRequest, preset_options
-from zskd_nni.synthesis import SynthesisSettings, synthesize
+from zskd_nni.synthesis import SynthesisSettings
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
 
@@ -212,17 +213,7 @@ class Zskd:
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Synthesise what is missing of the impressions and draw from them."""
         options: ZskdOptions = request.options
-        store = synthesize(
-            teacher,
-            ZskdTargets(teacher, options.targets),
-            options.synthesis,
-            size=request.size,
-            seed=request.seed,
-            folder=request.folder,
-            label=request.label,
-            quiet=request.quiet,
-        )
-        return StoredSource(store.images(), request.batch_size, request.seed, store.fingerprint)
+        return impressions_source(teacher, ZskdTargets(teacher, options.targets), options.synthesis, request)
 
 
 METHOD = Zskd()

@@ -1,0 +1,25 @@
+"""What all methods share that make a store of impressions: soft targets in, a source of images out."""
+
+from __future__ import annotations
+
+from zskd_nni.methods.registry import TransferRequest
+from zskd_nni.synthesis import SynthesisSettings, TargetPlan, synthesize
+from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import StoredSource
+
+
+def impressions_source(
+    teacher: Teacher, plan: TargetPlan, settings: SynthesisSettings, request: TransferRequest
+) -> StoredSource:
+    """Synthesise what is missing of the impressions in ``request.folder`` and draw from them."""
+    store = synthesize(
+        teacher,
+        plan,
+        settings,
+        size=request.size,
+        seed=request.seed,
+        folder=request.folder,
+        label=request.label,
+        quiet=request.quiet,
+    )
+    return StoredSource(store.images(), request.batch_size, request.seed, store.fingerprint)
