@@ -4,7 +4,7 @@
 
 Real test data is found as the command line finds it (``ZSKD_NNI_DATA``). Every run is a ``zskd-nni compress`` in its
 own process and folder below ``--runs``; a finished one is not run again, a stopped one goes on.
-``--table`` prints the table of what is in ``results/``.
+With ``--table`` nothing is run: the table of what is in ``results/`` is printed.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.recipes or sorted(path.stem for path in RESULTS.glob("*.json"))))
+        return
     RESULTS.mkdir(exist_ok=True)
     for recipe in arguments.recipes:
         path = RESULTS / f"{recipe}.json"
@@ -92,8 +95,6 @@ def main() -> None:
         for seed in arguments.seeds:
             records.append(run(recipe, seed, arguments.runs, arguments.threads))
             path.write_text(json.dumps(records, indent=1) + "\n")
-    if arguments.table:
-        print(table(arguments.recipes or sorted(path.stem for path in RESULTS.glob("*.json"))))
 
 
 if __name__ == "__main__":
