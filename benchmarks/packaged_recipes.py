@@ -62,13 +62,18 @@ def table(names: list[str]) -> str:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             return f"{statistics.mean(values):.2f} +- {spread:.2f}"
 
+        controls = {
+            name: [record["controls"][name]["accuracy"] for record in records if name in record["controls"]]
+            for name in ("none", "noise")
+        }
+        shown = {name: over_seeds(values) if values else "-" for name, values in controls.items()}
         before, after = first["parameters"]["teacher"], first["parameters"]["student"]
         seconds = [record["seconds"]["total"] for record in records]
         lines.append(
             f"| `{name}` | {first['accuracy']['teacher']:.2f} "
             f"| **{over_seeds([r['accuracy']['student'] for r in records])}** "
-            f"| {over_seeds([r['controls']['none']['accuracy'] for r in records])} "
-            f"| {over_seeds([r['controls']['noise']['accuracy'] for r in records])} "
+            f"| {shown['none']} "
+            f"| {shown['noise']} "
             f"| {before:,} -> {after:,} "
             f"| {first['bytes']['teacher']['onnx']:,} -> {first['bytes']['student']['onnx']:,} "
             f"| {statistics.median(seconds):.0f} |"

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from zskd_nni.data import LabelledImages, data_root, fit_shape, load_images
 from zskd_nni.errors import UserError
+from zskd_nni.evaluation import logits_on
 from zskd_nni.inputs import InputSpec
-from zskd_nni.metrics import logits_on
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> str:

@@ -12,10 +12,11 @@ import torch
 
 from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
+from zskd_nni.evaluation import logits_on
 from zskd_nni.export import run_onnx
 from zskd_nni.files import sha256_of_file
 from zskd_nni.inputs import InputSpec
-from zskd_nni.metrics import accuracy, logits_on
+from zskd_nni.metrics import accuracy
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import load_recipe
 from zskd_nni.saved_model import load_network
@@ -174,6 +175,23 @@ def test_the_folder_of_another_run_is_refused(finished, changes, seed, named):
         run(out, *changes, seed=seed)
 
 
+def test_a_damaged_stage_is_run_again_alike(finished, tmp_path, capsys):
+    out, _ = finished
+    run(tmp_path)
+    (tmp_path / "state" / "student.safetensors").write_bytes(b"damaged")
+    run(tmp_path)
+    assert "run again" in capsys.readouterr().err
+    assert sha256_of_file(tmp_path / "student.safetensors") == sha256_of_file(out / "student.safetensors")
+
+
+def test_without_a_folder_of_test_data_a_recipe_runs_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("ZSKD_NNI_DATA", raising=False)
+    report = run(tmp_path, "evaluation.data=mnist", "controls=[]")
+    assert report["accuracy"]["student"] is None
+    assert "held-out" in report["agreement_on"]
+    assert "ZSKD_NNI_DATA" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
@@ -235,6 +253,6 @@ def test_the_users_own_network_from_a_file(tmp_path):
     (tmp_path / "mine.yml").write_text(json.dumps(recipe))
     report = Run(load_recipe(str(tmp_path / "mine.yml")), tmp_path / "out", quiet=True).compress()
     assert report["classifier"] == "head"
-    network = load_network(tmp_path / "out" / "student.json", tmp_path)
+    network = load_network(tmp_path / "out" / "student.json")
     assert network.features[0].out_channels == 4
     assert np.isfinite(network(torch.rand(2, 1, 20, 20)).detach().numpy()).all()

@@ -7,9 +7,10 @@ import torch
 from helpers import require_real_data
 
 from zskd_nni.data import load_images
+from zskd_nni.evaluation import logits_on
 from zskd_nni.files import load_weights, sha256_of_file
 from zskd_nni.inputs import InputSpec
-from zskd_nni.metrics import accuracy, logits_on
+from zskd_nni.metrics import accuracy
 from zskd_nni.networks import build_network, load_into
 from zskd_nni.zoo.trained import provenance, trained_names, trained_weights
 

@@ -12,9 +12,10 @@ from torch.nn import functional
 from zskd_nni import zoo
 from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
+from zskd_nni.evaluation import logits_on
 from zskd_nni.files import sha256_of_file
 from zskd_nni.inputs import InputSpec
-from zskd_nni.metrics import accuracy, logits_on
+from zskd_nni.metrics import accuracy
 from zskd_nni.zoo.trained import provenance, trained_names, trained_weights
 
 

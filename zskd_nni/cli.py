@@ -198,9 +198,10 @@ def evaluate(
 ) -> None:
     """Measure a saved network, and its ONNX beside it, on labelled images."""
     from zskd_nni.data import load_images
+    from zskd_nni.evaluation import logits_on
     from zskd_nni.export import run_onnx
     from zskd_nni.files import read_json
-    from zskd_nni.metrics import accuracy, agreement, logits_on
+    from zskd_nni.metrics import accuracy, agreement
     from zskd_nni.saved_model import load_network
     from zskd_nni.teacher import first_tensor
 

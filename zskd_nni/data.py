@@ -134,7 +134,7 @@ def _named(name: str, split: str, root: Path | None, download: bool) -> Labelled
             f"The data set {name} is not in {root} (torchvision's layout, or {name}-{split}.npz); "
             "--download lets torchvision fetch it there."
         ) from error
-    except OSError as error:
+    except Exception as error:  # damaged files raise anything
         raise UserError(f"The data set {name} could not be had in {root} ({error}).") from error
     images = torch.as_tensor(np.asarray(dataset.data))
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()

@@ -84,9 +84,13 @@ def run_onnx(model: bytes | str | Path, images: Tensor, batch: int = 500) -> Ten
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
-    session = onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), providers=["CPUExecutionProvider"]
-    )
+    try:
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime has exceptions of its own
+        named = "The exported network" if isinstance(model, bytes) else model
+        raise UserError(f"{named} cannot be run by onnxruntime ({error}).") from error
     parts = [session.run(["logits"], {"images": part.numpy().astype(np.float32)})[0] for part in images.split(batch)]
     return torch.from_numpy(np.concatenate(parts))
 

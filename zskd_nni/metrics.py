@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.data import LabelledImages
 from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
 from zskd_nni.teacher import Teacher, first_tensor
 
 Network = Callable[[Tensor], Tensor]
@@ -26,15 +24,6 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def agreement(first: Tensor, second: Tensor) -> float:
     """Share of rows on which two networks choose the same class, in [0, 1]: ``(N, K), (N, K)``."""
     return (first.argmax(1) == second.argmax(1)).double().mean().item()
-
-
-@torch.no_grad()
-def logits_on(
-    network: Network, data: LabelledImages, spec: InputSpec, device: str = "cpu", batch: int = 1000
-) -> Tensor:
-    """Logits ``(N, K)`` of a network that takes images in the spec's value range, on the CPU."""
-    parts = range(0, len(data), batch)
-    return torch.cat([network(data.pixels(slice(i, i + batch), spec).to(device)).float().cpu() for i in parts])
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:

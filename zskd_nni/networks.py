@@ -58,7 +58,7 @@ def _find_factory(reference: str, base: Path | None) -> Any:
         if name not in torchvision.models.list_models():
             raise UserError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them.")
         return torchvision.models.get_model_builder(name)
-    module = _import_file(Path(source), base) if source.endswith(".py") else _import_module(source)
+    module = _import_file(Path(source), base) if source.endswith(".py") else _import_module(source, base)
     if not hasattr(module, name):
         raise UserError(f"{source} has no {name!r} to build a network with.")
     return getattr(module, name)
@@ -75,17 +75,23 @@ def _import_file(path: Path, base: Path | None) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"{path} cannot be imported: {error}") from error
     return module
 
 
-def _import_module(name: str) -> Any:
+def _import_module(name: str, base: Path | None) -> Any:
+    # Beside the recipe or in the current folder, as python itself would find it; the command's own folder is another.
+    folders = [str(folder) for folder in (base, Path.cwd()) if folder is not None]
+    before = list(sys.path)
+    sys.path[:0] = folders
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"The module {name!r} cannot be imported: {error}") from error
+    finally:
+        sys.path[:] = before
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -39,8 +39,9 @@ def impressions_picture(
         axis.axis("off")
         if number >= len(images):
             continue
-        picture = unit[number].permute(1, 2, 0).numpy()
-        axis.imshow(picture[..., 0] if picture.shape[2] == 1 else picture[..., :3], cmap="gray", vmin=0, vmax=1)
+        # Other than three channels have no colours of their own; their mean is shown.
+        picture = unit[number].permute(1, 2, 0) if unit.shape[1] == 3 else unit[number].mean(0)
+        axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{int(seen[number])}  {100 * float(confidence[number]):.0f}%", fontsize=7, pad=2)
     if title:
         figure.suptitle(title, fontsize=9, y=0.998)

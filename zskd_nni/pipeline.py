@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.data import load_images
+from zskd_nni.data import DATA_VARIABLE, NAMED_SETS, data_root, load_images
 from zskd_nni.distillation import check_student, distill
 from zskd_nni.errors import UserError
+from zskd_nni.evaluation import logits_on
 from zskd_nni.export import export_onnx, run_onnx
 from zskd_nni.files import fingerprint_of, make_folder, only_writer, read_json, save_tensors, write_json
 from zskd_nni.latency import median_latencies
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
-from zskd_nni.metrics import accuracy, agreement, logits_on
+from zskd_nni.metrics import accuracy, agreement
 from zskd_nni.pictures import impressions_picture, pick_by_class
 from zskd_nni.provenance import provenance
 from zskd_nni.recipe import LoadedRecipe, NetworkSection
@@ -113,7 +115,16 @@ class Run:
     def _check_early(self) -> None:
         """Everything that can be known to be wrong before the long work begins."""
         check_student(self._fresh_student(), self.teacher)
-        if self.loaded.data_name() is not None:
+        self.measured = self.loaded.data_name() is not None
+        if self.loaded.data_name() in NAMED_SETS[1:] and data_root(self.root) is None:
+            # A user without data has no test data either; the recipe names where ours were measured.
+            self.measured = False
+            print(
+                f"No folder of test data was named (--data-root, {DATA_VARIABLE}): accuracy on "
+                f"{self.loaded.data_name()} is left out, agreement is measured on held-out impressions.",
+                file=sys.stderr,
+            )
+        if self.measured:
             self._test_data()
         if self.recipe.compression.pruning is not None:
             from zskd_nni.compression.pruning import check_pruning
@@ -164,12 +175,14 @@ class Run:
         write_json(self.out / RUN, {"identity": self.identity, "seconds": self.seconds})
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def _timed(self, stage: str, again: bool = True) -> Iterator[None]:
+        """Count a stage's seconds; those of a stage that every run repeats (``again`` false) are not added up."""
+        before = self.seconds.get(stage, 0.0) if again else 0.0
         started = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - started, 2)
+            self.seconds[stage] = round(before + time.monotonic() - started, 2)
             if self.out.is_dir():
                 self._write_run()
 
@@ -190,9 +203,9 @@ class Run:
             if "noise" in self.recipe.controls:
                 noise = NoiseSource(self.teacher.spec, self.recipe.distillation.batch)
                 made["noise"] = self.student("control-noise", noise)
-            with self._timed("export"):
+            with self._timed("export", again=False):
                 exported = self._export(made["student"], held_out)
-            with self._timed("evaluation"):
+            with self._timed("evaluation", again=False):
                 report = self._report(made, held_out, exported)
             report["seconds"] = {**self.seconds, "total": round(sum(self.seconds.values()), 2)}
             write_report(self.out, report)
@@ -272,8 +285,9 @@ class Run:
         """Pruned and distilled, in floating point."""
         state = self.out / "state"
         finished = state / f"{name}.json"
-        if finished.exists():
-            return self._load(finished)
+        known = self._load(finished)
+        if known is not None:
+            return known
         made = Made(self._fresh_student())
         if self.recipe.compression.pruning is not None:
             made = self._pruned(name, made.network, source, scores)
@@ -306,8 +320,9 @@ class Run:
         from zskd_nni.compression.pruning import prune
 
         finished = self.out / "state" / f"{name}-pruned.json"
-        if finished.exists():
-            return self._load(finished)
+        known = self._load(finished)
+        if known is not None:
+            return known
         section = self.recipe.compression.pruning
         assert section is not None
         checkpoint = self.out / "state" / f"{name}-pruning.checkpoint.safetensors"
@@ -336,7 +351,7 @@ class Run:
 
         finished = self.out / "state" / f"{name}-quantized.json"
         if finished.exists():
-            return load_quantization(finished, self.loaded.base)
+            return load_quantization(finished)
         section = self.recipe.compression.quantization
         assert section is not None
         checkpoint = self.out / "state" / f"{name}-quantization.checkpoint.safetensors"
@@ -366,10 +381,10 @@ class Run:
 
         state = self.out / "state"
         finished, quantized = state / f"{name}.json", state / f"{name}-quantized.json"
-        if finished.exists() and quantized.exists():
-            made = self._load(finished)
-            made.quantization = load_quantization(quantized, self.loaded.base)
-            return made
+        known = self._load(finished)
+        if known is not None and quantized.exists():
+            known.quantization = load_quantization(quantized)
+            return known
         compression = self.recipe.compression
         assert compression.pruning is not None and compression.quantization is not None
         checkpoint = state / f"{name}.checkpoint.safetensors"
@@ -393,8 +408,15 @@ class Run:
             checkpoint.unlink(missing_ok=True)
         return made
 
-    def _load(self, description: Path) -> Made:
-        return Made(load_network(description, self.loaded.base), read_json(description).get("record", {}))
+    def _load(self, description: Path) -> Made | None:
+        """A finished stage's network; None where the stage is to be run, because it never was or its files are bad."""
+        if not description.exists():
+            return None
+        try:
+            return Made(load_network(description), read_json(description).get("record", {}))
+        except UserError as error:
+            print(f"{error} That stage is run again.", file=sys.stderr)
+            return None
 
     def _save_quantized(self, quantization: Quantization, description: Path) -> None:
         from zskd_nni.compression.saved_quantization import save_calibration
@@ -510,7 +532,7 @@ class Run:
         agreements = {name: agreement(logits, on_held_out["teacher"]) for name, logits in on_held_out.items()}
         agreement_on = "held-out impressions of another seed"
         agreements_test: dict[str, float] | None = None
-        if self.recipe.evaluation is not None:
+        if self.measured:
             data = self._test_data()
             on_test = {name: logits_on(network, data, spec) for name, network in networks.items()}
             accuracies = {name: round(accuracy(logits, data.labels), 3) for name, logits in on_test.items()}
@@ -563,7 +585,7 @@ class Run:
             "data_free": data_free,
             "learnt_on": None if data_free else getattr(options, "data", method.name),
             "classifier": teacher.classifier_path,
-            "evaluation": None if self.recipe.evaluation is None else self.recipe.evaluation.data,
+            "evaluation": self.recipe.evaluation.data if self.recipe.evaluation and self.measured else None,
             "seconds": {},
             "recipe": self.identity["recipe"],
             "fingerprint": fingerprint_of(self.identity),

@@ -6,6 +6,7 @@ NNI's own ``config_list`` passes through untouched. Unknown keys are errors that
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -239,7 +240,7 @@ class CompressionSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """Real test data, read once at the end and for nothing else.
+    """Real test data, to measure the finished networks and for nothing else.
 
     Attributes:
         data: name or path, as ``--data-root`` and ``ZSKD_NNI_DATA`` find it.
@@ -323,6 +324,11 @@ class LoadedRecipe:
     def teacher(self) -> Teacher:
         """The recipe's teacher, frozen and checked."""
         section = self.recipe.teacher
+        if section.weights is None and section.model.startswith(("zoo:", "torchvision:")):
+            raise UserError(
+                f"teacher.weights is missing: {section.model} starts at random, and an untrained network has nothing "
+                "to teach. Name a .safetensors file, or zoo:NAME for a shipped teacher."
+            )
         return Teacher(self.network(section), section.input, section.classifier)
 
     def data_name(self) -> str | None:
@@ -352,7 +358,7 @@ def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
     if name_or_file in packaged_names():
         return (packaged_folder() / f"{name_or_file}.yml").read_text(), None
     path = Path(name_or_file)
-    if path.suffix in (".yml", ".yaml") or path.exists():
+    if path.suffix in (".yml", ".yaml") or os.path.exists(path):
         try:
             return path.read_text(), path.resolve().parent
         except FileNotFoundError as error:

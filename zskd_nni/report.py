@@ -86,6 +86,7 @@ def render_table(report: dict[str, Any]) -> str:
         lines.append(f"{stage:<32}{seconds:>8.1f} s")
     lines.append("")
     lines.append(f"agreement is measured on {report['agreement_on']}")
+    lines.append(f"the teacher's classifier is {report['classifier']}")
     lines.extend(remarks(report))
     return "\n".join(lines)
 

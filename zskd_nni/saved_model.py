@@ -7,6 +7,7 @@ to load it, and nothing in either file can run code beyond the named factory.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def save_network(
     save_tensors(weights, network.state_dict())
     content = {
         "format": FORMAT,
-        "network": reference,
+        "network": _seen_from(description.parent, reference, base),
         "arguments": arguments,
         "layers": changed,
         "weights": weights.name,
@@ -134,7 +135,15 @@ def save_network(
     write_json(description, content)
 
 
-def load_network(description: str | Path, base: Path | None = None) -> nn.Module:
+def _seen_from(folder: Path, reference: str, base: Path | None) -> str:
+    # A relative file.py is meant from the recipe's folder; whoever loads the description knows only its own.
+    source, _, name = reference.rpartition(":")
+    if not source.endswith(".py") or Path(source).is_absolute():
+        return reference
+    return f"{os.path.relpath((base or Path.cwd()) / source, folder)}:{name}"
+
+
+def load_network(description: str | Path) -> nn.Module:
     """Build the network that a JSON description describes and load its weights; in ``eval()`` mode.
 
     Raises:
@@ -154,7 +163,7 @@ def load_network(description: str | Path, base: Path | None = None) -> nn.Module
     tensors, _ = load_tensors(weights)
     if sha256_of_file(weights) != content.get("sha256"):
         raise UserError(f"{weights} is not the file that {description.name} describes: its checksum differs.")
-    network = build_network(content["network"], content.get("arguments"), base or description.parent)
+    network = build_network(content["network"], content.get("arguments"), description.parent)
     for path, described in content.get("layers", {}).items():
         parent, _, child = path.rpartition(".")
         try:

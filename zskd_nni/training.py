@@ -247,6 +247,7 @@ def load_checkpoint(
             group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
         optimizer_state["state"] = entries
         optimizer.load_state_dict(optimizer_state)
+        _laid_out_like_parameters(optimizer)
         if scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
         return int(state["step"]), History(**state["history"])
@@ -257,6 +258,16 @@ def load_checkpoint(
             f"The checkpoint {checkpoint.path} does not fit this run ({str(error).splitlines()[0]}). "
             "Remove the file to start over."
         ) from error
+
+
+def _laid_out_like_parameters(optimizer: Optimizer) -> None:
+    """Give moments their parameters' memory layout: a file has them contiguous, fused kernels take them in order."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 
 @contextmanager

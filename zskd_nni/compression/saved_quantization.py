@@ -42,13 +42,13 @@ def save_calibration(quantization: Quantization, description: Path) -> dict[str,
     }
 
 
-def load_quantization(description: Path, base: Path | None = None) -> Quantization:
+def load_quantization(description: Path) -> Quantization:
     """The quantization that :func:`save_calibration` and ``save_network`` wrote.
 
     Raises:
         UserError: a file is missing, damaged or not of this kind.
     """
-    student = load_network(description, base)
+    student = load_network(description)
     kept = read_json(description).get("quantization")
     file = calibration_file(description)
     tensors, _ = load_tensors(file)

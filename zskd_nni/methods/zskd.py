@@ -16,7 +16,7 @@ step. What we chose is in the presets' comments.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -184,7 +184,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "shard": 2000,
         },
     },
-    # What earned its place on the validation slice; docs/methods/zskd.md has the ablations.
+    # Chosen on the validation slice; docs/methods/zskd.md says what each part is for.
     "best": {
         "targets": {"betas": (1.0, 0.1)},
         "synthesis": {
@@ -213,7 +213,16 @@ class Zskd:
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Synthesise what is missing of the impressions and draw from them."""
         options: ZskdOptions = request.options
-        return impressions_source(teacher, ZskdTargets(teacher, options.targets), options.synthesis, request)
+        synthesis = options.synthesis
+        if options.targets.order == "rows":
+            rows = len(options.targets.betas) * teacher.num_classes
+            if request.size % rows:
+                raise UserError(
+                    f"order: rows makes {rows} rows of impressions, a class and a beta each: the number of impressions "
+                    f"must be a multiple of {rows}, not {request.size} (transfer.size, transfer.held_out)."
+                )
+            synthesis = replace(synthesis, shard=request.size // rows)  # a row never shares a shard, nor Adam's state
+        return impressions_source(teacher, ZskdTargets(teacher, options.targets), synthesis, request)
 
 
 METHOD = Zskd()

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from zskd_nni.inputs import InputSpec
 
-STARTS = ("uniform", "smooth", "shapes", "mixed")
 _BLOCK = 250  # figures share their number of corners and cells within a block
 
 
@@ -26,7 +25,7 @@ def start_images(
     """Draw the starts of a shard.
 
     Args:
-        kind: one of :data:`STARTS`.
+        kind: one of :data:`zskd_nni.synthesis.settings.STARTS`.
         count: how many.
         spec: shape and value range.
         random: everything is drawn from it.

@@ -1,0 +1,22 @@
+"""What a network answers to a set of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zskd_nni.data import LabelledImages
+from zskd_nni.inputs import InputSpec
+
+Network = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def logits_on(
+    network: Network, data: LabelledImages, spec: InputSpec, device: str = "cpu", batch: int = 1000
+) -> Tensor:
+    """Logits ``(N, K)`` of a network that takes images in the spec's value range, on the CPU."""
+    parts = range(0, len(data), batch)
+    return torch.cat([network(data.pixels(slice(i, i + batch), spec).to(device)).float().cpu() for i in parts])
