@@ -311,7 +311,7 @@ class Run:
         self._save(made, finished)
         (state / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
         # As a later run finds it: training leaves another memory format, whose sums round otherwise.
-        return self._load(finished)
+        return Made(load_network(finished), made.record)
 
     def _pruned(
         self, name: str, network: nn.Module, source: TransferSource | None, scores: TransferSource | None
