@@ -17,7 +17,8 @@ from zskd_nni.inputs import InputSpec
 from zskd_nni.losses import total_variation
 from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings
 from zskd_nni.synthesis import synthesize_shard as engine
-from zskd_nni.synthesis.starts import STARTS, start_images
+from zskd_nni.synthesis.settings import STARTS
+from zskd_nni.synthesis.starts import start_images
 from zskd_nni.teacher import Teacher
 
 TEMPERATURE = 20.0
