@@ -51,8 +51,9 @@ def run(recipe: str, seed: int, runs: Path, threads: int | None) -> dict[str, An
 def table(names: list[str]) -> str:
     """A Markdown table, mean and standard deviation over the seeds of each recipe."""
     lines = [
-        "| recipe | teacher | student | not distilled | on noise | parameters | ONNX bytes | seconds a seed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| recipe | teacher | student | not distilled | on noise | parameters | ONNX bytes | impressions, a second "
+        "| seconds a seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
         records = json.loads((RESULTS / f"{name}.json").read_text())
@@ -69,6 +70,7 @@ def table(names: list[str]) -> str:
         shown = {name: over_seeds(values) if values else "-" for name, values in controls.items()}
         before, after = first["parameters"]["teacher"], first["parameters"]["student"]
         seconds = [record["seconds"]["total"] for record in records]
+        rates = [record["impressions"]["impressions_per_second"] for record in records]
         lines.append(
             f"| `{name}` | {first['accuracy']['teacher']:.2f} "
             f"| **{over_seeds([r['accuracy']['student'] for r in records])}** "
@@ -76,6 +78,7 @@ def table(names: list[str]) -> str:
             f"| {shown['noise']} "
             f"| {before:,} -> {after:,} "
             f"| {first['bytes']['teacher']['onnx']:,} -> {first['bytes']['student']['onnx']:,} "
+            f"| {first['impressions']['impressions']:,}, {statistics.median(rates):.0f} "
             f"| {statistics.median(seconds):.0f} |"
         )
     return "\n".join(lines)
