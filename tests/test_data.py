@@ -133,7 +133,7 @@ def test_folder_without_classes_and_in_grey(tmp_path: Path) -> None:
     data = load_images(str(tmp_path))
     assert data.images.shape == (3, 3, 8, 8)
     np.testing.assert_array_equal(data.images[:, 1].numpy(), grey(3))
-    assert data.labels.tolist() == [0, 0, 0]
+    assert data.labels.tolist() == [-1, -1, -1]
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ def evaluate(
     spec = _input_of(read_json(path), path)
     images = load_images(data, split, data_root, download)
     logits = logits_on(lambda batch: first_tensor(model(spec.normalise(batch))), images, spec)
+    images.require_labels(logits.shape[1])
     typer.echo(f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}")
     exported = path.with_suffix(".onnx")
     if exported.exists():

@@ -19,6 +19,7 @@ from zskd_nni.inputs import InputSpec
 
 DATA_VARIABLE = "ZSKD_NNI_DATA"
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+UNLABELLED = -1
 NAMED_SETS = ("digits", *_TORCHVISION)
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
 
@@ -39,6 +40,23 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def require_labels(self, classes: int) -> None:
+        """Refuse to be measured on where the labels are not classes of the network.
+
+        Raises:
+            UserError: images without labels (a folder without class folders), or a class the network does not know.
+        """
+        lowest, highest = int(self.labels.min()), int(self.labels.max())
+        if lowest < 0:
+            raise UserError(
+                f"{self.name} has images without a class, on which no accuracy can be measured; "
+                "a folder of images needs one sub-folder a class."
+            )
+        if highest >= classes:
+            raise UserError(
+                f"{self.name} has a class {highest}, the network knows {classes} classes only (0 to {classes - 1})."
+            )
 
     def subset(self, index: Tensor | slice, name: str | None = None) -> LabelledImages:
         """The images at ``index``."""
@@ -166,7 +184,7 @@ def _folder(path: Path) -> LabelledImages:
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     files = [(file, index) for index, name in enumerate(classes) for file in sorted((path / name).iterdir())]
     if not classes:
-        files = [(file, 0) for file in sorted(path.iterdir())]
+        files = [(file, UNLABELLED) for file in sorted(path.iterdir())]
     files = [(file, index) for file, index in files if file.suffix.lower() in _IMAGE_ENDINGS]
     if not files:
         raise UserError(f"The folder {path} holds no images ({', '.join(sorted(_IMAGE_ENDINGS))}).")

@@ -144,11 +144,7 @@ class Run:
         name = self.loaded.data_name()
         assert name is not None
         data = load_images(name, self.recipe.evaluation.split, self.root, self.download)
-        if int(data.labels.max()) >= self.teacher.num_classes:
-            raise UserError(
-                f"evaluation.data: {name} has a class {int(data.labels.max())}, the teacher knows "
-                f"{self.teacher.num_classes} classes only."
-            )
+        data.require_labels(self.teacher.num_classes)
         return data
 
     @contextmanager
