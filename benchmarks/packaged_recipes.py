@@ -4,6 +4,9 @@
 
 Real test data is found as the command line finds it (``ZSKD_NNI_DATA``). Every run is a ``zskd-nni compress`` in its
 own process and folder below ``--runs``; a finished one is not run again, a stopped one goes on.
+With ``--twin`` each run is followed by its real-data twin, the same recipe on the training images themselves, whose
+figures stand in the record as ``real_data``: the ceiling. A twin that trains gets the whole training split; one that
+only calibrates gets as many images as the recipe.
 With ``--table`` nothing is run: the table of what is in ``results/`` is printed.
 """
 
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
 KEPT = (
     "name",
     "accuracy",
@@ -30,6 +34,7 @@ KEPT = (
     "parameters",
     "bytes",
     "controls",
+    "pruning",
     "impressions",
     "seconds",
     "onnx_difference",
@@ -38,14 +43,39 @@ KEPT = (
 )
 
 
-def run(recipe: str, seed: int, runs: Path, threads: int | None) -> dict[str, Any]:
-    """One recipe with one seed, in its own process."""
-    out = runs / f"{recipe}-seed{seed}"
+def run(recipe: str, seed: int, runs: Path, options: list[str], twin: bool) -> dict[str, Any]:
+    """One recipe with one seed, in its own process, and its real-data twin if asked for."""
+    report = compress(recipe, runs / f"{recipe}-seed{seed}", ["--seed", str(seed), *options])
+    record = {key: report.get(key) for key in KEPT}
+    if twin:
+        data = report["evaluation"]
+        compression = report["recipe"]["compression"]
+        calibrated_only = compression["pruning"] is None and report["recipe"]["student"] is None
+        changes = ["transfer.method=real", f"transfer.data={data}", "controls=[]"]
+        if not calibrated_only:
+            changes.append(f"transfer.size={TRAINING_IMAGES[data] - report['recipe']['transfer']['held_out']}")
+        settings = [word for change in changes for word in ("--set", change)]
+        real = compress(recipe, runs / f"{recipe}-seed{seed}-real", ["--seed", str(seed), *options, *settings])
+        record["real_data"] = {key: real.get(key) for key in ("accuracy", "agreement", "agreement_int8", "seconds")}
+        record["real_data"]["images"] = real["recipe"]["transfer"]["size"]
+        if report["pruning"]:
+            record["real_data"]["channels_in_common"] = in_common(
+                report["pruning"]["removed_channels"], real["pruning"]["removed_channels"]
+            )
+    return record
+
+
+def compress(recipe: str, out: Path, options: list[str]) -> dict[str, Any]:
+    """The report of a run, made where it is missing."""
     if not (out / "report.json").exists():
-        command = [sys.executable, "-m", "zskd_nni", "compress", recipe, "--out", str(out), "--seed", str(seed)]
-        subprocess.run(command + (["--threads", str(threads)] if threads else []), check=True)
-    report = json.loads((out / "report.json").read_text())
-    return {key: report.get(key) for key in KEPT}
+        subprocess.run([sys.executable, "-m", "zskd_nni", "compress", recipe, "--out", str(out), *options], check=True)
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def in_common(one: dict[str, list[int]], other: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Of each layer: how many channels both runs removed, and how many the first did."""
+    return {name: [len(set(gone) & set(other.get(name, []))), len(gone)] for name, gone in one.items()}
 
 
 def table(names: list[str]) -> str:
@@ -91,17 +121,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--twin", action="store_true", help="also run each recipe on real data")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(arguments.recipes or sorted(path.stem for path in RESULTS.glob("*.json"))))
         return
     RESULTS.mkdir(exist_ok=True)
+    options = ["--threads", str(arguments.threads)] if arguments.threads else []
     for recipe in arguments.recipes:
         path = RESULTS / f"{recipe}.json"
         records = []
         for seed in arguments.seeds:
-            records.append(run(recipe, seed, arguments.runs, arguments.threads))
+            records.append(run(recipe, seed, arguments.runs, options, arguments.twin))
             path.write_text(json.dumps(records, indent=1) + "\n")
 
 
