@@ -31,6 +31,7 @@ class SupervisedSettings:
         weight_decay: decoupled for AdamW.
         label_smoothing: in [0, 1).
         augmentation: what happens to each image.
+        autocast: multiply in bfloat16; where processor or card can, up to twice as fast.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -42,6 +43,7 @@ class SupervisedSettings:
     weight_decay: float = 1e-2
     label_smoothing: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "sgd"):
@@ -64,7 +66,7 @@ def train_supervised(
     quiet: bool = False,
 ) -> History:
     """Train ``model`` in place on labels; the last epoch is the result."""
-    model.to(device)
+    model.to(device).to(memory_format=torch.channels_last)
     per_epoch = max(1, len(data) // settings.batch)
     steps = settings.epochs * per_epoch
     optimizer: torch.optim.Optimizer
@@ -84,8 +86,10 @@ def train_supervised(
             order[epoch] = torch.randperm(len(data), generator=generator(seed, "order", epoch))
         index = order[epoch][position * settings.batch : (position + 1) * settings.batch]
         images = augment(data.pixels(index, spec).to(device), settings.augmentation, random, spec.low, spec.high)
-        logits = model(spec.normalise(images))
-        return functional.cross_entropy(logits, data.labels[index].to(device), label_smoothing=settings.label_smoothing)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.autocast):
+            logits = model(spec.normalise(images))
+        labels = data.labels[index].to(device)
+        return functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
 
     kept = None if checkpoint is None else Checkpoint(checkpoint, fingerprint)
     with training_mode(model):

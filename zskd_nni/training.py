@@ -25,6 +25,7 @@ from zskd_nni import interrupt
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_tensors, save_tensors
 from zskd_nni.progress import Progress
+from zskd_nni.response_norm import fast_response_norms
 from zskd_nni.seeds import derive_seed, generator
 
 Loss = Callable[[int, torch.Generator], Tensor]
@@ -275,6 +276,7 @@ def training_mode(model: nn.Module) -> Iterator[None]:
     """Within the block the model trains; afterwards it is in ``eval()``."""
     model.train()
     try:
-        yield
+        with fast_response_norms(model):
+            yield
     finally:
         model.eval()
