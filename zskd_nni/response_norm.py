@@ -101,7 +101,7 @@ class PrunedLocalResponseNorm(nn.Module):
 
 def _fast_forward(norm: Any, windows: dict[int, Tensor], x: Tensor) -> Tensor:
     if x.ndim != 4:
-        return type(norm).forward(norm, x)  # type: ignore[no-any-return]
+        return type(norm).forward(norm, x)
     with torch.autocast(x.device.type, enabled=False):  # as PyTorch's own, in single precision
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         window = windows.get(x.shape[1])
