@@ -43,9 +43,9 @@ KEPT = (
 )
 
 
-def run(recipe: str, seed: int, runs: Path, options: list[str], twin: bool) -> dict[str, Any]:
+def run(recipe: str, seed: int, folder: Path, options: list[str], twin: bool) -> dict[str, Any]:
     """One recipe with one seed, in its own process, and its real-data twin if asked for."""
-    report = compress(recipe, runs / f"{recipe}-seed{seed}", ["--seed", str(seed), *options])
+    report = compress(recipe, folder, ["--seed", str(seed), *options])
     record = {key: report.get(key) for key in KEPT}
     if twin:
         data = report["evaluation"]
@@ -55,7 +55,7 @@ def run(recipe: str, seed: int, runs: Path, options: list[str], twin: bool) -> d
         if not calibrated_only:
             changes.append(f"transfer.size={TRAINING_IMAGES[data] - report['recipe']['transfer']['held_out']}")
         settings = [word for change in changes for word in ("--set", change)]
-        real = compress(recipe, runs / f"{recipe}-seed{seed}-real", ["--seed", str(seed), *options, *settings])
+        real = compress(recipe, folder.with_name(f"{folder.name}-real"), ["--seed", str(seed), *options, *settings])
         record["real_data"] = {key: real.get(key) for key in ("accuracy", "agreement", "agreement_int8", "seconds")}
         record["real_data"]["images"] = real["recipe"]["transfer"]["size"]
         if report["pruning"]:
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--twin", action="store_true", help="also run each recipe on real data")
+    parser.add_argument("--scale", help="a scale of the recipes; results/RECIPE-SCALE.json")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
@@ -129,11 +130,14 @@ def main() -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     options = ["--threads", str(arguments.threads)] if arguments.threads else []
+    if arguments.scale:
+        options += ["--scale", arguments.scale]
     for recipe in arguments.recipes:
-        path = RESULTS / f"{recipe}.json"
+        name = f"{recipe}-{arguments.scale}" if arguments.scale else recipe
+        path = RESULTS / f"{name}.json"
         records = []
         for seed in arguments.seeds:
-            records.append(run(recipe, seed, arguments.runs, options, arguments.twin))
+            records.append(run(recipe, seed, arguments.runs / f"{name}-seed{seed}", options, arguments.twin))
             path.write_text(json.dumps(records, indent=1) + "\n")
 
 
