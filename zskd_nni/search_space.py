@@ -111,7 +111,8 @@ def flat_parameters(space: Mapping[str, Any], parameters: Mapping[str, Any]) -> 
             flat[path] = value["_name"]
             flat.update(flat_parameters(chosen, {key: one for key, one in value.items() if key != "_name"}))
         else:
-            flat[path] = value
+            # NNI multiplies steps, 3 * 0.1 = 0.30000000000000004
+            flat[path] = float(f"{value:.12g}") if isinstance(value, float) else value
     return flat
 
 

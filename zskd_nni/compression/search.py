@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from zskd_nni import interrupt
-from zskd_nni.compression.nni_manager import LOOPBACK, Manager
+from zskd_nni.compression.nni_manager import EXPERIMENT, LOOPBACK, Manager
 from zskd_nni.compression.probe import save_probe
 from zskd_nni.compression.search_config import experiment_config, is_local
 from zskd_nni.compression.search_job import relocated
@@ -259,10 +259,8 @@ class Search:
         if job.status in ("USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"):
             status = "stopped"
         elif final is None and reason is None:
-            log = (
-                self.out / "nni" / "search" / "environments" / "local-env" / "trials" / job.trialJobId / "trial.stderr"
-            )
-            where = f"; see {log.relative_to(self.out)}" if log.exists() else ""
+            log = f"nni/{EXPERIMENT}/environments/local-env/trials/{job.trialJobId}/trial.stderr"
+            where = f"; see {log}" if (self.out / log).exists() else ""
             reason = f"its process ended without a result{where}"
         elif status == OVER_BUDGET:
             reason = f"{told['bytes']:,} bytes, {self.section.max_bytes:,} allowed"
@@ -313,8 +311,9 @@ class Search:
             if over:
                 least = min(over, key=lambda row: row["bytes"])
                 raise UserError(
-                    f"search.max_bytes: none of {len(table['trials'])} trials came to {self.section.max_bytes:,} bytes; "
-                    f"the smallest is trial {least['number']} with {least['bytes']:,}. All are in {self.out / TRIALS}."
+                    f"search.max_bytes: no student of {len(table['trials'])} trials is as small as "
+                    f"{self.section.max_bytes:,} bytes; the smallest, of trial {least['number']}, takes "
+                    f"{least['bytes']:,}. All are in {self.out / TRIALS}."
                 )
             first = f" The first: {failed[0]['reason']}" if failed else ""
             raise UserError(f"No trial came to a result; all are in {self.out / TRIALS}.{first}")
@@ -338,13 +337,13 @@ def render_trials(table: dict[str, Any]) -> str:
     """The table of all trials as plain text, the best first."""
     paths = list(dict.fromkeys(path for row in table["trials"] for path in row["parameters"]))
     short = _short_names(paths)
-    ranked = sorted(
-        table["trials"],
-        key=lambda row: (row["number"] != table["best"], row["status"] != "done", -(row["objective"] or 0)),
-    )
+
+    def rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
+        return row["number"] != table["best"], row["status"] != "done", -(row["objective"] or 0)
+
     head = ["trial", *short, table["objective"], "bytes", "seconds", "status"]
     lines = [head]
-    for row in ranked:
+    for row in sorted(table["trials"], key=rank):
         lines.append(
             [
                 f"{row['number']}{' *' if row['number'] == table['best'] else ''}",

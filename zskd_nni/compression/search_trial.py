@@ -23,10 +23,10 @@ from zskd_nni import interrupt
 from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
 from zskd_nni.evaluation import logits_on
-from zskd_nni.export import run_onnx
+from zskd_nni.export import export_onnx, run_onnx
 from zskd_nni.files import fingerprint_of, make_folder, read_json
 from zskd_nni.metrics import accuracy
-from zskd_nni.pipeline import Run
+from zskd_nni.pipeline import Made, Run
 from zskd_nni.recipe import LoadedRecipe, check_recipe
 from zskd_nni.search_space import flat_parameters, with_parameters
 from zskd_nni.transfer import TransferSource
@@ -36,7 +36,7 @@ OVER_BUDGET = "over budget"
 
 
 class StudentRun(Run):
-    """A recipe up to the student's files: no controls, no held-out impressions, no report.
+    """A recipe up to the student's file: no controls, no held-out impressions, no report.
 
     Args:
         shared: a folder in which trials with the same transfer set find it made; None keeps it to the run.
@@ -49,12 +49,22 @@ class StudentRun(Run):
         super().__init__(loaded, out, **options)
         self.shared = shared
 
-    def files(self, images: Tensor) -> dict[str, Any]:
-        """Make the student and its files, which are checked on ``images``; returns their sizes and figures."""
+    def deployable(self, images: Tensor) -> Path:
+        """Make the student and the one file that would be deployed, checked on ``images``; returns the file.
+
+        It is the integer file where the recipe has a quantizer that can be said in integers.
+        """
         make_folder(self.out)
         with _alone(self.out.with_suffix(".lock")), self._owned():
-            source = self.transfer()
-            return self._export(self.student("student", source), images)
+            made = self.student("student", self.transfer())
+            self.teacher.to("cpu")
+            self._save(Made(made.network), self.out / "student.json", recipe=self.recipe.name)
+            integers = self.out / "student-int8.onnx"
+            written = self._export_integers(made.quantization, images, integers)
+            if written is not None and written["exported"]:
+                return integers
+            export_onnx(made.network, self.teacher.spec, self.out / "student.onnx", images)
+            return self.out / "student.onnx"
 
     def transfer(self) -> TransferSource:
         """The transfer source; of trials that want the same set, the first makes it and the others wait for it."""
@@ -134,8 +144,7 @@ def measure(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> dict
     from zskd_nni.compression.probe import load_probe
 
     images, classes = load_probe(job_folder / PROBE, run.teacher.spec)
-    exported = run.files(images)
-    file = out / ("student.onnx" if exported["bytes"]["student"]["onnx_int8"] is None else "student-int8.onnx")
+    file = run.deployable(images)
     size = file.stat().st_size
     if job["objective"] == "accuracy":
         assert loaded.recipe.evaluation is not None
