@@ -23,7 +23,6 @@ from zskd_nni.errors import UserError
 
 PRELOAD = Path(__file__).with_name("nni_manager_preload.js")
 LOOPBACK = "127.0.0.1"
-EXPERIMENT = "search"  # NNI's name of the experiment; there is one a folder
 _SECONDS_TO_STOP = 40.0  # NNI gives its tuner 30 at most
 
 
@@ -38,7 +37,7 @@ class Manager:
         paths: folders that local trials import from.
 
     Attributes:
-        address: of the web portal.
+        name: NNI's identifier of the experiment, ``search-1`` or a higher number.
     """
 
     def __init__(
@@ -49,7 +48,8 @@ class Manager:
         self.folder, self.portal, self.paths = folder, portal, paths
         self.port = port or _free_port()
         config.experiment_working_directory = str(folder)
-        self.experiment = Experiment(config, EXPERIMENT)
+        self.name = f"search-{1 + sum(1 for _ in folder.glob('search-*'))}"
+        self.experiment = Experiment(config, self.name)
         self.experiment.url_prefix = secrets.token_hex(16)
         self._family: dict[int, psutil.Process] = {}
 
@@ -62,14 +62,10 @@ class Manager:
     @property
     def log(self) -> Path:
         """What NNI's manager writes about itself."""
-        return self.folder / EXPERIMENT / "log" / "nnimanager.log"
-
-    def is_known(self) -> bool:
-        """Whether the folder holds an experiment that was stopped."""
-        return (self.folder / EXPERIMENT / "db" / "nni.sqlite").exists()
+        return self.folder / self.name / "log" / "nnimanager.log"
 
     def start(self) -> None:
-        """Start the manager: a new experiment, or the one that was stopped.
+        """Start the manager and a new experiment.
 
         Raises:
             UserError: it did not come up.
@@ -77,7 +73,6 @@ class Manager:
         from nni.runtime.log import silence_stdout
 
         silence_stdout()
-        self.experiment._action = "resume" if self.is_known() else "create"
         try:
             with self._environment(), _list_of_experiments_in(self.folder):
                 self.experiment.start(self.port)
@@ -158,7 +153,7 @@ class Manager:
                 with contextlib.suppress(Exception):
                     process.wait(5)
             experiment._proc = experiment.port = None
-            stop_experiment_logging(EXPERIMENT)
+            stop_experiment_logging(self.name)
             _forget_at_exit(experiment)
 
     def _end_all(self) -> None:

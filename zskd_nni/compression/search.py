@@ -8,6 +8,7 @@ them. All of them are judged by the same images, :mod:`zskd_nni.compression.prob
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -17,9 +18,9 @@ from typing import Any
 import yaml
 
 from zskd_nni import interrupt
-from zskd_nni.compression.nni_manager import EXPERIMENT, LOOPBACK, Manager
+from zskd_nni.compression.nni_manager import LOOPBACK, Manager
 from zskd_nni.compression.probe import save_probe
-from zskd_nni.compression.search_config import experiment_config, is_local
+from zskd_nni.compression.search_config import experiment_config, is_local, remembering, tuner_config
 from zskd_nni.compression.search_job import relocated
 from zskd_nni.compression.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
 from zskd_nni.data import load_images
@@ -31,7 +32,7 @@ from zskd_nni.recipe import LoadedRecipe, check_recipe
 from zskd_nni.search_space import corners, with_parameters
 from zskd_nni.synthesis.store import describe_difference
 
-SEARCH, TRIALS, BEST = "search.json", "trials.json", "best.yml"
+SEARCH, TRIALS, BEST, PROPOSED = "search.json", "trials.json", "best.yml", "proposed.jsonl"
 _POLL = 0.5
 _PATIENCE = 10  # polls in which the manager may be silent, or a finished trial without its result
 _FINISHED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
@@ -79,6 +80,7 @@ class Search:
         self._check_reachable()
         self._check_objective()
         self._check_space()
+        tuner_config(self.section, self.seed)
         search = self.section.model_dump(mode="json", exclude={"trials", "concurrency"})
         self.identity = {
             "recipe": loaded.recipe.model_dump(mode="json", exclude={"search"}),
@@ -134,8 +136,9 @@ class Search:
         with only_writer(self.out):
             self._claim()
             table = self._known_table()
-            if sum(row["status"] != "stopped" for row in table["trials"]) < self.section.trials:
-                table = self._experiment(self._prepare())
+            if len(table["trials"]) < self.section.trials:
+                self._prepare()
+                table = self._experiment(table["trials"])
         return self._conclude(table)
 
     def _claim(self) -> None:
@@ -155,11 +158,10 @@ class Search:
         path = self.out / TRIALS
         return read_json(path) if path.exists() else self._table([])
 
-    def _prepare(self) -> Any:
-        """Write the job's folder; returns NNI's config."""
+    def _prepare(self) -> None:
+        """Write the job's folder."""
         make_folder(self.job)
         local = is_local(self.section)
-        config = experiment_config(self.section, self.job, self.seed)
         save_probe(self.job / PROBE, self.teacher.to(self.device), self.section.probe, self.seed)
         self.teacher.to("cpu")
         source = {**relocated(self.loaded, self.job, carry=not local), "controls": []}
@@ -177,23 +179,39 @@ class Search:
             "trials": str(make_folder(self.out / "trials")) if local else None,
         }
         write_json(self.job / JOB, job)
-        return config
 
-    def _experiment(self, config: Any) -> dict[str, Any]:
+    def _experiment(self, before: list[dict[str, Any]]) -> dict[str, Any]:
+        """Run NNI for the trials that are missing."""
         folder = make_folder(self.out / "nni")
         folder.chmod(0o700)  # the logs name the portal's address
+        tuner = tuner_config(self.section, self.seed + len(before))
+        tuner = remembering(tuner, folder, *self._history(before), self.out / PROPOSED)
+        config = experiment_config(self.section, self.job, tuner, self.section.trials - len(before))
         paths = [] if self.loaded.base is None else [str(self.loaded.base)]
         manager = Manager(config, folder, portal=self.portal, port=self.port, paths=[*paths, os.getcwd()])
-        resumed = manager.is_known()
         try:
             manager.start()
             self._say_where(manager)
-            if resumed:
-                manager.experiment.update_trial_concurrency(self.section.concurrency)
-                manager.experiment.update_max_trial_number(self.section.trials)
-            return self._follow(manager)
+            return self._follow(manager, before)
         finally:
             manager.stop()
+
+    def _history(self, before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What the tuner shall know: finished trials with their values, and proposals that were not finished."""
+        ended = [row["given"] for row in before]
+        known = [{"parameter": row["given"], "value": row["value"]} for row in before if row["value"] is not None]
+        again: list[dict[str, Any]] = []
+        path = self.out / PROPOSED
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                given = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a tuner that was killed
+            if given in ended:
+                ended.remove(given)
+            elif given not in again:
+                again.append(given)
+        return known, again
 
     def _say_where(self, manager: Manager) -> None:
         if self.portal:
@@ -205,12 +223,10 @@ class Search:
         elif not self.quiet:
             print(f"NNI's web portal, for you on this machine alone: {manager.address}", file=sys.stderr)
 
-    def _follow(self, manager: Manager) -> dict[str, Any]:
+    def _follow(self, manager: Manager, before: list[dict[str, Any]]) -> dict[str, Any]:
         """Wait for the trials, keep the table, say what happens."""
-        told: set[str] = set()
-        silent = late = 0
-        table = self._known_table()
-        told.update(row["id"] for row in table["trials"])
+        silent = late = idle = 0
+        table = self._table(before)
         while True:
             interrupt.check()
             manager.watch()
@@ -228,44 +244,53 @@ class Search:
                     f"NNI's manager ended or does not answer; its log is {manager.log}. What was finished is kept, the "
                     "same command goes on from there."
                 ) from error
-            waiting = any(job.status not in _FINISHED for job in jobs)
-            done = status == "DONE" or (status == "TUNER_NO_MORE_TRIAL" and not waiting)
-            # A trial's result may arrive a moment after its end.
+            # A trial's result may arrive a moment after its end, and so may the tuner's next proposal.
             missing = any(job.status == "SUCCEEDED" and not _final(metrics.get(job.trialJobId, [])) for job in jobs)
             late = late + 1 if missing else 0
-            if late < _PATIENCE and missing:
-                time.sleep(_POLL)
-                continue
-            rows = [self._row(job, metrics.get(job.trialJobId, [])) for job in jobs if job.status in _FINISHED]
-            rows.sort(key=lambda row: row.pop("ended"))
-            if len(rows) != len(table["trials"]):
-                table = self._table(rows)
-                write_json(self.out / TRIALS, table)
-                for row in table["trials"]:
-                    if row["id"] not in told:
-                        told.add(row["id"])
-                        self._say(row)
+            running = any(job.status not in _FINISHED for job in jobs)
+            idle = idle + 1 if status == "TUNER_NO_MORE_TRIAL" and not running else 0
+            if not missing or late >= _PATIENCE:
+                table = self._seen(manager, table, [(job, metrics.get(job.trialJobId, [])) for job in jobs])
+                if status == "DONE" or idle >= _PATIENCE:
+                    return table
             if status == "ERROR":
                 raise UserError(f"NNI's manager reports an error; its log is {manager.log}.")
-            if done:
-                return table
             time.sleep(_POLL)
 
-    def _row(self, job: Any, metrics: list[Any]) -> dict[str, Any]:
+    def _seen(self, manager: Manager, table: dict[str, Any], jobs: list[tuple[Any, list[Any]]]) -> dict[str, Any]:
+        """The table with what has finished meanwhile."""
+        ended = sorted((pair for pair in jobs if pair[0].status in _FINISHED), key=lambda pair: pair[0].endTime or 0)
+        known = {row["id"] for row in table["trials"]}
+        new = [
+            self._row(manager, job, metrics)
+            for job, metrics in ended
+            if f"{manager.name}/{job.trialJobId}" not in known
+        ]
+        if not new:
+            return table
+        count = len(table["trials"])
+        table = self._table([*table["trials"], *new])
+        write_json(self.out / TRIALS, table)
+        for row in table["trials"][count:]:
+            self._say(row)
+        return table
+
+    def _row(self, manager: Manager, job: Any, metrics: list[Any]) -> dict[str, Any]:
         final = _final(metrics)
         reports = [metric.data for metric in metrics if metric.type == "PERIODICAL" and isinstance(metric.data, dict)]
         told = final or (reports[-1] if reports else {})
         status, reason = told.get("status", "failed"), told.get("failed")
         if job.status in ("USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"):
-            status = "stopped"
+            status, reason = "failed", "it was cancelled in NNI's web portal"
         elif final is None and reason is None:
-            log = f"nni/{EXPERIMENT}/environments/local-env/trials/{job.trialJobId}/trial.stderr"
+            log = f"nni/{manager.name}/environments/local-env/trials/{job.trialJobId}/trial.stderr"
             where = f"; see {log}" if (self.out / log).exists() else ""
             reason = f"its process ended without a result{where}"
         elif status == OVER_BUDGET:
             reason = f"{told['bytes']:,} bytes, {self.section.max_bytes:,} allowed"
         return {
-            "id": job.trialJobId,
+            "number": 0,
+            "id": f"{manager.name}/{job.trialJobId}",
             "status": status,
             "parameters": told.get("parameters", {}),
             "objective": told.get("objective"),
@@ -273,11 +298,12 @@ class Search:
             "file": None if final is None else f"trials/{told['folder']}/{told['file']}",
             "seconds": told.get("seconds"),
             "reason": reason,
-            "ended": job.endTime or 0,
+            "given": told.get("given"),
+            "value": None if final is None else final["default"],
         }
 
     def _table(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        numbered = [{"number": number, **row} for number, row in enumerate(rows, 1)]
+        numbered = [{**row, "number": number} for number, row in enumerate(rows, 1)]
         good = [row for row in numbered if row["status"] == "done"]
         best = min(good, key=lambda row: (-row["objective"], row["bytes"], row["number"]), default=None)
         method = find_method(self.loaded.recipe.transfer.method)

@@ -9,6 +9,7 @@ import inspect
 import io
 import logging
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,20 +22,20 @@ from zskd_nni.recipe import SearchSection
 TUNERS = ("TPE", "Random", "GridSearch", "Evolution", "Anneal", "SMAC", "Metis", "GP", "DNGO")
 
 
-def experiment_config(section: SearchSection, job: Path, seed: int) -> Any:
+def experiment_config(section: SearchSection, job: Path, tuner: dict[str, Any], trials: int) -> Any:
     """The ``nni.experiment.ExperimentConfig`` of a search.
 
     Args:
         section: of the recipe.
         job: the folder that trials are run in, and that NNI carries to other machines.
-        seed: of the tuner.
+        tuner: NNI's mapping.
+        trials: how many are to be made.
 
     Raises:
-        UserError: NNI has no such tuner or training service, or refuses their settings.
+        UserError: NNI has no such training service, or refuses its settings.
     """
     from nni.experiment import ExperimentConfig
 
-    tuner = tuner_config(section, seed)
     python = f"exec {shlex.quote(sys.executable)}" if is_local(section) else "exec python3"
     try:
         with _quiet_nni():
@@ -44,7 +45,7 @@ def experiment_config(section: SearchSection, job: Path, seed: int) -> Any:
                 trial_command=f"{python} -m zskd_nni trial .",
                 trial_code_directory=str(job),
                 trial_concurrency=section.concurrency,
-                max_trial_number=section.trials,
+                max_trial_number=trials,
                 tuner=tuner,
                 training_service=dict(section.training_service),
             )
@@ -67,8 +68,11 @@ def tuner_config(section: SearchSection, seed: int) -> dict[str, Any]:
         UserError: there is no such tuner, it lacks a package, or it refuses its arguments or the space.
     """
     given = {"name": section.tuner} if isinstance(section.tuner, str) else dict(section.tuner)
-    if "class_name" in given or "className" in given:
-        return given  # somebody's own; what it takes is its own affair
+    own = given.get("class_name") or given.get("className")
+    if own:  # somebody's own; what it takes is its own affair
+        folder = given.get("code_directory") or given.get("codeDirectory") or "."
+        arguments = given.get("class_args") or given.get("classArgs") or {}
+        return {"className": own, "codeDirectory": str(Path(folder).resolve()), "classArgs": arguments}
     name = given.get("name")
     if name not in TUNERS:
         near = difflib.get_close_matches(str(name), TUNERS, 1, 0.5)
@@ -92,7 +96,28 @@ def tuner_config(section: SearchSection, seed: int) -> dict[str, Any]:
         except Exception as error:  # of somebody's algorithm
             text = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"search.tuner: {name} refuses its arguments or the search space ({text}).") from error
-    return {"name": name, "class_args": arguments} if arguments else {"name": name}
+    return {"name": name, "classArgs": arguments}
+
+
+def remembering(
+    tuner: dict[str, Any], folder: Path, known: list[dict[str, Any]], again: list[dict[str, Any]], proposed: Path
+) -> dict[str, Any]:
+    """NNI's mapping of a :class:`zskd_nni.compression.search_tuner.RememberingTuner` around ``tuner``.
+
+    Args:
+        tuner: what :func:`tuner_config` gave.
+        folder: where NNI is to find the class.
+        known: finished trials, ``{"parameter": ..., "value": ...}``.
+        again: parameters to propose first.
+        proposed: file that lists what is proposed.
+    """
+    shutil.copyfile(Path(__file__).with_name("search_tuner.py"), folder / "search_tuner.py")
+    arguments = {"tuner": tuner, "known": known, "again": again, "proposed": str(proposed)}
+    return {
+        "class_name": "search_tuner.RememberingTuner",
+        "code_directory": str(folder),
+        "class_args": arguments,
+    }
 
 
 def _class_of(name: str) -> tuple[Any, dict[str, Any]]:

@@ -114,7 +114,7 @@ def run_trial(job_folder: Path) -> None:
     if given is None:
         raise UserError("NNI gave this trial no parameters; zskd-nni trial is only meant to be run by zskd-nni search.")
     flat = flat_parameters(job["space"], given)
-    told: dict[str, Any] = {"default": 0.0, "parameters": flat}
+    told: dict[str, Any] = {"default": 0.0, "parameters": flat, "given": given}
     nni.report_intermediate_result(told)
     try:
         result = measure(job_folder, job, flat)
