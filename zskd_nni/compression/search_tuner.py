@@ -17,6 +17,8 @@ from typing import Any
 from nni.tools.package_utils.tuner_factory import create_builtin_class_instance, create_customized_class_instance
 from nni.tuner import Tuner
 
+_TRIES = 20
+
 
 class RememberingTuner(Tuner):
     """Passes everything on to the tuner it holds.
@@ -35,7 +37,7 @@ class RememberingTuner(Tuner):
             self.inner = create_customized_class_instance(tuner)
         else:
             self.inner = create_builtin_class_instance(tuner["name"], tuner.get("classArgs"), "tuners")
-        self.known, self.again, self.proposed = known, list(again), proposed
+        self.known, self.again, self.begun, self.proposed = known, list(again), list(again), proposed
         self.ours: dict[int, dict[str, Any]] = {}
 
     def update_search_space(self, search_space: dict[str, Any]) -> None:
@@ -51,11 +53,18 @@ class RememberingTuner(Tuner):
         while ids and self.again:
             self.ours[ids[0]] = self.again.pop(0)
             first.append(self.ours[ids.pop(0)])
-        if not ids:
-            return first
         if "st_callback" in kwargs:
             kwargs["st_callback"] = self._writing(kwargs["st_callback"])
-        return first + [self._written(one) for one in self.inner.generate_multiple_parameters(ids, **kwargs)]
+        return first + [self._written(one) for index in ids for one in self._new(index, **kwargs)]
+
+    def _new(self, parameter_id: int, **kwargs: Any) -> list[Any]:
+        """One proposal, or none; not of what was begun before, unless the tuner insists."""
+        for _ in range(_TRIES):
+            found = self.inner.generate_multiple_parameters([parameter_id], **kwargs)
+            if not found or found[0] not in self.begun:
+                break
+            self.inner.trial_end(parameter_id, False)
+        return found
 
     def _writing(self, send: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         return lambda parameter_id, parameters: send(parameter_id, self._written(parameters))
