@@ -13,16 +13,19 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from zskd_nni import interrupt
 from zskd_nni.errors import UserError
 
 PRELOAD = Path(__file__).with_name("nni_manager_preload.js")
 LOOPBACK = "127.0.0.1"
+_SECONDS_TO_START = 120  # NNI allows itself three and its tuner ten, too little on a busy machine
 _SECONDS_TO_STOP = 40.0  # NNI gives its tuner 30 at most
 
 
@@ -74,7 +77,7 @@ class Manager:
 
         silence_stdout()
         try:
-            with self._environment(), _list_of_experiments_in(self.folder):
+            with self._environment(), _launching(self.folder):
                 self.experiment.start(self.port)
         except Exception as error:  # of requests, of the operating system, of NNI
             self.stop()
@@ -90,6 +93,7 @@ class Manager:
         settings = {
             "host": None if self.portal else LOOPBACK,
             "home": str(self.folder),
+            "patience": _SECONDS_TO_START,
             "node_options": os.environ.get("NODE_OPTIONS"),
         }
         required = str(PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
@@ -166,16 +170,29 @@ class Manager:
 
 
 @contextlib.contextmanager
-def _list_of_experiments_in(folder: Path) -> Iterator[None]:
-    """NNI keeps its list of experiments in ``folder`` instead of the home folder, as the manager is told to."""
-    from nni.experiment import launcher
+def _launching(folder: Path) -> Iterator[None]:
+    """NNI's launcher keeps its list of experiments in ``folder``, as the manager is told to, and is patient."""
+    from nni.experiment import launcher, rest
 
-    original = launcher.Experiments
-    launcher.Experiments = lambda: original(str(folder / "nni-experiments"))
+    def wait_for_server(port: int, retry: int = 0, url_prefix: str | None = None) -> None:
+        end = time.monotonic() + _SECONDS_TO_START
+        while True:
+            interrupt.check()
+            try:
+                rest.get(port, "/check-status", url_prefix)
+                return
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+
+    experiments, check = launcher.Experiments, launcher._check_rest_server
+    launcher.Experiments = lambda: experiments(str(folder / "nni-experiments"))
+    launcher._check_rest_server = wait_for_server
     try:
         yield
     finally:
-        launcher.Experiments = original
+        launcher.Experiments, launcher._check_rest_server = experiments, check
 
 
 def _forget_at_exit(experiment: Any) -> None:

@@ -43,6 +43,23 @@ if (settings.host !== null) {
     };
 }
 
+// The tuner has ten seconds to start, which on a busy machine is too little for importing NNI.
+const Module = require('module');
+const load = Module._load;
+Module._load = function (request, ...rest) {
+    const loaded = load.call(this, request, ...rest);
+    if (request === './tuner_command_channel' && loaded.getTunerServer) {
+        Module._load = load;
+        const server = loaded.getTunerServer();
+        server.init = () => new Promise((resolve, reject) => {
+            const late = new Error(`The tuner did not connect in ${settings.patience} seconds.`);
+            const timer = setTimeout(() => reject(late), 1000 * settings.patience);
+            server.connect.promise.then(() => { clearTimeout(timer); resolve(); }, reject);
+        });
+    }
+    return loaded;
+};
+
 const parent = process.ppid;
 const watch = setInterval(() => {
     if (process.ppid !== parent) {
