@@ -134,26 +134,29 @@ def test_a_search_is_private_stops_whole_and_goes_on(tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()
         return len(rows(out)) >= count
 
-    wait_for(lambda: finished(0) and bool(sockets), 300)
-    ((address, port),) = sockets
-    assert address == "127.0.0.1"
-    for other in other_addresses():
-        with pytest.raises(OSError), socket.create_connection((other, port), timeout=5):
-            pass
-    session = requests.Session()
-    session.trust_env = False
-    assert session.get(f"http://127.0.0.1:{port}/api/v1/nni/check-status", timeout=20).status_code == 404
-    assert session.get(f"http://127.0.0.1:{port}/", timeout=20).status_code == 404
-    secret = json.loads(next((out / "nni" / "nni-experiments").glob(".experiment")).read_text())["search-1"][
-        "prefixUrl"
-    ]
-    assert session.get(f"http://127.0.0.1:{port}/{secret}/api/v1/nni/check-status", timeout=20).ok
-    assert not any(secret in " ".join(one.cmdline()) for one in alive(list(seen.values()))), "for all users to read"
-    assert (out / "nni").stat().st_mode & 0o077 == 0
+    try:
+        wait_for(lambda: finished(0) and bool(sockets), 300)
+        ((address, port),) = sockets
+        assert address == "127.0.0.1"
+        for other in other_addresses():
+            with pytest.raises(OSError), socket.create_connection((other, port), timeout=5):
+                pass
+        session = requests.Session()
+        session.trust_env = False
+        assert session.get(f"http://127.0.0.1:{port}/api/v1/nni/check-status", timeout=20).status_code == 404
+        assert session.get(f"http://127.0.0.1:{port}/", timeout=20).status_code == 404
+        listed = out / "nni" / "nni-experiments" / ".experiment"
+        wait_for(lambda: listed.exists() and b"prefixUrl" in listed.read_bytes(), 60)
+        secret = json.loads(listed.read_text())["search-1"]["prefixUrl"]
+        assert session.get(f"http://127.0.0.1:{port}/{secret}/api/v1/nni/check-status", timeout=20).ok
+        assert not any(secret in " ".join(one.cmdline()) for one in alive(list(seen.values()))), "for all users to read"
+        assert (out / "nni").stat().st_mode & 0o077 == 0
 
-    wait_for(lambda: finished(1), 400)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=200)
+        wait_for(lambda: finished(1), 400)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=200)
+    finally:
+        process.kill()  # where the test failed; the rest of it ends by itself
     assert process.returncode == 130, error
     assert "the same command goes on" in error
     assert "Traceback" not in error
