@@ -99,7 +99,7 @@ class Run:
         self._check_early()
         self.given = None if impressions is None else self._given_store(impressions)
         self.identity = {
-            "recipe": _plain(self.recipe.model_dump(mode="json", exclude={"scales"})),
+            "recipe": _plain(self.recipe.model_dump(mode="json", exclude={"scales", "search"})),
             "teacher": self.teacher.fingerprint,
         }
         if self.given is not None:

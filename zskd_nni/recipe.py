@@ -22,8 +22,10 @@ from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_weights
 from zskd_nni.inputs import InputSpec
+from zskd_nni.key_paths import set_at
 from zskd_nni.methods.registry import find_method
 from zskd_nni.networks import FORMS, build_network, load_into
+from zskd_nni.search_space import check_space
 from zskd_nni.settings import describe_validation
 from zskd_nni.teacher import Teacher
 from zskd_nni.zoo.trained import trained_weights
@@ -252,6 +254,39 @@ class EvaluationSection(_Section):
     split: Literal["train", "test"] = "test"
 
 
+class SearchSection(_Section):
+    """An NNI experiment over the recipe, for ``zskd-nni search``; other commands pass over it.
+
+    Attributes:
+        space: NNI's search space; its names are key paths of the recipe.
+        objective: ``agreement`` of student and teacher on a fixed probe set, which needs no data, or ``accuracy`` on
+            the evaluation data.
+        max_bytes: budget of the student's deployable file; a trial above it is never chosen.
+        trials: how many.
+        concurrency: how many at a time.
+        tuner: one of NNI's by name, or NNI's own mapping (``name``, ``class_args``).
+        seed: of the tuner and the probe set; the recipe's where absent.
+        probe: images in the probe set.
+        training_service: NNI's own config, untouched.
+    """
+
+    space: dict[str, Any]
+    objective: Literal["agreement", "accuracy"] = "agreement"
+    max_bytes: int | None = Field(default=None, ge=1)
+    trials: int = Field(default=20, ge=1)
+    concurrency: int = Field(default=1, ge=1)
+    tuner: str | dict[str, Any] = "TPE"
+    seed: int | None = Field(default=None, ge=0)
+    probe: int = Field(default=1000, ge=50)
+    training_service: dict[str, Any] = Field(default_factory=lambda: {"platform": "local"})
+
+    @field_validator("space")
+    @classmethod
+    def _is_a_space(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_space(value)
+        return value
+
+
 class Recipe(_Section):
     """A whole recipe.
 
@@ -270,6 +305,7 @@ class Recipe(_Section):
         seed: of everything random.
         scale: which of ``scales`` this is; ``full`` is the recipe as it stands.
         scales: smaller (or larger) versions by name: key paths of the recipe and what stands there instead.
+        search: an NNI experiment over the keys above.
     """
 
     name: str
@@ -285,6 +321,7 @@ class Recipe(_Section):
     seed: int = Field(default=0, ge=0)
     scale: str = "full"
     scales: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    search: SearchSection | None = None
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
@@ -399,11 +436,23 @@ def load_recipe(
         _apply_override(source, override)
     if seed is not None:
         source["seed"] = seed
+    return LoadedRecipe(check_recipe(source, f"The recipe {name_or_file}"), base, source)
+
+
+def check_recipe(source: Mapping[str, Any], called: str) -> Recipe:
+    """A recipe from its plain mapping.
+
+    Args:
+        source: as read from YAML.
+        called: what messages call it.
+
+    Raises:
+        UserError: one sentence on the first thing that is wrong.
+    """
     try:
-        recipe = Recipe.model_validate(source)
+        return Recipe.model_validate(source)
     except ValidationError as error:
-        raise UserError(f"The recipe {name_or_file}: {describe_validation(error, Recipe)}") from error
-    return LoadedRecipe(recipe, base, source)
+        raise UserError(f"{called}: {describe_validation(error, Recipe)}") from error
 
 
 def _apply_scale(source: dict[str, Any], scale: str, name: str) -> None:
@@ -420,33 +469,16 @@ def _apply_override(source: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise UserError(f"--set takes key.path=value, not {override!r}.")
-    _put(source, path, _parse_yaml(text, f"--set {path}: the value is not YAML"), "--set")
+    value = _parse_yaml(text, f"--set {path}: the value is not YAML")
+    _put(source, path, value, "--set")
 
 
 def _put(source: dict[str, Any], path: str, value: Any, origin: str) -> None:
-    """Set what stands at a key path; the numbers of list entries are keys of it."""
-    keys = path.split(".")
-    place: Any = source
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(place, list):
-            if not (key.isascii() and key.isdigit() and int(key) < len(place)):
-                where = ".".join(keys[:depth])
-                raise UserError(f"{origin} {path}: {where} is a list of {len(place)}; {key!r} is no index of it.")
-            index = int(key)
-            if last:
-                place[index] = value
-            else:
-                place = place[index]
-        elif isinstance(place, dict):
-            if last:
-                place[key] = value
-            else:
-                if place.get(key) is None:
-                    place[key] = {}
-                place = place[key]
-        else:
-            raise UserError(f"{origin} {path}: {'.'.join(keys[:depth])} is {place!r}, which has no keys.")
+    """Set what stands at a key path."""
+    try:
+        set_at(source, path, value)
+    except ValueError as error:
+        raise UserError(f"{origin} {path}: {error}.") from error
 
 
 def _parse_yaml(text: str, complaint: str) -> Any:
