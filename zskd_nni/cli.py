@@ -352,6 +352,22 @@ def reproduce(
     run_table(table, cells or [], seeds or [], scale, place, typer.echo)
 
 
+@app.command("results")
+def results_command(
+    results: Annotated[Path, typer.Option("--results", help="Folder of the records.")] = Path("results/reproduce"),
+    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("docs/results.md"),
+) -> None:
+    """Write the page of results from the records of reproduce."""
+    from zskd_nni.files import make_folder, write_atomic
+    from zskd_nni.reproduction.page import render_page
+    from zskd_nni.reproduction.records import read_records
+
+    records = read_records(results)
+    make_folder(out.parent)
+    write_atomic(out, render_page(records))
+    typer.echo(f"{out}: {len(records)} records")
+
+
 def main() -> None:
     """Entry point of ``zskd-nni``."""
     # Threads that spin while they wait make a CPU that others use as well up to seven times slower.

@@ -39,14 +39,13 @@ from zskd_nni.networks import build_network, load_into
 from zskd_nni.provenance import provenance
 from zskd_nni.reproduction.cells import IMPRESSIONS, SOURCES, Plan, plain
 from zskd_nni.reproduction.pairs import PAIRS
+from zskd_nni.reproduction.records import FORMAT
 from zskd_nni.seeds import derive_seed
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import History
 from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
 from zskd_nni.zoo.trained import trained_weights
-
-FORMAT = "zskd_nni reproduction 1"
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def find_table(name: str) -> Table:
             "All", "Every cell.", tuple({cell.name: cell for t in TABLES.values() for cell in t.cells}.values())
         )
     if name not in TABLES:
-        raise UserError(f"There is no table {name!r}; {_nearest(name, [*TABLES, 'all'])}.")
+        raise UserError(f"There is no table {name!r}; {_nearest(name, [*TABLES, 'all'])}")
     return TABLES[name]
 
 
@@ -264,13 +264,11 @@ def choose_cells(table: Table, wanted: Sequence[str]) -> list[Cell]:
             or [cell for cell in table.cells if text in cell.name]
         )
         if not found:
-            raise UserError(
-                f"No cell of the table is called {text!r}; {_nearest(text, [c.name for c in table.cells])}."
-            )
+            raise UserError(f"No cell of the table is called {text!r}; {_nearest(text, [c.name for c in table.cells])}")
         chosen.update({cell.name: cell for cell in found})
     return [cell for cell in table.cells if cell.name in chosen]
 
 
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, 3, 0.4)
-    return f"did you mean {' or '.join(near)}?".rstrip("?") if near else f"there are {', '.join(known)}"
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
