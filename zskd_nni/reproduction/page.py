@@ -204,8 +204,8 @@ def _parts(
 def _balance_rows(cells: Sequence[Cell], scale: str, groups: dict[tuple[str, str], Group]) -> str:
     """Balanced beside unbalanced, seed by seed."""
     lines = [
-        "| source | images | balanced | unbalanced | difference over paired seeds | by two deviations | own / repeats / "
-        "nearest of the balanced set | seeds |",
+        "| source | images | balanced | unbalanced | difference over paired seeds | by two deviations "
+        "| own / repeats / nearest of the balanced set | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant in dict.fromkeys(cell.variant for cell in cells):

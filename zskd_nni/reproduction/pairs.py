@@ -46,7 +46,7 @@ class Scale:
     synthesis: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     zskt: Mapping[str, Any] = field(default_factory=dict)
     batch: int | None = None
-    mte_images: int = 200
+    mte_images: int = 500
     mte_steps: int = 100
     training_images: int | None = None
 
@@ -135,7 +135,7 @@ _WRN_CPU = Scale(
     synthesis={"paper": {"shard": 50, "slots": 50}, "best": {"shard": 50, "slots": 50}},
     zskt={"rounds": 150, "width": 32, "batch": 32},
     batch=32,
-    mte_images=20,
+    mte_images=5,
 )
 
 PAIRS: dict[str, Pair] = {
@@ -202,7 +202,7 @@ PAIRS: dict[str, Pair] = {
                 synthesis={"paper": {"shard": 100, "slots": 100}, "best": {"shard": 100, "slots": 100}},
                 zskt={"rounds": 200, "width": 32, "batch": 64},
                 batch=64,
-                mte_images=50,
+                mte_images=30,
             ),
             "smoke": _SMOKE,
         },
