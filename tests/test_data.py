@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -176,6 +177,23 @@ def test_root_comes_from_the_variable_and_npz_stands_in(tmp_path: Path, monkeypa
     assert (data.name, len(data)) == ("mnist", 4)
     with pytest.raises(UserError, match="mnist is not in"):
         load_images("mnist", "train")
+
+
+def test_svhn_in_torchvisions_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matlab's order of axes, and class 10 for the digit 0. A small file stands in; only its checksum is replaced."""
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    file = tmp_path / "test_32x32.mat"
+    savemat(file, {"X": images.transpose(1, 2, 3, 0), "y": np.array([[1], [10], [9], [2], [10]], dtype=np.uint8)})
+    url, name, _ = SVHN.split_list["test"]
+    monkeypatch.setitem(SVHN.split_list, "test", [url, name, hashlib.md5(file.read_bytes()).hexdigest()])
+    data = load_images("svhn", "test", tmp_path)
+    assert (data.name, data.labels.tolist()) == ("svhn", [1, 0, 9, 2, 0])
+    np.testing.assert_array_equal(data.images.permute(0, 2, 3, 1).numpy(), images)
+    with pytest.raises(UserError, match=r"svhn is not in .*svhn-train\.npz"):
+        load_images("svhn", "train", tmp_path)
 
 
 def test_fit_shape() -> None:

@@ -34,7 +34,7 @@ from zskd_nni.losses import distillation_loss
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.supervised import SupervisedSettings, train_supervised
 from zskd_nni.teacher import Teacher
-from zskd_nni.training import Checkpoint, cosine_schedule, fit, training_mode
+from zskd_nni.training import Checkpoint, DivergenceError, cosine_schedule, fit, training_mode
 from zskd_nni.transfer import NoiseSource, StoredSource
 
 
@@ -220,6 +220,22 @@ def test_divergence_names_the_step(steps: int) -> None:
     expected = {1: 1, 49: 49, 60: 60}[steps]
     with pytest.raises(UserError, match=rf"up to step {expected} of {steps}"):
         fit(network, optimizer, None, loss, steps=steps, seed=0, quiet=True)
+
+
+def test_divergence_names_the_checkpoint_that_was_kept(tmp_path: Path) -> None:
+    network = small_network().train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+
+    def loss(step: int, draws: torch.Generator) -> Tensor:
+        value = network(torch.rand((4, *SMALL.shape), generator=draws)).square().mean()
+        return value * float("nan") if step == 70 else value
+
+    kept = Checkpoint(tmp_path / "run.safetensors", "run", every=0.0)
+    with pytest.raises(
+        DivergenceError, match=r"up to step 71 of 100.*The last good checkpoint is kept: .*run\.safetens"
+    ):
+        fit(network, optimizer, None, loss, steps=100, seed=0, checkpoint=kept, quiet=True)
+    assert json.loads(load_tensors(kept.path)[1]["state"])["step"] == 70
 
 
 def test_divergence_by_a_real_learning_rate() -> None:

@@ -18,7 +18,13 @@ from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
 
 DATA_VARIABLE = "ZSKD_NNI_DATA"
-_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+_TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "svhn": "SVHN",
+}
 UNLABELLED = -1
 NAMED_SETS = ("digits", *_TORCHVISION)
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
@@ -98,8 +104,8 @@ def load_images(
     """Read a set by name or path.
 
     Args:
-        name: ``digits`` (embedded in scikit-learn), ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, or
-            the path of an ``.npz`` (``images`` uint8 ``(N, H, W[, C])``, ``labels``) or of a folder of images
+        name: ``digits`` (embedded in scikit-learn), ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``svhn``,
+            or the path of an ``.npz`` (``images`` uint8 ``(N, H, W[, C])``, ``labels``) or of a folder of images
             with one sub-folder a class.
         split: ``train`` or ``test``; of no meaning for a path.
         root: where named sets lie, in torchvision's layout; ``ZSKD_NNI_DATA`` where absent.
@@ -145,8 +151,9 @@ def _named(name: str, split: str, root: Path | None, download: bool) -> Labelled
     archive = root / f"{name}-{split}.npz"
     if archive.is_file():
         return _npz(archive, name)
+    which = {"split": split} if name == "svhn" else {"train": split == "train"}
     try:
-        dataset = getattr(torchvision.datasets, _TORCHVISION[name])(root, train=split == "train", download=download)
+        dataset = getattr(torchvision.datasets, _TORCHVISION[name])(root, download=download, **which)
     except RuntimeError as error:
         raise UserError(
             f"The data set {name} is not in {root} (torchvision's layout, or {name}-{split}.npz); "
@@ -155,6 +162,8 @@ def _named(name: str, split: str, root: Path | None, download: bool) -> Labelled
     except Exception as error:  # damaged files raise anything
         raise UserError(f"The data set {name} could not be had in {root} ({error}).") from error
     images = torch.as_tensor(np.asarray(dataset.data))
+    if name == "svhn":  # torchvision keeps it as (N, 3, 32, 32)
+        return LabelledImages(images, torch.as_tensor(dataset.labels, dtype=torch.int64), name)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return LabelledImages(images, torch.as_tensor(dataset.targets, dtype=torch.int64), name)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni.augment import Augmentation, augment
 from zskd_nni.errors import UserError
@@ -95,6 +97,14 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def student_schedule(student: nn.Module, settings: DistillationSettings) -> tuple[Optimizer, LRScheduler]:
+    """The optimiser and the schedule that every student of these settings gets, whatever it learns from."""
+    optimizer = torch.optim.AdamW(
+        student.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    return optimizer, cosine_schedule(optimizer, settings.steps, min(settings.warmup, settings.steps // 2))
+
+
 def distill(
     student: nn.Module,
     teacher: Teacher,
@@ -123,10 +133,7 @@ def distill(
     """
     check_student(student, teacher)
     student.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    scheduler = cosine_schedule(optimizer, settings.steps, min(settings.warmup, settings.steps // 2))
+    optimizer, scheduler = student_schedule(student, settings)
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         images = transfer_batch(source, teacher, settings, step, random, student)

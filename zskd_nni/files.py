@@ -83,6 +83,10 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+class FolderInUseError(UserError):
+    """Another run is at work in the folder."""
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Within the block no other run writes into ``folder``; what a killed one left half-written is removed.
@@ -90,13 +94,14 @@ def only_writer(folder: Path) -> Iterator[None]:
     The lock is the operating system's and goes with its process, however that ends.
 
     Raises:
-        UserError: another run is at work there, or the folder cannot be written to.
+        FolderInUseError: another run is at work there.
+        UserError: the folder cannot be written to.
     """
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise UserError(f"Another run is at work in {folder}; wait for it, or use another folder.") from error
+        raise FolderInUseError(f"Another run is at work in {folder}; wait for it, or use another folder.") from error
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be written to ({error.strerror}).") from error
     try:

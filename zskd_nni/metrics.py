@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zskd_nni import interrupt
 from zskd_nni.errors import UserError
 from zskd_nni.teacher import Teacher, first_tensor
 
@@ -101,6 +102,7 @@ def transition_curves(
     first, second = [], []
     with _evaluating(followed, other), torch.enable_grad():
         for step in range(steps):
+            interrupt.check()
             at.requires_grad_(True)
             logits = _answer(followed, at)
             with torch.no_grad():

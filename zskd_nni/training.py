@@ -32,6 +32,10 @@ Loss = Callable[[int, torch.Generator], Tensor]
 _LOSS_EVERY = 50
 
 
+class DivergenceError(UserError):
+    """Something is no longer finite; :func:`fit` adds which checkpoint was kept."""
+
+
 @dataclass
 class History:
     """The loss along a run: mean over each stretch of 50 steps."""
@@ -110,8 +114,30 @@ def fit(
         quiet: no progress.
 
     Raises:
-        UserError: the loss is not finite (names the step), or the checkpoint belongs to another run.
+        DivergenceError: the loss is not finite; names the step and the checkpoint that was kept.
+        UserError: the checkpoint belongs to another run.
     """
+    try:
+        return _fit(model, optimizer, scheduler, loss, steps, seed, label, checkpoint, after_step, extra, quiet)
+    except DivergenceError as error:
+        if checkpoint is None or not checkpoint.path.exists():
+            raise
+        raise DivergenceError(f"{error} The last good checkpoint is kept: {checkpoint.path}.") from error
+
+
+def _fit(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    loss: Loss,
+    steps: int,
+    seed: int,
+    label: str,
+    checkpoint: Checkpoint | None,
+    after_step: Callable[[int], None] | None,
+    extra: Stateful | None,
+    quiet: bool,
+) -> History:
     torch.set_flush_denormal(True)  # as in synthesis: for speed, and because the bits depend on it
     first, history = 0, History()
     if checkpoint is not None and checkpoint.path.exists():
@@ -121,8 +147,8 @@ def fit(
     mean = math.nan
     recent = [torch.tensor(value) for value in history.pending]
 
-    def diverged(step: int) -> UserError:
-        return UserError(
+    def diverged(step: int) -> DivergenceError:
+        return DivergenceError(
             f"{label.capitalize()} diverged: the loss is no longer finite in the {_LOSS_EVERY} steps up to step {step} "
             f"of {steps}. A smaller learning rate usually mends it."
         )

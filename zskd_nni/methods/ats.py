@@ -68,6 +68,18 @@ ORIGINS = ("own", "repeats", "nearest")
 _BLOCK = 1000
 
 
+class CannotBalanceError(UserError):
+    """The teacher puts all candidates into one class.
+
+    Attributes:
+        counts: of the candidates, by class.
+    """
+
+    def __init__(self, message: str, counts: list[int]) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+
 @dataclass(frozen=True)
 class AtsSettings:
     """Which images are looked at, and which are taken.
@@ -314,7 +326,7 @@ def balance(
     """Steps 1 to 5: images ``(n, C, H, W)`` float16, the class each was taken for, and its origin, both ``(n,)``.
 
     Raises:
-        UserError: the teacher puts all candidates into one class, although balance is asked for.
+        CannotBalanceError: the teacher puts all candidates into one class, although balance is asked for.
     """
     while int(classes.block) < len(candidates) and not classes.full:
         block = candidates.block(int(classes.block))
@@ -325,10 +337,11 @@ def balance(
             save()
     if settings.balanced and int((classes.seen > 0).sum()) <= 1:
         only = int(classes.seen.argmax())
-        raise UserError(
+        raise CannotBalanceError(
             f"ATS cannot balance {', '.join(settings.sources)}: the teacher puts all {int(classes.seen.sum()):,} "
             f"candidates into class {only} (counts by class: {_listed(classes.seen)}). Use another source, or "
-            "balanced: false."
+            "balanced: false.",
+            classes.seen.tolist(),
         )
     images, labels = [classes.images], [classes.labels]
     origins = [torch.full_like(classes.labels, OWN)]

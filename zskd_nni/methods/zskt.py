@@ -52,7 +52,7 @@ from zskd_nni.losses import attention_loss, belief_divergence
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.teacher import Teacher, first_tensor
-from zskd_nni.training import Checkpoint, History, fit, training_mode
+from zskd_nni.training import Checkpoint, DivergenceError, History, fit, training_mode
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -200,10 +200,6 @@ def cosine(done: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done / total)))
 
 
-class _DivergenceError(UserError):
-    """Something is no longer finite; the message still lacks what was kept."""
-
-
 class ZsktSource:
     """A live transfer source: its generator is trained against whatever student it is given.
 
@@ -305,7 +301,7 @@ class ZsktSource:
             norm = nn.utils.clip_grad_norm_(weights, settings.clip)
             self.divergence = float(divergence.detach())
             if not (math.isfinite(self.divergence) and math.isfinite(float(norm))):
-                raise _DivergenceError(
+                raise DivergenceError(
                     f"ZSKT's generator diverged: its loss or gradient is not finite in round {turn} (student step "
                     f"{turn * settings.student_steps}). A smaller learning rate of the student or of the generator "
                     "usually mends it."
@@ -491,7 +487,7 @@ def train_zskt(
     def clip(*_: Any) -> None:
         norm = nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
         if not math.isfinite(float(norm)):
-            raise _DivergenceError("ZSKT diverged: the student's gradient is not finite in step {step}.")
+            raise DivergenceError("ZSKT diverged: the student's gradient is not finite in step {step}.")
 
     answered: tuple[Tensor, Tensor, list[Tensor]] | None = None
 
@@ -519,7 +515,7 @@ def train_zskt(
         for ours, theirs in zip(seen, attended, strict=True):
             value = value + settings.attention_weight * attention_loss(ours[-1], theirs, settings.attention_distance)
         if not math.isfinite(float(value.detach())):
-            raise _DivergenceError("ZSKT diverged: the student's loss is not finite in step {step}.")
+            raise DivergenceError("ZSKT diverged: the student's loss is not finite in step {step}.")
         return value
 
     kept = None
@@ -542,11 +538,8 @@ def train_zskt(
                 extra=source,
                 quiet=quiet,
             )
-    except _DivergenceError as error:
-        text = str(error).replace("{step}", str(current))
-        if kept is not None and kept.path.exists():
-            text += f" The last good checkpoint is kept: {kept.path}."
-        raise UserError(text) from error
+    except DivergenceError as error:
+        raise DivergenceError(str(error).replace("{step}", str(current))) from error
     finally:
         hook.remove()
 
@@ -571,7 +564,16 @@ class Zskt:
         return preset_options(ZsktSettings, self.name, PRESETS, preset, given)
 
     def source(self, teacher: Teacher, request: TransferRequest) -> ZsktSource:
-        """A generator that learns against the student it is given; ``size`` and ``folder`` are of no meaning."""
+        """A generator that learns against the student it is given; ``size`` and ``folder`` are of no meaning.
+
+        Raises:
+            UserError: pairs of attention layers are named: the student's loss is its caller's.
+        """
+        if not isinstance(request.options.attention, str):
+            raise UserError(
+                "transfer.attention: as a recipe's source ZSKT has no part in the student's loss, so that layers for "
+                "attention transfer cannot be named; leave the key out (train_zskt in Python plays the whole game)."
+            )
         return ZsktSource(teacher, request.options, request.batch_size, request.seed)
 
 

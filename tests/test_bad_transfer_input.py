@@ -1,0 +1,81 @@
+"""What a user may hand a recipe's transfer section that cannot work: one sentence and exit code 2, through compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import is_one_sentence
+from typer.testing import CliRunner
+
+from zskd_nni import cli
+from zskd_nni.errors import UserError
+from zskd_nni.files import save_tensors
+from zskd_nni.zoo import lenet5
+
+RECIPE = """
+name: small
+teacher: {{model: "zoo:lenet5", weights: "{weights}", input: {{shape: [1, 32, 32]}}}}
+student: {{model: "zoo:lenet5_half"}}
+transfer: {{method: {method}, preset: paper, size: 40, held_out: 20, {keys}}}
+distillation: {{steps: 60, batch: 16, learning_rate: {rate}, warmup: 0}}
+evaluation: {{data: digits}}
+controls: []
+"""
+
+
+def compress(folder: Path, method: str, keys: str, weights: str = "zoo:lenet5-digits", rate: float = 1e-3) -> str:
+    """What the command says about such a recipe; it must be a sentence."""
+    recipe = folder / "small.yml"
+    recipe.write_text(RECIPE.format(weights=weights, method=method, keys=keys, rate=rate))
+    result = CliRunner().invoke(
+        cli.app, ["compress", str(recipe), "--out", str(folder / "out"), "--threads", "1", "--quiet"]
+    )
+    assert isinstance(result.exception, UserError), result.output
+    sentence = " ".join(str(result.exception).split())
+    assert is_one_sentence(f"Error: {sentence}\n")
+    assert not (folder / "out" / "report.json").exists()
+    return sentence
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    assert "pictures holds no images" in compress(tmp_path, "ats", "sources: [pictures]")
+
+
+def test_images_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(b"no picture")
+    assert "1.png cannot be read as an image" in compress(tmp_path, "ats", "sources: [pictures]")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "ATS has no source" in compress(tmp_path, "ats", "sources: [nowhere]")
+
+
+def test_a_teacher_that_puts_everything_into_one_class(tmp_path: Path) -> None:
+    network = lenet5()
+    with torch.no_grad():
+        network.fc3.bias.copy_(torch.tensor([0.0] * 3 + [1e4] + [0.0] * 6))
+    save_tensors(tmp_path / "one.safetensors", network.state_dict())
+    sentence = compress(tmp_path, "ats", "candidates: 2", weights="one.safetensors")
+    assert "ATS cannot balance shapes: the teacher puts all 80 candidates into class 3" in sentence
+    assert "0: 0, 1: 0, 2: 0, 3: 80" in sentence
+
+
+def test_a_generator_that_diverges(tmp_path: Path) -> None:
+    sentence = compress(tmp_path, "zskt", "rounds: 6, width: 4", rate=1e30)
+    assert "ZSKT's generator diverged" in sentence
+    assert "student step 10" in sentence
+
+
+def test_attention_layers_have_no_place_in_a_recipe(tmp_path: Path) -> None:
+    sentence = compress(tmp_path, "zskt", "width: 4, attention: [[conv1, conv2]]")
+    assert sentence.startswith("transfer.attention: as a recipe's source ZSKT has no part in the student's loss")
+
+
+@pytest.mark.parametrize("keys", ["layer: conv9", "layer: conv1, weights: outgoing"])
+def test_layers_of_sts(tmp_path: Path, keys: str) -> None:
+    sentence = compress(tmp_path, "sts", f"targets: {{{keys}}}")
+    assert "no module 'conv9'" in sentence or "units of the output of 'conv1'" in sentence

@@ -1,0 +1,469 @@
+"""The papers' tables at the smallest scale: every method end to end, records, sharing, resuming, the page."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import is_one_sentence
+from typer.testing import CliRunner
+
+from zskd_nni import cli, interrupt
+from zskd_nni.errors import UserError
+from zskd_nni.files import only_writer, read_json, sha256_of_file
+from zskd_nni.inputs import InputSpec
+from zskd_nni.recipe import load_recipe
+from zskd_nni.reproduction import run as running
+from zskd_nni.reproduction.cells import METHODS, Cell, resolve
+from zskd_nni.reproduction.page import mean_and_deviation, render_page
+from zskd_nni.reproduction.pairs import PAIRS
+from zskd_nni.reproduction.published import PUBLISHED, TARGETS
+from zskd_nni.reproduction.records import NEEDED, read_record, read_records
+from zskd_nni.reproduction.run import Bench, Place, make_source, run_cell
+from zskd_nni.reproduction.session import run_table
+from zskd_nni.reproduction.tables import TABLES, Table, choose_cells, find_table
+from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import StoredSource
+from zskd_nni.zoo import lenet5
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 0
+
+
+def place_in(folder: Path) -> Place:
+    return Place(folder / "runs", folder / "results", quiet=True)
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    """The command in this process; a user's mistake comes back as the sentence that is shown."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, UserError):
+        return 2, f"Error: {result.exception}\n"
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def at(folder: Path) -> list[object]:
+    return ["--out", folder / "runs", "--results", folder / "results", "--threads", 1, "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All methods on the digits, by the command."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    code, output = call("reproduce", "digits", "--scale", "smoke", "--seed", SEED, *at(folder))
+    assert code == 0, output
+    return folder
+
+
+def test_every_method_leaves_a_whole_record(digits: Path) -> None:
+    records = read_records(digits / "results")
+    assert {record["cell"] for record in records} == {cell.name for cell in TABLES["digits"].cells}
+    assert {record["method"] for record in records} == set(METHODS)
+    for record in records:
+        assert set(NEEDED) <= set(record)
+        assert (record["scale"], record["seed"], record["pair"]) == ("smoke", SEED, "digits")
+        assert 0 <= record["accuracy"]["student"] <= 100
+        assert record["accuracy"]["teacher"] == pytest.approx(98.89, abs=0.01)
+        assert 0 <= record["agreement"] <= 1
+        assert 0 <= record["calibration_error"]["student"] <= 1
+        assert (record["mte"] is not None) == (
+            record["method"] in ("zskt", "kd-at")
+            or (record["method"] in ("zskd", "real-kd") and record["preset"] == "best")
+        )
+        assert record["data_free"] == (record["method"] not in ("real-kd", "real-labels", "kd-at"))
+        assert set(record["seconds"]) == {"synthesis", "student", "evaluation", "total"}
+        assert record["seconds"]["total"] == pytest.approx(
+            sum(value for key, value in record["seconds"].items() if key != "total"), abs=0.02
+        )
+        assert record["provenance"]["seed"] == SEED
+        assert record["selected_on"]
+        assert record["ingredients"]["student"]["steps"] == 12
+    by_name = {record["cell"]: record for record in records}
+    assert by_name["digits-zskd-best"]["ingredients"]["synthesis"]["start"] == "mixed"
+    assert by_name["digits-zskd-paper"]["ingredients"]["synthesis"]["start"] == "uniform"
+    assert by_name["digits-zskd-paper"]["ingredients"]["student"]["temperature"] == 20
+    assert by_name["digits-zskd-best"]["ingredients"]["student"]["temperature"] == 4
+    images = {name: record["impressions"] for name, record in by_name.items()}
+    assert images["digits-zskd-best"] == 40
+    assert images["digits-kd-at-10-a-class"] == 100
+    assert images["digits-real-kd-best"] == images["digits-real-labels"] == 1437
+    assert images["digits-zskt-paper"] is images["digits-noise"] is images["digits-none"] is None
+
+
+def test_what_is_finished_is_not_run_again(digits: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in digits.rglob("*") if path.is_file() and path.name != ".lock"}
+    code, output = call("reproduce", "digits", "--scale", "smoke", "--seed", SEED, *at(digits))
+    assert (code, output.splitlines()) == (0, [f"records: {digits / 'results'}"])
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    code, output = call("reproduce", "digits", "--scale", "smoke", "--seed", SEED, "--list", *at(digits))
+    lines = output.splitlines()
+    assert code == 0
+    assert [line.split()[0] for line in lines[: len(TABLES["digits"].cells)]] == [
+        f"{cell.name}-smoke" for cell in TABLES["digits"].cells
+    ]
+    assert all(line.endswith(" finished") for line in lines[: len(TABLES["digits"].cells)])
+    assert "40 images, 12 steps" in output
+
+
+def test_other_settings_are_run_again(digits: Path, tmp_path: Path) -> None:
+    plan = resolve(Cell("digits", "zskd", "best", student={"steps": 3}), "smoke")
+    bench = Bench("digits", place_in(digits))
+    assert running.status(plan, bench, SEED) == "other settings"
+    assert running.status(plan, Bench("digits", place_in(tmp_path)), SEED) == "not run"
+
+
+def test_the_page_of_real_records(digits: Path, tmp_path: Path) -> None:
+    code, output = call("results", "--results", digits / "results", "--out", tmp_path / "docs" / "page.md")
+    assert code == 0, output
+    page = (tmp_path / "docs" / "page.md").read_text()
+    assert page == render_page(read_records(digits / "results"))
+    for cell in TABLES["digits"].cells:
+        record = read_record(digits / "results" / f"{cell.name}-smoke-seed0.json")
+        dagger = "" if record["data_free"] else " †"
+        row = f"| {cell.method}{dagger} | {cell.preset or '-'} | {cell.variant or '-'} |"
+        assert row in page
+        assert f"**{record['accuracy']['student']:.2f}**" in page
+    assert "No runs yet: `zskd-nni reproduce main`." in page
+
+
+def test_the_page_in_docs_is_that_of_the_records() -> None:
+    assert (ROOT / "docs" / "results.md").read_text() == render_page(read_records(ROOT / "results" / "reproduce"))
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mian"], "There is no table 'mian'; did you mean main"),
+        (["main", "--cell", "mnist-zkd"], "No cell of the table is called 'mnist-zkd'; did you mean mnist-zskd"),
+        (["digits", "--scale", "cpu"], "--scale: digits has no scale 'cpu'; it has full, smoke."),
+        (["cifar100-wrn"], "No trained weights 'wrn-40-2-cifar100' come with the package"),
+    ],
+)
+def test_unknown_names_end_in_a_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = call("reproduce", *arguments, *at(tmp_path))
+    assert code == 2
+    assert is_one_sentence(output)
+    assert message in output
+    assert not (tmp_path / "results").exists()
+
+
+def test_test_data_are_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZSKD_NNI_DATA", raising=False)
+    code, output = call("reproduce", "main", "--cell", "mnist-none", *at(tmp_path))
+    assert code == 2
+    assert "The data set mnist needs a folder" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_tables_are_listed() -> None:
+    code, output = call("reproduce")
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()[: len(TABLES)]] == list(TABLES)
+
+
+def test_cells_are_chosen_by_name_beginning_or_part() -> None:
+    table = find_table("main")
+    names = [cell.name for cell in choose_cells(table, ["mnist-zskd-best"])]
+    assert names == ["mnist-zskd-best"]  # not fashion-mnist-zskd-best
+    assert {cell.pair for cell in choose_cells(table, ["mnist-"])} == {"mnist"}
+    assert {cell.pair for cell in choose_cells(table, ["zskt"])} == {"mnist", "fashion-mnist"}
+    assert choose_cells(table, []) == list(table.cells)
+    everything = find_table("all")
+    assert {cell.name for table in TABLES.values() for cell in table.cells} == {cell.name for cell in everything.cells}
+
+
+# Settings.
+
+
+def test_a_name_means_one_cell_and_every_cell_has_settings() -> None:
+    seen: dict[str, Cell] = {}
+    for table in TABLES.values():
+        for cell in table.cells:
+            assert seen.setdefault(cell.name, cell) == cell
+            assert cell.method in METHODS
+    for cell in seen.values():
+        scale = next(reversed([name for name in PAIRS[cell.pair].scales if name != "smoke"]))
+        plan = resolve(cell, scale)
+        assert plan.ingredients["student"]["steps"] == plan.scale.steps
+        assert running.estimate(plan) > 0
+
+
+def test_every_scale_of_a_pair_has_settings() -> None:
+    for name, pair in PAIRS.items():
+        for scale in pair.scales:
+            for method, preset in (("zskd", "author-code"), ("zskd", "best"), ("zskt", "paper"), ("sts", "paper")):
+                plan = resolve(Cell(name, method, preset), scale)
+                if preset == "author-code":
+                    assert plan.size is not None
+                    assert plan.size % 20 == 0 or name == "digits"
+
+
+@pytest.mark.parametrize("pair", ["mnist", "fashion-mnist"])
+def test_best_is_the_packaged_recipe(pair: str) -> None:
+    recipe = load_recipe(f"{pair}-half").recipe
+    plan = resolve(Cell(pair, "zskd", "best"), "full")
+    assert recipe.student is not None
+    assert plan.size == recipe.transfer.size
+    assert plan.student == recipe.distillation
+    assert plan.options == recipe.transfer.options()
+    assert plan.network == (recipe.student.model, recipe.student.arguments)
+    assert recipe.teacher.weights == f"zoo:{PAIRS[pair].teacher}"
+    assert PAIRS[pair].recipe.spec == recipe.teacher.input
+
+
+@pytest.mark.parametrize("pair", ["mnist", "fashion-mnist"])
+def test_real_data_rows_have_the_students_recipe_of_the_data_free_ones(pair: str) -> None:
+    for preset in ("paper", "best"):
+        students = {
+            method: resolve(Cell(pair, method, preset), "full").student for method in ("zskd", "sts", "real-kd")
+        }
+        assert len(set(students.values())) == 1
+    labels = resolve(Cell(pair, "real-labels"), "full").student
+    assert labels == resolve(Cell(pair, "zskd", "best"), "full").student
+
+
+def test_each_ingredient_is_alone() -> None:
+    cells = {cell.variant: resolve(cell, "full") for cell in TABLES["best-ablation"].cells if cell.pair == "mnist"}
+    base, best = cells["base"], cells[""]
+    assert base.size == best.size
+    assert {plan.size for plan in cells.values()} == {best.size}
+
+    def changed(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+        return {
+            f"{key}.{inner}"
+            for key in one
+            for inner in one[key]
+            if isinstance(one[key], dict) and one[key][inner] != other[key][inner]
+        }
+
+    assert changed(base.ingredients, cells["only-total-variation"].ingredients) == {"synthesis.total_variation"}
+    assert changed(base.ingredients, cells["only-augmentation"].ingredients) == {"student.augmentation"}
+    assert changed(base.ingredients, cells["only-student-temperature"].ingredients) == {"student.temperature"}
+    assert changed(best.ingredients, cells["without-held-background"].ingredients) == {"synthesis.hold"}
+    assert changed(best.ingredients, cells["without-augmentation"].ingredients) == {"student.augmentation"}
+    alone = set().union(*(changed(base.ingredients, p.ingredients) for v, p in cells.items() if v.startswith("only-")))
+    assert changed(base.ingredients, best.ingredients) <= alone
+
+
+def test_published_numbers_and_targets_are_of_rows() -> None:
+    rows = {(cell.pair, cell.method, cell.preset) for table in TABLES.values() for cell in table.cells}
+    presets = {preset for _, _, preset in rows}
+    for key in TARGETS:
+        assert key in rows or (key[1] == "zskt" and key[2] in presets)
+    for pair, method, network in PUBLISHED:
+        assert method.startswith("kd-at-") or any((pair, method) == row[:2] for row in rows)
+        assert not network or network in PAIRS[pair].students
+
+
+# Transfer sets.
+
+
+def images_of(plan: Any, bench: Bench) -> torch.Tensor:
+    source = make_source(plan, bench, 1).source
+    assert isinstance(source, StoredSource)
+    return source.images
+
+
+def test_a_smaller_set_is_the_beginning_of_the_larger_one(tmp_path: Path) -> None:
+    bench = Bench("digits", place_in(tmp_path))
+    small = images_of(resolve(Cell("digits", "zskd", "best", size=25), "smoke"), bench)
+    stores = sorted((tmp_path / "runs").rglob("shard-*.safetensors"))
+    before = [(path, path.stat().st_mtime_ns) for path in stores]
+    assert len(stores) == 2
+    large = images_of(
+        resolve(Cell("digits", "zskd", "best", "not-augmented", student={"augmentation": None}), "smoke"), bench
+    )
+    assert (len(small), len(large)) == (25, 40)
+    assert torch.equal(small, large[:25])
+    assert [(path, path.stat().st_mtime_ns) for path in stores] == before  # shared, not made again
+    assert sorted((tmp_path / "runs").rglob("shard-*.safetensors")) == stores
+    assert not torch.equal(large[:20], large[20:])
+    other = make_source(resolve(Cell("digits", "zskd", "best"), "smoke"), bench, 2).source
+    assert not torch.equal(other.images, large)  # type: ignore[union-attr]
+
+
+def test_a_set_that_is_being_made_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench("digits", place_in(tmp_path))
+    plan = resolve(Cell("digits", "zskd", "paper"), "smoke")
+    expected = images_of(plan, bench)
+    home = next((tmp_path / "runs" / "transfer").iterdir()) / "block-000"
+    lock = only_writer(home)
+    lock.__enter__()
+    monkeypatch.setattr(running.time, "sleep", lambda _: lock.__exit__(None, None, None))
+    assert torch.equal(images_of(plan, bench), expected)
+
+
+def constant_teacher() -> Teacher:
+    """A network that puts everything into class 3."""
+    network = lenet5()
+    with torch.no_grad():
+        network.fc3.bias.copy_(torch.tensor([0.0] * 3 + [1e4] + [0.0] * 6))
+    return Teacher(network, InputSpec((1, 32, 32)))
+
+
+def test_a_teacher_that_cannot_balance_leaves_the_counts(tmp_path: Path) -> None:
+    bench = Bench("digits", place_in(tmp_path))
+    bench.teacher = constant_teacher()
+    cell = Cell("digits", "ats", "paper", "uniform", options={"sources": ("noise-uniform",)})
+    record = run_cell(resolve(cell, "smoke"), bench, SEED)
+    assert record is not None
+    assert record["accuracy"]["student"] is None
+    assert "the teacher puts all" in record["outcome"]
+    counts = record["transfer"]["counts"]["candidates"]
+    assert counts[3] > 0
+    assert sum(counts) == counts[3]
+    assert set(NEEDED) <= set(read_record(tmp_path / "results" / "digits-ats-paper-uniform-smoke-seed0.json"))
+
+
+# Stops and failures.
+
+
+def test_stopped_and_resumed_bit_by_bit(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in synthesis, in training and while it is measured, a run ends as one that never stopped."""
+    calls, check = 0, interrupt.check
+
+    def stop_now_and_then() -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (7, 20, 30):
+            raise interrupt.Interrupted(15)
+        check()
+
+    monkeypatch.setattr(interrupt, "check", stop_now_and_then)
+    stops = 0
+    while True:
+        try:
+            run_table("digits", ["digits-zskd-best"], [SEED], "smoke", place_in(tmp_path), lambda _: None)
+            break
+        except interrupt.Interrupted:
+            stops += 1
+    assert stops == 3
+    name = "digits-zskd-best-smoke-seed0"
+    ours, theirs = (read_json(folder / "results" / f"{name}.json") for folder in (tmp_path, digits))
+    for key in ("accuracy", "agreement", "mte", "calibration_error", "ingredients", "fingerprint", "history"):
+        assert ours[key] == theirs[key]
+    weights = [next((f / "runs" / "students").glob(f"{name}-*")) / "student.safetensors" for f in (tmp_path, digits)]
+    assert sha256_of_file(weights[0]) == sha256_of_file(weights[1])
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+    bench, plan = Bench("digits", place_in(tmp_path)), resolve(Cell("digits", "none"), "smoke")
+    assert run_cell(plan, bench, SEED) is not None
+    record = next((tmp_path / "results").iterdir())
+    record.unlink()
+    said: list[str] = []
+    with only_writer(next((tmp_path / "runs" / "students").iterdir())):
+        run_table("digits", ["digits-none"], [SEED], "smoke", place_in(tmp_path), said.append)
+    assert "1 runs were left to another process that is at them" in said
+    assert not record.exists()
+
+
+def test_a_cell_that_fails_does_not_keep_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = (
+        Cell("digits", "noise", variant="too-fast", student={"learning_rate": 1e30, "warmup": 0}),
+        Cell("digits", "zskt", "paper", "too-fast", options={"student_learning_rate": 1e30}),
+        Cell("digits", "zskt", "paper", "wrong-layers", options={"attention": (("conv1", "conv2"),)}),
+        Cell("digits", "kd-at", variant="wrong-layers", shots=2, options={"attention": (("conv1", "pool1"),)}),
+        Cell("digits", "kd-at", variant="too-many", shots=5000),
+        Cell("digits", "none"),
+    )
+    monkeypatch.setitem(TABLES, "digits", Table("Failures", "", cells))
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"digits-noise-too-fast-smoke seed 0 failed: .*diverged.* 4 more failed\.$"):
+        run_table("digits", [], [SEED], "smoke", place_in(tmp_path), said.append)
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["digits-none-smoke-seed0.json"]
+    assert "ZSKT diverged" in said[1] or "generator diverged" in said[1]
+    assert "step" in said[1]
+    assert "Attention cannot be compared between the teacher's 'conv1' (28 x 28) and the student's 'conv2'" in said[2]
+    assert "Attention cannot be compared between the teacher's 'conv1' (28 x 28) and the student's 'pool1'" in said[3]
+    assert "digits has 145 images of class 0, not 5000" in said[4] or "images of class 0, not 5000" in said[4]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "is no record of zskd-nni reproduce"),
+        ("{", "cannot be read as JSON"),
+        (json.dumps({"format": "zskd_nni reproduction 1", "cell": "a"}), "it lacks 'pair'"),
+    ],
+)
+def test_damaged_records_are_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(content)
+    code, output = call("results", "--results", tmp_path, "--out", tmp_path / "page.md")
+    assert (code, is_one_sentence(output)) == (2, True)
+    assert message in output
+    assert "bad.json" in output
+    assert not (tmp_path / "page.md").exists()
+
+
+# The page.
+
+
+def altered(
+    record: dict[str, Any], cell: Cell, seed: int, student: float | None, teacher: float = 99.34
+) -> dict[str, Any]:
+    """A real record under another name, with another accuracy."""
+    changed = copy.deepcopy(record)
+    names = {"cell": cell.name, "pair": cell.pair, "method": cell.method, "preset": cell.preset or None}
+    changed.update(names, variant=cell.variant or None, seed=seed, scale="full")
+    changed["accuracy"] = {"teacher": teacher, "student": student}
+    return changed
+
+
+@pytest.fixture
+def a_record(digits: Path) -> dict[str, Any]:
+    return read_record(digits / "results" / "digits-zskd-best-smoke-seed0.json")
+
+
+def line_of(page: str, start: str) -> str:
+    (line,) = {line for line in page.splitlines() if line.startswith(start)}
+    return line
+
+
+def test_means_targets_and_published_numbers(a_record: dict[str, Any]) -> None:
+    best, real = Cell("mnist", "zskd", "best"), Cell("mnist", "real-kd", "best")
+    records = [altered(a_record, best, seed, value) for seed, value in ((0, 98.8), (2, 99.0), (1, 99.1))]
+    without = line_of(render_page(records), "| zskd | best | - |")
+    assert f"**{statistics.mean([98.8, 99.0, 99.1]):.2f} ± {statistics.stdev([98.8, 99.0, 99.1]):.2f}**" in without
+    assert "| 0, 1, 2 |" in without
+    assert "98.77 (teacher 99.34, ZSKD" in without
+    assert "98.90: met; (real KD - 0.2): not run" in without
+    records += [altered(a_record, real, 0, 99.3)]
+    page = render_page(records)
+    assert "98.90: met; 99.10 (real KD - 0.2): missed by 0.13" in line_of(page, "| zskd | best | - |")
+    assert "98.95 (teacher - 0.39): met" in line_of(page, "| real-kd | best | - |")
+    assert "2 of 17 cells, 4 of 51 runs." in page
+    assert mean_and_deviation([]) == "-"
+
+
+def test_balanced_beside_unbalanced_by_seed(a_record: dict[str, Any]) -> None:
+    values = {"paper": {0: 80.0, 1: 82.0, 2: 81.0, 3: None}, "unbalanced": {0: 70.0, 1: 73.0, 2: 70.0, 3: 60.0, 4: 1.0}}
+    records = []
+    for preset, by_seed in values.items():
+        for seed, value in by_seed.items():
+            record = altered(a_record, Cell("mnist", "ats", preset, "uniform"), seed, value)
+            record["ingredients"] = {"sources": ["noise-uniform"]}
+            record["transfer"] = {"counts": {"candidates": [9], "own": [3, 4], "repeats": [1, 0], "nearest": [0, 0]}}
+            records.append(record)
+    differences = [10.0, 9.0, 11.0]
+    expected = f"| {statistics.mean(differences):.2f} ± {statistics.stdev(differences):.2f} | yes | 7 / 1 / 0 |"
+    row = line_of(render_page(records), "| noise-uniform |")
+    assert expected in row
+    assert row.endswith("| 0, 1, 2, 3, 4 |")
+
+
+def test_records_of_cells_that_are_gone_are_named(a_record: dict[str, Any]) -> None:
+    assert "`mnist-zskd-old`" in render_page([altered(a_record, Cell("mnist", "zskd", "old"), 0, 1.0)])

@@ -1,0 +1,181 @@
+"""A cell: one row of a table, without its seed and scale; and what it comes to for a pair and a scale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from zskd_nni.augment import Augmentation
+from zskd_nni.baselines.kd_at import KdAtSettings
+from zskd_nni.distillation import DistillationSettings
+from zskd_nni.errors import UserError
+from zskd_nni.methods.registry import find_method
+from zskd_nni.reproduction.pairs import PAIRS, PUBLISHED_TEMPERATURE, SELECTED_ON, Pair, Scale
+from zskd_nni.settings import build_settings
+
+# Methods that stand behind a transfer source of the registry, under the names that records have.
+SOURCES = {"zskd": "zskd", "sts": "sts", "class-impressions": "class-impressions", "ats": "ats", "real-kd": "real"}
+IMPRESSIONS = ("zskd", "sts", "class-impressions")
+METHODS = (*SOURCES, "zskt", "real-labels", "kd-at", "none", "noise")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row.
+
+    Attributes:
+        pair: of :data:`zskd_nni.reproduction.pairs.PAIRS`.
+        method: of :data:`METHODS`.
+        preset: one of the method's; ``""`` for what has none. ``real-kd`` takes the student's temperature from it.
+        variant: what is different from the preset, in a word or two; ``""`` for the preset as it is.
+        size: images of the transfer set, or their fraction of the training split, or the preset whose size is taken;
+            None for the own preset's.
+        options: the method's own keys over the preset's.
+        student: keys over the pair's student recipe; ``augmentation`` None takes it away, ``temperature`` None is the
+            pair's own whatever the preset.
+        network: which of the pair's students; ``""`` for the first.
+        shots: M, images a class (few-shot KD+AT).
+        transition: whether the mean transition error is measured.
+    """
+
+    pair: str
+    method: str
+    preset: str = ""
+    variant: str = ""
+    size: int | float | str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    student: Mapping[str, Any] = field(default_factory=dict)
+    network: str = ""
+    shots: int | None = None
+    transition: bool = False
+
+    @property
+    def name(self) -> str:
+        """``pair-method[-preset][-network][-variant]``."""
+        return "-".join(part for part in (self.pair, self.method, self.preset, self.network, self.variant) if part)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell at a scale: every setting resolved.
+
+    Attributes:
+        cell: the row.
+        pair: its networks and data.
+        scale: how large.
+        scale_name: its name.
+        options: the method's settings object; None where it has none.
+        student: its recipe.
+        size: images of the transfer set, at most; None for a stream or nothing at all.
+        network: reference and arguments of the student.
+    """
+
+    cell: Cell
+    pair: Pair
+    scale: Scale
+    scale_name: str
+    options: Any
+    student: DistillationSettings
+    size: int | None
+    network: tuple[str, Mapping[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The cell's name, and its scale where that is not ``full``."""
+        return self.cell.name + ("" if self.scale_name == "full" else f"-{self.scale_name}")
+
+    def record_name(self, seed: int) -> str:
+        """File name of the record of a run."""
+        return f"{self.name}-seed{seed}.json"
+
+    @property
+    def ingredients(self) -> dict[str, Any]:
+        """Every resolved option of method and student, JSON-able."""
+        result: dict[str, Any] = {} if self.options is None else plain(asdict(self.options))
+        if self.cell.shots is not None:
+            result["images_a_class"] = self.cell.shots
+        result["student"] = plain(asdict(self.student))
+        return result
+
+    @property
+    def selected_on(self) -> str:
+        """Where the settings were chosen."""
+        return SELECTED_ON.get(self.cell.preset, SELECTED_ON[""])
+
+    def identity(self, teacher: str) -> dict[str, Any]:
+        """What a record must match to count as this run's; ``teacher`` is the teacher's fingerprint."""
+        return {
+            "teacher": teacher,
+            "method": self.cell.method,
+            "ingredients": self.ingredients,
+            "size": self.size,
+            "network": plain(list(self.network)),
+            "block": self.scale.block if self.cell.method in IMPRESSIONS else None,
+            "training_images": self.scale.training_images,
+        }
+
+
+def resolve(cell: Cell, scale_name: str) -> Plan:
+    """The settings of a cell at a scale.
+
+    Raises:
+        UserError: the pair has no such scale, or a setting is not right.
+    """
+    pair = PAIRS[cell.pair]
+    scale = pair.scale(scale_name, cell.pair)
+    student = _student(cell, pair, scale)
+    size: int | None = None
+    if cell.method in SOURCES:
+        whole = min(pair.training_images, scale.training_images or pair.training_images)
+        # Of ATS the two presets are compared with each other, and no paper fixes a size.
+        size = whole if cell.method == "real-kd" else scale.size("" if cell.method == "ats" else cell.preset)
+        if isinstance(cell.size, float):
+            size = max(1, round(cell.size * whole))
+        elif isinstance(cell.size, str):
+            size = scale.size(cell.size)
+        elif cell.size is not None:
+            size = cell.size
+    try:
+        options = _options(cell, pair, scale, student)
+    except ValueError as error:
+        raise UserError(f"{cell.name}: {error}.") from error
+    network = pair.students[cell.network or next(iter(pair.students))]
+    return Plan(cell, pair, scale, scale_name, options, student, size, network)
+
+
+def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
+    student = replace(pair.student, steps=scale.steps, batch=scale.batch or pair.student.batch)
+    if cell.method in SOURCES:
+        student = replace(student, temperature=PUBLISHED_TEMPERATURE.get(cell.preset, student.temperature))
+    changes = dict(cell.student)
+    if "augmentation" in changes:
+        changes["augmentation"] = changes["augmentation"] or Augmentation()
+    if changes.get("temperature", 1) is None:
+        changes["temperature"] = pair.student.temperature
+    return replace(student, **changes)
+
+
+def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings) -> Any:
+    if cell.method == "kd-at":
+        return build_settings(KdAtSettings, {**pair.kd_at, **cell.options})
+    if cell.method == "zskt":
+        given = {"batch": student.batch, **pair.zskt, **scale.zskt, **cell.options}
+        return find_method("zskt").options(cell.preset, given)
+    if cell.method == "real-kd":
+        return find_method("real").options("best", {"data": pair.recipe.data})
+    if cell.method not in SOURCES:
+        return None
+    given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in cell.options.items()}
+    if cell.method in IMPRESSIONS:
+        smaller = {**scale.synthesis.get("", {}), **scale.synthesis.get(cell.preset, {})}
+        given["synthesis"] = {**smaller, **given.get("synthesis", {})}
+        if cell.method == "sts":
+            given["targets"] = {**pair.sts, **given.get("targets", {})}
+    return find_method(SOURCES[cell.method]).options(cell.preset, given)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON has it: tuples become lists."""
+    return json.loads(json.dumps(value))
