@@ -91,8 +91,8 @@ def prune(
     *,
     scores: TransferSource | None = None,
     distiller: DistillerSection | None = None,
-    seed: int,
-    checkpoint: Path,
+    seed: int = 0,
+    checkpoint: Path | None = None,
     quiet: bool = False,
 ) -> PrunedNetwork:
     """Prune ``network``, distil it under the masks for ``section.steps`` steps, and shrink it.
@@ -106,7 +106,7 @@ def prune(
         scores: what a pruner that needs images is run on; ``source`` where absent.
         distiller: another than the logits' own.
         seed: names the random streams.
-        checkpoint: where the training keeps its state.
+        checkpoint: where the training keeps its state, if anywhere.
         quiet: no progress.
 
     Raises:

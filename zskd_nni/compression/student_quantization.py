@@ -99,8 +99,8 @@ def quantize_student(
     *,
     train: bool,
     distiller: DistillerSection | None = None,
-    seed: int,
-    checkpoint: Path,
+    seed: int = 0,
+    checkpoint: Path | None = None,
     quiet: bool = False,
 ) -> Quantization | None:
     """Quantize a copy of a finished student.
@@ -114,7 +114,7 @@ def quantize_student(
         train: whether the quantizer may train. Without, its config is calibrated alone, as PTQ does.
         distiller: another than the logits' own.
         seed: names the random streams.
-        checkpoint: where the training keeps its state.
+        checkpoint: where the training keeps its state, if anywhere.
         quiet: no progress.
 
     Returns:
@@ -167,8 +167,8 @@ def compress_in_one_training(
     distillation: DistillationSettings,
     *,
     distiller: DistillerSection | None = None,
-    seed: int,
-    checkpoint: Path,
+    seed: int = 0,
+    checkpoint: Path | None = None,
     quiet: bool = False,
 ) -> tuple[PrunedNetwork, Quantization]:
     """Prune, quantize and distil in one NNI training, shrink, and cut the calibration the same way.
@@ -185,7 +185,7 @@ def compress_in_one_training(
         distillation: temperature, learning rate, batch, augmentation.
         distiller: another than the logits' own.
         seed: names the random streams.
-        checkpoint: where the training keeps its state.
+        checkpoint: where the training keeps its state, if anywhere.
         quiet: no progress.
 
     Raises:
