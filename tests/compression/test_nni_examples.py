@@ -21,6 +21,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "nni-examples.md"
 SMALLER = {
     "epochs=30": "epochs=2",
     "size=8000": "size=32",
+    '"max_steps": 100': '"max_steps": 3',
     "steps=6000": "steps=6",
     "steps=4000": "steps=3",
     "steps=3000": "steps=6",
@@ -231,6 +232,7 @@ def check_all_three(names: dict[str, Any]) -> None:
     less = [
         "transfer.size=32",
         "transfer.held_out=16",
+        "transfer.synthesis.max_steps=3",
         "compression.pruning.schedule.interval=2",
         "compression.pruning.schedule.total_times=2",
         "compression.pruning.steps=6",
