@@ -44,9 +44,9 @@ KEPT = (
 )
 
 
-def run(recipe: str, seed: int, runs: Path, options: list[str], twin: bool) -> dict[str, Any]:
+def run(recipe: str, seed: int, folder: Path, options: list[str], twin: bool) -> dict[str, Any]:
     """One recipe with one seed, in its own process, and its real-data twin if asked for."""
-    report = compress(recipe, runs / f"{recipe}-seed{seed}", ["--seed", str(seed), *options])
+    report = compress(recipe, folder, ["--seed", str(seed), *options])
     record = {key: report.get(key) for key in KEPT}
     if twin:
         data = report["evaluation"]
@@ -56,7 +56,7 @@ def run(recipe: str, seed: int, runs: Path, options: list[str], twin: bool) -> d
         if not calibrated_only:
             changes.append(f"transfer.size={TRAINING_IMAGES[data] - report['recipe']['transfer']['held_out']}")
         settings = [word for change in changes for word in ("--set", change)]
-        real = compress(recipe, runs / f"{recipe}-seed{seed}-real", ["--seed", str(seed), *options, *settings])
+        real = compress(recipe, folder.with_name(f"{folder.name}-real"), ["--seed", str(seed), *options, *settings])
         record["real_data"] = {key: real.get(key) for key in ("accuracy", "agreement", "agreement_int8", "seconds")}
         record["real_data"]["images"] = real["recipe"]["transfer"]["size"]
         if report["pruning"]:
@@ -85,39 +85,54 @@ def recipe_results() -> list[Path]:
 
 
 def table(names: list[str]) -> str:
-    """A Markdown table, mean and standard deviation over the seeds of each recipe."""
+    """A Markdown table, mean and standard deviation over the seeds of each recipe.
+
+    Where the recipe quantizes, real data and controls stand for the student in int8, which is what is deployed.
+    """
     lines = [
-        "| recipe | teacher | student | not distilled | on noise | parameters | ONNX bytes | impressions, a second "
-        "| seconds a seed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| recipe | teacher | student | student, int8 | with real data | not distilled | on noise | parameters "
+        "| ONNX bytes | impressions, a second | seconds a seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
         records = json.loads((RESULTS / f"{name}.json").read_text())
         first = records[0]
-
-        def over_seeds(values: list[float]) -> str:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            return f"{statistics.mean(values):.2f} +- {spread:.2f}"
+        quantized = first["accuracy"].get("student_int8") is not None
+        key = "student_int8" if quantized else "student"
 
         controls = {
-            name: [record["controls"][name]["accuracy"] for record in records if name in record["controls"]]
+            name: over_seeds(
+                [r["controls"][name]["accuracy_int8" if quantized else "accuracy"] for r in records]
+                if name in first["controls"]
+                else []
+            )
             for name in ("none", "noise")
         }
-        shown = {name: over_seeds(values) if values else "-" for name, values in controls.items()}
+        real = over_seeds([r["real_data"]["accuracy"][key] for r in records if "real_data" in r])
         before, after = first["parameters"]["teacher"], first["parameters"]["student"]
+        sizes = [first["bytes"]["teacher"]["onnx"], first["bytes"]["student"]["onnx"]]
+        sizes += [first["bytes"]["student"]["onnx_int8"]] if quantized else []
         seconds = [record["seconds"]["total"] for record in records]
         rates = [record["impressions"]["impressions_per_second"] for record in records]
         lines.append(
             f"| `{name}` | {first['accuracy']['teacher']:.2f} "
             f"| **{over_seeds([r['accuracy']['student'] for r in records])}** "
-            f"| {shown['none']} "
-            f"| {shown['noise']} "
+            f"| {'**' + over_seeds([r['accuracy']['student_int8'] for r in records]) + '**' if quantized else '-'} "
+            f"| {real} | {controls['none']} | {controls['noise']} "
             f"| {before:,} -> {after:,} "
-            f"| {first['bytes']['teacher']['onnx']:,} -> {first['bytes']['student']['onnx']:,} "
+            f"| {' -> '.join(f'{size:,}' for size in sizes)} "
             f"| {first['impressions']['impressions']:,}, {statistics.median(rates):.0f} "
             f"| {statistics.median(seconds):.0f} |"
         )
     return "\n".join(lines)
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean and standard deviation; a dash for none."""
+    if not values:
+        return "-"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} +- {spread:.2f}"
 
 
 def main() -> None:
@@ -128,6 +143,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--twin", action="store_true", help="also run each recipe on real data")
+    parser.add_argument("--scale", help="a scale of the recipes; results/RECIPE-SCALE.json")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
@@ -135,11 +151,14 @@ def main() -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     options = ["--threads", str(arguments.threads)] if arguments.threads else []
+    if arguments.scale:
+        options += ["--scale", arguments.scale]
     for recipe in arguments.recipes:
-        path = RESULTS / f"{recipe}.json"
+        name = f"{recipe}-{arguments.scale}" if arguments.scale else recipe
+        path = RESULTS / f"{name}.json"
         records = []
         for seed in arguments.seeds:
-            records.append(run(recipe, seed, arguments.runs, options, arguments.twin))
+            records.append(run(recipe, seed, arguments.runs / f"{name}-seed{seed}", options, arguments.twin))
             path.write_text(json.dumps(records, indent=1) + "\n")
 
 

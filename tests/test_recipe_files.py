@@ -287,6 +287,50 @@ def test_teachers_that_cannot_be_had(override: str, message: str) -> None:
         loaded.teacher()
 
 
+def test_a_teacher_too_large_to_ship_is_found_where_it_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load_recipe(DIGITS, ["teacher.weights=zoo:mine"])
+    with pytest.raises(UserError, match="train-teacher NAME --out teachers and found there"):
+        loaded.teacher()
+    (tmp_path / "teachers").mkdir()
+    save_tensors(tmp_path / "teachers" / "mine.safetensors", load_recipe(DIGITS).teacher().model.state_dict())
+    assert loaded.teacher().fingerprint == load_recipe(DIGITS).teacher().fingerprint
+    with pytest.raises(UserError, match="No trained weights"):
+        load_recipe(DIGITS, ["teacher.weights=zoo:../teachers/mine"]).teacher()
+
+
+# Scales.
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_the_scales_of_packaged_recipes_are_recipes(name: str) -> None:
+    full = load_recipe(name)
+    for scale in full.recipe.scales:
+        smaller = load_recipe(name, scale=scale).recipe
+        assert smaller.scale == scale
+        assert smaller.transfer.size < full.recipe.transfer.size
+    assert full.recipe.scale == "full"
+    assert load_recipe(name, scale="full").recipe == full.recipe
+
+
+def test_a_scale_is_put_over_the_recipe_and_overrides_over_the_scale(tmp_path: Path) -> None:
+    content = plain()
+    content["scales"] = {"small": {"transfer.size": 7, "compression.pruning.config_list.0.sparse_ratio": 0.25}}
+    name = write(tmp_path, content)
+    recipe = load_recipe(name, scale="small").recipe
+    assert recipe.transfer.size == 7
+    assert recipe.compression.pruning is not None
+    assert recipe.compression.pruning.config_list[0]["sparse_ratio"] == 0.25
+    assert load_recipe(name, ["transfer.size=9"], scale="small").recipe.transfer.size == 9
+    with pytest.raises(UserError, match="no scale 'large'; it has full, small"):
+        load_recipe(name, scale="large")
+    content["scales"]["small"] = {"transfer.size.x": 1}
+    with pytest.raises(UserError, match=r"scales\.small transfer\.size\.x: transfer\.size is \d+, which has no keys"):
+        load_recipe(write(tmp_path, content), scale="small")
+
+
 # Mutations.
 
 scalars = (

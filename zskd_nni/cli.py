@@ -28,6 +28,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a key of the recipe; may be given often."),
 ]
+ScaleOption = Annotated[
+    str | None,
+    typer.Option("--scale", metavar="NAME", help="One of the recipe's scales, such as cpu; full where absent."),
+]
 DataRootOption = Annotated[
     Path | None,
     typer.Option("--data-root", help="Folder of real test data; the variable ZSKD_NNI_DATA where absent."),
@@ -61,6 +65,7 @@ def _run(
     out: Path,
     seed: int | None,
     changes: list[str] | None,
+    scale: str | None,
     root: Path | None,
     download: bool,
     device: str,
@@ -71,7 +76,7 @@ def _run(
     from zskd_nni.pipeline import Run
     from zskd_nni.recipe import load_recipe
 
-    loaded = load_recipe(recipe, changes or (), seed)
+    loaded = load_recipe(recipe, changes or (), seed, scale)
     _prepare(device, threads)
     return Run(loaded, out, device=device, root=root, download=download, impressions=impressions, quiet=quiet)
 
@@ -94,7 +99,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Compress a digit classifier without data: everything at once, in about a minute."""
-    compress("digits-prune50", out, seed, None, None, False, "cpu", threads, quiet)
+    compress("digits-prune50", out, seed, None, None, None, False, "cpu", threads, quiet)
 
 
 @app.command()
@@ -103,6 +108,7 @@ def compress(
     out: OutOption,
     seed: SeedOption = None,
     changes: SetOption = None,
+    scale: ScaleOption = None,
     data_root: DataRootOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
@@ -112,7 +118,7 @@ def compress(
     """Run a whole recipe: impressions, student, controls, export, report."""
     from zskd_nni.report import render_table
 
-    run = _run(recipe, out, seed, changes, data_root, download, device, threads, quiet)
+    run = _run(recipe, out, seed, changes, scale, data_root, download, device, threads, quiet)
     report = run.compress()
     typer.echo(render_table(report))
     typer.echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
@@ -125,6 +131,7 @@ def synthesize(
     size: Annotated[int | None, typer.Option("--size", min=1, help="Impressions, instead of the recipe's.")] = None,
     seed: SeedOption = None,
     changes: SetOption = None,
+    scale: ScaleOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     quiet: QuietOption = False,
@@ -134,7 +141,7 @@ def synthesize(
     from zskd_nni.recipe import load_recipe
     from zskd_nni.synthesis import ImpressionStore
 
-    loaded = load_recipe(recipe, [*(changes or ()), *([f"transfer.size={size}"] if size else [])], seed)
+    loaded = load_recipe(recipe, [*(changes or ()), *([f"transfer.size={size}"] if size else [])], seed, scale)
     _prepare(device, threads)
     section = loaded.recipe.transfer
     request = TransferRequest(
@@ -170,6 +177,7 @@ def distill(
     ] = None,
     seed: SeedOption = None,
     changes: SetOption = None,
+    scale: ScaleOption = None,
     data_root: DataRootOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "cpu",
@@ -180,11 +188,11 @@ def distill(
     from zskd_nni.recipe import load_recipe
     from zskd_nni.report import render_table
 
-    loaded = load_recipe(recipe, changes or (), seed)
+    loaded = load_recipe(recipe, changes or (), seed, scale)
     if loaded.recipe.student is None:
         raise UserError(f"The recipe {recipe} names no student network to teach; use zskd-nni compress for it.")
     plain = [*(changes or ()), "controls=[]", "compression={}"]
-    run = _run(recipe, out, seed, plain, data_root, download, device, threads, quiet, impressions)
+    run = _run(recipe, out, seed, plain, scale, data_root, download, device, threads, quiet, impressions)
     typer.echo(render_table(run.compress()))
 
 
@@ -279,7 +287,8 @@ def train_teacher_command(
 ) -> None:
     """Train one of the zoo's teachers on real data.
 
-    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10 or wrn-40-2-cifar10. This is the one
+    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, resnet18-cifar10 or
+    wrn-40-2-cifar10. This is the one
     command that trains on real data; it is how the shipped teachers were made.
     """
     from zskd_nni.train_teacher import train_teacher

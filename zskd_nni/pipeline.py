@@ -98,7 +98,10 @@ class Run:
         self.teacher = loaded.teacher()
         self._check_early()
         self.given = None if impressions is None else self._given_store(impressions)
-        self.identity = {"recipe": _plain(self.recipe.model_dump(mode="json")), "teacher": self.teacher.fingerprint}
+        self.identity = {
+            "recipe": _plain(self.recipe.model_dump(mode="json", exclude={"scales"})),
+            "teacher": self.teacher.fingerprint,
+        }
         if self.given is not None:
             self.identity["impressions"] = self.given.fingerprint
         self.seconds: dict[str, float] = {}

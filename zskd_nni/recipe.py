@@ -5,6 +5,7 @@ NNI's own ``config_list`` passes through untouched. Unknown keys are errors that
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -267,6 +268,8 @@ class Recipe(_Section):
             noise in the place of the images.
         selected_on: where these settings were chosen.
         seed: of everything random.
+        scale: which of ``scales`` this is; ``full`` is the recipe as it stands.
+        scales: smaller (or larger) versions by name: key paths of the recipe and what stands there instead.
     """
 
     name: str
@@ -280,6 +283,8 @@ class Recipe(_Section):
     controls: list[Literal["none", "noise"]] = ["none", "noise"]
     selected_on: str | None = None
     seed: int = Field(default=0, ge=0)
+    scale: str = "full"
+    scales: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
@@ -377,13 +382,16 @@ def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
     raise UserError(f"There is no recipe {name_or_file!r}; {hint}")
 
 
-def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | None = None) -> LoadedRecipe:
+def load_recipe(
+    name_or_file: str, overrides: Sequence[str] = (), seed: int | None = None, scale: str | None = None
+) -> LoadedRecipe:
     """Read and check a recipe.
 
     Args:
         name_or_file: a packaged recipe's name or a YAML file.
         overrides: ``key.path=value``, values as YAML.
         seed: instead of the recipe's.
+        scale: one of the recipe's ``scales``, put over it before the overrides.
 
     Raises:
         UserError: one sentence on the first thing that is wrong.
@@ -392,6 +400,8 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | No
     source = _parse_yaml(text, f"The recipe {name_or_file} is not YAML")
     if not isinstance(source, dict):
         raise UserError(f"The recipe {name_or_file} must be a mapping with keys such as teacher and transfer.")
+    if scale is not None and scale != "full":
+        _apply_scale(source, scale, name_or_file)
     for override in overrides:
         _apply_override(source, override)
     if seed is not None:
@@ -403,19 +413,33 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | No
     return LoadedRecipe(recipe, base, source)
 
 
+def _apply_scale(source: dict[str, Any], scale: str, name: str) -> None:
+    scales = source.get("scales") or {}
+    if not isinstance(scales, dict) or not isinstance(scales.get(scale), dict):
+        known = ", ".join(["full", *map(str, scales)]) if isinstance(scales, dict) else "full"
+        raise UserError(f"--scale: the recipe {name} has no scale {scale!r}; it has {known}.")
+    for path, value in scales[scale].items():
+        _put(source, str(path), copy.deepcopy(value), f"scales.{scale}")
+    source["scale"] = scale
+
+
 def _apply_override(source: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.split(".")):
         raise UserError(f"--set takes key.path=value, not {override!r}.")
-    value = _parse_yaml(text, f"--set {path}: the value is not YAML")
+    _put(source, path, _parse_yaml(text, f"--set {path}: the value is not YAML"), "--set")
+
+
+def _put(source: dict[str, Any], path: str, value: Any, origin: str) -> None:
+    """Set what stands at a key path; the numbers of list entries are keys of it."""
+    keys = path.split(".")
     place: Any = source
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(place, list):
             if not (key.isascii() and key.isdigit() and int(key) < len(place)):
                 where = ".".join(keys[:depth])
-                raise UserError(f"--set {path}: {where} is a list of {len(place)}; {key!r} is no index of it.")
+                raise UserError(f"{origin} {path}: {where} is a list of {len(place)}; {key!r} is no index of it.")
             index = int(key)
             if last:
                 place[index] = value
@@ -429,7 +453,7 @@ def _apply_override(source: dict[str, Any], override: str) -> None:
                     place[key] = {}
                 place = place[key]
         else:
-            raise UserError(f"--set {path}: {'.'.join(keys[:depth])} is {place!r}, which has no keys.")
+            raise UserError(f"{origin} {path}: {'.'.join(keys[:depth])} is {place!r}, which has no keys.")
 
 
 def _parse_yaml(text: str, complaint: str) -> Any:
