@@ -22,6 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
+OTHERS = ("shrinking",)  # results of other benchmarks
 KEPT = (
     "name",
     "accuracy",
@@ -76,6 +77,11 @@ def compress(recipe: str, out: Path, options: list[str]) -> dict[str, Any]:
 def in_common(one: dict[str, list[int]], other: dict[str, list[int]]) -> dict[str, list[int]]:
     """Of each layer: how many channels both runs removed, and how many the first did."""
     return {name: [len(set(gone) & set(other.get(name, []))), len(gone)] for name, gone in one.items()}
+
+
+def recipe_results() -> list[Path]:
+    """The result files that are of recipes, not of other benchmarks."""
+    return sorted(path for path in RESULTS.glob("*.json") if path.stem not in OTHERS)
 
 
 def table(names: list[str]) -> str:
@@ -141,7 +147,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(arguments.recipes or sorted(path.stem for path in RESULTS.glob("*.json"))))
+        print(table(arguments.recipes or [path.stem for path in recipe_results()]))
         return
     RESULTS.mkdir(exist_ok=True)
     options = ["--threads", str(arguments.threads)] if arguments.threads else []

@@ -550,6 +550,7 @@ class Run:
                 "agreement": round(shown[name], 6),
                 "accuracy_int8": accuracies.get(f"{name}_int8"),
                 "agreement_int8": None if f"{name}_int8" not in shown else round(shown[f"{name}_int8"], 6),
+                "label": self._label_of_a_control(name),
                 "what": self._what_a_control_is(name, made[name].quantization is not None),
             }
             for name in made
@@ -582,6 +583,7 @@ class Run:
             "history": made["student"].record.get("distillation"),
             "onnx_difference": exported["onnx_difference"],
             "data_free": data_free,
+            "only_calibrated": self.recipe.only_calibrates,
             "learnt_on": None if data_free else getattr(options, "data", method.name),
             "classifier": teacher.classifier_path,
             "evaluation": self.recipe.evaluation.data if self.recipe.evaluation and self.measured else None,
@@ -595,8 +597,15 @@ class Run:
             },
         }
 
+    def _label_of_a_control(self, name: str) -> str:
+        if name == "none":
+            return "not distilled"
+        return "calibrated on noise" if self.recipe.only_calibrates else "distilled on noise"
+
     def _what_a_control_is(self, name: str, quantized: bool) -> str:
         pruning = self.recipe.compression.pruning
+        if name == "noise" and self.recipe.only_calibrates:
+            return "the same network, calibrated on uniform noise in the place of the images"
         if name == "noise":
             return "the same student, with uniform noise in the place of the images"
         what = "the same student without distillation"

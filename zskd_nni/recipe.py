@@ -331,6 +331,13 @@ class Recipe(_Section):
             )
         return self
 
+    @property
+    def only_calibrates(self) -> bool:
+        """Whether nothing is trained: the teacher itself is quantized by its ranges alone."""
+        quantization = self.compression.quantization
+        trained = self.student is not None or self.compression.pruning is not None
+        return quantization is not None and quantization.quantizer in ("PtqQuantizer", "ptq") and not trained
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
