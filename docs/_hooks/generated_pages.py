@@ -78,4 +78,4 @@ def results_table(columns: str = "") -> str:
         raise ValueError(f"the table of results has no column {missing[0]!r}; it has {', '.join(rows[0])}")
     places = [rows[0].index(name) for name in wanted]
     lines = ["| " + " | ".join(row[place] for place in places) + " |" for row in rows]
-    return "\n".join(lines).replace("+-", "±").replace(" -> ", " → ")
+    return "\n".join(lines).replace(" +- ", "\u00a0±\u00a0").replace(" -> ", "\u00a0→\u00a0")

@@ -12,13 +12,20 @@ _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
 )
 
+_UNKNOWN_THERE = {r"\arg": r"\operatorname{arg}"}  # operators that the converter does not know
+
 
 def on_page_content(html: str, **_: Any) -> str:
     """Replace what pymdownx.arithmatex marked."""
 
     def drawn(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"
-        mathml = convert(entities.unescape(match["latex"]).strip(), display=display)
+        latex = entities.unescape(match["latex"]).strip()
+        for name, known in _UNKNOWN_THERE.items():
+            latex = re.sub(re.escape(name) + r"(?![a-zA-Z])", lambda _, known=known: known, latex)
+        mathml = convert(latex, display=display)
+        if "\\" in mathml:
+            raise ValueError(f"latex2mathml does not know all of {latex!r}; write it otherwise, or add it here")
         return f'<{match["tag"]} class="formula">{mathml}</{match["tag"]}>'
 
     return _FORMULA.sub(drawn, html)
