@@ -12,6 +12,7 @@ _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
 )
 
+LONG = 40  # letters; browsers do not break a formula, so that a long one scrolls by itself on a phone
 _UNKNOWN_THERE = {r"\arg": r"\operatorname{arg}"}  # operators that the converter does not know
 
 
@@ -26,6 +27,7 @@ def on_page_content(html: str, **_: Any) -> str:
         mathml = convert(latex, display=display)
         if "\\" in mathml:
             raise ValueError(f"latex2mathml does not know all of {latex!r}; write it otherwise, or add it here")
-        return f'<{match["tag"]} class="formula">{mathml}</{match["tag"]}>'
+        kind = "formula long" if len(latex) > LONG else "formula"
+        return f'<{match["tag"]} class="{kind}">{mathml}</{match["tag"]}>'
 
     return _FORMULA.sub(drawn, html)
