@@ -41,7 +41,7 @@ class Question:
     """
 
     label: int = 0
-    beta: float = 1.0
+    beta: float = 0.1
     temperature: float = 4.0
     total_variation: float = 1e-3
     steps: int = 60
@@ -57,7 +57,8 @@ class Question:
         try:
             return SynthesisSettings(
                 temperature=self.temperature,
-                max_steps=(1, self.steps) if self.steps > 1 else 1,  # two numbers: each image has a limit of its own
+                # Two numbers, so that each image has a limit of its own.
+                max_steps=(1, self.steps) if self.steps > 1 else self.steps,
                 start=self.start,
                 total_variation=(self.total_variation, self.total_variation),
             )

@@ -30,9 +30,13 @@ def exploration_picture(answer: Answer, spec: InputSpec, label: int) -> bytes:
     figure = Figure(figsize=(10.4, 5.2), dpi=96, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1, height_ratios=(2.1, 1))
-    matrix, bars, image = above.subplots(1, 3, width_ratios=(1, 1.7, 1))
+    matrix, bars, image = above.subplots(1, 3, width_ratios=(1.15, 1.6, 1))
 
-    matrix.imshow(answer.similarity.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+    # Every class is exactly like itself; the scale is that of the others, among which the differences are.
+    similarity = answer.similarity.numpy()
+    extreme = max(0.1, float(np.abs(similarity - np.diag(np.diag(similarity))).max()))
+    drawn = matrix.imshow(similarity, cmap="RdBu_r", vmin=-extreme, vmax=extreme)
+    above.colorbar(drawn, ax=matrix, shrink=0.72, pad=0.03).ax.tick_params(labelsize=7)
     matrix.add_patch(Rectangle((-0.5, label - 0.5), classes, 1, fill=False, linewidth=2.2))
     matrix.set_title("How alike the teacher finds classes", fontsize=10)
     _few_ticks(matrix, classes)

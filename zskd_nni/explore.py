@@ -100,13 +100,15 @@ class Explorer:
 
     def _build(self, names: list[str]) -> None:
         widgets, asked = self._widgets, self.question
-        wide = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="100%")}
+        wide = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="98%")}
         live = {**wide, "continuous_update": False}  # a synthesis takes longer than a pixel of a slider's way
         self._teacher = widgets.Dropdown(options=names, description="teacher", **wide)
         self._controls: dict[str, Any] = {
             "label": widgets.IntSlider(asked.label, 0, max(1, asked.label), description="class", **live),
             "beta": widgets.FloatLogSlider(asked.beta, min=-2, max=1, step=0.05, description="beta", **live),
-            "temperature": widgets.FloatSlider(asked.temperature, min=1, max=40, step=0.5, description="temperature", **live),
+            "temperature": widgets.FloatSlider(
+                asked.temperature, min=1, max=40, step=0.5, description="temperature", **live
+            ),
             "total_variation": widgets.SelectionSlider(
                 options=sorted({*PRIORS, asked.total_variation}),
                 value=asked.total_variation,
@@ -116,8 +118,10 @@ class Explorer:
             "steps": widgets.IntSlider(asked.steps, 1, max(MOST_STEPS, asked.steps), description="steps", **live),
             "start": widgets.Dropdown(options=STARTS, value=asked.start, description="start", **wide),
         }
-        self._again = widgets.Button(description="another draw", icon="random")
-        self._keep = widgets.Button(description="add to the gallery", icon="th", button_style="primary")
+        self._again = widgets.Button(description="another draw", icon="random", layout=widgets.Layout(width="auto"))
+        self._keep = widgets.Button(
+            description="add to the gallery", icon="th", button_style="primary", layout=widgets.Layout(width="auto")
+        )
         self._note = widgets.HTML()
         self._picture = widgets.Image(format="png", layout=widgets.Layout(width="100%", max_width="1000px"))
         self._gallery = widgets.Image(format="png", layout=widgets.Layout(width="100%", max_width="1000px"))
@@ -129,7 +133,7 @@ class Explorer:
         self._keep.on_click(lambda _: self._guarded(self.keep))
         buttons = widgets.HBox([self._again, self._keep])
         controls = widgets.VBox(
-            [self._teacher, *self._controls.values(), buttons, self._note], layout=widgets.Layout(flex="0 1 24em")
+            [self._teacher, *self._controls.values(), buttons, self._note], layout=widgets.Layout(flex="0 1 25em")
         )
         shown = widgets.VBox([self._picture, self._gallery], layout=widgets.Layout(flex="1 1 30em"))
         self.widget = widgets.HBox([controls, shown], layout=widgets.Layout(flex_flow="row wrap"))

@@ -8,9 +8,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-_FORMULA = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
-)
+_FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL)
 
 LONG = 40  # letters; browsers do not break a formula, so that a long one scrolls by itself on a phone
 _UNKNOWN_THERE = {r"\arg": r"\operatorname{arg}"}  # operators that the converter does not know
