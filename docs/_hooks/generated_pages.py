@@ -21,8 +21,8 @@ _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
 _RESULTS_PAGE = """# Results
 
 Test accuracy in percent, mean and standard deviation over seeds 0, 1 and 2, last step. Nothing but the teacher's
-weights was used. Every student stands beside two controls made by the same command: the same student without distillation, and
-distilled on uniform noise.
+weights was used. Every student stands beside two controls made by the same command: the same student without
+distillation, and distilled on uniform noise.
 
 <!-- results: -->
 

@@ -1,7 +1,8 @@
 """Everything that README and site tell a reader to type is run here, at a small size.
 
 Pages are read in the order of the site and run in one folder, as a reader would: files with a title are written,
-recipes are loaded, Python is executed, commands are started. A command that nobody here knows how to run fails the test.
+recipes are loaded, Python is executed, commands are started. A command that nobody here knows how to run fails the
+test.
 
 A run of a whole recipe takes seconds even at the smallest size. Of those that differ in recipe and settings alone one
 is run to its end; the others are parsed, loaded and checked up to where the long work begins.
@@ -176,8 +177,8 @@ class Reader:
                 app(arguments, standalone_mode=False)
             return
         if arguments[0] in ("compress", "distill"):
-            # A file is a network of the reader's own.
-            kind = f"{arguments[0]} {'file' if Path(arguments[1]).suffix else 'packaged'}"
+            own = not load_recipe(arguments[1]).recipe.teacher.model.startswith("zoo:")
+            kind = f"{arguments[0]} {'a network of the reader' if own else 'a network of the zoo'}"
             if kind in self.done:
                 check(arguments)
                 return
@@ -223,6 +224,7 @@ def test_what_is_shown_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     started = {command.split()[1] for command in reader.done if command.startswith("zskd-nni")}
     assert {"demo", "compress", "synthesize", "distill", "evaluate", "show", "recipes"} <= started
     assert len(reader.done) > 25
+    assert {"compress a network of the reader", "compress a network of the zoo"} <= reader.done
 
 
 def test_an_unknown_command_fails(tmp_path: Path) -> None:
