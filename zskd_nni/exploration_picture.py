@@ -29,7 +29,7 @@ def exploration_picture(answer: Answer, spec: InputSpec, label: int) -> bytes:
     classes, looks = len(answer.target), len(answer.steps)
     figure = Figure(figsize=(10.4, 5.2), dpi=96, layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(2.1, 1)))
+    above, below = figure.subfigures(2, 1, height_ratios=(2.1, 1))  # type: ignore[misc]
     matrix, bars, image = above.subplots(1, 3, width_ratios=(1.15, 1.6, 1))
 
     # Every class is exactly like itself; the scale is that of the others, among which the differences are.

@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("experiments.md", "benchmarks.md")
 TUTORIALS = "tutorials"
 _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
-_RESULTS_PAGE = """# Results
+_RESULTS_PAGE = """---
+hide: [toc]
+---
+
+# Results
 
 Test accuracy in percent, mean and standard deviation over seeds 0, 1 and 2, last step. Nothing but the teacher's
 weights was used. Every student stands beside two controls made by the same command: the same student without

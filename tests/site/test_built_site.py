@@ -189,7 +189,7 @@ def test_search_finds_the_distiller(browser: Any, address: str) -> None:
     page.click("label.md-search__icon[for=__search]", force=True)
     page.fill("input.md-search__input", "ZeroShotDistiller")
     results = page.locator(".md-search-result__link")
-    results.first.wait_for(timeout=20_000)
+    results.first.wait_for(timeout=60_000)
     links = [results.nth(index).get_attribute("href") for index in range(results.count())]
     assert any("zskd_nni.compression.distiller.ZeroShotDistiller" in link for link in links), links
     page.close()
