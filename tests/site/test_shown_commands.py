@@ -190,7 +190,7 @@ def check(arguments: list[str]) -> None:
     """All that a command does before the long work: its options, the recipe, the teacher, what NNI says to it."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     given = commands[arguments[0]].make_context(arguments[0], arguments[1:]).params
-    loaded = load_recipe(given["recipe"], given["changes"], given["seed"])
+    loaded = load_recipe(given["recipe"], given["changes"], given["seed"], given["scale"])
     Run(loaded, given["out"], device=given["device"], impressions=given.get("impressions"), quiet=True)
 
 
