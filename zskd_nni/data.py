@@ -179,7 +179,7 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
 
 
 def _folder(path: Path) -> LabelledImages:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     files = [(file, index) for index, name in enumerate(classes) for file in sorted((path / name).iterdir())]
@@ -193,7 +193,7 @@ def _folder(path: Path) -> LabelledImages:
         try:
             with Image.open(file) as image:
                 arrays.append(np.asarray(image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
+        except Exception as error:  # damaged images raise anything, and so do those too large to be meant
             raise UserError(f"{file} cannot be read as an image ({error}).") from error
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni import interrupt
 from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, save_tensors
+from zskd_nni.files import load_sealed, remove_leftovers, save_sealed
 from zskd_nni.progress import Progress
 from zskd_nni.response_norm import fast_response_norms
 from zskd_nni.seeds import derive_seed, generator
@@ -114,6 +114,8 @@ def fit(
     """
     torch.set_flush_denormal(True)  # as in synthesis: for speed, and because the bits depend on it
     first, history = 0, History()
+    if checkpoint is not None:
+        remove_leftovers(checkpoint.path.parent, checkpoint.path.name)
     if checkpoint is not None and checkpoint.path.exists():
         first, history = load_checkpoint(checkpoint, model, optimizer, scheduler, extra)
     started, saved = time.monotonic(), time.monotonic()
@@ -127,10 +129,13 @@ def fit(
             f"of {steps}. A smaller learning rate usually mends it."
         )
 
+    def finite() -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
     def save(step: int) -> None:
         if checkpoint is not None:
             history.pending = [float(value) for value in recent]
-            if not all(map(math.isfinite, history.pending)):
+            if not all(map(math.isfinite, history.pending)) or not finite():
                 raise diverged(step)  # the last good checkpoint stays
             history.seconds = before + time.monotonic() - started
             save_checkpoint(checkpoint, model, optimizer, scheduler, step, history, extra)
@@ -165,7 +170,7 @@ def fit(
             if checkpoint is not None and time.monotonic() - saved >= checkpoint.every:
                 save(done)
                 saved = time.monotonic()
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+    if not finite():
         raise diverged(steps)  # by the very last update, which no loss has seen
     history.seconds = before + time.monotonic() - started
     save(steps)
@@ -205,7 +210,7 @@ def save_checkpoint(
         "scheduler": None if scheduler is None else {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)},
         "history": vars(history),
     }
-    save_tensors(checkpoint.path, tensors, {"state": json.dumps(state)})
+    save_sealed(checkpoint.path, tensors, {"state": json.dumps(state)})
 
 
 def _is_plain(value: Any) -> bool:
@@ -226,7 +231,7 @@ def load_checkpoint(
     Raises:
         UserError: the file is damaged, or belongs to another run.
     """
-    tensors, metadata = load_tensors(checkpoint.path)
+    tensors, metadata = load_sealed(checkpoint.path)
     try:
         state = json.loads(metadata["state"])
         if state["fingerprint"] != checkpoint.fingerprint:
@@ -251,14 +256,28 @@ def load_checkpoint(
         _laid_out_like_parameters(optimizer)
         if scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
-        return int(state["step"]), History(**state["history"])
+        return _counted(state["step"]), _history(state["history"])
     except UserError:
         raise
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # what somebody wrote may be wrong in any way
         raise UserError(
-            f"The checkpoint {checkpoint.path} does not fit this run ({str(error).splitlines()[0]}). "
+            f"The checkpoint {checkpoint.path} does not fit this run ({' '.join(str(error).split())[:200]}). "
             "Remove the file to start over."
         ) from error
+
+
+def _counted(step: Any) -> int:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{step!r} is no number of steps")
+    return step
+
+
+def _history(state: dict[str, Any]) -> History:
+    history = History(**state)
+    lists = (history.steps, history.losses, history.pending)
+    if not all(isinstance(entries, list) for entries in lists) or not isinstance(history.seconds, int | float):
+        raise ValueError("its history is not one")
+    return history
 
 
 def _laid_out_like_parameters(optimizer: Optimizer) -> None:
