@@ -5,6 +5,7 @@ Nothing in synthesis, distillation on impressions, pruning or calibration comes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,9 @@ def load_images(
     path = Path(name)
     if path.suffix == ".npz":
         return _npz(path)
-    if path.is_dir():
-        return _folder(path)
+    with contextlib.suppress(OSError, ValueError):  # a name that no folder can have
+        if path.is_dir():
+            return _folder(path)
     raise UserError(
         f"There is no data set {name!r}: name one of {', '.join(NAMED_SETS)}, an .npz file or a folder of images."
     )
@@ -163,6 +165,8 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
     try:
         with np.load(path, allow_pickle=False) as content:
             images, labels = content["images"], content["labels"]
+        if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
+            raise ValueError("they are no arrays")
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
     except Exception as error:  # a damaged archive raises anything

@@ -100,7 +100,7 @@ def _is_standard(module: str) -> bool:
 
 def _is_installed(module: str) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None:
+    if file is None or module.partition(".")[0] == __name__.partition(".")[0]:
         return True  # compiled in, or gone: not a file that the user wrote
     folders = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
     path = Path(file).resolve()

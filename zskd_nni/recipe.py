@@ -355,7 +355,7 @@ def packaged_names() -> list[str]:
     return sorted(path.stem for path in packaged_folder().glob("*.yml"))
 
 
-_MOST_VALUES, _DEEPEST = 100_000, 50
+_LONGEST, _MOST_VALUES, _DEEPEST = 200_000, 100_000, 50
 
 
 def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
@@ -457,6 +457,8 @@ def _put(source: dict[str, Any], path: str, value: Any, origin: str) -> None:
 
 
 def _parse_yaml(text: str, complaint: str) -> Any:
+    if len(text) > _LONGEST:
+        raise UserError(f"{complaint}: it is longer than {_LONGEST:,} characters.")
     try:
         content = yaml.safe_load(text)
     except RecursionError as error:

@@ -30,6 +30,7 @@ from zskd_nni.seeds import derive_seed, generator
 
 Loss = Callable[[int, torch.Generator], Tensor]
 _LOSS_EVERY = 50
+_LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 @dataclass
@@ -251,6 +252,8 @@ def load_checkpoint(
                 entries.setdefault(int(index), {})[key] = value
         for group, saved in zip(optimizer_state["param_groups"], state["optimizer"]["groups"], strict=True):
             group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
+        if len({frozenset(entry) for entry in entries.values()}) > 1:
+            raise ValueError("the optimiser's state is not whole")
         optimizer_state["state"] = entries
         optimizer.load_state_dict(optimizer_state)
         _laid_out_like_parameters(optimizer)
@@ -275,7 +278,9 @@ def _counted(step: Any) -> int:
 def _history(state: dict[str, Any]) -> History:
     history = History(**state)
     lists = (history.steps, history.losses, history.pending)
-    if not all(isinstance(entries, list) for entries in lists) or not isinstance(history.seconds, int | float):
+    figures = [figure for entries in lists if isinstance(entries, list) for figure in entries]
+    whole = all(isinstance(entries, list) for entries in lists)
+    if not whole or not all(type(figure) in (int, float) for figure in (*figures, history.seconds)):
         raise ValueError("its history is not one")
     return history
 
@@ -286,7 +291,11 @@ def _laid_out_like_parameters(optimizer: Optimizer) -> None:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if not isinstance(value, Tensor):
+                    continue
+                if name in _LIKE_PARAMETERS and value.shape != parameter.shape:
+                    raise ValueError(f"{name} is of shape {list(value.shape)}, not {list(parameter.shape)}")
+                if value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 

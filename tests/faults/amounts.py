@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 LONG = os.environ.get("ZSKD_NNI_FAULTS") == "long"
+
+
+only_long = pytest.mark.skipif(not LONG, reason="takes minutes: part of make faults")
 
 
 def amount(short: int, long: int) -> int:

@@ -83,7 +83,7 @@ class _Writes:
         return watched
 
     def open(self, path: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
-        file = builtins.open(path, mode, *more, **options)
+        file = builtins.open(path, mode, *more, **options)  # noqa: SIM115
         if "w" in mode or "x" in mode:
             self.moment()
             return _Halves(file, self.moment)
