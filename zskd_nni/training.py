@@ -145,7 +145,15 @@ def fit(
         for step in range(first, steps):
             with torch.random.fork_rng(devices=_cuda_devices(model)):
                 torch.manual_seed(derive_seed(seed, "layers", step))  # dropout and the like
-                value = loss(step, generator(seed, "step", step))
+                try:
+                    value = loss(step, generator(seed, "step", step))
+                except ValueError as error:
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    raise UserError(
+                        f"{label.capitalize()}: batch normalisation cannot be trained on a batch of one image; batches "
+                        "(distillation.batch) and sets (transfer.size) of at least 2 images are needed."
+                    ) from error
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
             recent.append(value.detach())

@@ -84,8 +84,7 @@ def test_four_workers_of_which_two_die(tmp_path: Path, whole: Path, number: int)
     assert killed == 2
     assert sum(process.exitcode == 0 for process in running) == 2
     made = [int(line.split()[1]) for line in log.read_text().splitlines()]
-    finished = set(range(12))
-    assert set(made) >= finished - {index for index in finished if index not in made}
+    assert len(set(range(12)) - set(made)) <= killed, "one that died may not have told of its last"
     assert len(made) == len(set(made)), "no finished shard is made twice"
     assert ImpressionStore.open(folder).missing() == []
     assert same_store(whole, folder)
