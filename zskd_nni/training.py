@@ -131,7 +131,8 @@ def fit(
         )
 
     def finite() -> bool:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+        statistics = (value for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var")))
+        return all(bool(torch.isfinite(value).all()) for value in (*model.parameters(), *statistics))
 
     def save(step: int) -> None:
         if checkpoint is not None:

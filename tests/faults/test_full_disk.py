@@ -7,7 +7,6 @@ import ctypes
 import os
 import resource
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -81,7 +80,6 @@ def attack(name: str, folder: str, kind: str, size: int) -> None:
     try:
         SUBJECTS[name].run(place)
     except UserError as error:
-        print(error, file=sys.stderr)
         if kind != "gone":
             for path in place.rglob("*.safetensors"):
                 load_tensors(path)

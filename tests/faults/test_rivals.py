@@ -70,11 +70,12 @@ def test_four_workers_of_which_two_die(tmp_path: Path, whole: Path, number: int)
     refused = _context.Value("q", 0)
     running = [start_process(worker, str(folder), str(log), refused, True) for _ in range(4)]
     killed = 0
-    for goal in sorted(chance.sample(range(1, 10), 2)):
-        while done(folder) < goal and any(process.exitcode is None for process in running):
+    for goal in sorted(chance.sample(range(1, 9), 2)):
+        victim = None
+        while victim is None and done(folder) < 12:
             time.sleep(0.002)
-        at_work = log.read_text().splitlines()[-1].split()[0] if log.exists() else ""
-        victim = next((p for p in running if str(p.pid) == at_work and p.exitcode is None), None)
+            at_work = log.read_text().split()[-2] if done(folder) >= goal and log.exists() else ""
+            victim = next((p for p in running if str(p.pid) == at_work and p.exitcode is None), None)
         if victim is not None:
             victim.kill()
             victim.join()
