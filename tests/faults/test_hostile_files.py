@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import is_one_sentence, make_store, run_cli
+from helpers import is_one_sentence, make_store
+from test_mutations import command
 from torch import nn
 
 from zskd_nni import zoo
@@ -459,10 +460,10 @@ def test_the_command_line_says_so_in_one_sentence(tmp_path: Path, canary: Path) 
     content = {**yaml.safe_load(recipe_text(RECIPE)[0])}
     content["teacher"] = {"model": "os:mkdir", "arguments": {"path": str(canary)}, "input": {"shape": [1, 8, 8]}}
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(content))
-    result = run_cli("compress", "recipe.yml", "--out", "out", cwd=tmp_path)
-    assert result.returncode == 2
-    assert is_one_sentence(result.stderr), result.stderr
-    assert "part of Python itself" in result.stderr
+    code, error = command(["compress", "recipe.yml", "--out", "out"], tmp_path)
+    assert code == 2
+    assert is_one_sentence(error), error
+    assert "part of Python itself" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -99,7 +99,7 @@ def written(content: Any) -> str:
     return json.dumps(content) if random.Random(str(content)).random() < 0.1 else yaml.safe_dump(content)
 
 
-@settings(max_examples=amount(400, 4000), deadline=None, derandomize=not LONG, suppress_health_check=list(HealthCheck))
+@settings(max_examples=amount(150, 4000), deadline=None, derandomize=not LONG, suppress_health_check=list(HealthCheck))
 @given(mutated())
 def test_mutated_recipes_are_read_or_refused_in_one_sentence(tmp_path: Path, content: dict[str, Any]) -> None:
     path = tmp_path / "recipe.yml"
@@ -115,7 +115,7 @@ def test_mutated_recipes_are_read_or_refused_in_one_sentence(tmp_path: Path, con
     assert time.monotonic() - started < 30
 
 
-@settings(max_examples=amount(200, 2000), deadline=None, derandomize=not LONG, suppress_health_check=list(HealthCheck))
+@settings(max_examples=amount(100, 2000), deadline=None, derandomize=not LONG, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=60), st.integers(0, 2000), st.integers(0, 30))
 def test_mutated_bytes_are_read_or_refused(tmp_path: Path, patch: bytes, place: int, cut: int) -> None:
     content = recipe_text("digits-prune50")[0].encode()
@@ -125,7 +125,7 @@ def test_mutated_bytes_are_read_or_refused(tmp_path: Path, patch: bytes, place: 
         load_recipe(str(tmp_path / "recipe.yml"))
 
 
-@settings(max_examples=amount(200, 2000), deadline=None, derandomize=not LONG, suppress_health_check=list(HealthCheck))
+@settings(max_examples=amount(100, 2000), deadline=None, derandomize=not LONG, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.sampled_from([".".join(map(str, p)) for p in places(TINY)]), VALUES), max_size=3))
 def test_mutated_overrides(changes: list[tuple[str, Any]]) -> None:
     with contextlib.suppress(UserError):
@@ -199,8 +199,8 @@ RUNNABLE = mutated(["tiny"])
 @pytest.mark.parametrize("part", range(amount(1, 10)))
 def test_mutated_recipes_run_or_are_refused(tmp_path: Path, part: int) -> None:
     """The whole command ``compress`` on mutants of a recipe that takes seconds."""
-    count = amount(16, 20)
-    for number, content in list(enumerate(examples(RUNNABLE, amount(16, 200))))[part * count : (part + 1) * count]:
+    count = amount(6, 20)
+    for number, content in list(enumerate(examples(RUNNABLE, amount(6, 200))))[part * count : (part + 1) * count]:
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "recipe.yml").write_text(written(content), encoding="utf-8")
@@ -222,8 +222,8 @@ ARGUMENTS = st.lists(WORDS, max_size=7)
 @pytest.mark.parametrize("part", range(amount(1, 10)))
 def test_mutated_command_lines(tmp_path: Path, part: int) -> None:
     """Words in any order; recipes that are named are tiny, so that what is right does not take long."""
-    count = amount(25, 50)
-    for number, arguments in list(enumerate(examples(ARGUMENTS, amount(25, 500))))[part * count : (part + 1) * count]:
+    count = amount(10, 50)
+    for number, arguments in list(enumerate(examples(ARGUMENTS, amount(10, 500))))[part * count : (part + 1) * count]:
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "tiny.yml").write_text(yaml.safe_dump(TINY))
