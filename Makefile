@@ -1,6 +1,8 @@
 # make install     the environment, in .venv, from pinned versions
 # make demo        compress a digit classifier without data (about a minute after the install)
 # make test        the whole test-suite
+# make faults      kills, damage, hostile files, mutated recipes: the long version, under an hour on two cores
+# make soak        20 minutes of synthesis and distillation under a memory limit (SOAK_SECONDS=...)
 # make lint        ruff and mypy
 # make docs        the site, into site/; make docs-serve shows it while it is written
 # make package     wheel and sdist into dist/, installed and tried in a clean environment
@@ -13,7 +15,9 @@ OUT ?= out/demo
 ADDRESS ?= 127.0.0.1:8000
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
-.PHONY: install install-all demo test lint docs docs-serve package clean
+SOAK_SECONDS ?= 1200
+
+.PHONY: install install-all demo test faults soak lint docs docs-serve package clean
 
 install: $(VENV)/installed
 
@@ -33,6 +37,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+faults: install
+	ZSKD_NNI_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v -rA --durations=20
+
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(SOAK_SECONDS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from zskd_nni.inputs import InputSpec
 from zskd_nni.metrics import accuracy
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import load_recipe
-from zskd_nni.report import render_table
+from zskd_nni.report import render_html, render_table
 from zskd_nni.saved_model import load_network
 
 SMALL = (
@@ -182,6 +182,14 @@ def test_a_lost_stage_is_made_again_alike(finished, tmp_path):
         assert sha256_of_file(tmp_path / name) == sha256_of_file(out / name), name
 
 
+def test_a_report_shows_markup_as_text(finished):
+    out, report = finished
+    mark = "<script>alert(1)</script>"
+    page = render_html(out, {**report, "name": mark, "description": mark, "classifier": mark, "agreement_on": mark})
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;" in page
+
+
 @pytest.mark.parametrize(
     ("changes", "seed", "named"),
     [((), 1, "seed"), (("distillation.temperature=5",), 0, "distillation.temperature")],
@@ -196,8 +204,11 @@ def test_a_damaged_stage_is_run_again_alike(finished, tmp_path, capsys):
     out, _ = finished
     run(tmp_path)
     (tmp_path / "state" / "student.safetensors").write_bytes(b"damaged")
+    calibration = tmp_path / "state" / "student-quantized.calibration.safetensors"
+    calibration.write_bytes(calibration.read_bytes()[:-1])
     run(tmp_path)
-    assert "run again" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("run again") == 2
+    assert sha256_of_file(calibration) == sha256_of_file(out / "state" / calibration.name)
     assert sha256_of_file(tmp_path / "student.safetensors") == sha256_of_file(out / "student.safetensors")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -427,14 +428,41 @@ def main() -> None:
 
     try:
         with stoppable():
-            app()  # answers wrong usage itself, with exit code 2
+            try:
+                app()  # answers wrong usage itself, with exit code 2
+            except Interrupted as stop:
+                for signum in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(signum, signal.SIG_IGN)
+                print(f"{stop}; what was finished is kept, the same command goes on from there.", file=sys.stderr)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(128 + stop.signum)  # nothing is left to do, and another signal must not be answered otherwise
     except UserError as error:
         _fail(str(error))
-    except Interrupted as stop:
-        print(f"{stop}; what was finished is kept, the same command goes on from there.", file=sys.stderr)
-        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a file of the user's that cannot be read, a name that no file can have
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _fail(f"{where}{error.strerror or error}")
+    except MemoryError:
+        _fail(_TOO_LARGE)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(_TOO_LARGE)
+
+
+_TOO_LARGE = (
+    "There is not enough memory for this. Smaller batches (distillation.batch, transfer.synthesis.slots) or fewer "
+    "images (transfer.size) need less; what was finished is kept"
+)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(sentence: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zskd_nni import interrupt
 from zskd_nni.files import write_atomic
 from zskd_nni.inputs import InputSpec
 
@@ -43,6 +44,7 @@ def impressions_picture(
     if title:
         figure.suptitle(title, fontsize=9, y=0.998)
     figure.tight_layout(pad=0.4)
+    interrupt.check()
     buffer = io.BytesIO() if isinstance(path, Path) else path
     figure.savefig(buffer, format="png")
     if isinstance(path, Path):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -398,6 +399,9 @@ def packaged_names() -> list[str]:
     return sorted(path.stem for path in packaged_folder().glob("*.yml"))
 
 
+_LONGEST, _MOST_VALUES, _DEEPEST = 200_000, 100_000, 50
+
+
 def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
     """The YAML of a packaged recipe or of a file, and the folder its relative paths are meant from.
 
@@ -412,7 +416,7 @@ def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
             return path.read_text(), path.resolve().parent
         except FileNotFoundError as error:
             raise UserError(f"There is no recipe file {path}.") from error
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"The recipe {path} cannot be read ({error}).") from error
     near = difflib.get_close_matches(name_or_file, packaged_names(), 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"packaged ones: {', '.join(packaged_names())}; or name a .yml file."
@@ -457,9 +461,13 @@ def check_recipe(source: Mapping[str, Any], called: str) -> Recipe:
         UserError: one sentence on the first thing that is wrong.
     """
     try:
-        return Recipe.model_validate(source)
+        recipe = Recipe.model_validate(source)
     except ValidationError as error:
         raise UserError(f"{called}: {describe_validation(error, Recipe)}") from error
+    for path, value in _values_in(source):  # in what is NNI's or a factory's, nobody has looked
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{called}: {_dotted(path)}a number is expected, not nan.")
+    return recipe
 
 
 def _apply_scale(source: dict[str, Any], scale: str, name: str) -> None:
@@ -489,9 +497,51 @@ def _put(source: dict[str, Any], path: str, value: Any, origin: str) -> None:
 
 
 def _parse_yaml(text: str, complaint: str) -> Any:
+    if len(text) > _LONGEST:
+        raise UserError(f"{complaint}: it is longer than {_LONGEST:,} characters.")
     try:
-        return yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except RecursionError as error:
         raise UserError(f"{complaint}: it is nested too deeply.") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # bad dates, numbers, keys
         raise UserError(f"{complaint}: {' '.join(str(error).split())}.") from error
+    problem = _not_plain(content)
+    if problem:
+        raise UserError(f"{complaint.split(' is not YAML')[0].split(': the value')[0]}: {problem}.")
+    return content
+
+
+def _not_plain(content: Any) -> str | None:
+    """What in YAML's answer is not a mapping, list, text, number, truth value or null, or is too much to be meant.
+
+    References may make a short text stand for more values than fit into memory, or for one that contains itself.
+    """
+    for count, (path, value) in enumerate(_values_in(content)):
+        if count == _MOST_VALUES:
+            return f"it holds more than {_MOST_VALUES:,} values"
+        if path.count("\x1f") > _DEEPEST:
+            return f"{_dotted(path)[:60]}... is nested too deeply, or contains itself"
+        if isinstance(value, dict):
+            wrong = next((key for key in value if not isinstance(key, str | int | float | None)), None)
+            if wrong is not None:
+                return f"{_dotted(path)}a key is text, not {wrong!r}"
+        elif not isinstance(value, list | str | bool | int | float | None):
+            return f"{_dotted(path)}a recipe holds mappings, lists, text, numbers, true, false and null, not {value!r}"
+    return None
+
+
+def _values_in(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every value with its path, parts joined by a character that no key has; never ends where content holds itself."""
+    waiting: list[tuple[str, Any]] = [("", content)]
+    yield waiting[0]
+    while waiting:
+        path, value = waiting.pop()
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, entry in entries:
+            yield f"{path}\x1f{key}", entry
+            if isinstance(entry, dict | list):
+                waiting.append((f"{path}\x1f{key}", entry))
+
+
+def _dotted(path: str) -> str:
+    return f"{'.'.join(path.split(chr(31))[1:])}: " if path else ""
