@@ -203,6 +203,7 @@ def search(
     out: OutOption,
     seed: SeedOption = None,
     changes: SetOption = None,
+    scale: ScaleOption = None,
     data_root: DataRootOption = None,
     device: DeviceOption = "cpu",
     threads: Annotated[
@@ -221,7 +222,7 @@ def search(
     from zskd_nni.data import data_root as find_root
     from zskd_nni.recipe import load_recipe
 
-    loaded = load_recipe(recipe, changes or (), seed)
+    loaded = load_recipe(recipe, changes or (), seed, scale)
     _prepare(device, threads)
     table = Search(
         loaded,

@@ -457,7 +457,7 @@ def test_the_tuner_remembers(tmp_path: Path) -> None:
     tpe.receive_trial_result(1, second, {"default": 3.0})
 
 
-def test_paths_hold_where_a_recipe_is_put(tmp_path: Path) -> None:
+def test_paths_hold_where_a_recipe_is_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").mkdir()
     content = tiny()
     content["teacher"] = {"model": "net.py:make", "weights": "w.safetensors", "input": {"shape": [1, 32, 32]}}
@@ -473,3 +473,10 @@ def test_paths_hold_where_a_recipe_is_put(tmp_path: Path) -> None:
     carried = relocated(loaded, tmp_path / "out", carry=True)
     assert carried["teacher"]["model"] == "net.py:make"
     assert (tmp_path / "out" / "w.safetensors").exists()
+    # A teacher too large to ship is found in the current folder, which a trial's is not.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "large.safetensors").write_text("")
+    content["teacher"]["weights"] = "zoo:large"
+    found = relocated(load_recipe(write(tmp_path / "recipes", content)), tmp_path / "out")
+    assert (tmp_path / "out" / found["teacher"]["weights"]).resolve() == tmp_path / "teachers" / "large.safetensors"

@@ -83,7 +83,7 @@ class Search:
         tuner_config(self.section, self.seed)
         search = self.section.model_dump(mode="json", exclude={"trials", "concurrency"})
         self.identity = {
-            "recipe": loaded.recipe.model_dump(mode="json", exclude={"search"}),
+            "recipe": loaded.recipe.model_dump(mode="json", exclude={"scales", "search"}),
             "search": search,
             "teacher": self.teacher.fingerprint,
             "folder": str(self.out),

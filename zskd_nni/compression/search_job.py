@@ -12,6 +12,7 @@ from typing import Any
 from zskd_nni.data import NAMED_SETS
 from zskd_nni.methods.ats import PROCEDURAL
 from zskd_nni.recipe import LoadedRecipe
+from zskd_nni.zoo.trained import MADE_HERE, trained_names
 
 _NOT_FILES = (*NAMED_SETS, *PROCEDURAL)
 
@@ -26,6 +27,8 @@ def relocated(loaded: LoadedRecipe, folder: Path, carry: bool = False) -> dict[s
     """
     source = copy.deepcopy(loaded.source)
     source.pop("search", None)
+    for section in ("teacher", "student"):
+        _name_made_here(source.get(section))
     for place, key in _places(source):
         text = place[key]
         file, colon, name = text.rpartition(":") if key == "model" else (text, "", "")
@@ -39,6 +42,15 @@ def relocated(loaded: LoadedRecipe, folder: Path, carry: bool = False) -> dict[s
             moved = os.path.relpath(path, folder)
         place[key] = f"{moved}{colon}{name}"
     return source
+
+
+def _name_made_here(network: Any) -> None:
+    """``zoo:NAME`` may be found in the current folder, which is not that of a trial; then the file is named."""
+    weights = network.get("weights") if isinstance(network, dict) else None
+    if isinstance(weights, str) and weights.startswith("zoo:") and weights[4:] not in trained_names():
+        made = MADE_HERE / f"{weights[4:]}.safetensors"
+        if made.is_file():
+            network["weights"] = str(made.resolve())
 
 
 def _places(source: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
