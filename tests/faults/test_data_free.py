@@ -117,8 +117,8 @@ def watch(recipe: str, changes: list[str], tmp_path: Path, root: Path) -> list[t
 def installed() -> list[Path]:
     import zskd_nni
 
-    own = Path(zskd_nni.__file__).parent
-    return [Path(place).resolve() for place in {sys.prefix, sys.base_prefix, own}]
+    own, tests = Path(zskd_nni.__file__).parent, Path(__file__)  # whose source torch reads where it traces
+    return [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, own, tests)]
 
 
 # Python and its libraries look at these to know where they run; none is a file of anybody's.
