@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,8 @@ def watch(recipe: str, changes: list[str], tmp_path: Path, root: Path) -> list[t
 def installed() -> list[Path]:
     import zskd_nni
 
-    own = Path(zskd_nni.__file__).parent
-    return [Path(place).resolve() for place in {sys.prefix, sys.base_prefix, own}]
+    own, tests = Path(zskd_nni.__file__).parent, Path(__file__)  # whose source torch reads where it traces
+    return [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, own, tests)]
 
 
 # Python and its libraries look at these to know where they run; none is a file of anybody's.
@@ -124,7 +126,10 @@ SYSTEM = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/share/zoneinfo", "/usr/shar
 
 
 def strangers(seen: list[tuple[str, str, str]], allowed: list[Path]) -> list[tuple[str, str, str]]:
-    """What was opened that lies neither in the install nor in ``allowed``; and data that the install brings."""
+    """What was opened that lies neither in the install nor in ``allowed``; and data that the install brings.
+
+    NNI's ``ModelSpeedup`` keeps a nameless file in the system's folder for temporary ones; it is nobody's.
+    """
     found = []
     for phase, event, what in seen:
         if event != "open":
@@ -133,9 +138,10 @@ def strangers(seen: list[tuple[str, str, str]], allowed: list[Path]) -> list[tup
             continue
         path = Path(what)
         inside = any(folder == path or folder in path.parents for folder in (*installed(), *allowed))
-        is_data = "datasets/data" in what or "digits.csv" in what
+        is_data = "datasets/data" in what and path.suffix not in (".py", ".pyc")
+        temporary = re.fullmatch(rf"{re.escape(os.path.realpath(tempfile.gettempdir()))}(/tmp[a-z0-9_]{{8}})?", what)
         cache = ("matplotlib" in what and ".cache" in what) or "fontlist" in what or "MPLCONFIG" in what
-        if is_data or not (inside or what.startswith(SYSTEM) or cache):
+        if is_data or not (inside or what.startswith(SYSTEM) or cache or temporary):
             found.append((phase, event, what))
     return found
 
