@@ -1,20 +1,35 @@
-# make install   the environment, in .venv, from pinned versions
-# make demo      compress a digit classifier without data (about a minute after the install)
-# make test      the whole test-suite
-# make lint      ruff and mypy
+# make install     the environment, in .venv, from pinned versions
+# make demo        compress a digit classifier without data (about a minute after the install)
+# make test        the whole test-suite
+# make faults      kills, damage, hostile files, mutated recipes: the long version, under an hour on two cores
+# make soak        20 minutes of synthesis and distillation under a memory limit (SOAK_SECONDS=...)
+# make lint        ruff and mypy
+# make docs        the site, into site/; make docs-serve shows it while it is written
+# make package     wheel and sdist into dist/, installed and tried in a clean environment
+# make install-all the environment with what notebooks and the site need
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
+ADDRESS ?= 127.0.0.1:8000
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
-.PHONY: install demo test lint clean
+SOAK_SECONDS ?= 1200
+
+.PHONY: install install-all demo test faults soak lint docs docs-serve package clean
 
 install: $(VENV)/installed
+
+install-all: $(VENV)/installed-all
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-all: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,notebooks]'
 	touch $@
 
 demo: install
@@ -23,10 +38,30 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+faults: install
+	ZSKD_NNI_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v -rA --durations=20
+
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(SOAK_SECONDS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install-all
+	$(MKDOCS) build
+
+docs-serve: install-all
+	$(MKDOCS) serve --dev-addr $(ADDRESS)
+
+package: install
+	rm -rf dist build/package-venv
+	$(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/package-venv
+	build/package-venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && package-venv/bin/zskd-nni demo --out package-venv/demo --quiet
+	@ls -l dist
+
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) out build dist site

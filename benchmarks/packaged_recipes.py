@@ -22,6 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
+OTHERS = ("shrinking",)  # results of other benchmarks
 KEPT = (
     "name",
     "accuracy",
@@ -78,40 +79,60 @@ def in_common(one: dict[str, list[int]], other: dict[str, list[int]]) -> dict[st
     return {name: [len(set(gone) & set(other.get(name, []))), len(gone)] for name, gone in one.items()}
 
 
+def recipe_results() -> list[Path]:
+    """The result files that are of recipes, not of other benchmarks."""
+    return sorted(path for path in RESULTS.glob("*.json") if path.stem not in OTHERS)
+
+
 def table(names: list[str]) -> str:
-    """A Markdown table, mean and standard deviation over the seeds of each recipe."""
+    """A Markdown table, mean and standard deviation over the seeds of each recipe.
+
+    Where the recipe quantizes, real data and controls stand for the student in int8, which is what is deployed.
+    """
     lines = [
-        "| recipe | teacher | student | not distilled | on noise | parameters | ONNX bytes | impressions, a second "
-        "| seconds a seed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| recipe | teacher | student | student, int8 | with real data | not distilled | on noise | parameters "
+        "| ONNX bytes | impressions, a second | seconds a seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
         records = json.loads((RESULTS / f"{name}.json").read_text())
         first = records[0]
-
-        def over_seeds(values: list[float]) -> str:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            return f"{statistics.mean(values):.2f} +- {spread:.2f}"
+        quantized = first["accuracy"].get("student_int8") is not None
+        key = "student_int8" if quantized else "student"
 
         controls = {
-            name: [record["controls"][name]["accuracy"] for record in records if name in record["controls"]]
+            name: over_seeds(
+                [r["controls"][name]["accuracy_int8" if quantized else "accuracy"] for r in records]
+                if name in first["controls"]
+                else []
+            )
             for name in ("none", "noise")
         }
-        shown = {name: over_seeds(values) if values else "-" for name, values in controls.items()}
+        real = over_seeds([r["real_data"]["accuracy"][key] for r in records if "real_data" in r])
         before, after = first["parameters"]["teacher"], first["parameters"]["student"]
+        sizes = [first["bytes"]["teacher"]["onnx"], first["bytes"]["student"]["onnx"]]
+        sizes += [first["bytes"]["student"]["onnx_int8"]] if quantized else []
         seconds = [record["seconds"]["total"] for record in records]
         rates = [record["impressions"]["impressions_per_second"] for record in records]
         lines.append(
             f"| `{name}` | {first['accuracy']['teacher']:.2f} "
             f"| **{over_seeds([r['accuracy']['student'] for r in records])}** "
-            f"| {shown['none']} "
-            f"| {shown['noise']} "
+            f"| {'**' + over_seeds([r['accuracy']['student_int8'] for r in records]) + '**' if quantized else '-'} "
+            f"| {real} | {controls['none']} | {controls['noise']} "
             f"| {before:,} -> {after:,} "
-            f"| {first['bytes']['teacher']['onnx']:,} -> {first['bytes']['student']['onnx']:,} "
+            f"| {' -> '.join(f'{size:,}' for size in sizes)} "
             f"| {first['impressions']['impressions']:,}, {statistics.median(rates):.0f} "
             f"| {statistics.median(seconds):.0f} |"
         )
     return "\n".join(lines)
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean and standard deviation; a dash for none."""
+    if not values:
+        return "-"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} +- {spread:.2f}"
 
 
 def main() -> None:
@@ -126,7 +147,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(arguments.recipes or sorted(path.stem for path in RESULTS.glob("*.json"))))
+        print(table(arguments.recipes or [path.stem for path in recipe_results()]))
         return
     RESULTS.mkdir(exist_ok=True)
     options = ["--threads", str(arguments.threads)] if arguments.threads else []

@@ -14,7 +14,7 @@ from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.real import METHOD as REAL
-from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free, method_names
+from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free, method_names, transfer_source
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import load_recipe
 from zskd_nni.teacher import Teacher
@@ -141,3 +141,31 @@ def test_the_twin_of_a_recipe_says_that_it_is_not_data_free(tmp_path):
 def test_real_without_a_data_set_is_one_sentence(tmp_path):
     done = run_cli("compress", "digits-prune50", "--out", tmp_path / "out", "--set", "transfer.method=real", "--quiet")
     assert done.returncode == 2 and is_one_sentence(done.stderr) and "transfer.data" in done.stderr
+
+
+def test_one_call_makes_what_a_recipes_transfer_section_makes(digits_teacher, tmp_path):
+    options = {"synthesis": {"max_steps": 3, "shard": 20}}
+    source = transfer_source(digits_teacher, tmp_path / "a", 40, batch_size=16, seed=3, quiet=True, **options)
+    method = find_method("zskd")
+    request = TransferRequest(40, 16, 3, tmp_path / "b", method.options("best", options), quiet=True)
+    same = method.source(digits_teacher, request)
+    assert (source.size, source.batch_size, source.fingerprint) == (40, 16, same.fingerprint)
+    draws = torch.Generator().manual_seed(0)
+    assert torch.equal(source.batch(0, draws), same.batch(0, draws))
+    before = (tmp_path / "a" / "manifest.json").stat().st_mtime_ns
+    transfer_source(digits_teacher, tmp_path / "a", 40, batch_size=16, seed=3, quiet=True, **options)
+    assert (tmp_path / "a" / "manifest.json").stat().st_mtime_ns == before  # taken up, not made again
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "zsdk"}, "no method 'zsdk'.*Did you mean.*'zskd'"),
+        ({"preset": "worst"}, "zskd: preset: zskd has paper, author-code, best, not 'worst'"),
+        ({"synthesis": {"max_step": 3}}, "zskd: unknown key 'synthesis.max_step'; did you mean 'max_steps'"),
+    ],
+)
+def test_mistakes_in_that_call_are_told(digits_teacher, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        transfer_source(digits_teacher, tmp_path / "a", 40, **options)
+    assert not (tmp_path / "a").exists()

@@ -19,6 +19,7 @@ from zskd_nni.inputs import InputSpec
 from zskd_nni.metrics import accuracy
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import load_recipe
+from zskd_nni.report import render_html, render_table
 from zskd_nni.saved_model import load_network
 
 SMALL = (
@@ -113,6 +114,22 @@ def test_calibration_alone_of_the_teacher_itself(tmp_path):
     assert report["accuracy"]["student"] == report["accuracy"]["teacher"]
     assert report["accuracy"]["student_int8"] > report["accuracy"]["teacher"] - 1
     assert report["history"] is None and report["pruning"] is None
+    # Nothing was distilled, and nothing says that it was.
+    noise = report["controls"]["noise"]
+    assert noise["label"] == "calibrated on noise" and "calibrated on uniform noise" in noise["what"]
+    terminal, page = render_table(report), (tmp_path / "report.html").read_text()
+    assert "control: calibrated on noise, int8" in terminal and "control: calibrated on noise, int8" in page
+    assert f"Calibrated on noise: {noise['what']}." in page
+    assert "distill" not in terminal and "distill" not in page.split("<h2>Provenance</h2>")[0]
+
+
+def test_the_controls_of_a_distilled_student_say_so(finished):
+    out, report = finished
+    assert [control["label"] for control in report["controls"].values()] == ["not distilled", "distilled on noise"]
+    terminal, page = render_table(report), (out / "report.html").read_text()
+    for words in ("control: not distilled", "control: distilled on noise", "control: distilled on noise, int8"):
+        assert words in terminal and words in page
+    assert "calibrated on noise" not in terminal + page
 
 
 def test_a_quantizer_that_changes_weights_is_measured_in_simulation(tmp_path):
@@ -165,6 +182,14 @@ def test_a_lost_stage_is_made_again_alike(finished, tmp_path):
         assert sha256_of_file(tmp_path / name) == sha256_of_file(out / name), name
 
 
+def test_a_report_shows_markup_as_text(finished):
+    out, report = finished
+    mark = "<script>alert(1)</script>"
+    page = render_html(out, {**report, "name": mark, "description": mark, "classifier": mark, "agreement_on": mark})
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;" in page
+
+
 @pytest.mark.parametrize(
     ("changes", "seed", "named"),
     [((), 1, "seed"), (("distillation.temperature=5",), 0, "distillation.temperature")],
@@ -179,8 +204,11 @@ def test_a_damaged_stage_is_run_again_alike(finished, tmp_path, capsys):
     out, _ = finished
     run(tmp_path)
     (tmp_path / "state" / "student.safetensors").write_bytes(b"damaged")
+    calibration = tmp_path / "state" / "student-quantized.calibration.safetensors"
+    calibration.write_bytes(calibration.read_bytes()[:-1])
     run(tmp_path)
-    assert "run again" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("run again") == 2
+    assert sha256_of_file(calibration) == sha256_of_file(out / "state" / calibration.name)
     assert sha256_of_file(tmp_path / "student.safetensors") == sha256_of_file(out / "student.safetensors")
 
 

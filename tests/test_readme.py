@@ -13,12 +13,21 @@ from zskd_nni.zoo import lenet5
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def benchmark_script():
-    spec = importlib.util.spec_from_file_location("packaged_recipes", ROOT / "benchmarks" / "packaged_recipes.py")
+def benchmark_script(name="packaged_recipes"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def calibrated_only(record):
+    compression = record["recipe"]["compression"]
+    return (
+        record["recipe"]["student"] is None
+        and compression["pruning"] is None
+        and compression["quantization"]["quantizer"] == "PtqQuantizer"
+    )
 
 
 def test_the_table_is_that_of_the_result_files():
@@ -27,15 +36,29 @@ def test_the_table_is_that_of_the_result_files():
     assert benchmark_script().table(names) in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", benchmark_script().recipe_results(), ids=lambda path: path.stem)
 def test_results_have_three_seeds_controls_and_provenance(path):
     records = json.loads(path.read_text())
     assert [record["provenance"]["seed"] for record in records] == [0, 1, 2]
     for record in records:
-        assert set(record["controls"]) == {"none", "noise"}
+        assert set(record["controls"]) == set(record["recipe"]["controls"])
+        # Where nothing is distilled there is nothing to leave out.
+        assert {"none", "noise"} - set(record["controls"]) <= ({"none"} if calibrated_only(record) else set())
         assert record["provenance"]["commit"]
         assert record["provenance"]["selected_on"]
         assert record["accuracy"]["student"] is not None
+
+
+def test_the_table_of_shrunken_networks_is_that_of_its_result_file():
+    script = benchmark_script("shrinking")
+    record = json.loads(script.RESULTS.read_text())
+    assert [row["network"] for row in record["networks"]] == list(script.NETWORKS)
+    assert script.DOCUMENT.read_text() == script.document(record)
+    for row in record["networks"]:
+        assert row["max_logit_difference"] < 1e-4
+        assert row["parameters"]["after"] < 0.6 * row["parameters"]["before"]
+        assert row["onnx_bytes"]["after"] < 0.6 * row["onnx_bytes"]["before"]
+        assert row["provenance"]["commit"] and not row["provenance"]["commit"].endswith("+changes")
 
 
 def test_the_example_in_python_runs_as_it_stands(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from zskd_nni.augment import Augmentation
 from zskd_nni.data import LabelledImages
 from zskd_nni.distillation import DistillationSettings, check_student, distill
 from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, save_tensors
+from zskd_nni.files import load_sealed, load_tensors, save_sealed, save_tensors
 from zskd_nni.losses import distillation_loss
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.supervised import SupervisedSettings, train_supervised
@@ -181,10 +181,10 @@ def test_checkpoint_of_another_run_is_refused(checkpointed: Path) -> None:
 
 
 def rewrite(path: Path, change) -> None:
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = load_sealed(path)
     state = json.loads(metadata["state"])
     change(tensors, state)
-    save_tensors(path, tensors, {"state": json.dumps(state)})
+    save_sealed(path, tensors, {"state": json.dumps(state)})
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,9 @@ def rewrite(path: Path, change) -> None:
         lambda path: rewrite(path, lambda tensors, state: tensors.update({"model.head.weight": torch.zeros(2, 2)})),
         lambda path: rewrite(path, lambda tensors, state: state.pop("step")),
         lambda path: rewrite(path, lambda tensors, state: state["history"].update(more=1)),
+        lambda path: rewrite(path, lambda tensors, state: state["history"].update(steps="x")),
+        lambda path: rewrite(path, lambda tensors, state: state.update(step=-1)),
+        lambda path: rewrite(path, lambda tensors, state: state.update(step=float("inf"))),
         lambda path: rewrite(path, lambda tensors, state: state["optimizer"].update(groups=[])),
     ],
 )

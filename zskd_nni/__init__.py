@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zskd_nni.distillation import DistillationSettings, distill
     from zskd_nni.errors import UserError
     from zskd_nni.inputs import InputSpec
+    from zskd_nni.methods.registry import transfer_source
     from zskd_nni.saved_model import load_network
     from zskd_nni.synthesis import ImpressionStore, SynthesisSettings, synthesize
     from zskd_nni.teacher import Teacher
@@ -35,6 +36,7 @@ _HOMES = {
     "distill": "zskd_nni.distillation",
     "load_network": "zskd_nni.saved_model",
     "synthesize": "zskd_nni.synthesis",
+    "transfer_source": "zskd_nni.methods.registry",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "distill",
     "load_network",
     "synthesize",
+    "transfer_source",
 ]
 
 

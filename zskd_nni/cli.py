@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -197,6 +198,57 @@ def distill(
 
 
 @app.command()
+def search(
+    recipe: RecipeArgument,
+    out: OutOption,
+    seed: SeedOption = None,
+    changes: SetOption = None,
+    data_root: DataRootOption = None,
+    device: DeviceOption = "cpu",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads of a trial; the cores divided where absent.")
+    ] = None,
+    portal: Annotated[
+        bool, typer.Option("--portal", help="Open NNI's web portal to the network; it has no password.")
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="Of NNI's web server; a free one where absent.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Search a recipe's settings by an NNI experiment, without data; docs/experiments.md."""
+    from zskd_nni.compression.search import BEST, Search, render_trials
+    from zskd_nni.data import data_root as find_root
+    from zskd_nni.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes or (), seed)
+    _prepare(device, threads)
+    table = Search(
+        loaded,
+        out,
+        device=device,
+        threads=threads,
+        root=find_root(data_root),
+        portal=portal,
+        port=port,
+        quiet=quiet,
+    ).run()
+    typer.echo(render_trials(table))
+    typer.echo(f"\nbest: trial {table['best']}; its recipe: zskd-nni compress {out / BEST}")
+
+
+@app.command(hidden=True)
+def trial(job: Annotated[Path, typer.Argument(metavar="FOLDER", help="As a search wrote it.")]) -> None:
+    """One trial of a search; NNI starts it."""
+    from zskd_nni.compression.search_trial import JOB, run_trial
+    from zskd_nni.files import read_json
+
+    settings = read_json(job / JOB)
+    _prepare(settings["device"], settings["threads"])
+    run_trial(job)
+
+
+@app.command()
 def evaluate(
     network: Annotated[Path, typer.Argument(metavar="FILE", help="A student.json (or the folder it lies in).")],
     data: Annotated[str, typer.Option("--data", help="digits, mnist, fashion-mnist, cifar10, an .npz or a folder.")],
@@ -376,14 +428,41 @@ def main() -> None:
 
     try:
         with stoppable():
-            app()  # answers wrong usage itself, with exit code 2
+            try:
+                app()  # answers wrong usage itself, with exit code 2
+            except Interrupted as stop:
+                for signum in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(signum, signal.SIG_IGN)
+                print(f"{stop}; what was finished is kept, the same command goes on from there.", file=sys.stderr)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(128 + stop.signum)  # nothing is left to do, and another signal must not be answered otherwise
     except UserError as error:
         _fail(str(error))
-    except Interrupted as stop:
-        print(f"{stop}; what was finished is kept, the same command goes on from there.", file=sys.stderr)
-        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a file of the user's that cannot be read, a name that no file can have
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _fail(f"{where}{error.strerror or error}")
+    except MemoryError:
+        _fail(_TOO_LARGE)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(_TOO_LARGE)
+
+
+_TOO_LARGE = (
+    "There is not enough memory for this. Smaller batches (distillation.batch, transfer.synthesis.slots) or fewer "
+    "images (transfer.size) need less; what was finished is kept"
+)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(sentence: str) -> None:

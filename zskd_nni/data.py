@@ -5,6 +5,7 @@ Nothing in synthesis, distillation on impressions, pruning or calibration comes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,9 @@ def load_images(
     path = Path(name)
     if path.suffix == ".npz":
         return _npz(path)
-    if path.is_dir():
-        return _folder(path)
+    with contextlib.suppress(OSError, ValueError):  # a name that no folder can have
+        if path.is_dir():
+            return _folder(path)
     raise UserError(
         f"There is no data set {name!r}: name one of {', '.join(NAMED_SETS)}, an .npz file or a folder of images."
     )
@@ -172,6 +174,8 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
     try:
         with np.load(path, allow_pickle=False) as content:
             images, labels = content["images"], content["labels"]
+        if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
+            raise ValueError("they are no arrays")
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
     except Exception as error:  # a damaged archive raises anything
@@ -188,7 +192,7 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
 
 
 def _folder(path: Path) -> LabelledImages:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     files = [(file, index) for index, name in enumerate(classes) for file in sorted((path / name).iterdir())]
@@ -202,7 +206,7 @@ def _folder(path: Path) -> LabelledImages:
         try:
             with Image.open(file) as image:
                 arrays.append(np.asarray(image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
+        except Exception as error:  # damaged images raise anything, and so do those too large to be meant
             raise UserError(f"{file} cannot be read as an image ({error}).") from error
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from zskd_nni import interrupt
 from zskd_nni.data import LabelledImages
 from zskd_nni.inputs import InputSpec
 
@@ -18,5 +19,8 @@ def logits_on(
     network: Network, data: LabelledImages, spec: InputSpec, device: str = "cpu", batch: int = 1000
 ) -> Tensor:
     """Logits ``(N, K)`` of a network that takes images in the spec's value range, on the CPU."""
-    parts = range(0, len(data), batch)
-    return torch.cat([network(data.pixels(slice(i, i + batch), spec).to(device)).float().cpu() for i in parts])
+    parts = []
+    for first in range(0, len(data), batch):
+        interrupt.check()
+        parts.append(network(data.pixels(slice(first, first + batch), spec).to(device)).float().cpu())
+    return torch.cat(parts)

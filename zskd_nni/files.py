@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from zskd_nni.errors import UserError
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write ``data`` so that ``path`` holds either its old content or all of the new.
@@ -30,8 +34,9 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_quietly(temporary)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # never through a link that somebody put there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -88,16 +93,23 @@ class FolderInUseError(UserError):
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, name: str = "") -> Iterator[None]:
     """Within the block no other run writes into ``folder``; what a killed one left half-written is removed.
 
     The lock is the operating system's and goes with its process, however that ends.
+
+    Args:
+        folder: must be there.
+        name: of what is written, where several runs share the folder: only the files whose names begin so are owned.
 
     Raises:
         FolderInUseError: another run is at work there.
         UserError: the folder cannot be written to.
     """
-    lock = filelock.FileLock(folder / ".lock")
+    path = folder / (f".{name}.lock" if name else ".lock")
+    if path.is_symlink():  # taking the lock empties the file
+        raise UserError(f"{path} is a link; the folder {folder} is not locked through it. Remove the link.")
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
@@ -105,11 +117,25 @@ def only_writer(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be written to ({error.strerror}).") from error
     try:
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(folder, name)
         yield
     finally:
         lock.release()
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what killed runs left half-written in ``folder``; only its one writer may call this."""
+    for entry in folder.glob(f".{glob.escape(name)}*.tmp"):
+        if _TEMPORARY.fullmatch(entry.name) and (entry.is_symlink() or entry.is_file()):
+            _remove_quietly(entry)
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a file that can be looked at; a name that no file can have is not one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_json(path: str | Path) -> Any:
@@ -123,7 +149,9 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be read as JSON: it is nested too deeply.") from error
+    except (OSError, ValueError) as error:  # also no UTF-8, and numbers too long for a number
         raise UserError(f"{path} cannot be read as JSON ({error}).") from error
 
 
@@ -177,7 +205,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         UserError: the file is missing, or is not a sound safetensors file.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
@@ -186,6 +214,38 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in names}, metadata
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a sound safetensors file ({error}).") from error
+
+
+_SEAL = "sha256"
+
+
+def save_sealed(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """As :func:`save_tensors`, with a checksum of the content inside, for :func:`load_sealed`."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(path, plain, {**metadata, _SEAL: _seal(plain, metadata)})
+
+
+def load_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata that :func:`save_sealed` wrote.
+
+    Raises:
+        UserError: the file is missing, not sound, or not as it was written.
+    """
+    tensors, metadata = load_tensors(path)
+    seal = metadata.pop(_SEAL, None)
+    # Copies: what was read is a window on the file, which somebody may damage meanwhile.
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    if seal != _seal(tensors, metadata):
+        raise UserError(f"{path} is not as it was written: its checksum differs. Remove the file to start over.")
+    return tensors, metadata
+
+
+def _seal(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:
@@ -197,7 +257,7 @@ def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:
         UserError: no such file, a PyTorch file without the flag, or a file that holds more than weights.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"There is no weights file {path}.")
     if path.suffix == ".safetensors":
         return load_tensors(path)[0]

@@ -1,6 +1,8 @@
 """Naming a network: ``zoo:lenet5``, ``torchvision:resnet18``, ``package.module:factory``, ``file.py:factory``.
 
 The last two import code that the user wrote; whoever owns the recipe decides what runs. Nothing else in a recipe can.
+What they name must make networks: a class derived from ``nn.Module``, a function of the user's own code, or a function
+of an installed package that is annotated to return an ``nn.Module``. ``os:system`` and ``torch:load`` are none.
 """
 
 from __future__ import annotations
@@ -8,15 +10,20 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+import sysconfig
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from zskd_nni import zoo
 from zskd_nni.errors import UserError
+from zskd_nni.files import is_file, sha256_of_file
 
 FORMS = "zoo:NAME, torchvision:NAME, package.module:factory or path/to/file.py:factory"
 
@@ -61,12 +68,48 @@ def _find_factory(reference: str, base: Path | None) -> Any:
     module = _import_file(Path(source), base) if source.endswith(".py") else _import_module(source, base)
     if not hasattr(module, name):
         raise UserError(f"{source} has no {name!r} to build a network with.")
-    return getattr(module, name)
+    factory = getattr(module, name)
+    if callable(factory) and not _makes_networks(factory):
+        raise UserError(
+            f"{reference!r} is no factory of networks: name a class derived from nn.Module, a function of your own, or "
+            "one of a package that is annotated to return an nn.Module. A file.py beside the recipe may call any other."
+        )
+    return factory
+
+
+def _makes_networks(factory: Any) -> bool:
+    """Whether somebody can have meant ``factory`` to build a network; a recipe's arguments go to nothing else."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    factory = inspect.unwrap(factory)
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
+        return True
+    home = getattr(factory, "__module__", None) or type(factory).__module__
+    if not _is_standard(home) and not _is_installed(home):
+        return True
+    try:
+        made = get_type_hints(factory).get("return")
+    except Exception:  # annotations may be anything
+        return False
+    return isinstance(made, type) and issubclass(made, nn.Module)
+
+
+def _is_standard(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_installed(module: str) -> bool:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.partition(".")[0] == __name__.partition(".")[0]:
+        return True  # compiled in, or gone: not a file that the user wrote
+    folders = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
+    path = Path(file).resolve()
+    return any(folder in path.parents for folder in folders) or "dist-packages" in path.parts
 
 
 def _import_file(path: Path, base: Path | None) -> Any:
     path = path if path.is_absolute() or base is None else base / path
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"There is no file {path} to take a network from.")
     name = f"zskd_nni_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -82,6 +125,8 @@ def _import_file(path: Path, base: Path | None) -> Any:
 
 
 def _import_module(name: str, base: Path | None) -> Any:
+    if _is_standard(name):
+        raise UserError(f"The module {name!r} is part of Python itself and makes no networks.")
     # Beside the recipe or in the current folder, as python itself would find it; the command's own folder is another.
     folders = [str(folder) for folder in (base, Path.cwd()) if folder is not None]
     before = list(sys.path)
@@ -92,6 +137,33 @@ def _import_module(name: str, base: Path | None) -> Any:
         raise UserError(f"The module {name!r} cannot be imported: {error}") from error
     finally:
         sys.path[:] = before
+
+
+def network_fingerprint(network: nn.Module) -> str:
+    """SHA-256 over a network's modules, their settings and its weights."""
+    digest = hashlib.sha256(repr(network).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def code_fingerprint(reference: str, base: Path | None = None) -> str | None:
+    """SHA-256 of the file that a factory of the user's own is defined in; None for networks of packages.
+
+    What that file imports is not looked into.
+    """
+    source = reference.rpartition(":")[0]
+    if source in ("zoo", "torchvision"):
+        return None
+    factory = _find_factory(reference, base)
+    while isinstance(factory, partial):
+        factory = factory.func
+    home = getattr(inspect.unwrap(factory), "__module__", None) or type(factory).__module__
+    file = getattr(sys.modules.get(home), "__file__", None)
+    if _is_standard(home) or _is_installed(home) or file is None or not is_file(Path(file)):
+        return None
+    return sha256_of_file(file)
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

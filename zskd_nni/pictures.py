@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zskd_nni import interrupt
 from zskd_nni.files import write_atomic
 from zskd_nni.inputs import InputSpec
 
 
 def impressions_picture(
-    images: Tensor, logits: Tensor, spec: InputSpec, path: Path, columns: int = 10, title: str = ""
+    images: Tensor, logits: Tensor, spec: InputSpec, path: Path | io.BytesIO, columns: int = 10, title: str = ""
 ) -> None:
     """Draw ``(N, C, H, W)`` images in a grid with the teacher's class and confidence above each.
 
@@ -22,14 +23,13 @@ def impressions_picture(
         images: in the value range.
         logits: ``(N, K)`` the teacher's answers.
         spec: the value range.
-        path: a ``.png`` file.
+        path: a ``.png`` file, or memory to write one into.
         columns: images in a row.
         title: above the grid.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    unit = ((images.float() - spec.low) / (spec.high - spec.low)).clamp(0, 1)
     confidence, seen = torch.softmax(logits.float(), 1).max(1)
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(columns * 0.95, rows * 1.15 + (0.45 if title else 0)), dpi=110)
@@ -39,16 +39,25 @@ def impressions_picture(
         axis.axis("off")
         if number >= len(images):
             continue
-        # Other than three channels have no colours of their own; their mean is shown.
-        picture = unit[number].permute(1, 2, 0) if unit.shape[1] == 3 else unit[number].mean(0)
-        axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.imshow(as_picture(images[number], spec), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{int(seen[number])}  {100 * float(confidence[number]):.0f}%", fontsize=7, pad=2)
     if title:
         figure.suptitle(title, fontsize=9, y=0.998)
     figure.tight_layout(pad=0.4)
-    buffer = io.BytesIO()
+    interrupt.check()
+    buffer = io.BytesIO() if isinstance(path, Path) else path
     figure.savefig(buffer, format="png")
-    write_atomic(path, buffer.getvalue())
+    if isinstance(path, Path):
+        write_atomic(path, buffer.getvalue())
+
+
+def as_picture(image: Tensor, spec: InputSpec) -> np.ndarray:
+    """What there is to see of ``(C, H, W)``: ``(H, W, 3)`` or ``(H, W)`` in [0, 1].
+
+    Other than three channels have no colours of their own; their mean is shown.
+    """
+    unit = ((image.float() - spec.low) / (spec.high - spec.low)).clamp(0, 1)
+    return (unit.permute(1, 2, 0) if len(unit) == 3 else unit.mean(0)).numpy()
 
 
 def pick_by_class(logits: Tensor, per_class: int) -> Tensor:

@@ -11,26 +11,37 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from zskd_nni import interrupt
 from zskd_nni.data import DATA_VARIABLE, NAMED_SETS, data_root, load_images
 from zskd_nni.distillation import check_student, distill
 from zskd_nni.errors import UserError
 from zskd_nni.evaluation import logits_on
 from zskd_nni.export import export_onnx, run_onnx
-from zskd_nni.files import fingerprint_of, make_folder, only_writer, read_json, save_tensors, write_json
+from zskd_nni.files import (
+    fingerprint_of,
+    make_folder,
+    only_writer,
+    read_json,
+    remove_leftovers,
+    save_tensors,
+    write_json,
+)
 from zskd_nni.latency import median_latencies
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.metrics import accuracy, agreement
+from zskd_nni.networks import code_fingerprint, network_fingerprint
 from zskd_nni.pictures import impressions_picture, pick_by_class
 from zskd_nni.provenance import provenance
 from zskd_nni.recipe import LoadedRecipe, NetworkSection
@@ -45,6 +56,7 @@ from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
 if TYPE_CHECKING:
     from zskd_nni.compression.quantization import Quantization
 
+T = TypeVar("T")
 RUN = "run.json"
 # Of the held-out images onnxruntime must choose as NNI's simulation does on so many, or there is a warning, an error.
 GOOD_AGREEMENT, LEAST_AGREEMENT = 0.995, 0.98
@@ -99,9 +111,18 @@ class Run:
         self._check_early()
         self.given = None if impressions is None else self._given_store(impressions)
         self.identity = {
-            "recipe": _plain(self.recipe.model_dump(mode="json", exclude={"scales"})),
+            "recipe": _plain(self.recipe.model_dump(mode="json", exclude={"scales", "search"})),
             "teacher": self.teacher.fingerprint,
         }
+        if self.recipe.student is not None:  # its weights, or what its factory makes of the seed
+            self.identity["student"] = network_fingerprint(self._fresh_student())
+        code = {
+            reference: digest
+            for reference in sorted({section.model for section in (self.recipe.teacher, self._student_section())})
+            if (digest := code_fingerprint(reference, self.loaded.base)) is not None
+        }
+        if code:
+            self.identity["code"] = code
         if self.given is not None:
             self.identity["impressions"] = self.given.fingerprint
         self.seconds: dict[str, float] = {}
@@ -162,7 +183,7 @@ class Run:
                 difference = describe_difference(known["identity"], self.identity)
                 if difference:
                     raise UserError(f"{self.out} belongs to another run ({difference}). Use another output folder.")
-                self.seconds = dict(known.get("seconds", {}))
+                self.seconds = _figures(known.get("seconds"))
             elif any(entry.name != ".lock" for entry in self.out.iterdir()):
                 raise UserError(
                     f"{self.out} is not empty and no run of this recipe made it. Use another output folder."
@@ -176,6 +197,7 @@ class Run:
     @contextmanager
     def _timed(self, stage: str, again: bool = True) -> Iterator[None]:
         """Count a stage's seconds; those of a stage that every run repeats (``again`` false) are not added up."""
+        interrupt.check()
         before = self.seconds.get(stage, 0.0) if again else 0.0
         started = time.monotonic()
         try:
@@ -269,7 +291,7 @@ class Run:
             source: what it learns on; None leaves it untaught.
             scores: what a pruner scores channels on and a quantizer is calibrated on; ``source`` where absent.
         """
-        make_folder(self.out / "state")
+        remove_leftovers(make_folder(self.out / "state"))
         section = self.recipe.compression.quantization
         if section is not None and section.fused and source is not None:
             return self._in_one_training(name, source)
@@ -349,8 +371,9 @@ class Run:
         from zskd_nni.compression.student_quantization import quantize_student
 
         finished = self.out / "state" / f"{name}-quantized.json"
-        if finished.exists():
-            return load_quantization(finished)
+        known = self._reload(load_quantization, finished)
+        if known is not None:
+            return known
         section = self.recipe.compression.quantization
         assert section is not None
         checkpoint = self.out / "state" / f"{name}-quantization.checkpoint.safetensors"
@@ -380,9 +403,9 @@ class Run:
 
         state = self.out / "state"
         finished, quantized = state / f"{name}.json", state / f"{name}-quantized.json"
-        known = self._load(finished)
-        if known is not None and quantized.exists():
-            known.quantization = load_quantization(quantized)
+        known, known_quantization = self._load(finished), self._reload(load_quantization, quantized)
+        if known is not None and known_quantization is not None:
+            known.quantization = known_quantization
             return known
         compression = self.recipe.compression
         assert compression.pruning is not None and compression.quantization is not None
@@ -409,10 +432,13 @@ class Run:
 
     def _load(self, description: Path) -> Made | None:
         """A finished stage's network; None where the stage is to be run, because it never was or its files are bad."""
+        return self._reload(_made, description)
+
+    def _reload(self, load: Callable[[Path], T], description: Path) -> T | None:
         if not description.exists():
             return None
         try:
-            return Made(load_network(description), read_json(description).get("record", {}))
+            return load(description)
         except UserError as error:
             print(f"{error} That stage is run again.", file=sys.stderr)
             return None
@@ -550,6 +576,7 @@ class Run:
                 "agreement": round(shown[name], 6),
                 "accuracy_int8": accuracies.get(f"{name}_int8"),
                 "agreement_int8": None if f"{name}_int8" not in shown else round(shown[f"{name}_int8"], 6),
+                "label": self._label_of_a_control(name),
                 "what": self._what_a_control_is(name, made[name].quantization is not None),
             }
             for name in made
@@ -582,6 +609,7 @@ class Run:
             "history": made["student"].record.get("distillation"),
             "onnx_difference": exported["onnx_difference"],
             "data_free": data_free,
+            "only_calibrated": self.recipe.only_calibrates,
             "learnt_on": None if data_free else getattr(options, "data", method.name),
             "classifier": teacher.classifier_path,
             "evaluation": self.recipe.evaluation.data if self.recipe.evaluation and self.measured else None,
@@ -595,8 +623,15 @@ class Run:
             },
         }
 
+    def _label_of_a_control(self, name: str) -> str:
+        if name == "none":
+            return "not distilled"
+        return "calibrated on noise" if self.recipe.only_calibrates else "distilled on noise"
+
     def _what_a_control_is(self, name: str, quantized: bool) -> str:
         pruning = self.recipe.compression.pruning
+        if name == "noise" and self.recipe.only_calibrates:
+            return "the same network, calibrated on uniform noise in the place of the images"
         if name == "noise":
             return "the same student, with uniform noise in the place of the images"
         what = "the same student without distillation"
@@ -618,6 +653,18 @@ class Run:
             self.out / "impressions.png",
             title="Data impressions, with the class and confidence the teacher sees",
         )
+
+
+def _made(description: Path) -> Made:
+    network, record = load_network(description), read_json(description).get("record")
+    if not isinstance(record, dict):
+        raise UserError(f"{description} does not tell how its network was made.")
+    return Made(network, record)
+
+
+def _figures(seconds: Any) -> dict[str, float]:
+    entries = seconds.items() if isinstance(seconds, dict) else ()
+    return {stage: value for stage, value in entries if type(value) in (int, float) and math.isfinite(value)}
 
 
 def _plain(value: Any) -> Any:

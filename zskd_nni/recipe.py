@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -22,8 +23,10 @@ from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_weights
 from zskd_nni.inputs import InputSpec
+from zskd_nni.key_paths import set_at
 from zskd_nni.methods.registry import find_method
 from zskd_nni.networks import FORMS, build_network, load_into
+from zskd_nni.search_space import check_space
 from zskd_nni.settings import describe_validation
 from zskd_nni.teacher import Teacher
 from zskd_nni.zoo.trained import trained_weights
@@ -252,6 +255,39 @@ class EvaluationSection(_Section):
     split: Literal["train", "test"] = "test"
 
 
+class SearchSection(_Section):
+    """An NNI experiment over the recipe, for ``zskd-nni search``; other commands pass over it.
+
+    Attributes:
+        space: NNI's search space; its names are key paths of the recipe.
+        objective: ``agreement`` of student and teacher on a fixed probe set, which needs no data, or ``accuracy`` on
+            the evaluation data.
+        max_bytes: budget of the student's deployable file; a trial above it is never chosen.
+        trials: how many.
+        concurrency: how many at a time.
+        tuner: one of NNI's by name, or NNI's own mapping (``name``, ``class_args``).
+        seed: of the tuner and the probe set; the recipe's where absent.
+        probe: images in the probe set.
+        training_service: NNI's own config, untouched.
+    """
+
+    space: dict[str, Any]
+    objective: Literal["agreement", "accuracy"] = "agreement"
+    max_bytes: int | None = Field(default=None, ge=1)
+    trials: int = Field(default=20, ge=1)
+    concurrency: int = Field(default=1, ge=1)
+    tuner: str | dict[str, Any] = "TPE"
+    seed: int | None = Field(default=None, ge=0)
+    probe: int = Field(default=1000, ge=50)
+    training_service: dict[str, Any] = Field(default_factory=lambda: {"platform": "local"})
+
+    @field_validator("space")
+    @classmethod
+    def _is_a_space(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_space(value)
+        return value
+
+
 class Recipe(_Section):
     """A whole recipe.
 
@@ -270,6 +306,7 @@ class Recipe(_Section):
         seed: of everything random.
         scale: which of ``scales`` this is; ``full`` is the recipe as it stands.
         scales: smaller (or larger) versions by name: key paths of the recipe and what stands there instead.
+        search: an NNI experiment over the keys above.
     """
 
     name: str
@@ -285,6 +322,7 @@ class Recipe(_Section):
     seed: int = Field(default=0, ge=0)
     scale: str = "full"
     scales: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    search: SearchSection | None = None
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
@@ -293,6 +331,13 @@ class Recipe(_Section):
                 "a recipe needs a student, or compression.pruning or .quantization to make one of the teacher"
             )
         return self
+
+    @property
+    def only_calibrates(self) -> bool:
+        """Whether nothing is trained: the teacher itself is quantized by its ranges alone."""
+        quantization = self.compression.quantization
+        trained = self.student is not None or self.compression.pruning is not None
+        return quantization is not None and quantization.quantizer in ("PtqQuantizer", "ptq") and not trained
 
 
 @dataclass(frozen=True)
@@ -354,6 +399,9 @@ def packaged_names() -> list[str]:
     return sorted(path.stem for path in packaged_folder().glob("*.yml"))
 
 
+_LONGEST, _MOST_VALUES, _DEEPEST = 200_000, 100_000, 50
+
+
 def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
     """The YAML of a packaged recipe or of a file, and the folder its relative paths are meant from.
 
@@ -368,7 +416,7 @@ def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
             return path.read_text(), path.resolve().parent
         except FileNotFoundError as error:
             raise UserError(f"There is no recipe file {path}.") from error
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"The recipe {path} cannot be read ({error}).") from error
     near = difflib.get_close_matches(name_or_file, packaged_names(), 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"packaged ones: {', '.join(packaged_names())}; or name a .yml file."
@@ -399,11 +447,27 @@ def load_recipe(
         _apply_override(source, override)
     if seed is not None:
         source["seed"] = seed
+    return LoadedRecipe(check_recipe(source, f"The recipe {name_or_file}"), base, source)
+
+
+def check_recipe(source: Mapping[str, Any], called: str) -> Recipe:
+    """A recipe from its plain mapping.
+
+    Args:
+        source: as read from YAML.
+        called: what messages call it.
+
+    Raises:
+        UserError: one sentence on the first thing that is wrong.
+    """
     try:
         recipe = Recipe.model_validate(source)
     except ValidationError as error:
-        raise UserError(f"The recipe {name_or_file}: {describe_validation(error, Recipe)}") from error
-    return LoadedRecipe(recipe, base, source)
+        raise UserError(f"{called}: {describe_validation(error, Recipe)}") from error
+    for path, value in _values_in(source):  # in what is NNI's or a factory's, nobody has looked
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{called}: {_dotted(path)}a number is expected, not nan.")
+    return recipe
 
 
 def _apply_scale(source: dict[str, Any], scale: str, name: str) -> None:
@@ -420,39 +484,64 @@ def _apply_override(source: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise UserError(f"--set takes key.path=value, not {override!r}.")
-    _put(source, path, _parse_yaml(text, f"--set {path}: the value is not YAML"), "--set")
+    value = _parse_yaml(text, f"--set {path}: the value is not YAML")
+    _put(source, path, value, "--set")
 
 
 def _put(source: dict[str, Any], path: str, value: Any, origin: str) -> None:
-    """Set what stands at a key path; the numbers of list entries are keys of it."""
-    keys = path.split(".")
-    place: Any = source
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(place, list):
-            if not (key.isascii() and key.isdigit() and int(key) < len(place)):
-                where = ".".join(keys[:depth])
-                raise UserError(f"{origin} {path}: {where} is a list of {len(place)}; {key!r} is no index of it.")
-            index = int(key)
-            if last:
-                place[index] = value
-            else:
-                place = place[index]
-        elif isinstance(place, dict):
-            if last:
-                place[key] = value
-            else:
-                if place.get(key) is None:
-                    place[key] = {}
-                place = place[key]
-        else:
-            raise UserError(f"{origin} {path}: {'.'.join(keys[:depth])} is {place!r}, which has no keys.")
+    """Set what stands at a key path."""
+    try:
+        set_at(source, path, value)
+    except ValueError as error:
+        raise UserError(f"{origin} {path}: {error}.") from error
 
 
 def _parse_yaml(text: str, complaint: str) -> Any:
+    if len(text) > _LONGEST:
+        raise UserError(f"{complaint}: it is longer than {_LONGEST:,} characters.")
     try:
-        return yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except RecursionError as error:
         raise UserError(f"{complaint}: it is nested too deeply.") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # bad dates, numbers, keys
         raise UserError(f"{complaint}: {' '.join(str(error).split())}.") from error
+    problem = _not_plain(content)
+    if problem:
+        raise UserError(f"{complaint.split(' is not YAML')[0].split(': the value')[0]}: {problem}.")
+    return content
+
+
+def _not_plain(content: Any) -> str | None:
+    """What in YAML's answer is not a mapping, list, text, number, truth value or null, or is too much to be meant.
+
+    References may make a short text stand for more values than fit into memory, or for one that contains itself.
+    """
+    for count, (path, value) in enumerate(_values_in(content)):
+        if count == _MOST_VALUES:
+            return f"it holds more than {_MOST_VALUES:,} values"
+        if path.count("\x1f") > _DEEPEST:
+            return f"{_dotted(path)[:60]}... is nested too deeply, or contains itself"
+        if isinstance(value, dict):
+            wrong = next((key for key in value if not isinstance(key, str | int | float | None)), None)
+            if wrong is not None:
+                return f"{_dotted(path)}a key is text, not {wrong!r}"
+        elif not isinstance(value, list | str | bool | int | float | None):
+            return f"{_dotted(path)}a recipe holds mappings, lists, text, numbers, true, false and null, not {value!r}"
+    return None
+
+
+def _values_in(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every value with its path, parts joined by a character that no key has; never ends where content holds itself."""
+    waiting: list[tuple[str, Any]] = [("", content)]
+    yield waiting[0]
+    while waiting:
+        path, value = waiting.pop()
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, entry in entries:
+            yield f"{path}\x1f{key}", entry
+            if isinstance(entry, dict | list):
+                waiting.append((f"{path}\x1f{key}", entry))
+
+
+def _dotted(path: str) -> str:
+    return f"{'.'.join(path.split(chr(31))[1:])}: " if path else ""

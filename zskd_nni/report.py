@@ -45,9 +45,12 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows.append(("one image, ms", f"{latency['teacher']:.3f}", f"{latency['student']:.3f}"))
     if latency["student_int8"] is not None:
         rows.append(("one image, int8, ms", "", f"{latency['student_int8']:.3f}"))
-    for name, control in report["controls"].items():
-        label = {"none": "control: not distilled", "noise": "control: distilled on noise"}[name]
-        for suffix, named in (("", label), ("_int8", f"{label}, {_integers(report)}")):
+    for control in report["controls"].values():
+        label = f"control: {control['label']}"
+        rows_of_control = [("", label), ("_int8", f"{label}, {_integers(report)}")]
+        if report["only_calibrated"]:
+            del rows_of_control[0]  # in floating point it is the teacher itself
+        for suffix, named in rows_of_control:
             accuracy, agreement = control[f"accuracy{suffix}"], control[f"agreement{suffix}"]
             if agreement is not None:
                 rows.append(

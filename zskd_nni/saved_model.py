@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_tensors, read_json, save_tensors, sha256_of_file, write_json
@@ -92,8 +93,21 @@ def _build_layer(description: dict[str, Any], path: str, source: Path) -> nn.Mod
         raise UserError(f"{source}: the layer {path!r} is described as {kind!r}, which is not a layer known here.")
     try:
         return _LAYERS[kind][0](**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the arguments may be anything
         raise UserError(f"{source}: the layer {path!r} cannot be built as described ({error}).") from error
+
+
+def _check_size(description: dict[str, Any], path: str, tensors: dict[str, Tensor], source: Path) -> None:
+    """Before memory is taken: a layer is as large as its weights in the file, or it is not made."""
+    with torch.device("meta"):
+        for name, expected in _build_layer(description, path, source).state_dict().items():
+            there = tensors.get(f"{path}.{name}")
+            if there is None or there.shape != expected.shape:
+                shape = "not there" if there is None else list(there.shape)
+                raise UserError(
+                    f"{source}: the layer {path!r} is described with a {name} of {list(expected.shape)}, in the "
+                    f"weights it is {shape}."
+                )
 
 
 def save_network(
@@ -173,6 +187,7 @@ def load_network(description: str | Path) -> nn.Module:
             raise UserError(f"{description}: {content['network']} has no layer {path!r}.") from error
         if not child or not isinstance(described, dict):
             raise UserError(f"{description}: the layer {path!r} is not described.")
+        _check_size(described, path, tensors, description)
         owner.register_module(child, _build_layer(described, path, description))
     load_into(network, tensors, str(weights))
     return network.eval()

@@ -17,7 +17,7 @@ from zskd_nni.augment import Augmentation
 from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
 from zskd_nni.evaluation import logits_on
-from zskd_nni.files import fingerprint_of, make_folder, save_tensors, write_json
+from zskd_nni.files import fingerprint_of, make_folder, only_writer, save_tensors, write_json
 from zskd_nni.inputs import InputSpec
 from zskd_nni.metrics import accuracy
 from zskd_nni.networks import build_network
@@ -186,6 +186,22 @@ def train_teacher(
     recipe = TEACHERS[name]
     settings = recipe.settings if epochs is None else replace(recipe.settings, epochs=epochs)
     folder = make_folder(folder)
+    with only_writer(folder, name):
+        return _train(name, recipe, settings, folder, root, download, seed, device, validation, quiet)
+
+
+def _train(
+    name: str,
+    recipe: TeacherRecipe,
+    settings: SupervisedSettings,
+    folder: Path,
+    root: Path | None,
+    download: bool,
+    seed: int,
+    device: str,
+    validation: bool,
+    quiet: bool,
+) -> dict[str, Any]:
     data = load_images(recipe.data, "train", root, download)
     if validation:
         held_out = len(data) // 12

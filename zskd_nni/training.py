@@ -23,13 +23,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni import interrupt
 from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, save_tensors
+from zskd_nni.files import load_sealed, remove_leftovers, save_sealed
 from zskd_nni.progress import Progress
 from zskd_nni.response_norm import fast_response_norms
 from zskd_nni.seeds import derive_seed, generator
 
 Loss = Callable[[int, torch.Generator], Tensor]
 _LOSS_EVERY = 50
+_LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 class DivergenceError(UserError):
@@ -140,6 +141,8 @@ def _fit(
 ) -> History:
     torch.set_flush_denormal(True)  # as in synthesis: for speed, and because the bits depend on it
     first, history = 0, History()
+    if checkpoint is not None:
+        remove_leftovers(checkpoint.path.parent, checkpoint.path.name)
     if checkpoint is not None and checkpoint.path.exists():
         first, history = load_checkpoint(checkpoint, model, optimizer, scheduler, extra)
     started, saved = time.monotonic(), time.monotonic()
@@ -153,10 +156,14 @@ def _fit(
             f"of {steps}. A smaller learning rate usually mends it."
         )
 
+    def finite() -> bool:
+        statistics = (value for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var")))
+        return all(bool(torch.isfinite(value).all()) for value in (*model.parameters(), *statistics))
+
     def save(step: int) -> None:
         if checkpoint is not None:
             history.pending = [float(value) for value in recent]
-            if not all(map(math.isfinite, history.pending)):
+            if not all(map(math.isfinite, history.pending)) or not finite():
                 raise diverged(step)  # the last good checkpoint stays
             history.seconds = before + time.monotonic() - started
             save_checkpoint(checkpoint, model, optimizer, scheduler, step, history, extra)
@@ -165,7 +172,15 @@ def _fit(
         for step in range(first, steps):
             with torch.random.fork_rng(devices=_cuda_devices(model)):
                 torch.manual_seed(derive_seed(seed, "layers", step))  # dropout and the like
-                value = loss(step, generator(seed, "step", step))
+                try:
+                    value = loss(step, generator(seed, "step", step))
+                except ValueError as error:
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    raise UserError(
+                        f"{label.capitalize()}: batch normalisation cannot be trained on a batch of one image; batches "
+                        "(distillation.batch) and sets (transfer.size) of at least 2 images are needed."
+                    ) from error
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
             recent.append(value.detach())
@@ -191,7 +206,7 @@ def _fit(
             if checkpoint is not None and time.monotonic() - saved >= checkpoint.every:
                 save(done)
                 saved = time.monotonic()
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+    if not finite():
         raise diverged(steps)  # by the very last update, which no loss has seen
     history.seconds = before + time.monotonic() - started
     save(steps)
@@ -231,7 +246,7 @@ def save_checkpoint(
         "scheduler": None if scheduler is None else {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)},
         "history": vars(history),
     }
-    save_tensors(checkpoint.path, tensors, {"state": json.dumps(state)})
+    save_sealed(checkpoint.path, tensors, {"state": json.dumps(state)})
 
 
 def _is_plain(value: Any) -> bool:
@@ -252,7 +267,7 @@ def load_checkpoint(
     Raises:
         UserError: the file is damaged, or belongs to another run.
     """
-    tensors, metadata = load_tensors(checkpoint.path)
+    tensors, metadata = load_sealed(checkpoint.path)
     try:
         state = json.loads(metadata["state"])
         if state["fingerprint"] != checkpoint.fingerprint:
@@ -272,19 +287,37 @@ def load_checkpoint(
                 entries.setdefault(int(index), {})[key] = value
         for group, saved in zip(optimizer_state["param_groups"], state["optimizer"]["groups"], strict=True):
             group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
+        if len({frozenset(entry) for entry in entries.values()}) > 1:
+            raise ValueError("the optimiser's state is not whole")
         optimizer_state["state"] = entries
         optimizer.load_state_dict(optimizer_state)
         _laid_out_like_parameters(optimizer)
         if scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
-        return int(state["step"]), History(**state["history"])
+        return _counted(state["step"]), _history(state["history"])
     except UserError:
         raise
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # what somebody wrote may be wrong in any way
         raise UserError(
-            f"The checkpoint {checkpoint.path} does not fit this run ({str(error).splitlines()[0]}). "
+            f"The checkpoint {checkpoint.path} does not fit this run ({' '.join(str(error).split())[:200]}). "
             "Remove the file to start over."
         ) from error
+
+
+def _counted(step: Any) -> int:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{step!r} is no number of steps")
+    return step
+
+
+def _history(state: dict[str, Any]) -> History:
+    history = History(**state)
+    lists = (history.steps, history.losses, history.pending)
+    figures = [figure for entries in lists if isinstance(entries, list) for figure in entries]
+    whole = all(isinstance(entries, list) for entries in lists)
+    if not whole or not all(type(figure) in (int, float) for figure in (*figures, history.seconds)):
+        raise ValueError("its history is not one")
+    return history
 
 
 def _laid_out_like_parameters(optimizer: Optimizer) -> None:
@@ -293,7 +326,11 @@ def _laid_out_like_parameters(optimizer: Optimizer) -> None:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if not isinstance(value, Tensor):
+                    continue
+                if name in _LIKE_PARAMETERS and value.shape != parameter.shape:
+                    raise ValueError(f"{name} is of shape {list(value.shape)}, not {list(parameter.shape)}")
+                if value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 

@@ -326,7 +326,7 @@ def test_norms_do_not_lead_where_something_reads_past_them() -> None:
 
 def test_nnis_old_keys_work() -> None:
     entries = by_name(complete_config_list(plain(), [{"op_types": ["Conv2d"], "sparsity": 0.5}], IMAGE))
-    assert entries["conv1"]["target_settings"]["weight"]["sparse_ratio"] == 0.5
+    assert entries["conv1"]["sparse_ratio"] == 0.5
     assert masks_of(plain(), complete_config_list(plain(), [{"op_types": ["Conv2d"], "sparsity": 0.5}], IMAGE))
 
 

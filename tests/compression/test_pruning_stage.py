@@ -208,7 +208,7 @@ def test_scores_are_those_of_the_images_that_are_given(teacher, source):
         ({"pruner": "TailorPruner"}, "did you mean TaylorPruner"),
         ({"pruner": "TaylorPruner", "arguments": {"training_step": 3}}, "refuses the config"),
         ({"pruner": "MovementPruner", "schedule": {"name": "AGPPruner", "interval": 1, "total_times": 2}}, "its own"),
-        ({"config_list": [{"op_names": ["conv1"], "sparse_ration": 0.5}]}, "refuses the config"),
+        ({"config_list": [{"op_names": ["conv1"], "sparse_ration": 0.5}]}, "did you mean 'sparse_ratio'"),
         ({"config_list": [{"op_names": ["conv9"], "sparse_ratio": 0.5}]}, "conv9"),
     ],
 )

@@ -251,7 +251,7 @@ def test_folds_may_be_named_apart_and_as_lists(norm_teacher):
 def test_mistakes_are_told(teacher):
     with pytest.raises(UserError, match="'QatQuantizer'; the nearest is 'QATQuantizer'"):
         quantizer_class_name("QatQuantizer")
-    with pytest.raises(UserError, match="refuses the config"):
+    with pytest.raises(UserError, match="did you mean 'quant_dtype'"):
         quantized(teacher, "qat", [{"op_types": ["Conv2d"], "quant_dtyp": "int8"}])
     with pytest.raises(UserError, match="16 bits"):
         quantized_onnx_bytes(quantized(teacher, "ptq", config("int16")), SPEC)

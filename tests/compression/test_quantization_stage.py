@@ -236,7 +236,8 @@ def test_pruned_quantized_and_distilled_in_one_training(teacher, source, tmp_pat
     [
         ({"quantizer": "PtqQuantiser"}, "the nearest is 'PtqQuantizer'"),
         ({"fused": True}, "does not train"),
-        ({"config_list": [{"op_types": ["Conv2d"], "quant_dtyp": "int8"}]}, "refuses the config"),
+        ({"config_list": [{"op_types": ["Conv2d"], "quant_dtyp": "int8"}]}, "did you mean 'quant_dtype'"),
+        ({"config_list": [{"op_types": ["Conv2d"], "target_names": ["weight"]}]}, "refuses the config"),
         ({"fuse_names": [["norm1", "relu1", "conv1"]]}, "no config of config_list selects 'norm1'"),
         ({"fuse_names": [["conv1", "bn9"]]}, "refuses the config"),
         ({"quantizer": "QATQuantizer", "arguments": {"start": 3}}, "refuses the config"),

@@ -376,6 +376,39 @@ def test_masks_of_ones_and_fine_grained_masks_remove_nothing_and_say_so() -> Non
     assert torch.allclose(logits(result.model, dummy), wrapped_logits, atol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [0.8, 0.9, 0.98])
+def test_channels_that_single_weights_empty_by_chance_are_no_obstacle(ratio: float) -> None:
+    """Rows and columns of zeros in some layers, not in those beside them, up to a class without a weight."""
+    torch.manual_seed(0)
+    model, dummy = lenet5(), torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        model.fc1.weight[:, 7] *= 1e-4  # a pixel of a channel, not a channel
+        model.fc1.weight[3] *= 1e-4
+        model.conv2.weight[5] *= 1e-4
+        model.fc3.weight[2] *= 1e-4
+    pruner = pruning.LevelPruner(model, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": ratio}])
+    _, masks = pruner.compress()
+    wrapped_logits = logits(model, dummy)
+    pruner.unwrap_model()
+    assert not masks["fc1"]["weight"][:, 7].any() and not masks["fc3"]["weight"][2].any()
+    result = shrink(model, masks, dummy)
+    assert result.sparsity == pytest.approx(ratio, abs=0.02)
+    assert torch.allclose(logits(result.model, dummy), wrapped_logits, atol=1e-5)
+    assert result.model.fc3.out_features == 10
+
+
+def test_single_weights_beside_channels_do_not_stop_the_channels_from_going() -> None:
+    torch.manual_seed(0)
+    model, dummy = lenet5(), torch.rand(1, 1, 32, 32)
+    masks = {name: {"weight": torch.ones_like(model.get_submodule(name).weight)} for name in ("conv2", "fc1")}
+    masks["conv2"]["weight"][:8] = 0
+    masks["fc1"]["weight"][torch.rand(120, 400) < 0.9] = 0
+    masks["fc1"]["weight"][:, 399] = 0
+    result = shrink(model, masks, dummy)
+    assert result.model.conv2.out_channels == 8 and result.model.fc1.in_features == 200
+    assert float((result.model.fc1.weight == 0).float().mean()) == pytest.approx(0.9, abs=0.01)
+
+
 # ---- what NNI lacks
 
 

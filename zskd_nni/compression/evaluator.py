@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,9 @@ class DataFreeEvaluator(TorchEvaluator):
                 ]
             )
             checkpoint = Checkpoint(self._checkpoint_path(), fingerprint, self.checkpoint_every)
-        with training_mode(model):
+        with training_mode(model), warnings.catch_warnings():
+            # NNI puts its own step around the optimiser's, which PyTorch takes for a mistake in the user's loop.
+            warnings.filterwarnings("ignore", "Seems like `optimizer.step\\(\\)` has been overridden")
             history = fit(
                 model,
                 optimizers,

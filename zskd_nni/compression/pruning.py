@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import nni
 import torch
-from nni.compression.base.config import default_config_schema, trans_legacy_config_list
+from nni.compression.base.config import default_config_schema
 from torch import Tensor, nn
 
 from zskd_nni.compression.distillers import fused_distiller
 from zskd_nni.compression.evaluator import DataFreeEvaluator
+from zskd_nni.compression.legacy_config import modern_config_list
 from zskd_nni.compression.pruning_config import plan_pruning
 from zskd_nni.compression.speedup import KeptChannels, shrink
 from zskd_nni.distillation import DistillationSettings
@@ -90,8 +91,8 @@ def prune(
     *,
     scores: TransferSource | None = None,
     distiller: DistillerSection | None = None,
-    seed: int,
-    checkpoint: Path,
+    seed: int = 0,
+    checkpoint: Path | None = None,
     quiet: bool = False,
 ) -> PrunedNetwork:
     """Prune ``network``, distil it under the masks for ``section.steps`` steps, and shrink it.
@@ -105,7 +106,7 @@ def prune(
         scores: what a pruner that needs images is run on; ``source`` where absent.
         distiller: another than the logits' own.
         seed: names the random streams.
-        checkpoint: where the training keeps its state.
+        checkpoint: where the training keeps its state, if anywhere.
         quiet: no progress.
 
     Raises:
@@ -352,12 +353,13 @@ def _config_list(
     network: nn.Module, section: PruningSection, teacher: Teacher
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     schema = default_config_schema("pruning")
-    for config in trans_legacy_config_list(copy.deepcopy(section.config_list)):
+    config_list = modern_config_list(section.config_list, "pruning")
+    for config in config_list:
         schema.validate(config)
     if section.pruner == "LevelPruner":
-        return section.config_list, {}  # single weights, not channels: nothing is to be aligned
+        return config_list, {}  # single weights, not channels: nothing is to be aligned
     dummy = teacher.spec.normalise(teacher.spec.midpoint(2)).to(next(network.parameters()).device)
-    plan = plan_pruning(network, section.config_list, dummy)
+    plan = plan_pruning(network, config_list, dummy)
     return plan.config_list, plan.left_out
 
 

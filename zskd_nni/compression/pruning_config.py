@@ -12,6 +12,7 @@ from torch import nn
 
 from zskd_nni.compression.channel_flow import ChannelFlow, channel_flow
 from zskd_nni.compression.graph import trace
+from zskd_nni.compression.legacy_config import modern_config_list
 from zskd_nni.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -99,16 +100,11 @@ def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_inpu
 
 def _entries_by_module(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The user's entry of each module, without the keys that select modules; like in NNI the first one counts."""
-    from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+    from nni.compression.base.config import select_modules_by_config
 
-    if not isinstance(config_list, list) or not all(isinstance(config, dict) for config in config_list):
-        raise UserError(
-            "a pruning config is a list of dicts such as [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}], "
-            f"not {type(config_list).__name__}"
-        )
     entries: dict[str, dict[str, Any]] = {}
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    for position, config in enumerate(trans_legacy_config_list(config_list)):
+    for position, config in enumerate(modern_config_list(config_list, "pruning")):
         missing = [name for name in config.get("op_names", []) if name not in names]
         if missing:
             raise UserError(f"entry {position} of the pruning config names {missing[0]!r}, which the model has not got")

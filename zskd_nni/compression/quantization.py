@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from zskd_nni.compression.distillers import fused_distiller
 from zskd_nni.compression.evaluator import DataFreeEvaluator
+from zskd_nni.compression.legacy_config import modern_config_list
 from zskd_nni.errors import UserError
 from zskd_nni.teacher import first_tensor
 
@@ -245,14 +246,14 @@ def quantizer_class_name(name: str) -> str:
 def with_fuse_names(
     model: nn.Module, config_list: list[dict], fuse_names: Sequence[Sequence[str]] | None = None
 ) -> list[dict]:
-    """The config list with each of ``fuse_names`` in the config of its first module; lists become NNI's tuples.
+    """The config list, in the keys of NNI 3, with each of ``fuse_names`` as a tuple in its first module's config.
 
     Raises:
-        UserError: no config selects the first module of a fold.
+        UserError: no config selects the first module of a fold, or a key is unknown.
     """
     result = [
         {**config, "fuse_names": [tuple(names) for names in config["fuse_names"]]} if "fuse_names" in config else config
-        for config in copy.deepcopy(config_list)
+        for config in modern_config_list(config_list, "quantization")
     ]
     for names in map(tuple, fuse_names or ()):
         home = next((config for config in result if names[0] in select_modules_by_config(model, config)[0]), None)

@@ -126,22 +126,36 @@ def shrink(model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 
     before = sum(parameter.numel() for parameter in model.parameters())
     sparsity = _sparsity(parameter_masks)
 
-    if not any(_removes_whole_channels(targets) for targets in parameter_masks.values()):
-        note = f"the masks zero {sparsity:.1%} of what they cover but no whole channel, so there is nothing to remove"
-        shrunken = _dressed_like(masked, model, device, dtype)
-        layers = _widths(model, shrunken)
+    whole = {name: _whole_channels(targets) for name, targets in parameter_masks.items()}
+
+    def unshrunken(note: str) -> ShrinkResult:
+        result = _dressed_like(masked, model, device, dtype)
+        layers = _widths(model, result)
         return ShrinkResult(
-            shrunken, before, before, 0.0, None, "none was needed", layers, sparsity=sparsity, shrunken=False, note=note
+            result, before, before, 0.0, None, "none was needed", layers, sparsity=sparsity, shrunken=False, note=note
         )
 
-    candidate, kept, notes = _remove(masked, parameter_masks, arguments)
-    candidate.eval()  # NNI's new layers are in training mode
-    difference, agreement = compare(masked, candidate, arguments)
-    if not difference <= tolerance:
-        raise UserError(
-            f"the shrunken {type(model).__name__} differs from the masked one by {difference:.2g} relative to the "
-            f"logits, more than the tolerance {tolerance:g}, so it is refused; prune with a config from "
-            f"complete_config_list, which keeps the masks of connected layers consistent{_colon(notes)}"
+    if not any(_removes_whole_channels(targets) for targets in whole.values()):
+        return unshrunken(
+            f"the masks zero {sparsity:.1%} of what they cover but no whole channel, so there is nothing to remove"
+        )
+    try:
+        candidate, kept, notes = _remove(masked, whole, arguments)
+        candidate.eval()  # NNI's new layers are in training mode
+        difference, agreement = compare(masked, candidate, arguments)
+        if not difference <= tolerance:
+            raise UserError(
+                f"the shrunken {type(model).__name__} differs from the masked one by {difference:.2g} relative to the "
+                f"logits, more than the tolerance {tolerance:g}, so it is refused; prune with a config from "
+                f"complete_config_list, which keeps the masks of connected layers consistent{_colon(notes)}"
+            )
+    except UserError:
+        weights = [targets["weight"] for targets in parameter_masks.values() if "weight" in targets]
+        if not all(_is_fine_grained(mask) for mask in weights if not mask.all()):
+            raise
+        # Masks of single weights: nobody asked for channels to go, and those that are empty by chance may stay.
+        return unshrunken(
+            f"the masks zero {sparsity:.1%} of single weights, and what channels they empty by chance cannot be removed"
         )
     shrunken = _dressed_like(candidate, model, device, dtype)
     after = sum(parameter.numel() for parameter in shrunken.parameters())
@@ -270,6 +284,28 @@ def _sparsity(masks: dict[str, dict[str, Tensor]]) -> float:
     tensors = [mask for targets in masks.values() for mask in targets.values()]
     count = sum(mask.numel() for mask in tensors)
     return 1.0 - sum(mask.sum().item() for mask in tensors) / count if count else 0.0
+
+
+def _is_fine_grained(mask: Tensor) -> bool:
+    """Whether the mask zeroes more than whole output and input channels."""
+    if mask.dim() < 2:
+        return False
+    rows, columns = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
+    product = rows[:, None] & columns[None, :]
+    return not bool((mask.bool() == product.view(*product.shape, *[1] * (mask.dim() - 2))).all())
+
+
+def _whole_channels(targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The masks without the zeros of single weights, which are in the weights already.
+
+    Of those only empty output channels are looked for: NNI takes an empty column of a linear layer for a channel of
+    the layer in front, of which it may be a single pixel.
+    """
+    weight = targets.get("weight")
+    if weight is None or not _is_fine_grained(weight):
+        return targets
+    rows = weight.flatten(1).any(1).to(weight.dtype)
+    return {**targets, "weight": rows.view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape).clone()}
 
 
 def _removes_whole_channels(targets: dict[str, Tensor]) -> bool:

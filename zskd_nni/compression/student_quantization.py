@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nni.compression.base.config import select_modules_by_config
 from torch import Tensor, nn
 
 from zskd_nni.compression.distillers import fused_distiller
@@ -50,7 +51,7 @@ def check_quantization(network: nn.Module, section: QuantizationSection, teacher
     """Find out before the long work begins whether NNI takes this config for this network.
 
     Raises:
-        UserError: an unknown quantizer, or a config, fold or argument that NNI refuses.
+        UserError: an unknown quantizer, a config that selects nothing, or a config, fold or argument that NNI refuses.
     """
     name = quantizer_class_name(section.quantizer)
     if section.fused and name == "PtqQuantizer":
@@ -60,9 +61,12 @@ def check_quantization(network: nn.Module, section: QuantizationSection, teacher
         )
     network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
     evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), quiet=True)
-    quantizer = made_quantizer(
-        network, name, quantization_config(network, section, teacher), evaluator, section.arguments
-    )
+    config_list = quantization_config(network, section, teacher)
+    for config in config_list:
+        if not select_modules_by_config(network, config)[0]:
+            shown = {key: value for key, value in config.items() if "op_" in key}
+            raise UserError(f"the quantization config selects no module of the model by {shown}; name others")
+    quantizer = made_quantizer(network, name, config_list, evaluator, section.arguments)
     quantizer.unwrap_model()
 
 
@@ -95,8 +99,8 @@ def quantize_student(
     *,
     train: bool,
     distiller: DistillerSection | None = None,
-    seed: int,
-    checkpoint: Path,
+    seed: int = 0,
+    checkpoint: Path | None = None,
     quiet: bool = False,
 ) -> Quantization | None:
     """Quantize a copy of a finished student.
@@ -110,7 +114,7 @@ def quantize_student(
         train: whether the quantizer may train. Without, its config is calibrated alone, as PTQ does.
         distiller: another than the logits' own.
         seed: names the random streams.
-        checkpoint: where the training keeps its state.
+        checkpoint: where the training keeps its state, if anywhere.
         quiet: no progress.
 
     Returns:
@@ -163,8 +167,8 @@ def compress_in_one_training(
     distillation: DistillationSettings,
     *,
     distiller: DistillerSection | None = None,
-    seed: int,
-    checkpoint: Path,
+    seed: int = 0,
+    checkpoint: Path | None = None,
     quiet: bool = False,
 ) -> tuple[PrunedNetwork, Quantization]:
     """Prune, quantize and distil in one NNI training, shrink, and cut the calibration the same way.
@@ -181,7 +185,7 @@ def compress_in_one_training(
         distillation: temperature, learning rate, batch, augmentation.
         distiller: another than the logits' own.
         seed: names the random streams.
-        checkpoint: where the training keeps its state.
+        checkpoint: where the training keeps its state, if anywhere.
         quiet: no progress.
 
     Raises:

@@ -42,10 +42,12 @@ from zskd_nni.data import NAMED_SETS, LabelledImages, load_images
 from zskd_nni.errors import UserError
 from zskd_nni.files import (
     fingerprint_of,
+    load_sealed,
     load_tensors,
     make_folder,
     only_writer,
     read_json,
+    save_sealed,
     save_tensors,
     sha256_of_bytes,
     sha256_of_file,
@@ -517,7 +519,7 @@ def _make(
     classes = _Classes(teacher.num_classes, size // teacher.num_classes, teacher.spec.shape, settings.balanced)
     progress_path, fingerprint = folder / PROGRESS, fingerprint_of(identity)
     if progress_path.exists():
-        state, metadata = load_tensors(progress_path)
+        state, metadata = load_sealed(progress_path)
         if metadata.get("fingerprint") == fingerprint and set(state) == set(_Classes._NAMES):
             classes.restore(state)
     saved = time.monotonic()
@@ -527,10 +529,10 @@ def _make(
         try:
             interrupt.check()
         except interrupt.Interrupted:
-            save_tensors(progress_path, classes.state(), {"fingerprint": fingerprint})
+            save_sealed(progress_path, classes.state(), {"fingerprint": fingerprint})
             raise
         if time.monotonic() - saved >= save_every:
-            save_tensors(progress_path, classes.state(), {"fingerprint": fingerprint})
+            save_sealed(progress_path, classes.state(), {"fingerprint": fingerprint})
             saved = time.monotonic()
 
     done = sum(count for _, _, count in candidates.plan[: int(classes.block)])

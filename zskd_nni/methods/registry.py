@@ -107,6 +107,42 @@ def find_method(name: str) -> Method:
     raise UserError(f"There is no method {name!r}; there are {', '.join(names)}.{hint}")
 
 
+def transfer_source(
+    teacher: Teacher,
+    folder: str | Path,
+    size: int = 12000,
+    *,
+    method: str = "zskd",
+    preset: str = "best",
+    batch_size: int = 128,
+    seed: int = 0,
+    quiet: bool = False,
+    **options: Any,
+) -> TransferSource:
+    """What a student of ``teacher`` learns on, as a recipe's ``transfer`` section makes it.
+
+    Args:
+        teacher: the trained network.
+        folder: where the method keeps what it makes; the same call again takes up what is there.
+        size: number of distinct images, where the method holds any.
+        method: name of an installed method.
+        preset: one of the method's presets.
+        batch_size: images in a batch.
+        seed: names the random streams.
+        quiet: no progress.
+        **options: the method's own keys, put over the preset, such as ``synthesis={"max_steps": 60}``.
+
+    Raises:
+        UserError: there is no such method, preset or key, or the folder holds something else.
+    """
+    found = find_method(method)
+    try:
+        checked = found.options(preset, options)
+    except ValueError as error:
+        raise UserError(f"{method}: {error}") from error
+    return found.source(teacher, TransferRequest(size, batch_size, seed, Path(folder), checked, quiet=quiet))
+
+
 def preset_options(
     kind: type[T], method: str, presets: Mapping[str, Mapping[str, Any]], preset: str, given: Mapping[str, Any]
 ) -> T:

@@ -318,7 +318,16 @@ class ZsktSource:
             entry.update({k: v.to(device) for k, v in entry.items() if k != "step"})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Generator, its optimiser and the images of this round."""
+        """Generator, its optimiser and the images of this round.
+
+        Raises:
+            UserError: the generator has diverged; such a state is not kept.
+        """
+        if not all(bool(torch.isfinite(value).all()) for value in self.generator.state_dict().values()):
+            raise DivergenceError(
+                "ZSKT's generator diverged: its weights or statistics are no longer finite. A smaller learning rate of "
+                "the student or of the generator usually mends it."
+            )
         state = {f"generator.{name}": value for name, value in self.generator.state_dict().items()}
         for index, entry in self.optimizer.state_dict()["state"].items():
             state.update({f"optimizer.{index}.{name}": value for name, value in entry.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.synthesis.engine import FeatureTerm, Orders, synthesize_shard
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.synthesis.starts import start_images
-from zskd_nni.synthesis.store import ImpressionStore
+from zskd_nni.synthesis.store import MOST_SHARDS, ImpressionStore
 from zskd_nni.teacher import Teacher
 
 
@@ -60,6 +61,11 @@ def synthesize(
     """
     if size < 1:
         raise UserError(f"A store holds at least 1 impression, not {size}.")
+    if size > MOST_SHARDS * settings.shard:
+        raise UserError(
+            f"{size:,} impressions in shards of {settings.shard:,} are more than {MOST_SHARDS:,} files; "
+            "ask for fewer (transfer.size), or for larger shards (transfer.synthesis.shard)."
+        )
     counts = [min(settings.shard, size - first) for first in range(0, size, settings.shard)]
     identity = {
         "teacher": teacher.fingerprint,
@@ -85,6 +91,14 @@ def synthesize(
     with only_writer(folder):
         store = ImpressionStore.create(folder, identity, counts, environment)
         missing = store.missing()
+        other = store.other_environment(environment)
+        if other and missing and store.manifest["shards"]:
+            differing = ", ".join(f"{key} {store.manifest['environment'].get(key)}" for key in other)
+            print(
+                f"{folder} was begun with {differing}, and goes on with {', '.join(map(str, other.values()))}: what is "
+                "missing is as good, but not the same to the bit. The manifest tells which shards these are.",
+                file=sys.stderr,
+            )
         done = size - sum(counts[index] for index in missing)
         threads = torch.get_num_threads()
         torch.set_num_threads(int(store.manifest["environment"]["threads"]))  # the bits depend on it
@@ -101,7 +115,7 @@ def synthesize(
                     limits = _log_uniform(*settings.step_limits, counts[index], random).round()
                     orders = Orders(targets, starts, temperatures, prior, limits, free)
                     impressions = synthesize_shard(teacher, orders, settings, progress.advance, term)
-                    store.write(index, impressions, time.monotonic() - started)
+                    store.write(index, impressions, time.monotonic() - started, environment)
         finally:
             torch.set_num_threads(threads)
     return store

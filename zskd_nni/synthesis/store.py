@@ -7,6 +7,7 @@ shard that is missing or damaged is made again from its own seed.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from zskd_nni.synthesis.engine import Impressions
 MANIFEST = "manifest.json"
 FORMAT = "zskd_nni impressions 1"
 _SHARD_NAME = re.compile(r"shard-\d{5}\.safetensors")
+MOST_SHARDS, MOST_THREADS = 100_000, 4096
 _FIELDS = ("images", "targets", "logits", "fit", "steps")
 
 
@@ -141,8 +143,17 @@ class ImpressionStore:
             return "gone"
         return None if sha256_of_file(path) == entry["sha256"] else "not as written"
 
-    def write(self, index: int, impressions: Impressions, seconds: float) -> None:
-        """Keep a finished shard: first its file, then its line in the manifest."""
+    def write(
+        self, index: int, impressions: Impressions, seconds: float, environment: dict[str, Any] | None = None
+    ) -> None:
+        """Keep a finished shard: first its file, then its line in the manifest.
+
+        Args:
+            index: of the shard.
+            impressions: what it holds.
+            seconds: that it took.
+            environment: of this run; what differs from the store's is noted with the shard.
+        """
         tensors = {name: getattr(impressions, name) for name in _FIELDS}
         # Half precision is finer than 8-bit images by far; the teacher labels what is stored anew in any case.
         tensors["images"] = tensors["images"].half()
@@ -158,7 +169,15 @@ class ImpressionStore:
             "steps": spent,
             "seconds": round(seconds, 3),
         }
+        other = self.other_environment(environment or {})
+        if other:
+            self.manifest["shards"][str(index)]["environment"] = other
         self._write_manifest()
+
+    def other_environment(self, environment: dict[str, Any]) -> dict[str, Any]:
+        """What in ``environment`` is not as in the one that the store was begun in; threads are put back to that."""
+        known = self.manifest["environment"]
+        return {key: value for key, value in environment.items() if key != "threads" and known.get(key) != value}
 
     def read(self, index: int) -> Impressions:
         """A shard, checked against its checksum.
@@ -173,15 +192,37 @@ class ImpressionStore:
                 "Run the same synthesis again: it makes that shard anew."
             )
         tensors, _ = load_tensors(self.folder / shard_name(index))
-        if set(tensors) != set(_FIELDS) or any(len(value) != self.plan[index] for value in tensors.values()):
-            raise UserError(
-                f"{self.folder / shard_name(index)} does not hold the {self.plan[index]} impressions planned."
-            )
+        problem = self._unfit(tensors, self.plan[index])
+        if problem:
+            planned = f"the {self.plan[index]} impressions planned"
+            raise UserError(f"{self.folder / shard_name(index)} does not hold {planned}: {problem}.")
         return Impressions(**tensors)
 
+    def _unfit(self, tensors: dict[str, Tensor], count: int) -> str:
+        """What is wrong with a shard whose checksum is right: a manifest can be forged as well."""
+        if set(tensors) != set(_FIELDS):
+            return f"it has {', '.join(sorted(tensors)) or 'nothing'}"
+        shape = self.manifest["identity"].get("input", {}).get("shape", list(tensors["images"].shape[1:]))
+        classes = tensors["logits"].shape[1:]
+        expected = {"images": tuple(shape), "targets": classes, "logits": classes, "fit": (), "steps": ()}
+        for name, value in tensors.items():
+            if tuple(value.shape) != (count, *expected[name]) or (name in ("targets", "logits") and value.ndim != 2):
+                return f"its {name} are of shape {list(value.shape)}"
+            if value.is_floating_point() != (name != "steps"):
+                return f"its {name} are of type {str(value.dtype).removeprefix('torch.')}"
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                return f"its {name} are not finite"
+        return ""
+
     def images(self) -> Tensor:
-        """All images ``(N, C, H, W)``, float16, in order."""
-        return torch.cat([self.read(index).images for index in range(len(self.plan))])
+        """All images ``(N, C, H, W)``, float16, in order; a copy, one shard at a time."""
+        first = self.read(0).images
+        images = torch.empty((len(self), *first.shape[1:]), dtype=first.dtype)
+        position = 0
+        for index, count in enumerate(self.plan):
+            images[position : position + count] = first if index == 0 else self.read(index).images
+            position += count
+        return images
 
     def steps_histogram(self) -> dict[int, int]:
         """How many impressions left after how many steps."""
@@ -214,24 +255,33 @@ def _problem_with(manifest: Any) -> str | None:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return f"its format is not {FORMAT!r}"
     plan, shards = manifest.get("plan"), manifest.get("shards")
-    if not isinstance(plan, list) or not all(isinstance(count, int) and count > 0 for count in plan):
+    if not isinstance(plan, list) or not all(type(count) is int and 0 < count < 2**31 for count in plan) or not plan:
         return "'plan' is not a list of counts"
     if not isinstance(manifest.get("identity"), dict) or not isinstance(manifest.get("environment"), dict):
         return "'identity' or 'environment' is missing"
     if type(manifest["environment"].get("threads")) is not int or manifest["environment"]["threads"] < 1:
         return "'environment' does not say how many threads"
+    if manifest["environment"]["threads"] > MOST_THREADS:
+        return f"'environment' says more than {MOST_THREADS} threads"
     if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
         return "its fingerprint is not that of its identity: it was edited"
     if not isinstance(shards, dict):
         return "'shards' is missing"
     for index, entry in shards.items():
-        if not (index.isascii() and index.isdigit() and int(index) < len(plan) and isinstance(entry, dict)):
+        if not (re.fullmatch(r"0|[1-9][0-9]{0,4}", index) and int(index) < len(plan) and isinstance(entry, dict)):
             return f"there is no shard {index!r} in its plan"
         if not isinstance(entry.get("sha256"), str) or not isinstance(entry.get("steps"), dict):
             return f"shard {index} has no checksum"
-        if not isinstance(entry.get("fit"), float | int) or not isinstance(entry.get("seconds"), float | int):
+        counts = entry["steps"].items()
+        if not all(re.fullmatch(r"[0-9]{1,9}", step) and type(count) is int for step, count in counts):
+            return f"the steps of shard {index} are no counts"
+        if not _is_figure(entry.get("fit")) or not _is_figure(entry.get("seconds")):
             return f"shard {index} has no figures"
     return None
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:

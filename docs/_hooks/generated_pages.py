@@ -1,0 +1,87 @@
+"""Pages and parts of pages that are made of other files, and a navigation without what does not exist.
+
+``<!-- results: COLUMNS -->`` in a page becomes the table of all result files, ``COLUMNS`` (names, separated by
+semicolons) of it, or all. The changelog page is ``CHANGELOG.md``. ``results.md`` is made here where no command has
+written it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONAL = ("experiments.md", "benchmarks.md")
+TUTORIALS = "tutorials"
+_RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
+_RESULTS_PAGE = """---
+hide: [toc]
+---
+
+# Results
+
+Test accuracy in percent, mean and standard deviation over seeds 0, 1 and 2, last step. Nothing but the teacher's
+weights was used, but for the column *with real data*: the same recipe on training images, the ceiling. Every student
+stands beside two controls made by the same command: the same student without distillation, and distilled on uniform
+noise.
+
+<!-- results: -->
+
+The figures are read from `results/*.json` when this page is built; each file says with which commit, versions, device
+and recipe it was made.
+"""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Fill in the tutorials and leave out pages that are not there."""
+    docs = Path(config.docs_dir)
+    notebooks = sorted(f"{TUTORIALS}/{path.name}" for path in (docs / TUTORIALS).glob("*.ipynb"))
+
+    def pruned(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [kept for part in entry if (kept := pruned(part)) is not None]
+        if isinstance(entry, dict):
+            inside = {title: kept for title, part in entry.items() if (kept := pruned(part)) is not None}
+            return inside or None
+        if entry == TUTORIALS:
+            return notebooks or None
+        return None if entry in OPTIONAL and not (docs / entry).exists() else entry
+
+    config.nav = pruned(config.nav)
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made here."""
+    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
+    if files.get_file_from_path("results.md") is None:
+        files.append(File.generated(config, "results.md", content=_RESULTS_PAGE))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the tables in."""
+    return _RESULTS.sub(lambda match: results_table(match["columns"]), markdown)
+
+
+def results_table(columns: str = "") -> str:
+    """The Markdown table of ``results/*.json``, as ``benchmarks/packaged_recipes.py --table`` prints it."""
+    path = ROOT / "benchmarks" / "packaged_recipes.py"
+    spec = importlib.util.spec_from_file_location("packaged_recipes", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = sorted(entry.stem for entry in (ROOT / "results").glob("*.json"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in module.table(names).splitlines()]
+    wanted = [name.strip() for name in columns.split(";") if name.strip()] or rows[0]
+    missing = [name for name in wanted if name not in rows[0]]
+    if missing:
+        raise ValueError(f"the table of results has no column {missing[0]!r}; it has {', '.join(rows[0])}")
+    places = [rows[0].index(name) for name in wanted]
+    lines = ["| " + " | ".join(row[place] for place in places) + " |" for row in rows]
+    return "\n".join(lines).replace(" +- ", "\u00a0±\u00a0").replace(" -> ", "\u00a0→\u00a0")

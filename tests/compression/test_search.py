@@ -1,0 +1,475 @@
+"""``zskd-nni search``: a real NNI experiment on the digits, and what is refused before one starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import torch
+import yaml
+from helpers import cli_command, is_one_sentence, run_cli, wait_for
+
+from zskd_nni.compression.probe import load_probe, make_probe, save_probe
+from zskd_nni.compression.search import Search, render_trials
+from zskd_nni.compression.search_config import experiment_config, tuner_config
+from zskd_nni.compression.search_job import relocated
+from zskd_nni.compression.search_trial import JOB, PROBE, RECIPE, measure
+from zskd_nni.compression.search_tuner import RememberingTuner
+from zskd_nni.errors import UserError
+from zskd_nni.files import load_tensors, write_json
+from zskd_nni.pipeline import Run
+from zskd_nni.recipe import LoadedRecipe, load_recipe
+from zskd_nni.search_space import check_space, corners, flat_parameters, with_parameters
+from zskd_nni.teacher import Teacher
+
+RATIO = "compression.pruning.config_list.0.sparse_ratio"
+INTERVAL = "compression.pruning.schedule.interval"
+
+
+def pruning(ratio: float, steps: int) -> dict[str, Any]:
+    return {
+        "pruner": "L1NormPruner",
+        "config_list": [{"op_names": ["conv1", "conv2"], "sparse_ratio": ratio}],
+        "schedule": {"name": "AGPPruner", "interval": 1, "total_times": 2},
+        "steps": steps,
+    }
+
+
+def tiny(**search: Any) -> dict[str, Any]:
+    """Seconds of work. Of its grid two are too large, one fails, one is left."""
+    return {
+        "name": "tiny",
+        "teacher": {"model": "zoo:lenet5", "weights": "zoo:lenet5-digits", "input": {"shape": [1, 32, 32]}},
+        "transfer": {"method": "zskd", "size": 40, "held_out": 20, "synthesis": {"max_steps": 3, "shard": 40}},
+        "compression": {"pruning": pruning(0.3, 20)},
+        "distillation": {"steps": 5, "batch": 20, "warmup": 0},
+        "evaluation": {"data": "digits"},
+        "controls": [],
+        "search": {
+            "space": {
+                "compression.pruning": {"_type": "choice", "_value": [pruning(0.3, 20), pruning(0.7, 2)]},
+                INTERVAL: {"_type": "choice", "_value": [1, 10]},
+            },
+            "tuner": "GridSearch",
+            "max_bytes": 170_000,
+            "trials": 4,
+            "concurrency": 2,
+            "probe": 60,
+            **search,
+        },
+    }
+
+
+def write(folder: Path, content: dict[str, Any]) -> str:
+    path = folder / "tiny.yml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(path)
+
+
+def load(folder: Path, **search: Any) -> LoadedRecipe:
+    return load_recipe(write(folder, tiny(**search)))
+
+
+# The real thing.
+
+
+def family(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def listening(processes: list[psutil.Process]) -> list[tuple[str, int]]:
+    found = []
+    for process in processes:
+        try:
+            found += [c.laddr[:2] for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        except psutil.Error:
+            continue
+    return found
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    path = out / "trials.json"
+    return json.loads(path.read_text())["trials"] if path.exists() else []
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def other_addresses() -> list[str]:
+    """Of this machine, beside loopback."""
+    addresses = [entry.address for card in psutil.net_if_addrs().values() for entry in card if entry.family == 2]
+    return [address for address in addresses if not address.startswith("127.")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_search_is_private_stops_whole_and_goes_on(tmp_path: Path) -> None:
+    out, home = tmp_path / "with space" / "out", tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "with space").mkdir()
+    recipe = write(tmp_path, tiny())
+    command = cli_command("search", recipe, "--out", out, "--threads", 1)
+    environment = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1", "HTTP_PROXY": "http://127.0.0.1:9"}
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    seen: dict[int, psutil.Process] = {}
+    sockets: set[tuple[str, int]] = set()
+
+    def finished(count: int) -> bool:
+        seen.update({one.pid: one for one in family(process.pid)})
+        sockets.update(listening(list(seen.values())))
+        assert process.poll() is None, process.communicate()
+        return len(rows(out)) >= count
+
+    try:
+        wait_for(lambda: finished(0) and bool(sockets), 300)
+        ((address, port),) = sockets
+        assert address == "127.0.0.1"
+        for other in other_addresses():
+            with pytest.raises(OSError), socket.create_connection((other, port), timeout=5):
+                pass
+        session = requests.Session()
+        session.trust_env = False
+        assert session.get(f"http://127.0.0.1:{port}/api/v1/nni/check-status", timeout=20).status_code == 404
+        assert session.get(f"http://127.0.0.1:{port}/", timeout=20).status_code == 404
+        listed = out / "nni" / "nni-experiments" / ".experiment"
+        wait_for(lambda: listed.exists() and b"prefixUrl" in listed.read_bytes(), 60)
+        secret = json.loads(listed.read_text())["search-1"]["prefixUrl"]
+        assert session.get(f"http://127.0.0.1:{port}/{secret}/api/v1/nni/check-status", timeout=20).ok
+        assert not any(secret in " ".join(one.cmdline()) for one in alive(list(seen.values()))), "for all users to read"
+        assert (out / "nni").stat().st_mode & 0o077 == 0
+
+        wait_for(lambda: finished(1), 400)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=200)
+    finally:
+        process.kill()  # where the test failed; the rest of it ends by itself
+    assert process.returncode == 130, error
+    assert "the same command goes on" in error
+    assert "Traceback" not in error
+    assert len(seen) >= 4, "manager, tuner, two trials"
+    assert alive(list(seen.values())) == []
+    assert {address for address, _ in sockets} == {"127.0.0.1"}
+    before = rows(out)
+    assert 1 <= len(before) < 4
+
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    after = rows(out)
+    assert after[: len(before)] == before
+    assert not (home / "nni-experiments").exists()
+
+    table = json.loads((out / "trials.json").read_text())
+    assert [row["number"] for row in after] == [1, 2, 3, 4]
+    found = {(row["parameters"]["compression.pruning"]["steps"], row["parameters"][INTERVAL]): row for row in after}
+    assert len(found) == 4, "nothing was tried twice"
+    assert {key: row["status"] for key, row in found.items()} == {
+        (20, 1): "over budget",
+        (20, 10): "over budget",
+        (2, 1): "done",
+        (2, 10): "failed",
+    }
+    best, failed = found[2, 1], found[2, 10]
+    assert "steps (2) must be at least" in failed["reason"]
+    assert failed["reason"] in done.stderr + error + done.stdout
+    assert "\n" not in failed["reason"]
+    assert table["best"] == best["number"]
+    assert table["data_free"] is True
+    assert best["bytes"] <= 170_000 < found[20, 1]["bytes"]
+    assert best["value"] == pytest.approx(best["objective"], abs=1e-4)
+    assert found[20, 1]["value"] < -1
+    assert f"{best['number']} *" in done.stdout
+    assert "is measured on the probe set" in done.stdout
+
+    # The best recipe makes the very student of its trial, and keeps what the search left out.
+    chosen = load_recipe(str(out / "best.yml"))
+    assert chosen.recipe.search is None
+    assert chosen.recipe.evaluation is not None
+    report = Run(chosen, tmp_path / "best", quiet=True).compress()
+    assert report["accuracy"]["student"] is not None
+    again, _ = load_tensors(tmp_path / "best" / "student.safetensors")
+    first, _ = load_tensors((out / best["file"]).parent / "student.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+    # A finished search starts nothing.
+    started = time.monotonic()
+    assert Search(load_recipe(recipe), out, quiet=True).run() == table
+    assert time.monotonic() - started < 5
+    with pytest.raises(UserError, match=r"belongs to another search \(.*max_bytes"):
+        Search(load(tmp_path, max_bytes=5), out, quiet=True).run()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_search_leaves_nobody(tmp_path: Path) -> None:
+    """Neither SIGINT nor SIGTERM is there to be heard: the manager sees that its parent is gone."""
+    recipe = write(tmp_path, tiny())
+    process = subprocess.Popen(
+        cli_command("search", recipe, "--out", tmp_path / "out", "--threads", 1),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    seen: dict[int, psutil.Process] = {}
+
+    def trials_run() -> bool:
+        seen.update({one.pid: one for one in family(process.pid)})
+        return len(list((tmp_path / "out").glob("trials/*/run.json"))) > 0
+
+    wait_for(trials_run, 400)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not alive(list(seen.values())), 200)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "must name at least one key path"),
+        ({RATIO: [0.3, 0.7]}, f"{RATIO} needs _type and _value"),
+        ({RATIO: {"_type": "unifrom", "_value": [0, 1]}}, "no _type 'unifrom'; did you mean 'uniform'"),
+        ({RATIO: {"_type": "choice", "_value": []}}, "_value must be a list that is not empty"),
+        ({RATIO: {"_type": "choice", "_value": [0.3, 0.3]}}, "names a choice twice"),
+        ({RATIO: {"_type": "uniform", "_value": [0.7, 0.3]}}, "lower bound must be less"),
+        ({RATIO: {"_type": "uniform", "_value": [0.3]}}, "uniform takes 2 numbers, not 1"),
+        ({RATIO: {"_type": "loguniform", "_value": ["1e-3", 1]}}, r"YAML reads 1e-3 as text; write 1\.0e-3"),
+        ({RATIO: {"_type": "loguniform", "_value": [0, 1]}}, "needs a positive lower bound"),
+        ({RATIO: {"_type": "quniform", "_value": [0, 1, 0]}}, "step must be positive"),
+        ({RATIO: {"_type": "normal", "_value": [0, -1]}}, "standard deviation must be positive"),
+        ({RATIO: {"_type": "randint", "_value": [0.5, 3]}}, "randint takes whole numbers"),
+        ({RATIO: {"_type": "uniform", "_value": [0.1, 0.2], "_valu": 3}}, "unknown key '_valu'"),
+        (
+            {"a": {"_type": "choice", "_value": [{"_name": "x", "b": {"_type": "no", "_value": [1]}}]}},
+            r"a\.x\.b: .*'no'",
+        ),
+    ],
+)
+def test_what_is_no_search_space(tmp_path: Path, space: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, space=space)
+    assert "search.space" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        (
+            {"space": {"transfer.sise": {"_type": "choice", "_value": [1]}}},
+            "transfer.sise: with 1, .*did you mean 'size'",
+        ),
+        ({"space": {RATIO: {"_type": "uniform", "_value": [0.3, 1.5]}}}, "with 1.5, .*sparsity lies in"),
+        ({"space": {RATIO.replace("0", "3"): {"_type": "choice", "_value": [0.3]}}}, "list of 1; '3' is no index"),
+        (
+            {"space": {"compression.pruning.config_list.0.op_names": {"_type": "choice", "_value": [["conv9"]]}}},
+            "search.space.compression.pruning.config_list.0.op_names: with .*conv9",
+        ),
+        ({"tuner": "TPEE"}, "no tuner 'TPEE' for recipes; did you mean TPE"),
+        ({"tuner": {"name": "TPE", "class_args": {"optimize_mode": "minimize"}}}, "a search maximises"),
+        ({"tuner": {"name": "TPE", "class_args": {"sede": 3}}}, "TPE refuses its arguments.*sede"),
+        (
+            {"training_service": {"platform": "remote", "machine_list": []}},
+            r"call back to this machine.*--portal.*nni_manager_ip: 127\.0\.0\.1",
+        ),
+        ({"objective": "accuracy"}, "accuracy is measured on test data; name it in evaluation.data"),
+    ],
+)
+def test_what_is_known_beforehand(tmp_path: Path, search: dict[str, Any], message: str) -> None:
+    loaded = load_recipe(write(tmp_path, tiny(**search)), ["evaluation=null"])
+    with pytest.raises(UserError, match=message) as caught:
+        Search(loaded, tmp_path / "out", quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:
+    plain = run_cli("search", "digits-prune50", "--out", tmp_path / "out")
+    assert plain.returncode == 2
+    assert is_one_sentence(plain.stderr)
+    assert "has no search section" in plain.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_search_keys_name_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key 'search\.trails'; did you mean 'trials'"):
+        load(tmp_path, trails=3)
+
+
+def test_training_services_pass_through_to_nni(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("")
+    machine = {"host": "worker-1", "user": "me", "ssh_key_file": str(key), "python_path": "/opt/venv/bin"}
+    service = {"platform": "remote", "nni_manager_ip": "127.0.0.1", "machine_list": [machine]}
+    section = load(tmp_path, training_service=service).recipe.search
+    assert section is not None
+    search = Search(load(tmp_path, training_service=service), tmp_path / "out")
+    config = experiment_config(section, tmp_path, tuner_config(section, search.seed), 3)
+    assert type(config.training_service).__name__ == "RemoteConfig"
+    assert config.training_service.machine_list[0].host == "worker-1"
+    assert config.trial_command == "exec python3 -m zskd_nni trial ."
+    wrong = section.model_copy(update={"training_service": {"platform": "local", "machine_list": []}})
+    with pytest.raises(UserError, match=r"search\.training_service: .*machinelist"):
+        experiment_config(wrong, tmp_path, tuner_config(section, 0), 3)
+
+
+def test_portal_lets_other_machines_call_back(tmp_path: Path) -> None:
+    Search(load(tmp_path, training_service={"platform": "remote", "machine_list": []}), tmp_path / "out", portal=True)
+
+
+# The parts.
+
+
+def test_parameters_reach_their_places() -> None:
+    space = {
+        "transfer.method": {
+            "_type": "choice",
+            "_value": [
+                {"_name": "zskd", "transfer.targets.betas": {"_type": "choice", "_value": [[1.0], [0.5]]}},
+                {"_name": "sts"},
+            ],
+        },
+        RATIO: {"_type": "quniform", "_value": [0.3, 0.7, 0.1]},
+    }
+    check_space(space)
+    given = {"transfer.method": {"_name": "zskd", "transfer.targets.betas": [1]}, RATIO: 0.30000000000000004}
+    flat = flat_parameters(space, given)
+    assert flat == {"transfer.method": "zskd", "transfer.targets.betas": [1], RATIO: 0.3}
+    source = tiny()
+    changed = with_parameters(source, flat)
+    assert changed["compression"]["pruning"]["config_list"][0]["sparse_ratio"] == 0.3
+    assert changed["transfer"]["targets"] == {"betas": [1]}
+    assert source == tiny(), "the original stays"
+    tried = [(path, value) for path, value, _ in corners(space)]
+    assert tried == [
+        ("transfer.method", "zskd"),
+        ("transfer.targets.betas", [1.0]),
+        ("transfer.targets.betas", [0.5]),
+        ("transfer.method", "sts"),
+        (RATIO, pytest.approx(0.3)),
+        (RATIO, pytest.approx(0.7)),
+    ]
+
+
+def test_the_probe_set_is_the_teachers_alone(tmp_path: Path, digits_teacher: Teacher) -> None:
+    images, classes = make_probe(digits_teacher, 300, seed=3)
+    assert images.dtype == torch.uint8
+    assert images.shape == (300, 1, 32, 32)
+    again, _ = make_probe(digits_teacher, 300, seed=3)
+    assert torch.equal(images, again)
+    other, _ = make_probe(digits_teacher, 300, seed=4)
+    assert not torch.equal(images, other)
+    assert len(classes.unique()) == 10
+    assert classes.bincount(minlength=10).max() < 120, "no class rules"
+    save_probe(tmp_path / PROBE, digits_teacher, 300, 3)
+    loaded, same = load_probe(tmp_path / PROBE, digits_teacher.spec)
+    assert torch.equal(same, classes)
+    assert torch.equal(digits_teacher(loaded).argmax(1), classes)
+
+
+def test_a_trial_measures_its_deployable_file(tmp_path: Path, digits_teacher: Teacher) -> None:
+    loaded = load(tmp_path)
+    job = tmp_path / "job"
+    job.mkdir()
+    save_probe(job / PROBE, digits_teacher, 60, 0)
+    (job / RECIPE).write_text(yaml.safe_dump(relocated(loaded, job)))
+    settings: dict[str, Any] = {
+        "space": {},
+        "objective": "agreement",
+        "device": "cpu",
+        "threads": 1,
+        "root": None,
+        "max_bytes": 1000,
+        "shared": str(tmp_path / "shared"),
+        "trials": str(tmp_path / "trials"),
+    }
+    write_json(job / JOB, settings)
+    over = measure(job, settings, {})
+    assert over["status"] == "over budget"
+    assert over["default"] == pytest.approx(-over["bytes"] / 1000)
+    assert 0 <= over["objective"] <= 100
+    within = measure(job, {**settings, "max_bytes": 10**6}, {})
+    assert (within["status"], within["default"]) == ("done", pytest.approx(over["objective"]))
+    real = measure(job, {**settings, "objective": "accuracy", "max_bytes": None}, {})
+    assert real["default"] != within["default"]
+    assert (tmp_path / "trials" / real["folder"] / "impressions").is_symlink(), "shared with trials of the same set"
+
+
+def test_no_student_within_the_budget(tmp_path: Path) -> None:
+    search = Search(load(tmp_path), tmp_path / "out", quiet=True)
+    row = {"status": "over budget", "objective": 99.0, "bytes": 200_000, "reason": "", "parameters": {}, "seconds": 1.0}
+    table = search._table([row, {**row, "bytes": 180_000}])
+    assert table["best"] is None
+    with pytest.raises(UserError, match=r"no student of 2 trials is as small as 170,000 bytes; .*trial 2.*180,000"):
+        search._conclude(table)
+    failed = {**row, "status": "failed", "objective": None, "bytes": None, "reason": "It broke."}
+    with pytest.raises(UserError, match=r"No trial came to a result.*It broke"):
+        search._conclude(search._table([failed]))
+
+
+def test_the_best_is_within_the_budget_and_the_smaller_of_equals(tmp_path: Path) -> None:
+    search = Search(load(tmp_path), tmp_path / "out", quiet=True)
+    plain = {"reason": None, "parameters": {RATIO: 0.5}, "seconds": 1.0}
+    table = search._table(
+        [
+            {"status": "over budget", "objective": 99.0, "bytes": 200_000, **plain},
+            {"status": "done", "objective": 90.0, "bytes": 150_000, **plain},
+            {"status": "done", "objective": 90.0, "bytes": 140_000, **plain},
+            {"status": "failed", "objective": None, "bytes": None, **plain},
+        ]
+    )
+    assert table["best"] == 3
+    text = render_trials(table).splitlines()
+    assert text[0].split() == ["trial", "sparse_ratio", "agreement", "bytes", "seconds", "status"]
+    assert text[2].startswith("3 *")
+
+
+def test_the_tuner_remembers(tmp_path: Path) -> None:
+    space = {"a": {"_type": "choice", "_value": [1, 2, 3]}}
+    proposed = tmp_path / "proposed.jsonl"
+    known, again = [{"parameter": {"a": 1}, "value": 5.0}], [{"a": 2}]
+    tuner = RememberingTuner({"name": "GridSearch", "classArgs": {}}, known, again, str(proposed))
+    tuner.update_search_space(space)
+    assert tuner.generate_multiple_parameters([0, 1, 2]) == [{"a": 2}, {"a": 3}], "one is known, and there are no more"
+    assert proposed.read_text() == '{"a": 3}\n'
+    tuner.receive_trial_result(0, {"a": 2}, 7.0)
+    tuner.trial_end(0, True)
+    tpe = RememberingTuner({"name": "TPE", "classArgs": {"seed": 1}}, known, again, str(proposed))
+    tpe.update_search_space(space)
+    first, second = tpe.generate_multiple_parameters([0, 1])
+    assert (first, second["a"] in (2, 3)) == ({"a": 2}, True)
+    tpe.receive_trial_result(0, first, 7.0)
+    tpe.receive_trial_result(1, second, {"default": 3.0})
+
+
+def test_paths_hold_where_a_recipe_is_put(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    content = tiny()
+    content["teacher"] = {"model": "net.py:make", "weights": "w.safetensors", "input": {"shape": [1, 32, 32]}}
+    for name in ("net.py", "w.safetensors"):
+        (tmp_path / "recipes" / name).write_text("def make(): ...")
+    loaded = load_recipe(write(tmp_path / "recipes", content))
+    (tmp_path / "out").mkdir()
+    moved = relocated(loaded, tmp_path / "out")
+    assert moved["teacher"]["model"] == "../recipes/net.py:make"
+    assert moved["teacher"]["weights"] == "../recipes/w.safetensors"
+    assert moved["evaluation"] == {"data": "digits"}
+    assert "search" not in moved
+    carried = relocated(loaded, tmp_path / "out", carry=True)
+    assert carried["teacher"]["model"] == "net.py:make"
+    assert (tmp_path / "out" / "w.safetensors").exists()

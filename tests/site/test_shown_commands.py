@@ -1,0 +1,245 @@
+"""Everything that README and site tell a reader to type is run here, at a small size.
+
+Pages are read in the order of the site and run in one folder, as a reader would: files with a title are written,
+recipes are loaded, Python is executed, commands are started. A command that nobody here knows how to run fails the
+test.
+
+A run of a whole recipe takes seconds even at the smallest size. Of those that differ in recipe and settings alone one
+is run to its end; the others are parsed, loaded and checked up to where the long work begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from markdown_it import MarkdownIt
+
+from zskd_nni.cli import app
+from zskd_nni.compression.evaluator import DataFreeEvaluator
+from zskd_nni.distillation import DistillationSettings
+from zskd_nni.errors import UserError
+from zskd_nni.exploration import shipped_teacher
+from zskd_nni.pipeline import Run
+from zskd_nni.recipe import load_recipe, recipe_text
+from zskd_nni.zoo import lenet5_half
+
+ROOT = Path(__file__).resolve().parents[2]
+# Later pages use what these leave behind.
+FIRST = ["docs/index.md", "docs/install.md", "docs/quickstart.md", "docs/howto/own-teacher.md", "README.md"]
+PROGRAMS = ("zskd-nni", "make", "pip", "python", "jupyter", "torchrun", "nnictl", "pre-commit")
+# Run for real elsewhere.
+ELSEWHERE = {
+    "jupyter lab": "tests/site/test_explorer_in_jupyterlab.py",
+}
+SMALL = ["transfer.size=120", "transfer.held_out=100", "transfer.synthesis.max_steps=4", "distillation.steps=4"]
+# What Python on a page expects to have, and what is made smaller in it.
+GIVEN: dict[str, Any] = {
+    "docs/methods/zskt.md": lambda: {
+        "student": lenet5_half(),
+        "teacher": shipped_teacher("lenet5-digits"),
+        "DataFreeEvaluator": DataFreeEvaluator,
+        "DistillationSettings": DistillationSettings,
+    },
+}
+SMALLER = {"size=200": "size=20", "rounds=8000": "rounds=1, width=8", "rounds=200": "rounds=1, width=8"}
+ELSEWHERE_PYTHON = {"README.md": "tests/test_readme.py"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Something a page shows to be copied."""
+
+    page: str
+    language: str
+    title: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """Lines that start a program."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [line.strip().removeprefix("$ ") for line in lines if line.strip().startswith(PROGRAMS)]
+
+
+def pages() -> list[str]:
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    return [*FIRST, *sorted({*found, "CONTRIBUTING.md"} - set(FIRST))]
+
+
+def blocks(page: str) -> Iterator[Block]:
+    for token in MarkdownIt().parse((ROOT / page).read_text()):
+        if token.type in ("fence", "code_block"):
+            language, _, rest = token.info.partition(" ")
+            title = re.search(r'title="([^"]+)"', rest)
+            if not language:
+                language = "yaml" if re.match(r"[a-z_]+:\s", token.content) else "sh"
+            yield Block(page, language, title[1] if title else "", token.content)
+
+
+class Reader:
+    """Does in one folder what pages tell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: set[str] = set()
+        self.namespaces: dict[str, dict[str, Any]] = {}
+
+    def follow(self, block: Block) -> None:
+        if block.title:
+            (self.folder / block.title).write_text(block.text)
+        elif block.language == "yaml":
+            self.load(block)
+        elif block.language == "python":
+            self.execute(block)
+        else:
+            for command in block.commands:
+                self.run(command)
+
+    def load(self, block: Block) -> None:
+        """A recipe, or some of its sections."""
+        content = {**yaml.safe_load(recipe_text("digits-prune50")[0]), **yaml.safe_load(block.text)}
+        path = self.folder / "shown.yml"
+        path.write_text(yaml.safe_dump(content))
+        load_recipe(str(path))
+
+    def execute(self, block: Block) -> None:
+        if block.page in ELSEWHERE_PYTHON:
+            assert "test_the_example_in_python" in (ROOT / ELSEWHERE_PYTHON[block.page]).read_text()
+            return
+        if "zskd_nni.explore " in block.text:
+            pytest.importorskip("ipywidgets")
+        text = block.text
+        for large, small in SMALLER.items():
+            text = text.replace(large, small)
+        if block.page not in self.namespaces:
+            self.namespaces[block.page] = GIVEN.get(block.page, dict)()
+        exec(compile(text, block.page, "exec"), self.namespaces[block.page])
+
+    def run(self, command: str) -> None:
+        words = shlex.split(command, comments=True)
+        known = shlex.join(words)
+        if known in self.done:
+            return
+        self.done.add(known)
+        if known in ELSEWHERE:
+            assert (ROOT / ELSEWHERE[known]).is_file()
+        elif words[0] == "make":
+            subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
+        elif words[:2] == ["pip", "install"]:
+            self.pip_install(words[2:])
+        elif words[0] == "zskd-nni":
+            target = Path(words[words.index(">") + 1]) if ">" in words else None
+            arguments = words[1 : words.index(">")] if target else words[1:]
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                self.zskd_nni(arguments)
+            if target:
+                target.write_text(printed.getvalue())
+        else:
+            pytest.fail(f"nobody knows how to run {command!r}: teach this test, or take the command off the page")
+
+    def pip_install(self, arguments: list[str]) -> None:
+        if "constraints.txt" in arguments:
+            arguments[arguments.index("constraints.txt")] = str(ROOT / "constraints.txt")
+        run = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-index", "--no-build-isolation",
+             "--no-input", "--disable-pip-version-check", *arguments],
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert "does not provide the extra" not in run.stderr
+
+    def zskd_nni(self, arguments: list[str]) -> None:
+        if arguments[0] == "demo":  # takes no changes; it is this command
+            arguments = ["compress", "digits-prune50", *arguments[1:]]
+        if arguments[0] in ("compress", "synthesize", "distill"):
+            changes = small_changes(arguments)
+            if "--size" in arguments:
+                arguments[arguments.index("--size") + 1] = "60"
+            if "--threads" not in arguments:
+                arguments += ["--threads", "1"]
+            arguments += ["--quiet", *(word for change in changes for word in ("--set", change))]
+        if "cuda" in arguments and not torch.cuda.is_available():
+            with pytest.raises(UserError, match="no usable GPU"):
+                app(arguments, standalone_mode=False)
+            return
+        if arguments[0] in ("compress", "distill"):
+            own = not load_recipe(arguments[1]).recipe.teacher.model.startswith("zoo:")
+            kind = f"{arguments[0]} {'a network of the reader' if own else 'a network of the zoo'}"
+            if kind in self.done:
+                check(arguments)
+                return
+            self.done.add(kind)
+        app(arguments, standalone_mode=False)
+
+
+def check(arguments: list[str]) -> None:
+    """All that a command does before the long work: its options, the recipe, the teacher, what NNI says to it."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    given = commands[arguments[0]].make_context(arguments[0], arguments[1:]).params
+    loaded = load_recipe(given["recipe"], given["changes"], given["seed"], given["scale"])
+    Run(loaded, given["out"], device=given["device"], impressions=given.get("impressions"), quiet=True)
+
+
+def small_changes(arguments: list[str]) -> list[str]:
+    recipe = load_recipe(arguments[1]).recipe
+    changes = list(SMALL)
+    if arguments[0] == "compress":
+        changes.append("controls=[]")
+    pruning, quantization = recipe.compression.pruning, recipe.compression.quantization
+    if pruning is not None:
+        changes.append("compression.pruning.steps=4")
+        changes += ["compression.pruning.schedule.interval=1"] if pruning.schedule else []
+        changes += ["compression.pruning.schedule.total_times=2"] if pruning.schedule else []
+    if quantization is not None:
+        changes += ["compression.quantization.steps=4", "compression.quantization.calibration_images=100"]
+    return changes
+
+
+@pytest.mark.slow
+def test_what_is_shown_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("ZSKD_NNI_DATA", raising=False)
+    reader = Reader(tmp_path)
+    for page in pages():
+        for block in blocks(page):
+            try:
+                reader.follow(block)
+            except Exception as error:
+                raise AssertionError(f"{page} shows what does not work: {block.text}") from error
+    started = {command.split()[1] for command in reader.done if command.startswith("zskd-nni")}
+    assert {"demo", "compress", "synthesize", "distill", "evaluate", "show", "recipes"} <= started
+    assert len(reader.done) > 25
+    assert {"compress a network of the reader", "compress a network of the zoo"} <= reader.done
+
+
+def test_an_unknown_command_fails(tmp_path: Path) -> None:
+    page = "text\n\n    zskd-nni recipes\n    torchrun --nproc 2 nothing.py  # comment\n"
+    (token,) = [token for token in MarkdownIt().parse(page) if token.type == "code_block"]
+    block = Block("a page", "sh", "", token.content)
+    assert block.commands == ["zskd-nni recipes", "torchrun --nproc 2 nothing.py  # comment"]
+    with pytest.raises(pytest.fail.Exception, match="nobody knows how to run 'torchrun"):
+        Reader(tmp_path).run(block.commands[1])
+    with pytest.raises(UserError, match="no network"):
+        Reader(tmp_path).zskd_nni(["compress", "digits-prune50", "--out", "x", "--set", "teacher.model=zoo:lenet6"])
+
+
+def test_make_targets_in_running_text_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in pages():
+        named = set(re.findall(r"`make ([a-z-]+)", (ROOT / page).read_text()))
+        assert named <= targets, f"{page}: {named - targets}"

@@ -1,0 +1,403 @@
+"""``zskd-nni search``: an NNI experiment over a recipe, judged without data.
+
+    recipe + search section -> job folder (recipe, probe set) -> NNI's manager, tuner, trials -> trials.json, best.yml
+
+Trials are processes of their own (:mod:`zskd_nni.compression.search_trial`), wherever NNI's training service puts
+them. All of them are judged by the same images, :mod:`zskd_nni.compression.probe`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zskd_nni import interrupt
+from zskd_nni.compression.nni_manager import LOOPBACK, Manager
+from zskd_nni.compression.probe import save_probe
+from zskd_nni.compression.search_config import experiment_config, is_local, remembering, tuner_config
+from zskd_nni.compression.search_job import relocated
+from zskd_nni.compression.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
+from zskd_nni.data import load_images
+from zskd_nni.errors import UserError
+from zskd_nni.files import make_folder, only_writer, read_json, write_atomic, write_json
+from zskd_nni.methods.registry import find_method, is_data_free
+from zskd_nni.pipeline import Run
+from zskd_nni.recipe import LoadedRecipe, check_recipe
+from zskd_nni.search_space import corners, with_parameters
+from zskd_nni.synthesis.store import describe_difference
+
+SEARCH, TRIALS, BEST, PROPOSED = "search.json", "trials.json", "best.yml", "proposed.jsonl"
+_POLL = 0.5
+_PATIENCE = 10  # polls in which the manager may be silent, or a finished trial without its result
+_FINISHED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
+
+
+class Search:
+    """One search in one output folder.
+
+    Args:
+        loaded: a recipe with a ``search`` section.
+        out: made if need be; the folder of another search is refused.
+        device: of the trials.
+        threads: of each trial; the cores divided among them where absent.
+        root: where real test data is, for the objective ``accuracy``.
+        portal: open NNI's web portal to the network.
+        port: of NNI's web server; a free one where absent.
+        quiet: no progress.
+
+    Raises:
+        UserError: anything that is wrong and can be known beforehand.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedRecipe,
+        out: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        root: Path | None = None,
+        portal: bool = False,
+        port: int | None = None,
+        quiet: bool = False,
+    ) -> None:
+        if loaded.recipe.search is None:
+            raise UserError(f"The recipe {loaded.recipe.name} has no search section with a space to search.")
+        self.loaded, self.section = loaded, loaded.recipe.search
+        self.out = Path(out).resolve()
+        self.device, self.portal, self.port, self.quiet = device, portal, port, quiet
+        self.threads = threads or max(1, len(os.sched_getaffinity(0)) // self.section.concurrency)
+        self.root = None if root is None else root.resolve()
+        self.seed = loaded.recipe.seed if self.section.seed is None else self.section.seed
+        self.teacher = loaded.teacher()
+        self.job = self.out / "job"
+        self._check_reachable()
+        self._check_objective()
+        self._check_space()
+        tuner_config(self.section, self.seed)
+        search = self.section.model_dump(mode="json", exclude={"trials", "concurrency"})
+        self.identity = {
+            "recipe": loaded.recipe.model_dump(mode="json", exclude={"search"}),
+            "search": search,
+            "teacher": self.teacher.fingerprint,
+            "folder": str(self.out),
+        }
+
+    # What can be known beforehand.
+
+    def _check_reachable(self) -> None:
+        service = self.section.training_service
+        if is_local(self.section) or self.portal:
+            return
+        if service.get("nni_manager_ip", service.get("nniManagerIp")) not in (LOOPBACK, "localhost"):
+            raise UserError(
+                f"search.training_service: trials on {service.get('platform')} call back to this machine, where NNI's "
+                "server lets nobody in; open it with --portal (whoever learns its address can then steer the search), "
+                f"or forward a --port of your choice from there yourself and set nni_manager_ip: {LOOPBACK}."
+            )
+
+    def _check_objective(self) -> None:
+        if self.section.objective == "agreement":
+            return
+        name = self.loaded.data_name()
+        if name is None:
+            raise UserError("search.objective: accuracy is measured on test data; name it in evaluation.data.")
+        assert self.loaded.recipe.evaluation is not None
+        data = load_images(name, self.loaded.recipe.evaluation.split, self.root)
+        data.require_labels(self.teacher.num_classes)
+
+    def _check_space(self) -> None:
+        """Every choice and both ends of every range, each alone, must make a recipe that can begin."""
+        for path, value, flat in corners(self.section.space):
+            try:
+                source = with_parameters({**self.loaded.source, "search": None}, flat)
+                recipe = check_recipe(source, "the recipe becomes wrong")
+                if path.split(".")[0] in ("compression", "student", "teacher"):
+                    plain = recipe.model_copy(update={"evaluation": None})
+                    Run(LoadedRecipe(plain, self.loaded.base, source), self.out, quiet=True)
+            except (ValueError, UserError) as error:
+                raise UserError(f"search.space.{path}: with {value!r}, {error}") from error
+
+    # The search.
+
+    def run(self) -> dict[str, Any]:
+        """Run what is missing; returns the content of ``trials.json``.
+
+        Raises:
+            UserError: NNI fails, or no trial comes to a student within the budget.
+        """
+        make_folder(self.out)
+        with only_writer(self.out):
+            self._claim()
+            table = self._known_table()
+            if len(table["trials"]) < self.section.trials:
+                self._prepare()
+                table = self._experiment(table["trials"])
+        return self._conclude(table)
+
+    def _claim(self) -> None:
+        path = self.out / SEARCH
+        if path.exists():
+            known = read_json(path)
+            if not isinstance(known, dict) or not isinstance(known.get("identity"), dict):
+                raise UserError(f"{path} is damaged; remove {self.out} to start over.")
+            difference = describe_difference(known["identity"], self.identity)
+            if difference:
+                raise UserError(f"{self.out} belongs to another search ({difference}). Use another output folder.")
+        elif any(entry.name != ".lock" for entry in self.out.iterdir()):
+            raise UserError(f"{self.out} is not empty and no search of this recipe made it. Use another output folder.")
+        write_json(path, {"identity": self.identity})
+
+    def _known_table(self) -> dict[str, Any]:
+        path = self.out / TRIALS
+        return read_json(path) if path.exists() else self._table([])
+
+    def _prepare(self) -> None:
+        """Write the job's folder."""
+        make_folder(self.job)
+        local = is_local(self.section)
+        save_probe(self.job / PROBE, self.teacher.to(self.device), self.section.probe, self.seed)
+        self.teacher.to("cpu")
+        source = {**relocated(self.loaded, self.job, carry=not local), "controls": []}
+        if self.section.objective == "agreement":
+            source["evaluation"] = None  # no trial opens a real sample
+        write_atomic(self.job / RECIPE, yaml.safe_dump(source, sort_keys=False))
+        job = {
+            "space": self.section.space,
+            "objective": self.section.objective,
+            "max_bytes": self.section.max_bytes,
+            "device": self.device,
+            "threads": self.threads,
+            "root": None if self.root is None or not local else str(self.root),
+            "shared": str(make_folder(self.out / "impressions")) if local else None,
+            "trials": str(make_folder(self.out / "trials")) if local else None,
+        }
+        write_json(self.job / JOB, job)
+
+    def _experiment(self, before: list[dict[str, Any]]) -> dict[str, Any]:
+        """Run NNI for the trials that are missing."""
+        folder = make_folder(self.out / "nni")
+        folder.chmod(0o700)  # the logs name the portal's address
+        tuner = tuner_config(self.section, self.seed + len(before))
+        tuner = remembering(tuner, folder, *self._history(before), self.out / PROPOSED)
+        config = experiment_config(self.section, self.job, tuner, self.section.trials - len(before))
+        paths = [] if self.loaded.base is None else [str(self.loaded.base)]
+        manager = Manager(config, folder, portal=self.portal, port=self.port, paths=[*paths, os.getcwd()])
+        try:
+            manager.start()
+            self._say_where(manager)
+            return self._follow(manager, before)
+        finally:
+            manager.stop()
+
+    def _history(self, before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What the tuner shall know: finished trials with their values, and proposals that were not finished."""
+        ended = [row["given"] for row in before]
+        known = [{"parameter": row["given"], "value": row["value"]} for row in before if row["value"] is not None]
+        again: list[dict[str, Any]] = []
+        path = self.out / PROPOSED
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                given = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a tuner that was killed
+            if given in ended:
+                ended.remove(given)
+            elif given not in again:
+                again.append(given)
+        return known, again
+
+    def _say_where(self, manager: Manager) -> None:
+        if self.portal:
+            print(
+                "--portal: NNI's web portal is open on every network interface of this machine, without a password; "
+                f"whoever learns this address can read, change and stop the search: {manager.address}",
+                file=sys.stderr,
+            )
+        elif not self.quiet:
+            print(f"NNI's web portal, for you on this machine alone: {manager.address}", file=sys.stderr)
+
+    def _follow(self, manager: Manager, before: list[dict[str, Any]]) -> dict[str, Any]:
+        """Wait for the trials, keep the table, say what happens."""
+        silent = late = idle = 0
+        table = self._table(before)
+        while True:
+            interrupt.check()
+            manager.watch()
+            try:
+                status = manager.experiment.get_status()
+                jobs = manager.experiment.list_trial_jobs()
+                metrics = manager.experiment.get_job_metrics()
+                silent = 0
+            except OSError as error:  # of requests: the manager is busy, or gone
+                silent += 1
+                if silent < _PATIENCE and manager.is_alive():
+                    time.sleep(_POLL)
+                    continue
+                raise UserError(
+                    f"NNI's manager ended or does not answer; its log is {manager.log}. What was finished is kept, the "
+                    "same command goes on from there."
+                ) from error
+            # A trial's result may arrive a moment after its end, and so may the tuner's next proposal.
+            missing = any(job.status == "SUCCEEDED" and not _final(metrics.get(job.trialJobId, [])) for job in jobs)
+            late = late + 1 if missing else 0
+            running = any(job.status not in _FINISHED for job in jobs)
+            idle = idle + 1 if status == "TUNER_NO_MORE_TRIAL" and not running else 0
+            if not missing or late >= _PATIENCE:
+                table = self._seen(manager, table, [(job, metrics.get(job.trialJobId, [])) for job in jobs])
+                if status == "DONE" or idle >= _PATIENCE:
+                    return table
+            if status == "ERROR":
+                raise UserError(f"NNI's manager reports an error; its log is {manager.log}.")
+            time.sleep(_POLL)
+
+    def _seen(self, manager: Manager, table: dict[str, Any], jobs: list[tuple[Any, list[Any]]]) -> dict[str, Any]:
+        """The table with what has finished meanwhile."""
+        ended = sorted((pair for pair in jobs if pair[0].status in _FINISHED), key=lambda pair: pair[0].endTime or 0)
+        known = {row["id"] for row in table["trials"]}
+        new = [
+            self._row(manager, job, metrics)
+            for job, metrics in ended
+            if f"{manager.name}/{job.trialJobId}" not in known
+        ]
+        if not new:
+            return table
+        count = len(table["trials"])
+        table = self._table([*table["trials"], *new])
+        write_json(self.out / TRIALS, table)
+        for row in table["trials"][count:]:
+            self._say(row)
+        return table
+
+    def _row(self, manager: Manager, job: Any, metrics: list[Any]) -> dict[str, Any]:
+        final = _final(metrics)
+        reports = [metric.data for metric in metrics if metric.type == "PERIODICAL" and isinstance(metric.data, dict)]
+        told = final or (reports[-1] if reports else {})
+        status, reason = told.get("status", "failed"), told.get("failed")
+        if job.status in ("USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"):
+            status, reason = "failed", "it was cancelled in NNI's web portal"
+        elif final is None and reason is None:
+            log = f"nni/{manager.name}/environments/local-env/trials/{job.trialJobId}/trial.stderr"
+            where = f"; see {log}" if (self.out / log).exists() else ""
+            reason = f"its process ended without a result{where}"
+        elif status == OVER_BUDGET:
+            reason = f"{told['bytes']:,} bytes, {self.section.max_bytes:,} allowed"
+        return {
+            "number": 0,
+            "id": f"{manager.name}/{job.trialJobId}",
+            "status": status,
+            "parameters": told.get("parameters", {}),
+            "objective": told.get("objective"),
+            "bytes": told.get("bytes"),
+            "file": None if final is None else f"trials/{told['folder']}/{told['file']}",
+            "seconds": told.get("seconds"),
+            "reason": reason,
+            "given": told.get("given"),
+            "value": None if final is None else final["default"],
+        }
+
+    def _table(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        numbered = [{**row, "number": number} for number, row in enumerate(rows, 1)]
+        good = [row for row in numbered if row["status"] == "done"]
+        best = min(good, key=lambda row: (-row["objective"], row["bytes"], row["number"]), default=None)
+        method = find_method(self.loaded.recipe.transfer.method)
+        data_free = self.section.objective == "agreement" and is_data_free(
+            method, self.loaded.recipe.transfer.options()
+        )
+        return {
+            "name": self.loaded.recipe.name,
+            "objective": self.section.objective,
+            "objective_on": f"the probe set ({self.section.probe:,} images made from the teacher)"
+            if self.section.objective == "agreement"
+            else f"test data ({self.loaded.data_name()}): NOT data-free",
+            "data_free": data_free,
+            "max_bytes": self.section.max_bytes,
+            "best": None if best is None else best["number"],
+            "trials": numbered,
+        }
+
+    def _say(self, row: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        what = f"{self.section.objective} {row['objective']:.2f} %, {row['bytes']:,} bytes" if row["bytes"] else ""
+        text = ", ".join(filter(None, (row["status"], what, row["reason"] if row["status"] == "failed" else "")))
+        given = ", ".join(f"{path} {value}" for path, value in row["parameters"].items())
+        print(f"trial {row['number']} of {self.section.trials}: {text} ({given})", file=sys.stderr, flush=True)
+
+    def _conclude(self, table: dict[str, Any]) -> dict[str, Any]:
+        if table["best"] is None:
+            over = [row for row in table["trials"] if row["status"] == OVER_BUDGET]
+            failed = [row for row in table["trials"] if row["status"] == "failed"]
+            if over:
+                least = min(over, key=lambda row: row["bytes"])
+                raise UserError(
+                    f"search.max_bytes: no student of {len(table['trials'])} trials is as small as "
+                    f"{self.section.max_bytes:,} bytes; the smallest, of trial {least['number']}, takes "
+                    f"{least['bytes']:,}. All are in {self.out / TRIALS}."
+                )
+            first = f" The first: {failed[0]['reason']}" if failed else ""
+            raise UserError(f"No trial came to a result; all are in {self.out / TRIALS}.{first}")
+        row = table["trials"][table["best"] - 1]
+        source = with_parameters(relocated(self.loaded, self.out), row["parameters"])
+        budget = "" if self.section.max_bytes is None else f" of {self.section.max_bytes:,} allowed"
+        head = (
+            f"# Trial {row['number']} of {len(table['trials'])} of zskd-nni search {self.loaded.recipe.name}:\n"
+            f"# {self.section.objective} {row['objective']:.2f} % on {table['objective_on']}, "
+            f"{row['bytes']:,} bytes{budget}.\n"
+        )
+        write_atomic(self.out / BEST, head + yaml.safe_dump(source, sort_keys=False))
+        return table
+
+
+def _final(metrics: list[Any]) -> dict[str, Any] | None:
+    return next((metric.data for metric in metrics if metric.type == "FINAL"), None)
+
+
+def render_trials(table: dict[str, Any]) -> str:
+    """The table of all trials as plain text, the best first."""
+    paths = list(dict.fromkeys(path for row in table["trials"] for path in row["parameters"]))
+    short = _short_names(paths)
+
+    def rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
+        return row["number"] != table["best"], row["status"] != "done", -(row["objective"] or 0)
+
+    head = ["trial", *short, table["objective"], "bytes", "seconds", "status"]
+    lines = [head]
+    for row in sorted(table["trials"], key=rank):
+        lines.append(
+            [
+                f"{row['number']}{' *' if row['number'] == table['best'] else ''}",
+                *(_value(row["parameters"].get(path, "")) for path in paths),
+                "" if row["objective"] is None else f"{row['objective']:.2f} %",
+                "" if row["bytes"] is None else f"{row['bytes']:,}",
+                "" if row["seconds"] is None else f"{row['seconds']:.1f}",
+                row["status"] + (f": {row['reason']}" if row["reason"] else ""),
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "-" * min(max(map(len, text)), 160))
+    return "\n".join([*text, "", f"{table['objective']} is measured on {table['objective_on']}"])
+
+
+def _short_names(paths: list[str]) -> list[str]:
+    """The ends of key paths, as long as is needed to tell them apart."""
+    short = []
+    for path in paths:
+        keys = path.split(".")
+        for length in range(1, len(keys) + 1):
+            end = ".".join(keys[-length:])
+            if sum(other == path or other.endswith(f".{end}") for other in paths) == 1 and not keys[-length].isdigit():
+                break
+        short.append(end)
+    return short
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

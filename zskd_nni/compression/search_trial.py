@@ -1,0 +1,203 @@
+"""One trial of a search: a process that NNI starts, asks for parameters, and hears the result from.
+
+It knows the job's folder only, so that it can run on another machine: ``job.json``, ``recipe.yml``, the probe set, and
+copies of what the recipe reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+from torch import Tensor
+
+from zskd_nni import interrupt
+from zskd_nni.data import load_images
+from zskd_nni.errors import UserError
+from zskd_nni.evaluation import logits_on
+from zskd_nni.export import export_onnx, run_onnx
+from zskd_nni.files import fingerprint_of, make_folder, read_json
+from zskd_nni.metrics import accuracy
+from zskd_nni.pipeline import Made, Run
+from zskd_nni.recipe import LoadedRecipe, check_recipe
+from zskd_nni.search_space import flat_parameters, with_parameters
+from zskd_nni.transfer import TransferSource
+
+JOB, RECIPE, PROBE = "job.json", "recipe.yml", "probe.safetensors"
+OVER_BUDGET = "over budget"
+
+
+class StudentRun(Run):
+    """A recipe up to the student's file: no controls, no held-out impressions, no report.
+
+    Args:
+        shared: a folder in which trials with the same transfer set find it made; None keeps it to the run.
+        loaded: the recipe.
+        out: made if need be.
+        options: as of :class:`zskd_nni.pipeline.Run`.
+    """
+
+    def __init__(self, shared: Path | None, loaded: LoadedRecipe, out: Path, **options: Any) -> None:
+        super().__init__(loaded, out, **options)
+        self.shared = shared
+
+    def deployable(self, images: Tensor) -> Path:
+        """Make the student and the one file that would be deployed, checked on ``images``; returns the file.
+
+        It is the integer file where the recipe has a quantizer that can be said in integers.
+        """
+        make_folder(self.out)
+        with _alone(self.out.with_suffix(".lock")), self._owned():
+            made = self.student("student", self.transfer())
+            self.teacher.to("cpu")
+            self._save(Made(made.network), self.out / "student.json", recipe=self.recipe.name)
+            integers = self.out / "student-int8.onnx"
+            written = self._export_integers(made.quantization, images, integers)
+            if written is not None and written["exported"]:
+                return integers
+            export_onnx(made.network, self.teacher.spec, self.out / "student.onnx", images)
+            return self.out / "student.onnx"
+
+    def transfer(self) -> TransferSource:
+        """The transfer source; of trials that want the same set, the first makes it and the others wait for it."""
+        if self.shared is None:
+            return super().transfer()
+        section = self.recipe.transfer.model_dump(mode="json", exclude={"held_out"})
+        folder = make_folder(self.shared / fingerprint_of([self.teacher.fingerprint, section, self.recipe.seed])[:16])
+        here = self.out / "impressions"
+        with contextlib.suppress(FileExistsError):
+            here.symlink_to(os.path.relpath(folder, self.out), target_is_directory=True)
+        with _alone(folder.with_suffix(".lock")):
+            return super().transfer()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in this block with the same ``path``."""
+    lock = filelock.FileLock(path)
+    while True:
+        interrupt.check()
+        try:
+            lock.acquire(timeout=0.5)
+            break
+        except filelock.Timeout:
+            continue
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_trial(job_folder: Path) -> None:
+    """Ask NNI for parameters, make the student, report.
+
+    Args:
+        job_folder: as :class:`zskd_nni.compression.search.Search` wrote it.
+
+    Raises:
+        UserError: why the trial failed; NNI was told as well.
+    """
+    import nni
+
+    _end_with_the_manager()
+    started = time.monotonic()
+    job = read_json(job_folder / JOB)
+    given = nni.get_next_parameter()
+    if given is None:
+        raise UserError("NNI gave this trial no parameters; zskd-nni trial is only meant to be run by zskd-nni search.")
+    flat = flat_parameters(job["space"], given)
+    told: dict[str, Any] = {"default": 0.0, "parameters": flat, "given": given}
+    nni.report_intermediate_result(told)
+    try:
+        result = measure(job_folder, job, flat)
+    except Exception as error:  # whatever it is, it is this trial's and does not end the search
+        told.update(failed=reason_of(error), seconds=round(time.monotonic() - started, 1))
+        nni.report_intermediate_result(told)
+        raise
+    nni.report_final_result({**told, **result, "seconds": round(time.monotonic() - started, 1)})
+
+
+def measure(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
+    """Make the student of a set of parameters and measure its deployable file.
+
+    Args:
+        job_folder: of the search.
+        job: content of ``job.json``.
+        flat: key paths of the recipe and values.
+
+    Returns:
+        ``default`` (what NNI's tuner maximises), ``objective`` (in percent), ``bytes``, ``file``, ``status``.
+    """
+    loaded = recipe_with(job_folder, flat)
+    out = Path(job["trials"] or os.environ["NNI_OUTPUT_DIR"]) / fingerprint_of(flat)[:12]
+    shared = None if job["shared"] is None else Path(job["shared"])
+    root = None if job["root"] is None else Path(job["root"])
+    run = StudentRun(shared, loaded, out, device=job["device"], root=root, quiet=True)
+    from zskd_nni.compression.probe import load_probe
+
+    images, classes = load_probe(job_folder / PROBE, run.teacher.spec)
+    file = run.deployable(images)
+    size = file.stat().st_size
+    if job["objective"] == "accuracy":
+        assert loaded.recipe.evaluation is not None
+        data = load_images(str(loaded.data_name()), loaded.recipe.evaluation.split, root)
+        objective = accuracy(logits_on(lambda batch: run_onnx(file, batch), data, run.teacher.spec), data.labels)
+    else:
+        objective = accuracy(run_onnx(file, images), classes)
+    over = job["max_bytes"] is not None and size > job["max_bytes"]
+    return {
+        # Above the budget every value is below every one within it, and the lower the larger the file.
+        "default": -size / job["max_bytes"] if over else objective,
+        "objective": round(objective, 4),
+        "bytes": size,
+        "file": file.name,
+        "folder": out.name,
+        "status": OVER_BUDGET if over else "done",
+    }
+
+
+def recipe_with(job_folder: Path, flat: dict[str, Any]) -> LoadedRecipe:
+    """The job's recipe with parameters in their places.
+
+    Raises:
+        UserError: together they make no recipe.
+    """
+    source = yaml.safe_load((job_folder / RECIPE).read_text())
+    try:
+        changed = with_parameters(source, flat)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    return LoadedRecipe(check_recipe(changed, "the trial's recipe"), job_folder, changed)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says why a trial failed."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def _end_with_the_manager() -> None:
+    """NNI's manager ends its trials, unless it is killed; then a local trial ends itself."""
+    manager = os.environ.get("ZSKD_NNI_MANAGER_PID")
+    if manager is None:
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(int(manager), 0)
+            except ProcessLookupError:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)  # for what is being written
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
