@@ -439,7 +439,8 @@ def test_means_targets_and_published_numbers(a_record: dict[str, Any]) -> None:
     without = line_of(render_page(records), "| zskd | best | - |")
     assert f"**{statistics.mean([98.8, 99.0, 99.1]):.2f} ± {statistics.stdev([98.8, 99.0, 99.1]):.2f}**" in without
     assert "| 0, 1, 2 |" in without
-    assert "98.77 (teacher 99.34, ZSKD" in without
+    assert "| 98.77 (teacher 99.34) |" in without
+    assert "Published: zskd: ZSKD, ICML 2019" in render_page(records)
     assert "98.90: met; (real KD - 0.2): not run" in without
     records += [altered(a_record, real, 0, 99.3)]
     page = render_page(records)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+
+
+@functools.lru_cache(maxsize=64)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # making one takes milliseconds
 
 
 def build_settings(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -23,7 +29,7 @@ def build_settings(kind: type[T], values: Mapping[str, Any], where: str = "") ->
         ValueError: one sentence that names the key path, what is wrong and what would be right.
     """
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return _adapter(kind).validate_python(dict(values))
     except ValidationError as error:
         raise ValueError(describe_validation(error, kind, where)) from error
 

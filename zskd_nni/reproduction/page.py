@@ -45,6 +45,15 @@ one run of `zskd-nni reproduce`: one cell with one seed.
 - *time* is the mean of a run on the machine of its record, a shared CPU core for most: synthesis, student, measuring.
 """
 
+# The site puts the table of results/*.json in the comment's place.
+RECIPES = """## Packaged recipes
+
+`results/*.json` holds the runs of the packaged recipes, which do more than this page asks: pruning, quantization,
+controls. Their table stands in the README.
+
+<!-- results: -->
+"""
+
 
 def group_records(records: Iterable[Record]) -> dict[tuple[str, str], Group]:
     """Records by cell and scale, each group in the order of its seeds."""
@@ -84,7 +93,7 @@ def render_page(records: Iterable[Record]) -> str:
         parts.append(
             "## Other records\n\nOf cells that no table has any more: " + ", ".join(f"`{o}`" for o in others) + ".\n"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, RECIPES])
 
 
 def _pairs(table: Table) -> list[str]:
@@ -113,7 +122,7 @@ def _rows(cells: Sequence[Cell], scale: str, groups: dict[tuple[str, str], Group
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines.extend(_row(cell, groups[cell.name, scale], scale, groups) for cell in cells)
-    return "\n".join(lines)
+    return "\n".join(lines) + _sources(cells)
 
 
 def _row(cell: Cell, group: Group, scale: str, groups: dict[tuple[str, str], Group]) -> str:
@@ -159,7 +168,19 @@ def _published(cell: Cell) -> str:
         return "-"
     details = [f"teacher {known.teacher:.2f}"] if known.teacher is not None else []
     details += [f"MTE {known.mte}"] if known.mte is not None else []
-    return f"{known.accuracy:.2f} ({', '.join([*details, known.source])})"
+    return f"{known.accuracy:.2f}" + (f" ({', '.join(details)})" if details else "")
+
+
+def _sources(cells: Sequence[Cell]) -> str:
+    """Where the published numbers of some rows stand."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        known = _known(cell)
+        if known is not None and cell.method not in found.setdefault(known.source, []):
+            found[known.source].append(cell.method)
+    if not found:
+        return ""
+    return "\n\nPublished: " + "; ".join(f"{', '.join(methods)}: {source}" for source, methods in found.items()) + "."
 
 
 def _target(cell: Cell, group: Group, scale: str, groups: dict[tuple[str, str], Group]) -> str:
