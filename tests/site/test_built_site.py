@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -34,7 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,  # seconds where the machine is idle
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return out
@@ -117,6 +119,22 @@ def test_formulas_are_drawn_and_tables_filled_in(built: Path) -> None:
         assert "arithmatex" not in text, path
         assert "<!-- results" not in text, path
     assert "mnist-half" in (built / "index.html").read_text()
+
+
+def test_formulas_of_notebooks_are_drawn_and_code_is_left_alone() -> None:
+    need("latex2mathml")
+    spec = importlib.util.spec_from_file_location("maths", ROOT / "docs" / "_hooks" / "maths.py")
+    assert spec is not None and spec.loader is not None
+    maths = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maths)
+    notebook = SimpleNamespace(file=SimpleNamespace(src_uri="tutorials/01.ipynb"))
+    given = '<p title="$a$">Let $x^2$ be <code>$y$</code>, 5 $ each.</p><pre>$z$ $w$</pre><p>$$\\arg\\min_x f$$</p>'
+    html = maths.on_page_content(given, page=notebook)
+    assert html.count("<math") == 2
+    for kept in ('title="$a$"', "<code>$y$</code>", "5 $ each", "<pre>$z$ $w$</pre>"):
+        assert kept in html
+    with pytest.raises(ValueError, match="does not know all"):
+        maths.on_page_content(r"<p>$\nosuchthing x$</p>", page=notebook)
 
 
 def watched(browser: Any, address: str, **options: Any) -> tuple[Any, list[str]]:
