@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from amounts import amount
+from amounts import LONG, amount, only_long
 from helpers import _context, digits_network, make_store, start_process
 from subjects import SUBJECTS
 from test_mutations import TINY
@@ -79,7 +79,9 @@ COMMANDS = {
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [name if name not in ("compress", "distill") else pytest.param(name, marks=only_long) for name in COMMANDS]
+)
 def test_each_command(place: Path, name: str) -> None:
     """One signal, two, three and a mixture, at steps drawn at random; then the command again, to its end."""
     chance = random.Random(name)
@@ -91,13 +93,12 @@ def test_each_command(place: Path, name: str) -> None:
         (signal.SIGTERM, signal.SIGINT),
         (signal.SIGINT, signal.SIGTERM, signal.SIGTERM),
     ]
-    heavy = name in ("compress", "distill")
     arguments = [word.format(out=f"whole-{name}") for word in COMMANDS[name]]
     code, steps = counted(arguments, place)
     assert code == 0, (place / "stderr").read_text()
     assert steps > 0
     arguments = [word.format(out=f"out-{name}") for word in COMMANDS[name]]
-    for signals in mixtures[: amount(2, 6) if heavy else 6][:: -1 if heavy else 1]:
+    for signals in mixtures if LONG else chance.sample(mixtures, 3):
         code, reached = counted(arguments, place, chance.randrange(1, max(2, steps // 8)), signals)
         said = (place / "stderr").read_text()
         assert code in {CODES[signum] for signum in signals[:2]}, said
