@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -29,7 +29,7 @@ def build_settings(kind: type[T], values: Mapping[str, Any], where: str = "") ->
         ValueError: one sentence that names the key path, what is wrong and what would be right.
     """
     try:
-        return _adapter(kind).validate_python(dict(values))
+        return _adapter(cast(Any, kind)).validate_python(dict(values))
     except ValidationError as error:
         raise ValueError(describe_validation(error, kind, where)) from error
 
