@@ -255,6 +255,13 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, int | float | str | bool)
 
 
+def _kind(value: Any) -> Any:
+    """What must not change between a saved and a loaded number: whether it is one."""
+    if isinstance(value, list | tuple):
+        return [_kind(entry) for entry in value]
+    return float if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
+
+
 def load_checkpoint(
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -293,6 +300,10 @@ def load_checkpoint(
         optimizer.load_state_dict(optimizer_state)
         _laid_out_like_parameters(optimizer)
         if scheduler is not None:
+            known = scheduler.state_dict()
+            other = [key for key, value in state["scheduler"].items() if _kind(value) != _kind(known.get(key))]
+            if other or known.keys() - state["scheduler"].keys():
+                raise ValueError(f"the schedule's state is not whole{': ' if other else ''}{', '.join(other)}")
             scheduler.load_state_dict(state["scheduler"])
         return _counted(state["step"]), _history(state["history"])
     except UserError:

@@ -87,6 +87,7 @@ def watched_run(recipe: str, changes: list[str], out: str, root: str, found: str
         sys.audit("open", str(path), "rb", 0)
         return real(path, *arguments, **options)
 
+    tempfile.gettempdir()  # its first call tries the folder with a file of chance's name
     files.safe_open = safe_open
     sys.addaudithook(hook)
     for name, method in (("check", "_check_early"), ("evaluation", "_report")):
