@@ -1,8 +1,7 @@
 """Pages and parts of pages that are made of other files, and a navigation without what does not exist.
 
 ``<!-- results: COLUMNS -->`` in a page becomes the table of all result files, ``COLUMNS`` (names, separated by
-semicolons) of it, or all. The changelog page is ``CHANGELOG.md``. ``results.md`` is made here where no command has
-written it.
+semicolons) of it, or all. The changelog page is ``CHANGELOG.md``; the page of the packaged recipes' results is here.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = ("experiments.md", "benchmarks.md")
+OPTIONAL = ("benchmarks.md", "results.md")
 TUTORIALS = "tutorials"
 _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
 _RESULTS_PAGE = """---
 hide: [toc]
 ---
 
-# Results
+# Results of the packaged recipes
 
 Test accuracy in percent, mean and standard deviation over seeds 0, 1 and 2, last step. Nothing but the teacher's
 weights was used, but for the column *with real data*: the same recipe on training images, the ceiling. Every student
@@ -59,8 +58,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
-    if files.get_file_from_path("results.md") is None:
-        files.append(File.generated(config, "results.md", content=_RESULTS_PAGE))
+    files.append(File.generated(config, "recipe-results.md", content=_RESULTS_PAGE))
     return files
 
 
@@ -76,7 +74,7 @@ def results_table(columns: str = "") -> str:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    names = sorted(entry.stem for entry in (ROOT / "results").glob("*.json"))
+    names = [entry.stem for entry in module.recipe_results()]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in module.table(names).splitlines()]
     wanted = [name.strip() for name in columns.split(";") if name.strip()] or rows[0]
     missing = [name for name in wanted if name not in rows[0]]

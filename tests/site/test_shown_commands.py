@@ -40,9 +40,21 @@ ROOT = Path(__file__).resolve().parents[2]
 # Later pages use what these leave behind.
 FIRST = ["docs/index.md", "docs/install.md", "docs/quickstart.md", "docs/howto/own-teacher.md", "README.md"]
 PROGRAMS = ("zskd-nni", "make", "pip", "python", "jupyter", "torchrun", "nnictl", "pre-commit")
-# Run for real elsewhere.
+# Run for real elsewhere: the file, and the test in it.
 ELSEWHERE = {
-    "jupyter lab": "tests/site/test_explorer_in_jupyterlab.py",
+    "jupyter lab": ("tests/site/test_explorer_in_jupyterlab.py", "test_a_slider_moved_shows_another_impression"),
+    "zskd-nni search digits-search --out out/search": (
+        "tests/compression/test_search.py",
+        "test_a_search_is_private_stops_whole_and_goes_on",
+    ),
+    "zskd-nni compress out/search/best.yml --out out/best": (
+        "tests/compression/test_search.py",
+        "test_a_search_is_private_stops_whole_and_goes_on",
+    ),
+    "zskd-nni reproduce main --cell mnist-zskd-best --seed 0": (
+        "tests/test_reproduction.py",
+        "test_every_method_leaves_a_whole_record",
+    ),
 }
 SMALL = ["transfer.size=120", "transfer.held_out=100", "transfer.synthesis.max_steps=4", "distillation.steps=4"]
 # What Python on a page expects to have, and what is made smaller in it.
@@ -55,7 +67,10 @@ GIVEN: dict[str, Any] = {
     },
 }
 SMALLER = {"size=200": "size=20", "rounds=8000": "rounds=1, width=8", "rounds=200": "rounds=1, width=8"}
-ELSEWHERE_PYTHON = {"README.md": "tests/test_readme.py"}
+ELSEWHERE_PYTHON = {
+    "README.md": ("tests/test_readme.py", "test_the_example_in_python_runs_as_it_stands"),
+    "docs/nni-examples.md": ("tests/compression/test_nni_examples.py", "docs/nni-examples.md run as they stand"),
+}
 
 
 @dataclass(frozen=True)
@@ -109,15 +124,22 @@ class Reader:
                 self.run(command)
 
     def load(self, block: Block) -> None:
-        """A recipe, or some of its sections."""
-        content = {**yaml.safe_load(recipe_text("digits-prune50")[0]), **yaml.safe_load(block.text)}
+        """A recipe, some of its sections, or names of a search space."""
+        shown = yaml.safe_load(block.text)
+        if any("." in key for key in shown):
+            shown = {"search": {"space": shown}}
+        content = yaml.safe_load(recipe_text("digits-search" if shown.get("search") else "digits-prune50")[0])
+        if shown.get("search"):
+            shown["search"] = {**content["search"], **shown["search"]}
+        content.update(shown)
         path = self.folder / "shown.yml"
         path.write_text(yaml.safe_dump(content))
         load_recipe(str(path))
 
     def execute(self, block: Block) -> None:
         if block.page in ELSEWHERE_PYTHON:
-            assert "test_the_example_in_python" in (ROOT / ELSEWHERE_PYTHON[block.page]).read_text()
+            path, test = ELSEWHERE_PYTHON[block.page]
+            assert test in (ROOT / path).read_text()
             return
         if "zskd_nni.explore " in block.text:
             pytest.importorskip("ipywidgets")
@@ -135,7 +157,8 @@ class Reader:
             return
         self.done.add(known)
         if known in ELSEWHERE:
-            assert (ROOT / ELSEWHERE[known]).is_file()
+            path, test = ELSEWHERE[known]
+            assert f"def {test}(" in (ROOT / path).read_text()
         elif words[0] == "make":
             subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
         elif words[:2] == ["pip", "install"]:
