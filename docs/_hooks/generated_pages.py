@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("benchmarks.md", "results.md")
 TUTORIALS = "tutorials"
 _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
+_LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<to>[^)#]+)[^)]*\)")  # one to no page of the site stays as its text
 _RESULTS_PAGE = """---
 hide: [toc]
 ---
@@ -58,6 +59,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")  # seen from the site
+    known = {file.src_uri for file in files}
+    changes = _LINK.sub(lambda link: link[0] if link["to"] in known or ":" in link["to"] else link["text"], changes)
     files.append(File.generated(config, "changelog.md", content=changes))
     files.append(File.generated(config, "recipe-results.md", content=_RESULTS_PAGE))
     return files
