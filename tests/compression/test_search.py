@@ -18,6 +18,7 @@ import torch
 import yaml
 from helpers import cli_command, is_one_sentence, run_cli, wait_for
 
+from zskd_nni.compression.nni_manager import lives
 from zskd_nni.compression.probe import load_probe, make_probe, save_probe
 from zskd_nni.compression.search import Search, render_trials
 from zskd_nni.compression.search_config import experiment_config, tuner_config
@@ -105,7 +106,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    return [one for one in processes if lives(one)]
 
 
 def other_addresses() -> list[str]:

@@ -29,6 +29,14 @@ _SECONDS_TO_START = 120  # NNI allows itself three and its tuner ten, too little
 _SECONDS_TO_STOP = 40.0  # NNI gives its tuner 30 at most
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether a process still does anything; it may end while it is asked."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Manager:
     """A running NNI experiment.
 
@@ -136,7 +144,7 @@ class Manager:
     def processes(self) -> list[psutil.Process]:
         """The manager and all that it started, as far as they live."""
         self.watch()
-        return [one for one in self._family.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        return [one for one in self._family.values() if lives(one)]
 
     def stop(self) -> None:
         """Stop the manager, its tuner and its trials, kindly at first; nothing of them is left."""
