@@ -34,7 +34,16 @@ from zskd_nni.losses import distillation_loss
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.supervised import SupervisedSettings, train_supervised
 from zskd_nni.teacher import Teacher
-from zskd_nni.training import Checkpoint, DivergenceError, cosine_schedule, fit, training_mode
+from zskd_nni.training import (
+    Checkpoint,
+    DivergenceError,
+    History,
+    cosine_schedule,
+    fit,
+    load_checkpoint,
+    save_checkpoint,
+    training_mode,
+)
 from zskd_nni.transfer import NoiseSource, StoredSource
 
 
@@ -445,3 +454,34 @@ def test_checkpoint_is_written_at_intervals(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "c.safetensors", "f", every=0)
     fit(network, optimizer, None, loss, steps=3, seed=0, checkpoint=checkpoint, quiet=True)
     assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20),
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4),
+        lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1),
+        lambda optimizer: torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.9),
+    ],
+    ids=["step", "one-cycle", "restarts", "cyclic", "multiplicative"],
+)
+def test_schedules_of_pytorch_resume(tmp_path, make):
+    """A user brings any: what a fresh one does not know yet, or cannot be saved, is no reason to refuse."""
+
+    def parts():
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        return model, optimizer, make(optimizer)
+
+    checkpoint = Checkpoint(tmp_path / "run.safetensors", "same")
+    model, optimizer, scheduler = parts()
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    save_checkpoint(checkpoint, model, optimizer, scheduler, 5, History())
+    model, optimizer, again = parts()
+    assert load_checkpoint(checkpoint, model, optimizer, again)[0] == 5
+    assert again.last_epoch == 5
+    assert again.get_last_lr() == scheduler.get_last_lr()

@@ -255,11 +255,15 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, int | float | str | bool)
 
 
-def _kind(value: Any) -> Any:
-    """What must not change between a saved and a loaded number: whether it is one."""
-    if isinstance(value, list | tuple):
-        return [_kind(entry) for entry in value]
-    return float if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
+def _fits(saved: Any, known: Any) -> bool:
+    """Whether a value of a saved schedule is of the kind that a fresh one has there, if it has any yet."""
+    if known is None:
+        return True
+    if isinstance(known, list | tuple):
+        return isinstance(saved, list) and len(saved) == len(known) and all(map(_fits, saved, known))
+    if isinstance(known, int | float) and not isinstance(known, bool):
+        return isinstance(saved, int | float) and not isinstance(saved, bool)
+    return type(saved) is type(known)
 
 
 def load_checkpoint(
@@ -300,10 +304,12 @@ def load_checkpoint(
         optimizer.load_state_dict(optimizer_state)
         _laid_out_like_parameters(optimizer)
         if scheduler is not None:
-            known = scheduler.state_dict()
-            other = [key for key, value in state["scheduler"].items() if _kind(value) != _kind(known.get(key))]
-            if other or known.keys() - state["scheduler"].keys():
-                raise ValueError(f"the schedule's state is not whole{': ' if other else ''}{', '.join(other)}")
+            saved, known = state["scheduler"], scheduler.state_dict()
+            other = [key for key, value in saved.items() if key in known and not _fits(value, known[key])]
+            other += [key for key in saved if key not in known and hasattr(scheduler, key)]  # a method's name
+            other += [key for key, value in known.items() if _is_plain(value) and key not in saved]
+            if other:
+                raise ValueError(f"the schedule's state is not whole: {', '.join(sorted(other))}")
             scheduler.load_state_dict(state["scheduler"])
         return _counted(state["step"]), _history(state["history"])
     except UserError:
