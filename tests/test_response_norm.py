@@ -63,3 +63,13 @@ def test_a_pruned_one_is_fast_too():
     with fast_response_norms(pruned):
         assert "forward" in pruned[0].__dict__
         assert torch.allclose(pruned(x), expected, atol=1e-6)
+
+
+def test_a_first_look_without_gradients_spoils_nothing():
+    norm = nn.Sequential(nn.LocalResponseNorm(3))
+    x = torch.rand(1, 9, 2, 2)  # a width that no other test has
+    with fast_response_norms(norm):
+        with torch.inference_mode():
+            norm(x)
+        x.requires_grad_()
+        assert torch.autograd.grad(norm(x).sum(), x)[0].isfinite().all()

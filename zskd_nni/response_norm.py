@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -99,16 +99,19 @@ class PrunedLocalResponseNorm(nn.Module):
         return f"{len(self.kept)} channels, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
-def _fast_forward(norm: Any, windows: dict[int, Tensor], x: Tensor) -> Tensor:
+@lru_cache(maxsize=64)
+def _window(positions: tuple[int, ...], size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # it is kept for whoever comes next, who may want gradients
+        return neighbours(torch.tensor(positions), size).to(device, dtype)
+
+
+def _fast_forward(norm: Any, x: Tensor) -> Tensor:
     if x.ndim != 4:
         return type(norm).forward(norm, x)
     with torch.autocast(x.device.type, enabled=False):  # as PyTorch's own, in single precision
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        window = windows.get(x.shape[1])
-        if window is None or window.device != x.device or window.dtype != x.dtype:
-            positions = norm.kept if isinstance(norm, PrunedLocalResponseNorm) else range(x.shape[1])
-            window = neighbours(torch.tensor(positions), norm.size).to(x)
-            windows[x.shape[1]] = window
+        positions = norm.kept if isinstance(norm, PrunedLocalResponseNorm) else tuple(range(x.shape[1]))
+        window = _window(positions, norm.size, x.device, x.dtype)
         return _Normalise.apply(x, window, norm.alpha / norm.size, norm.beta, norm.k)
 
 
@@ -121,7 +124,7 @@ def fast_response_norms(model: nn.Module) -> Iterator[None]:
     kinds = (nn.LocalResponseNorm, PrunedLocalResponseNorm)
     replaced = [m for m in model.modules() if type(m) in kinds and "forward" not in m.__dict__]
     for module in replaced:
-        module.forward = partial(_fast_forward, module, {})
+        module.forward = partial(_fast_forward, module)
     try:
         yield
     finally:
