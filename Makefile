@@ -3,6 +3,7 @@
 # make test        the whole test-suite
 # make faults      kills, damage, hostile files, mutated recipes: the long version, under an hour on two cores
 # make soak        20 minutes of synthesis and distillation under a memory limit (SOAK_SECONDS=...)
+# make bench      the ratios of docs/benchmarks.md, under ten minutes (DEVICE=cuda)
 # make lint        ruff and mypy
 # make docs        the site, into site/; make docs-serve shows it while it is written
 # make package     wheel and sdist into dist/, installed and tried in a clean environment
@@ -16,8 +17,9 @@ ADDRESS ?= 127.0.0.1:8000
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 SOAK_SECONDS ?= 1200
+DEVICE ?= cpu
 
-.PHONY: install install-all demo test faults soak lint docs docs-serve package clean
+.PHONY: install install-all demo test faults soak bench lint docs docs-serve package clean
 
 install: $(VENV)/installed
 
@@ -43,6 +45,9 @@ faults: install
 
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(SOAK_SECONDS)
+
+bench: install
+	$(BIN)/python benchmarks/bench.py --device $(DEVICE)
 
 lint: install
 	$(BIN)/ruff check .

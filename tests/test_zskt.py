@@ -45,6 +45,17 @@ def trained(settings: ZsktSettings, dropout: float = 0.0, **options: Any) -> nn.
     return student
 
 
+def test_in_bfloat16_the_game_goes_the_same_way() -> None:
+    students = [small_network(3) for _ in range(2)]
+    histories = [
+        train_zskt(student, small_teacher(), ZsktSettings(**SHORT, autocast=autocast), seed=5, quiet=True)
+        for student, autocast in zip(students, (False, True), strict=True)
+    ]
+    assert not same_weights(*students)
+    assert histories[1].losses == pytest.approx(histories[0].losses, rel=0.05)
+    assert all(value.dtype == torch.float32 for value in students[1].parameters())
+
+
 # The generator.
 
 

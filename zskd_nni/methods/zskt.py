@@ -81,6 +81,8 @@ class ZsktSettings:
         attention_distance: ``squared-mean`` (code) or ``norm`` (paper).
         generator_range: the generator's images start out with mean 0 and deviation 1 in normalised space (``unit``,
             the code's) or in the middle of the value range (``input``).
+        autocast: the networks' passes in bfloat16, the losses in float32: about twice as fast with wide residual
+            networks; weights and optimisers stay in float32. A live source leaves the student's own passes alone.
 
     Raises:
         ValueError: a value outside its range.
@@ -104,6 +106,7 @@ class ZsktSettings:
     attention_weight: float = 250.0
     attention_distance: str = "squared-mean"
     generator_range: str = "unit"
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rounds", "generator_steps", "student_steps", "latent"):
@@ -270,9 +273,14 @@ class ZsktSource:
         shape = (self.batch_size, self.settings.latent)
         return torch.randn(shape, generator=generator(self.seed, "latents", turn, number)).to(self.teacher.device)
 
+    def precision(self) -> torch.autocast:
+        """The context of the networks' passes."""
+        return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.settings.autocast)
+
     @torch.no_grad()
     def _made(self, z: Tensor) -> Tensor:
-        return self.generator(z)
+        with self.precision():
+            return self.generator(z).float()
 
     def _only_images(self, random: torch.Generator) -> Tensor:
         z = torch.randn((self.batch_size, self.settings.latent), generator=random).to(self.teacher.device)
@@ -290,11 +298,12 @@ class ZsktSource:
             group["lr"] = settings.generator_learning_rate * cosine(turn, settings.rounds)
         weights = list(self.generator.parameters())
         for _ in range(settings.generator_steps):
-            x = self.generator(z)
-            with _silent_hooks(student):
-                beliefs = first_tensor(student(x))
-            answers = self.teacher.output(self.teacher.model(x))
-            divergence = belief_divergence(beliefs, answers, settings.temperature, settings.divergence)
+            with self.precision():
+                x = self.generator(z)
+                with _silent_hooks(student):
+                    beliefs = first_tensor(student(x))
+                answers = self.teacher.output(self.teacher.model(x))
+            divergence = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
             gradients = torch.autograd.grad(-divergence, weights)  # L_G; the student's gradients are left alone
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient
@@ -486,6 +495,7 @@ def train_zskt(
     """
     settings = settings or ZsktSettings()
     check_student(student, teacher)
+    student.to(memory_format=torch.channels_last)
     pairs = attention_pairs(student, teacher, settings)
     source = ZsktSource(teacher, settings, settings.batch, seed)
     optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate)
@@ -504,7 +514,7 @@ def train_zskt(
         """The teacher's logits and features, asked for once a batch of images."""
         nonlocal answered
         if answered is None or answered[0] is not images:
-            with torch.no_grad(), ExitStack() as stack:
+            with torch.no_grad(), source.precision(), ExitStack() as stack:
                 seen = [stack.enter_context(watched(teacher.model, FeaturePoint(path))) for path, _ in pairs]
                 logits = teacher.output(teacher.model(images))
             answered = images, logits, [features[-1] for features in seen]
@@ -517,12 +527,14 @@ def train_zskt(
         current = step
         images = source.normalised(step, random, student)
         answers, attended = answer(images)
-        with ExitStack() as stack:
+        with source.precision(), ExitStack() as stack:
             seen = [stack.enter_context(watched(student, FeaturePoint(path))) for _, path in pairs]
             beliefs = first_tensor(student(images))
-        value = belief_divergence(beliefs, answers, settings.temperature, settings.divergence)  # equation 3
+        # Equation 3.
+        value = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
         for ours, theirs in zip(seen, attended, strict=True):
-            value = value + settings.attention_weight * attention_loss(ours[-1], theirs, settings.attention_distance)
+            distance = attention_loss(ours[-1].float(), theirs.float(), settings.attention_distance)
+            value = value + settings.attention_weight * distance
         if not math.isfinite(float(value.detach())):
             raise DivergenceError("ZSKT diverged: the student's loss is not finite in step {step}.")
         return value

@@ -1,0 +1,379 @@
+"""How fast synthesis, belief matching and training are, as ratios measured side by side: ``make bench``.
+
+    python benchmarks/bench.py                    # under ten minutes on two cores: results/bench-cpu.json
+    python benchmarks/bench.py --device cuda      # results/bench-cuda.json
+    python benchmarks/bench.py --only speed-of-light
+    python benchmarks/bench.py --quality lenet5   # does equal fit teach as well? hours: results/bench-quality.json
+
+Every ratio is the median of pairs, one of each side in turn, so that a noisy machine disturbs both. What is measured
+against stands in ``published_loops.py``: the published schedules, and for the speed of light a bare pass of the same
+teacher in the engine's own precision and memory format. Networks start from their shipped weights where there are any
+(``zoo:lenet5-mnist``), or from random weights: speed does not depend on them, except where a fit is reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from published_loops import zskd_loop, zskt_loop
+from safetensors.torch import load_file
+from torch import nn
+
+from zskd_nni.augment import Augmentation
+from zskd_nni.distillation import DistillationSettings, distill, student_schedule
+from zskd_nni.files import write_json
+from zskd_nni.inputs import InputSpec
+from zskd_nni.losses import distillation_loss
+from zskd_nni.methods.registry import preset_options
+from zskd_nni.methods.zskd import PRESETS, ZskdOptions, ZskdSettings, ZskdTargets
+from zskd_nni.methods.zskt import ZsktSettings, train_zskt
+from zskd_nni.networks import build_network
+from zskd_nni.provenance import provenance
+from zskd_nni.response_norm import fast_response_norms
+from zskd_nni.synthesis import SynthesisSettings
+from zskd_nni.synthesis.engine import Orders, synthesize_shard
+from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import StoredSource
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+PAIRS = 5
+COLOUR, GREY = InputSpec((3, 32, 32)), InputSpec((1, 32, 32))
+NETWORKS: dict[str, tuple[str, dict[str, Any], str, InputSpec]] = {
+    "lenet5": ("zoo:lenet5", {}, "lenet5-mnist", GREY),
+    "alexnet": ("zoo:alexnet", {"bn_momentum": 0.01}, "alexnet-cifar10", COLOUR),
+}
+STUDENTS = {"lenet5": ("zoo:lenet5_half", {}), "alexnet": ("zoo:alexnet_half", {"bn_momentum": 0.01})}
+# Mean KL(target || teacher at 20) that the published schedule (batch 100, 1,500 steps) leaves on these teachers:
+# what "equal fit" means below. Measured by --quality; results/bench-quality.json.
+PUBLISHED_FIT = {"lenet5": 0.77, "alexnet": 0.77}
+TEMPERATURE = 20.0
+
+
+class Bench:
+    """Measures pairs on one device.
+
+    Args:
+        device: cpu or cuda.
+        pairs: of each ratio.
+    """
+
+    def __init__(self, device: str, pairs: int) -> None:
+        self.device, self.pairs = device, pairs
+        self.cuda = torch.device(device).type == "cuda"
+        self.records: list[dict[str, Any]] = []
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """One call, from idle device to idle device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def compare(
+        self,
+        name: str,
+        unit: str,
+        ours: tuple[float, Callable[[], object]],
+        theirs: tuple[float, Callable[[], object]],
+        target: tuple[float, float] | None,
+        **detail: Any,
+    ) -> None:
+        """Add a record: how many units a second ours makes, over theirs.
+
+        Args:
+            name: of the ratio.
+            unit: what is counted.
+            ours: units of a call, and the call.
+            theirs: the same.
+            target: of the ratio on the CPU and on CUDA.
+            detail: kept in the record.
+        """
+        for _, work in (ours, theirs):
+            work()  # warm up
+        rates: tuple[list[float], list[float]] = ([], [])
+        for _ in range(self.pairs):
+            for side, (units, work) in enumerate((ours, theirs)):
+                rates[side].append(units / self.seconds(work))
+        ratio = statistics.median(one / other for one, other in zip(*rates, strict=True))
+        record = {
+            "name": name,
+            "unit": unit,
+            "ratio": float(f"{ratio:.3g}"),
+            "target": None if target is None else target[self.cuda],
+            "ours": float(f"{statistics.median(rates[0]):.4g}"),
+            "theirs": float(f"{statistics.median(rates[1]):.4g}"),
+            "device": torch.cuda.get_device_name() if self.cuda else "cpu",
+            "pairs": self.pairs,
+            **detail,
+            "provenance": provenance(self.device, 0),
+        }
+        self.records.append(record)
+        goal = "" if target is None else f" (target {record['target']:g})"
+        print(f"{name}: {record['ratio']:g}x{goal}; {record['ours']:g} against {record['theirs']:g} {unit}", flush=True)
+
+
+def plain_network(name: str, device: str) -> nn.Module:
+    """The network as its author wrote it, with its trained weights if they are there; no gradients for weights."""
+    reference, arguments, weights, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    network = build_network(reference, arguments)
+    for folder in (ROOT / "zskd_nni" / "zoo" / "weights", Path("teachers")):
+        if (folder / f"{weights}.safetensors").exists():
+            loaded = load_file(folder / f"{weights}.safetensors")
+            network.load_state_dict(
+                {key: value.float() if value.is_floating_point() else value for key, value in loaded.items()}
+            )
+            break
+    else:
+        print(f"{weights} is neither shipped nor in teachers/: random weights")
+    return network.eval().requires_grad_(False).to(device)
+
+
+def paper_settings(**changes: Any) -> SynthesisSettings:
+    """The preset `paper` of ZSKD, with changes."""
+    options = preset_options(ZskdOptions, "zskd", PRESETS, "paper", {})
+    return replace(options.synthesis, **changes)
+
+
+def orders_for(teacher: Teacher, count: int, settings: SynthesisSettings, seed: int) -> Orders:
+    """Targets of ZSKD and noise to start from."""
+    targets = ZskdTargets(teacher, ZskdSettings()).targets(0, count, count, seed)
+    torch.manual_seed(seed)
+    starts = torch.rand((count, *teacher.spec.shape))
+    limit = torch.full((count,), float(settings.step_limits[1]))
+    return Orders(targets, starts, torch.full((count, 1), TEMPERATURE), torch.zeros(count), limit)
+
+
+def synthesis(bench: Bench, name: str) -> None:
+    """Impressions a second: the engine against the published loop, and against the same loop tuned."""
+    model = plain_network(name, bench.device)
+    spec = NETWORKS[name][3]
+    teacher = Teacher(model, spec).to(bench.device)
+    count = 1000 if name == "lenet5" else 250
+    if bench.cuda:
+        count = 4000
+    settings = equal_fit_settings(name, min(count, 1000 if bench.cuda else 250))
+    orders = orders_for(teacher, count, settings, 0)
+    made: list[float] = []
+
+    def engine() -> None:
+        made.append(float(synthesize_shard(teacher, orders, settings).fit.mean()))
+
+    engine()
+    # The published loop at full length is minutes; a step of it always costs the same.
+    steps = 30 if name == "lenet5" else 3
+    targets = orders.targets[:100].to(bench.device)
+
+    def published() -> None:
+        zskd_loop(model, targets, spec.shape, steps=steps)
+
+    bench.compare(
+        f"synthesis, {name}, against the published loop",
+        "impressions/s",
+        (count, engine),
+        (100 * steps / 1500, published),
+        (30, 1000 if name == "lenet5" else 100),
+        fit={"ours": round(made[0], 4), "theirs": PUBLISHED_FIT[name]},
+        settings={"learning_rate": settings.learning_rate, "tolerance": settings.tolerance, "slots": settings.slots},
+    )
+    batch = best_batch(bench, model, spec, orders)
+    pool = orders.targets[torch.arange(batch) % count].to(bench.device)
+    bench.compare(
+        f"synthesis, {name}, against the loop with its best batch",
+        "impressions/s",
+        (count, engine),
+        (batch * steps / 1500, lambda: zskd_loop(model, pool, spec.shape, steps=steps, batch=batch)),
+        (2, 5),
+        tuned={"batch": batch, "steps": 1500, "learning_rate": 1e-3},
+    )
+    rate, needed = best_learning_rate(model, spec, pool, made[0])
+    bench.compare(
+        f"synthesis, {name}, against the loop with its best batch, learning rate and steps",
+        "impressions/s",
+        (count, engine),
+        (batch, lambda: zskd_loop(model, pool, spec.shape, steps=needed, batch=batch, learning_rate=rate)),
+        None,
+        tuned={"batch": batch, "steps": needed, "learning_rate": rate},
+    )
+
+
+def equal_fit_settings(name: str, slots: int) -> SynthesisSettings:
+    """The engine at the published loop's mean fit: an image leaves when it is there."""
+    return paper_settings(learning_rate=0.1, tolerance=PUBLISHED_FIT[name], max_steps=200, slots=slots)
+
+
+def best_batch(bench: Bench, model: nn.Module, spec: InputSpec, orders: Orders) -> int:
+    """The batch at which a step of the published loop costs least an image."""
+    sizes = (25, 50, 100, 250) if not bench.cuda else (100, 1000, 4000, 16000)
+
+    def cost(size: int) -> float:
+        targets = orders.targets[torch.arange(size) % len(orders.targets)].to(bench.device)
+        zskd_loop(model, targets, spec.shape, steps=1, batch=size)
+        steps = max(2, 200 // size) if not bench.cuda else 10
+        return bench.seconds(lambda: zskd_loop(model, targets, spec.shape, steps=steps, batch=size)) / size / steps
+
+    return min(sizes, key=cost)
+
+
+def best_learning_rate(model: nn.Module, spec: InputSpec, targets: torch.Tensor, fit: float) -> tuple[float, int]:
+    """Learning rate and least number of steps with which the published loop reaches the mean fit."""
+    best = (1e-3, 1500)
+    for rate in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4):
+        for steps in (4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 25, 30, 40, 60, 90):
+            if steps >= best[1]:
+                break
+            torch.manual_seed(1)
+            _, fits = zskd_loop(model, targets, spec.shape, steps=steps, batch=len(targets), learning_rate=rate)
+            if float(fits.mean()) <= fit:
+                best = (rate, steps)
+                break
+    return best
+
+
+def speed_of_light(bench: Bench, name: str) -> None:
+    """Image-steps a second of the engine, whole, against the teacher's bare forward and input gradient."""
+    spec = NETWORKS[name][3]
+    teacher = Teacher(plain_network(name, bench.device), spec).to(bench.device)
+    sizes = (
+        {"lenet5": (64, 125, 250, 500), "alexnet": (16, 32, 64, 125)}[name] if not bench.cuda else (1000, 4000, 16000)
+    )
+
+    def bare(size: int, repeats: int) -> Callable[[], None]:
+        x = torch.rand((size, *spec.shape), device=bench.device)
+
+        def work() -> None:
+            with fast_response_norms(teacher.model):
+                for _ in range(repeats):
+                    leaf = x.requires_grad_(True)
+                    torch.autograd.grad(teacher.model(leaf).sum(), leaf)
+
+        return work
+
+    torch.set_flush_denormal(True)
+    costs = {}
+    for size in sizes:
+        bare(size, 1)()
+        costs[size] = min(bench.seconds(bare(size, 2)) / size for _ in range(3))
+    size = min(costs, key=lambda size: costs[size])
+    steps = 20 if name == "lenet5" or bench.cuda else 4
+    settings = paper_settings(max_steps=steps, slots=size)
+    orders = orders_for(teacher, size, settings, 0)
+    bench.compare(
+        f"synthesis, {name}, against the speed of light",
+        "image-steps/s",
+        (size * (steps + 1), lambda: synthesize_shard(teacher, orders, settings)),  # one pass more for the last answer
+        (size * steps, bare(size, steps)),
+        (0.85, 0.75),
+        batch=size,
+    )
+
+
+def belief_matching(bench: Bench, name: str) -> None:
+    """Rounds a second of ZSKT, WRN-40-2 to WRN-16-1, whatever the name."""
+    torch.manual_seed(0)
+    teacher_model = build_network("zoo:wrn", {"depth": 40, "width": 2}).eval().requires_grad_(False).to(bench.device)
+    batch, rounds = (128, 20) if bench.cuda else (32, 1)
+    teacher = Teacher(teacher_model, COLOUR).to(bench.device)
+
+    def student() -> nn.Module:
+        return build_network("zoo:wrn", {"depth": 16, "width": 1}).to(bench.device)
+
+    def published() -> None:
+        network = student().train()
+        groups = tuple([getattr(side, f"group{n}") for n in (1, 2, 3)] for side in (teacher_model, network))
+        zskt_loop(teacher_model, network, groups, rounds=rounds, batch=batch)
+
+    for precision in ("float32", "bfloat16"):
+        settings = ZsktSettings(rounds=rounds, batch=batch, autocast=precision == "bfloat16")
+        bench.compare(
+            f"ZSKT, WRN-40-2 to WRN-16-1, {precision}, against the authors' loop",
+            "rounds/s",
+            (rounds, lambda settings=settings: train_zskt(student(), teacher, settings, quiet=True)),
+            (rounds, published),
+            (1.5, 4) if precision == "bfloat16" else None,
+            batch=batch,
+        )
+
+
+def student_training(bench: Bench, name: str) -> None:
+    """Student steps a second of ``distill`` against a bare loop on resident tensors."""
+    spec = NETWORKS[name][3]
+    teacher = Teacher(plain_network(name, bench.device), spec).to(bench.device)
+    batch = 128 if not bench.cuda else 512
+    steps = 100 if bench.cuda else (30 if name == "lenet5" else 8)
+    images = torch.rand((batch * 4, *spec.shape), device=bench.device)
+    settings = DistillationSettings(temperature=4, steps=steps, batch=batch, augmentation=Augmentation())
+    reference, arguments = STUDENTS[name]
+
+    def ours() -> None:
+        student = build_network(reference, arguments).to(bench.device)
+        distill(student, teacher, StoredSource(images, batch, 0, "bench"), settings, quiet=True)
+
+    def bare() -> None:
+        student = build_network(reference, arguments).to(bench.device).to(memory_format=torch.channels_last).train()
+        optimizer, _ = student_schedule(student, settings)
+        with fast_response_norms(student):
+            for step in range(steps):
+                x = images[step % 4 * batch : (step % 4 + 1) * batch]
+                with torch.no_grad():
+                    answers = teacher(x)
+                loss = distillation_loss(student(x), answers, settings.temperature)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+    bench.compare(
+        f"student training, {name}, against a bare loop",
+        "steps/s",
+        (steps, ours),
+        (steps, bare),
+        (0.9, 0.85),
+        batch=batch,
+    )
+
+
+PARTS: dict[str, Callable[[Bench, str], None]] = {
+    "synthesis": synthesis,
+    "speed-of-light": speed_of_light,
+    "student": student_training,
+    "zskt": belief_matching,
+}
+
+
+def main() -> None:
+    """Parse the arguments and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--threads", type=int, help="all cores where absent")
+    parser.add_argument("--out", type=Path, help="results/bench-DEVICE.json where absent")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
+    torch.set_flush_denormal(True)
+    bench = Bench(arguments.device, arguments.pairs)
+    path = arguments.out or RESULTS / f"bench-{torch.device(arguments.device).type}.json"
+    for part in arguments.only:
+        for name in arguments.networks[: 1 if part == "zskt" else None]:
+            PARTS[part](bench, name)
+            kept = json.loads(path.read_text()) if path.exists() else []
+            new = {record["name"] for record in bench.records}
+            write_json(path, [record for record in kept if record["name"] not in new] + bench.records)
+
+
+if __name__ == "__main__":
+    main()

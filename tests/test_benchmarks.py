@@ -1,0 +1,88 @@
+"""What the benchmark measures against really does what is published, and ends where the package's engine ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import SMALL, small_network, small_teacher
+
+from zskd_nni.losses import soft_target_divergence
+from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.synthesis import SynthesisSettings
+from zskd_nni.synthesis.engine import Orders, synthesize_shard
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def loops() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("published_loops", BENCHMARKS / "published_loops.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_published_loop_and_the_engine_reach_the_same_fit(loops: ModuleType) -> None:
+    """The engine's ``author-code`` way is this loop, but for the last step's rescaling."""
+    teacher, model = small_teacher(), small_network()
+    model.load_state_dict(teacher.model.state_dict())
+    targets = ZskdTargets(teacher, ZskdSettings()).targets(0, 40, 40, 3)
+    settings = SynthesisSettings(max_steps=60, learning_rate=0.01, range="rescale", slots=40)
+    torch.manual_seed(7)
+    orders = Orders(
+        targets, torch.rand((40, *SMALL.shape)), torch.full((40, 1), 20.0), torch.zeros(40), torch.full((40,), 60.0)
+    )
+    engine = synthesize_shard(teacher, orders, settings)
+    torch.manual_seed(7)
+    images, fit = loops.zskd_loop(
+        model.eval().requires_grad_(False), targets, SMALL.shape, steps=60, batch=40, learning_rate=0.01
+    )
+    again = soft_target_divergence(model(images), targets, 20.0)
+    assert torch.allclose(fit, again, atol=1e-5)
+    start = soft_target_divergence(teacher(orders.starts), targets, 20.0).mean()
+    assert fit.mean() < 0.95 * start
+    assert abs(float(fit.mean() - engine.fit.mean())) < 0.05 * float(start - fit.mean())
+
+
+def test_the_published_game_moves_both_networks(loops: ModuleType) -> None:
+    torch.manual_seed(0)
+    teacher, student = (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()) for _ in range(2))
+    heads = [
+        torch.nn.Sequential(body, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5))
+        for body in (teacher, student)
+    ]
+    before = [value.clone() for value in heads[1].parameters()]
+    kept = [value.clone() for value in heads[0].parameters()]
+    loops.zskt_loop(heads[0].eval(), heads[1].train(), ([teacher], [student]), rounds=2, batch=4, student_steps=2)
+    assert all(not torch.equal(old, new) for old, new in zip(before, heads[1].parameters(), strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(kept, heads[0].parameters(), strict=True))
+
+
+def test_a_part_of_the_benchmark_runs_and_keeps_the_other_records(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    out.write_text(json.dumps([{"name": "of another part"}]))
+    command = [
+        sys.executable,
+        "bench.py",
+        "--only",
+        "student",
+        "--networks",
+        "lenet5",
+        "--pairs",
+        "1",
+        "--threads",
+        "1",
+    ]
+    subprocess.run([*command, "--out", str(out)], cwd=BENCHMARKS, check=True, timeout=300)
+    first, second = json.loads(out.read_text())
+    assert first["name"] == "of another part"
+    assert second["target"] == 0.9 and second["device"] == "cpu"
+    assert second["ratio"] == pytest.approx(second["ours"] / second["theirs"], rel=0.01)
