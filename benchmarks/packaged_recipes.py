@@ -22,7 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
-OTHERS = ("shrinking",)  # results of other benchmarks
+OTHERS = ("shrinking", "bench-")  # what results of other benchmarks begin with
 KEPT = (
     "name",
     "accuracy",
@@ -81,7 +81,7 @@ def in_common(one: dict[str, list[int]], other: dict[str, list[int]]) -> dict[st
 
 def recipe_results() -> list[Path]:
     """The result files that are of recipes, not of other benchmarks."""
-    return sorted(path for path in RESULTS.glob("*.json") if path.stem not in OTHERS)
+    return sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(OTHERS))
 
 
 def table(names: list[str]) -> str:

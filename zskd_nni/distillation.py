@@ -13,9 +13,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni.augment import Augmentation, augment
 from zskd_nni.errors import UserError
+from zskd_nni.feature_matching import Pairs, feature_pairs
 from zskd_nni.files import fingerprint_of
-from zskd_nni.losses import distillation_loss
-from zskd_nni.teacher import Teacher, first_tensor
+from zskd_nni.losses import distillation_loss, feature_loss
+from zskd_nni.teacher import Teacher, first_tensor, record_features
 from zskd_nni.training import Checkpoint, History, cosine_schedule, fit, training_mode
 from zskd_nni.transfer import TransferSource
 
@@ -31,6 +32,9 @@ class DistillationSettings:
         learning_rate: of Adam, at the top of the cosine.
         weight_decay: decoupled.
         warmup: steps of linear warm-up.
+        features: hidden layers that shall answer as the teacher's do, beside the logits: ``none``, ``auto``, or pairs
+            ``[teacher path, student path]``; see :mod:`zskd_nni.feature_matching`.
+        feature_weight: of each pair's :func:`zskd_nni.losses.feature_loss`.
         augmentation: what happens to each image; the teacher labels what comes out.
 
     Raises:
@@ -45,6 +49,8 @@ class DistillationSettings:
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
     warmup: int = 100
+    features: str | Pairs = "none"
+    feature_weight: float = 1.0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -55,6 +61,10 @@ class DistillationSettings:
             raise ValueError(f"steps and batch must be at least 1, not {self.steps} and {self.batch}")
         if not 0 <= self.weight_decay < float("inf") or self.warmup < 0:
             raise ValueError(f"weight_decay and warmup must not be negative: {self.weight_decay} and {self.warmup}")
+        if not 0 <= self.feature_weight < float("inf"):
+            raise ValueError(f"feature_weight must not be negative, not {self.feature_weight}")
+        if isinstance(self.features, str) and self.features not in ("none", "auto"):
+            raise ValueError(f"features is none, auto, or pairs of [teacher path, student path], not {self.features!r}")
 
 
 def transfer_batch(
@@ -134,13 +144,19 @@ def distill(
     check_student(student, teacher)
     student.to(memory_format=torch.channels_last)
     optimizer, scheduler = student_schedule(student, settings)
+    pairs = feature_pairs(student, teacher, settings.features) if settings.feature_weight else ()
+    asked, answering = [path for path, _ in pairs], [path for _, path in pairs]
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         images = transfer_batch(source, teacher, settings, step, random, student)
-        with torch.no_grad():
+        with torch.no_grad(), record_features(teacher.model, asked) as wanted:
             answers = teacher(images)
-        logits = first_tensor(student(teacher.spec.normalise(images)))
-        return distillation_loss(logits, answers, settings.temperature)
+        with record_features(student, answering) as seen:
+            logits = first_tensor(student(teacher.spec.normalise(images)))
+        value = distillation_loss(logits, answers, settings.temperature)
+        for theirs, ours in pairs:
+            value = value + settings.feature_weight * feature_loss(seen[ours], wanted[theirs])
+        return value
 
     kept = None
     if checkpoint is not None:

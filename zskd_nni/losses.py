@@ -63,6 +63,20 @@ def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
     return divergence / student.shape[1] if over == "elements" else divergence
 
 
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two layers' outputs over the teacher's variance: ``(N, ...), (N, ...) -> scalar``.
+
+    1 is as bad as answering every image with the teacher's mean. The variance is taken over the batch, for each number
+    by itself, and then averaged.
+
+    Args:
+        student: outputs of a layer.
+        teacher: outputs of the same shape, for the same images.
+    """
+    variance = teacher.var(0, unbiased=False).mean()
+    return functional.mse_loss(student, teacher) / variance.clamp_min(1e-12)
+
+
 def attention_map(features: Tensor) -> Tensor:
     """Mean of the squared channels, flattened, of length 1: ``(N, C, H, W) -> (N, H * W)`` (ZSKT, section 3.2)."""
     return functional.normalize(features.square().mean(1).flatten(1), dim=1)

@@ -29,6 +29,7 @@ from zskd_nni.distillation import check_student, distill
 from zskd_nni.errors import UserError
 from zskd_nni.evaluation import logits_on
 from zskd_nni.export import export_onnx, run_onnx
+from zskd_nni.feature_matching import feature_pairs
 from zskd_nni.files import (
     fingerprint_of,
     make_folder,
@@ -139,6 +140,8 @@ class Run:
     def _check_early(self) -> None:
         """Everything that can be known to be wrong before the long work begins."""
         check_student(self._fresh_student(), self.teacher)
+        if self.recipe.compression.pruning is None:  # a pruned student's layers are known when it is shrunk
+            feature_pairs(self._fresh_student(), self.teacher, self.recipe.distillation.features)
         self.measured = self.loaded.data_name() is not None
         if self.loaded.data_name() in NAMED_SETS[1:] and data_root(self.root) is None:
             # A user without data has no test data either; the recipe names where ours were measured.
@@ -327,7 +330,12 @@ class Run:
                     label=f"distillation of {name}",
                     quiet=self.quiet,
                 )
-                made.record["distillation"] = {"steps": history.steps, "losses": history.losses}
+                pairs = feature_pairs(network, self.teacher, self.recipe.distillation.features)
+                made.record["distillation"] = {
+                    "steps": history.steps,
+                    "losses": history.losses,
+                    "features": [list(pair) for pair in pairs],
+                }
         made.network.cpu().eval()
         self._save(made, finished)
         (state / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)

@@ -7,6 +7,7 @@ semicolons) of it, or all. The changelog page is ``CHANGELOG.md``; the page of t
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("benchmarks.md", "results.md")
 TUTORIALS = "tutorials"
 _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
+_BENCHMARKS = "<!-- benchmarks -->"
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<to>[^)#]+)[^)]*\)")  # one to no page of the site stays as its text
 _RESULTS_PAGE = """---
 hide: [toc]
@@ -68,7 +70,38 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables in."""
+    if _BENCHMARKS in markdown:
+        markdown = markdown.replace(_BENCHMARKS, benchmarks_table())
     return _RESULTS.sub(lambda match: results_table(match["columns"]), markdown)
+
+
+def benchmarks_table() -> str:
+    """The Markdown table of ``results/bench-cpu.json`` and ``results/bench-cuda.json``."""
+    devices = ("cpu", "cuda")
+    found: dict[str, dict[str, Any]] = {}
+    sources = []
+    for device in devices:
+        path = ROOT / "results" / f"bench-{device}.json"
+        for record in json.loads(path.read_text()) if path.exists() else []:
+            found.setdefault(record["name"], {})[device] = record
+            source = record["provenance"]
+            sources.append(f"{source['device']}, {source['threads']} threads, torch {source['versions']['torch']}")
+    lines = [
+        "| what | CPU: ratio | target | ours and theirs | CUDA: ratio | target | ours and theirs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, records in found.items():
+        cells = [name]
+        for device in devices:
+            record = records.get(device)
+            if record is None:
+                cells += ["not run", "", ""]
+                continue
+            target = "" if record["target"] is None else f"{record['target']:g}"
+            figures = f"{record['ours']:,.4g} and {record['theirs']:,.4g} {record['unit']}"
+            cells += [f"**{record['ratio']:g}**", target, figures]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Measured on: {'; '.join(dict.fromkeys(sources))}."])
 
 
 def results_table(columns: str = "") -> str:

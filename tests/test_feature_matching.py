@@ -1,0 +1,122 @@
+"""Hidden layers matched beside the logits: which ones, by what measure, and that a student really comes nearer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SMALL, random, small_network, small_teacher
+from torch import nn
+
+from zskd_nni import interrupt
+from zskd_nni.distillation import DistillationSettings, distill
+from zskd_nni.errors import UserError
+from zskd_nni.feature_matching import feature_pairs
+from zskd_nni.inputs import InputSpec
+from zskd_nni.losses import feature_loss
+from zskd_nni.recipe import load_recipe
+from zskd_nni.teacher import Teacher, record_features
+from zskd_nni.transfer import NoiseSource
+from zskd_nni.zoo import alexnet, alexnet_half, lenet5, lenet5_half
+
+
+def test_the_loss_is_the_share_of_variance_that_is_missed() -> None:
+    teacher = torch.randn((500, 7), generator=random(1)) * torch.linspace(0.5, 3, 7) + 2
+    assert float(feature_loss(teacher, teacher)) == 0
+    mean = teacher.mean(0, keepdim=True).expand_as(teacher)
+    assert float(feature_loss(mean, teacher)) == pytest.approx(1, rel=1e-5)
+    wrong = teacher + 1
+    slow = sum(
+        float(((wrong[:, j] - teacher[:, j]) ** 2).mean()) for j in range(7)
+    ) / sum(float(((teacher[:, j] - teacher[:, j].mean()) ** 2).mean()) for j in range(7))  # fmt: skip
+    assert float(feature_loss(wrong, teacher)) == pytest.approx(slow, rel=1e-5)
+    assert torch.isfinite(feature_loss(wrong, torch.ones_like(teacher)))  # a layer that is dead on this batch
+
+
+def test_auto_finds_the_layers_of_equal_shape_but_not_the_classifier() -> None:
+    teacher = Teacher(lenet5(), InputSpec((1, 32, 32)))
+    assert feature_pairs(lenet5_half(), teacher, "auto") == (("fc1", "fc1"), ("fc2", "fc2"))
+    assert feature_pairs(lenet5_half(), teacher, "none") == ()
+    assert [name for name, _ in feature_pairs(lenet5(), teacher, "auto")] == ["conv1", "conv2", "fc1", "fc2"]
+    assert feature_pairs(alexnet_half(), Teacher(alexnet(), InputSpec((3, 32, 32))), "auto") == ()
+    student = small_network().train()
+    student.norm.eval()
+    feature_pairs(student, small_teacher(), "auto")
+    assert student.training and not student.norm.training, "modes are as they were"
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ((("nowhere", "hidden"),), "the teacher has no module 'nowhere'"),
+        ((("hidden", "nowhere"),), "the student has no module 'nowhere'"),
+        ((("hidden", "conv"),), r"'hidden' gives \[24\] .* 'conv' \[6, 3, 3\]"),
+    ],
+)
+def test_pairs_that_cannot_be_matched_are_refused(pairs: tuple[tuple[str, str], ...], said: str) -> None:
+    settings = DistillationSettings(steps=2, batch=4, features=pairs)
+    with pytest.raises(UserError, match=said):
+        distill(small_network(1), small_teacher(), NoiseSource(SMALL, 4), settings, quiet=True)
+
+
+def test_matched_layers_come_nearer_than_unmatched_ones_and_unused_settings_change_nothing() -> None:
+    teacher = small_teacher()
+
+    def distance(**settings: object) -> tuple[float, nn.Module]:
+        student = small_network(3)
+        told = DistillationSettings(steps=150, batch=32, learning_rate=5e-3, **settings)  # type: ignore[arg-type]
+        distill(student, teacher, NoiseSource(SMALL, 32), told, seed=2, quiet=True)
+        images = torch.rand((200, *SMALL.shape), generator=random(4))
+        with torch.no_grad(), record_features(teacher.model, ["hidden"]) as wanted:
+            teacher(images)
+        with torch.no_grad(), record_features(student, ["hidden"]) as seen:
+            student(images)
+        return float(feature_loss(seen["hidden"], wanted["hidden"])), student
+
+    plain, student = distance()
+    matched, other = distance(features="auto", feature_weight=2.0)
+    named, _ = distance(features=(("hidden", "hidden"),), feature_weight=2.0)
+    assert matched < 0.5 * plain and named < 0.5 * plain
+    weightless, same = distance(features="auto", feature_weight=0.0)
+    assert weightless == plain
+    pairs = zip(student.state_dict().values(), same.state_dict().values(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+    assert not any(module._forward_hooks for module in (*other.modules(), *teacher.model.modules()))
+
+
+def test_a_stopped_training_with_matched_layers_goes_on_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = DistillationSettings(steps=12, batch=8, features="auto")
+
+    def taught(checkpoint: Path) -> dict[str, torch.Tensor]:
+        student = small_network(3)
+        distill(student, small_teacher(), NoiseSource(SMALL, 8), settings, checkpoint=checkpoint, quiet=True)
+        return student.state_dict()
+
+    whole = taught(tmp_path / "whole.safetensors")
+    calls = iter(range(12))
+
+    def check() -> None:
+        if next(calls) == 5:
+            raise interrupt.Interrupted(2)
+
+    monkeypatch.setattr(interrupt, "check", check)
+    with pytest.raises(interrupt.Interrupted):
+        taught(tmp_path / "stopped.safetensors")
+    monkeypatch.undo()
+    again = taught(tmp_path / "stopped.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_recipes_take_the_keys() -> None:
+    loaded = load_recipe("digits-prune50", ["distillation.features=auto", "distillation.feature_weight=2"])
+    assert loaded.recipe.distillation.features == "auto"
+    loaded = load_recipe("digits-prune50", ["distillation.features=[[fc1, fc1]]"])
+    assert loaded.recipe.distillation.features == (("fc1", "fc1"),)
+    with pytest.raises(UserError, match="features is none, auto, or pairs"):
+        load_recipe("digits-prune50", ["distillation.features=all"])
+    with pytest.raises(UserError, match="feature_weight must not be negative"):
+        load_recipe("digits-prune50", ["distillation.feature_weight=-1"])
