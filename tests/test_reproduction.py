@@ -252,6 +252,8 @@ def test_each_ingredient_is_alone() -> None:
     assert changed(base.ingredients, cells["only-total-variation"].ingredients) == {"synthesis.total_variation"}
     assert changed(base.ingredients, cells["only-augmentation"].ingredients) == {"student.augmentation"}
     assert changed(base.ingredients, cells["only-student-temperature"].ingredients) == {"student.temperature"}
+    assert changed(base.ingredients, cells["only-features"].ingredients) == {"student.features"}
+    assert changed(best.ingredients, cells["without-features"].ingredients) == {"student.features"}
     assert changed(best.ingredients, cells["without-held-background"].ingredients) == {"synthesis.hold"}
     assert changed(best.ingredients, cells["without-augmentation"].ingredients) == {"student.augmentation"}
     alone = set().union(*(changed(base.ingredients, p.ingredients) for v, p in cells.items() if v.startswith("only-")))

@@ -12,7 +12,7 @@ from zskd_nni.baselines.kd_at import KdAtSettings
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
 from zskd_nni.methods.registry import find_method
-from zskd_nni.reproduction.pairs import PAIRS, PUBLISHED_TEMPERATURE, SELECTED_ON, Pair, Scale
+from zskd_nni.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
 from zskd_nni.settings import build_settings
 
 # Methods that stand behind a transfer source of the registry, under the names that records have.
@@ -28,13 +28,14 @@ class Cell:
     Attributes:
         pair: of :data:`zskd_nni.reproduction.pairs.PAIRS`.
         method: of :data:`METHODS`.
-        preset: one of the method's; ``""`` for what has none. ``real-kd`` takes the student's temperature from it.
+        preset: one of the method's; ``""`` for what has none. ``real-kd`` takes the student's temperature and
+            matched layers from it.
         variant: what is different from the preset, in a word or two; ``""`` for the preset as it is.
         size: images of the transfer set, or their fraction of the training split, or the preset whose size is taken;
             None for the own preset's.
         options: the method's own keys over the preset's.
-        student: keys over the pair's student recipe; ``augmentation`` None takes it away, ``temperature`` None is the
-            pair's own whatever the preset.
+        student: keys over the pair's student recipe; ``augmentation`` None takes it away, ``temperature`` and
+            ``features`` None are the pair's own whatever the preset.
         network: which of the pair's students; ``""`` for the first.
         shots: M, images a class (few-shot KD+AT).
         transition: whether the mean transition error is measured.
@@ -148,12 +149,13 @@ def resolve(cell: Cell, scale_name: str) -> Plan:
 def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
     student = replace(pair.student, steps=scale.steps, batch=scale.batch or pair.student.batch)
     if cell.method in SOURCES:
-        student = replace(student, temperature=PUBLISHED_TEMPERATURE.get(cell.preset, student.temperature))
+        student = replace(student, **PUBLISHED_STUDENT.get(cell.preset, {}))
     changes = dict(cell.student)
     if "augmentation" in changes:
         changes["augmentation"] = changes["augmentation"] or Augmentation()
-    if changes.get("temperature", 1) is None:
-        changes["temperature"] = pair.student.temperature
+    for key in ("temperature", "features"):
+        if key in changes and changes[key] is None:
+            changes[key] = getattr(pair.student, key)
     return replace(student, **changes)
 
 

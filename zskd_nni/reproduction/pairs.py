@@ -1,10 +1,11 @@
 """The teacher-student pairs and their sizes: plain data, one place to tune.
 
 The student's recipe (steps, batch, optimiser, schedule, augmentation) is one for a pair: what differs between its rows
-is the images alone. The one exception is the temperature, which follows the preset, and is the same for the data-free
-rows of that preset and the real-data row of that name: 20 for ``paper`` and ``author-code``, as ZSKD fixes it, and the
-pair's own (4, chosen with ``best``) for everything else. ZSKT is the whole game of its paper, with the student's
-optimiser in it, and so is few-shot KD+AT where networks have BatchNorm.
+is the images alone. The exceptions are the temperature and the hidden layers that are matched, which follow the preset,
+and are the same for the data-free rows of that preset and the real-data row of that name: 20 and none for ``paper`` and
+``author-code``, as ZSKD fixes them, and the pair's own (4 and ``auto``, chosen with ``best``) for everything else. ZSKT
+is the whole game of its paper, with the student's optimiser in it, and so is few-shot KD+AT where networks have
+BatchNorm.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
 from zskd_nni.train_teacher import TEACHERS, TeacherRecipe
 
-PUBLISHED_TEMPERATURE = {"paper": 20.0, "author-code": 20.0}
+_PUBLISHED: dict[str, Any] = {"temperature": 20.0, "features": "none"}
+# Keys of the student's recipe that a preset fixes.
+PUBLISHED_STUDENT = {"paper": _PUBLISHED, "author-code": _PUBLISHED}
 CHOSEN = "the last 5,000 images of Fashion-MNIST's training split"
 SELECTED_ON = {"paper": f"the paper's settings; the student's steps and learning rate on {CHOSEN}", "": CHOSEN}
 SELECTED_ON["author-code"] = SELECTED_ON["paper"].replace("paper's", "released code's")
@@ -142,7 +145,9 @@ PAIRS: dict[str, Pair] = {
     "mnist": Pair(
         teacher="lenet5-mnist",
         students=_HALF,
-        student=DistillationSettings(temperature=4, batch=128, learning_rate=0.005, augmentation=_SMALL_MOVES),
+        student=DistillationSettings(
+            temperature=4, batch=128, learning_rate=0.005, features="auto", augmentation=_SMALL_MOVES
+        ),
         scales={
             # 24,000 is the paper's headline for MNIST.
             "full": Scale(sizes={"": 12000, "paper": 24000, "author-code": 24000}, steps=5000),
@@ -157,7 +162,9 @@ PAIRS: dict[str, Pair] = {
     "fashion-mnist": Pair(
         teacher="lenet5-fashion-mnist",
         students=_HALF,
-        student=DistillationSettings(temperature=4, batch=128, learning_rate=0.005, augmentation=_MIRRORED_MOVES),
+        student=DistillationSettings(
+            temperature=4, batch=128, learning_rate=0.005, features="auto", augmentation=_MIRRORED_MOVES
+        ),
         scales={
             # 48,000 is the paper's headline for Fashion-MNIST.
             "full": Scale(sizes={"": 24000, "paper": 48000, "author-code": 48000}, steps=6000),
@@ -172,7 +179,9 @@ PAIRS: dict[str, Pair] = {
     "digits": Pair(
         teacher="lenet5-digits",
         students=_HALF,
-        student=DistillationSettings(temperature=4, batch=64, learning_rate=0.005, augmentation=_SMALL_MOVES),
+        student=DistillationSettings(
+            temperature=4, batch=64, learning_rate=0.005, features="auto", augmentation=_SMALL_MOVES
+        ),
         scales={
             "full": Scale(sizes={"": 1500}, steps=1500, block=500, zskt={"rounds": 150}, mte_images=50),
             "smoke": _SMOKE,
