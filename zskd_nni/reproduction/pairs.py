@@ -167,7 +167,7 @@ PAIRS: dict[str, Pair] = {
         ),
         scales={
             # 48,000 is the paper's headline for Fashion-MNIST.
-            "full": Scale(sizes={"": 24000, "paper": 48000, "author-code": 48000}, steps=6000),
+            "full": Scale(sizes={"": 24000, "paper": 48000, "author-code": 48000}, steps=12000),
             "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"rounds": 300}),
             "smoke": _SMOKE,
         },
