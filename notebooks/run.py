@@ -17,8 +17,8 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +47,9 @@ def chosen(names: list[str]) -> list[Path]:
     found = [path for path in sources() if not names or path.stem.startswith(tuple(names))]
     for name in names:
         if not any(path.stem.startswith(name) for path in found):
-            raise SystemExit(f"There is no notebook {name!r}; there are {', '.join(p.stem for p in sources())}.")
+            raise SystemExit(
+                f"There is no notebook {name!r}; there are {', '.join(p.stem for p in sources())}."
+            )
     return found
 
 
@@ -87,7 +89,9 @@ def write(notebook: Any, path: Path) -> None:
     write_atomic(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
 
 
-def execute(source: Path, copy: Path, work: Path, scale: str, seed: int, device: str) -> None:
+def execute(
+    source: Path, copy: Path, work: Path, scale: str, seed: int, device: str
+) -> None:
     """Run one notebook in a kernel of its own."""
     import papermill
 
@@ -106,9 +110,16 @@ def execute(source: Path, copy: Path, work: Path, scale: str, seed: int, device:
     started = time.monotonic()
     # What has run so far lies there too: where it fails, with the error.
     so_far = folder / source.name
-    papermill.execute_notebook(
-        str(source), str(so_far), parameters, kernel_name="python3", cwd=str(HERE), progress_bar=False
-    )
+    with tempfile.TemporaryDirectory() as private:
+        papermill.execute_notebook(
+            str(source),
+            str(so_far),
+            parameters,
+            kernel_name="python3",
+            cwd=str(HERE),
+            progress_bar=False,
+            kernel_manager_class=private_kernel_manager(private),
+        )
     notebook = cleaned(read(so_far))
     about = described(source, scale, seed, device, time.monotonic() - started)
     notebook.metadata[KEY] = about
@@ -116,7 +127,26 @@ def execute(source: Path, copy: Path, work: Path, scale: str, seed: int, device:
     write(notebook, copy)
 
 
-def described(source: Path, scale: str, seed: int, device: str, seconds: float) -> dict[str, Any]:
+def private_kernel_manager(folder: str) -> Any:
+    """Starts a kernel that is talked to through files in ``folder``, not through ports that all users can reach."""
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+
+    class PrivateKernelManager(AsyncKernelManager):
+        @default("transport")
+        def _transport(self) -> str:
+            return "ipc"
+
+        @default("ip")
+        def _ip(self) -> str:
+            return f"{folder}/kernel"
+
+    return PrivateKernelManager
+
+
+def described(
+    source: Path, scale: str, seed: int, device: str, seconds: float
+) -> dict[str, Any]:
     """Where the outputs of a copy come from, JSON-able."""
     import torch
 
@@ -128,7 +158,9 @@ def described(source: Path, scale: str, seed: int, device: str, seconds: float) 
         "source_sha256": checksum(source),
         "scale": scale,
         "seconds": round(seconds, 1),
-        "executed": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "executed": datetime.datetime.now(datetime.timezone.utc).strftime(
+            "%Y-%m-%d %H:%M UTC"
+        ),
         **provenance(device, seed),
     }
 
@@ -150,7 +182,9 @@ def provenance_cell(about: dict[str, Any]) -> Any:
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     text = "\n".join(["## How this page was made", "", "| | |", "| --- | --- |", *lines])
-    return nbformat.v4.new_markdown_cell(text, id="provenance", metadata={"tags": ["provenance"]})
+    return nbformat.v4.new_markdown_cell(
+        text, id="provenance", metadata={"tags": ["provenance"]}
+    )
 
 
 def cleaned(notebook: Any) -> Any:
@@ -168,10 +202,16 @@ def refresh_prose(source: Path, copy: Path) -> None:
     """Take over the prose of a notebook whose code is still that of its copy, and the outputs with it."""
     fresh, old = cleaned(read(source)), read(copy)
     ran = [cell for cell in old.cells if cell.cell_type == "code"]
-    injected = [cell for cell in ran if "injected-parameters" in cell.metadata.get("tags", [])]
+    injected = [
+        cell for cell in ran if "injected-parameters" in cell.metadata.get("tags", [])
+    ]
     ran = [cell for cell in ran if cell not in injected]
-    if [cell.source for cell in ran] != [cell.source for cell in fresh.cells if cell.cell_type == "code"]:
-        raise SystemExit(f"{source.name}: its code has changed, not the prose alone; it must be executed again.")
+    if [cell.source for cell in ran] != [
+        cell.source for cell in fresh.cells if cell.cell_type == "code"
+    ]:
+        raise SystemExit(
+            f"{source.name}: its code has changed, not the prose alone; it must be executed again."
+        )
     cells = []
     for cell in fresh.cells:
         cells.append(ran.pop(0) if cell.cell_type == "code" else cell)
@@ -184,16 +224,26 @@ def refresh_prose(source: Path, copy: Path) -> None:
 
 def main() -> int:
     """Parse the arguments and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", help="the beginnings of their names; all without")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "notebooks", nargs="*", help="the beginnings of their names; all without"
+    )
     parser.add_argument("--scale", choices=list(SCALES), default="smoke")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each notebook")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads of each notebook"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
-    parser.add_argument("--to", type=Path, default=TUTORIALS, help="where executed copies go")
+    parser.add_argument(
+        "--to", type=Path, default=TUTORIALS, help="where executed copies go"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "notebooks")
-    parser.add_argument("--prose", action="store_true", help="take over changed prose, execute nothing")
+    parser.add_argument(
+        "--prose", action="store_true", help="take over changed prose, execute nothing"
+    )
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     found = chosen(arguments.notebooks)
@@ -203,19 +253,17 @@ def main() -> int:
                 refresh_prose(source, arguments.to / source.name)
         return 0
     # The kernel takes the package from here, as few threads as it is told, and no debugger's warnings.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-    if len(found) == 1:
-        return one(found[0], arguments)
-    common = ["--scale", arguments.scale, "--seed", str(arguments.seed), "--device", arguments.device]
-    common += ["--threads", str(arguments.threads), "--to", str(arguments.to), "--work", str(arguments.work)]
-
-    def alone(source: Path) -> int:
-        return subprocess.run([sys.executable, str(HERE / "run.py"), source.stem, *common]).returncode
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        return max(pool.map(alone, found))
+    if arguments.jobs == 1:
+        return max([one(source, arguments) for source in found])
+    with ThreadPoolExecutor(
+        arguments.jobs
+    ) as pool:  # each has a kernel, which is a process
+        return max(pool.map(lambda source: one(source, arguments), found))
 
 
 def one(source: Path, arguments: argparse.Namespace) -> int:
@@ -225,12 +273,25 @@ def one(source: Path, arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     work = arguments.work.resolve()
     try:
-        execute(source, arguments.to / source.name, work, arguments.scale, arguments.seed, arguments.device)
+        execute(
+            source,
+            arguments.to / source.name,
+            work,
+            arguments.scale,
+            arguments.seed,
+            arguments.device,
+        )
     except PapermillExecutionError as error:
-        print(f"{source.stem} failed in cell {error.exec_count}:\n{error.source}\n", file=sys.stderr)
+        print(
+            f"{source.stem} failed in cell {error.exec_count}:\n{error.source}\n",
+            file=sys.stderr,
+        )
         print("\n".join(error.traceback), file=sys.stderr)
         return 1
-    print(f"{source.stem} at {arguments.scale}: {time.monotonic() - started:.1f} s", flush=True)
+    print(
+        f"{source.stem} at {arguments.scale}: {time.monotonic() - started:.1f} s",
+        flush=True,
+    )
     return 0
 
 

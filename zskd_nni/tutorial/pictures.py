@@ -218,7 +218,7 @@ def evolution_picture(answers: Sequence[Answer], spec: InputSpec, names: Sequenc
             axis.set_xlabel(text, fontsize=7, labelpad=2)
         for axis in line[len(answer.steps) :]:
             axis.axis("off")
-    asked = ", ".join(shown[int(answer.target.argmax())] for answer in answers)
+    asked = ", ".join(dict.fromkeys(shown[int(answer.target.argmax())] for answer in answers))
     return finished(figure, f"Impressions on their way from the start to the answer that was asked for: {asked}.")
 
 

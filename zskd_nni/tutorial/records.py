@@ -45,24 +45,17 @@ def recipe_records(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def recipes_table(names: Sequence[str], folder: Path = RESULTS) -> Table:
-    """What packaged recipes reached on test data: mean and standard deviation over their seeds, and the files."""
-    columns = [
-        "recipe",
-        "teacher",
-        "student",
-        "with real data",
-        "not distilled",
-        "on noise",
-        "parameters",
-        "seeds",
-        "file",
-    ]
-    rows = []
+    """What packaged recipes reached on test data: mean and standard deviation over their seeds."""
+    columns = ["recipe", "teacher", "student", "with real data", "not distilled", "on noise", "parameters"]
+    rows, files, missing, seeds = [], [], [], set()
     for name in names:
         records = recipe_records(name, folder)
         if not records:
-            rows.append([name, *["-"] * 7, f"no {folder / name}.json yet"])
+            rows.append([name, *["-"] * 6])
+            missing.append(name)
             continue
+        files.append(str(folder / f"{name}.json"))
+        seeds |= {record["provenance"]["seed"] for record in records}
         first = records[0]
         integers = first["accuracy"].get("student_int8") is not None
         key = "student_int8" if integers else "student"
@@ -87,19 +80,23 @@ def recipes_table(names: Sequence[str], folder: Path = RESULTS) -> Table:
                 over([record["real_data"]["accuracy"][key] for record in records if "real_data" in record]),
                 *controls,
                 f"{first['parameters']['teacher']:,} to {first['parameters']['student']:,}",
-                ", ".join(str(record["provenance"]["seed"]) for record in records),
-                str(folder / f"{name}.json"),
             ]
         )
-    return Table(columns, rows, "Test accuracy in percent, read from the files named in the last column.")
+    caption = ""
+    if files:
+        numbers = ", ".join(map(str, sorted(seeds)))
+        caption = f"Test accuracy in percent over the seeds {numbers}, read from {', '.join(files)}."
+    if missing:
+        caption += f" Not run yet: {', '.join(missing)}."
+    return Table(columns, rows, caption.strip())
 
 
 def reproduction_table(pair: str, folder: Path = RESULTS / "reproduce") -> Table:
-    """What ``zskd-nni reproduce`` has measured for a pair: one row for each cell and scale, and the files."""
+    """What ``zskd-nni reproduce`` has measured for a pair: one row for each cell and scale."""
     groups = group_records(record for record in read_records(folder) if record["pair"] == pair)
-    columns = ["method", "scale", "images", "student", "agreement", "transition error", "seeds", "files"]
+    columns = ["method", "scale", "images", "student", "agreement", "transition error", "seeds"]
     rows = []
-    for (cell, scale), group in groups.items():
+    for (_, scale), group in groups.items():
         first = group[0]
 
         def over(values: Sequence[float | None], digits: int = 2) -> str:
@@ -115,9 +112,10 @@ def reproduction_table(pair: str, folder: Path = RESULTS / "reproduce") -> Table
                 over([None if record["agreement"] is None else 100 * record["agreement"] for record in group]),
                 over([record["mte"] for record in group], 3),
                 ", ".join(str(record["seed"]) for record in group),
-                str(folder / f"{cell}{'' if scale == 'full' else f'-{scale}'}-seed*.json"),
             ]
         )
+    caption = f"Test accuracy and agreement in percent, read from {folder / pair}-*.json."
     if not rows:
-        rows = [["none yet", *["-"] * 6, f"zskd-nni reproduce main --cell {pair} makes them"]]
-    return Table(columns, rows, f"Runs of zskd-nni reproduce for {pair}, test accuracy in percent.")
+        rows = [["none yet", *["-"] * 6]]
+        caption = f"There is no {folder / pair}-*.json yet; zskd-nni reproduce main writes such records."
+    return Table(columns, rows, caption)

@@ -96,7 +96,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         def cells(tag: str, row: Sequence[str]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+            shown = (html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%") for cell in row)
+            return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in shown) + "</tr>"
 
         parts = [f"<thead>{cells('th', self.columns)}</thead>"]
         parts.append("<tbody>" + "".join(cells("td", row) for row in self.rows) + "</tbody>")
