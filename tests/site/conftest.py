@@ -1,11 +1,20 @@
-"""A real browser: the chromium that is installed, driven by Playwright; skips with a reason where there is none."""
+"""A real browser: the chromium that is installed, driven by Playwright; skips with a reason where there is none.
+
+And the notebooks, which run beside the other tests.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,3 +48,72 @@ def browser() -> Iterator[Any]:
         started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield started
         started.close()
+
+
+# The notebooks.
+
+ROOT = Path(__file__).resolve().parents[2]
+# With real data where the environment has any; the others without.
+WITH_DATA = {"02_mnist", "04_cifar10", "06_four_methods"}
+NOTEBOOK_TOOLS = ("papermill", "ipykernel", "nbformat")
+
+
+class Execution:
+    """All notebooks in two processes, with as little right to the processor as there is.
+
+    Begun when the tests have been collected, so that it uses the cores that the other tests, of one thread each, leave.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self._running = []
+        names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+        for half, environment in ((WITH_DATA, {}), (names - WITH_DATA, {"ZSKD_NNI_DATA": ""})):
+            command = [sys.executable, "notebooks/run.py", *sorted(half), "--scale", "smoke"]
+            command += ["--to", str(self.folder / "done"), "--work", str(self.folder / "work")]
+            log = (self.folder / f"log-{len(self._running)}").open("w")
+            self._running.append(
+                subprocess.Popen(
+                    ["nice", *command],
+                    cwd=ROOT,
+                    env={**os.environ, **environment},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def wait(self) -> str:
+        """What was said on the way, when all have run."""
+        for process in self._running:
+            process.wait(timeout=550)
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("log-*")))
+
+    def end(self) -> None:
+        for process in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)  # of a runner that is still at it; its kernel goes with it
+            process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+EXECUTION = pytest.StashKey[Execution]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    wanted = any("executed" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly and all(map(importlib.util.find_spec, NOTEBOOK_TOOLS)):
+        session.config.stash[EXECUTION] = Execution()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if EXECUTION in config.stash:
+        config.stash[EXECUTION].end()
+
+
+@pytest.fixture(scope="session")
+def executed(request: pytest.FixtureRequest) -> tuple[Path, str]:
+    """Where the executed copies lie, and what was said on the way."""
+    need(*NOTEBOOK_TOOLS)
+    execution = request.config.stash[EXECUTION]
+    return execution.folder / "done", execution.wait()
