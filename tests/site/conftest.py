@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -59,41 +60,39 @@ NOTEBOOK_TOOLS = ("papermill", "ipykernel", "nbformat")
 
 
 class Execution:
-    """All notebooks in two processes, with as little right to the processor as there is.
+    """All notebooks, one after the other, in a process beside the tests.
 
-    Begun when the tests have been collected, so that it uses the cores that the other tests, of one thread each, leave.
+    Begun when the tests have been collected, so that it uses the core that the other tests, of one thread each, leave.
     """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp())
-        self._running = []
         names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
-        for half, environment in ((WITH_DATA, {}), (names - WITH_DATA, {"ZSKD_NNI_DATA": ""})):
-            command = [sys.executable, "notebooks/run.py", *sorted(half), "--scale", "smoke"]
-            command += ["--to", str(self.folder / "done"), "--work", str(self.folder / "work")]
-            log = (self.folder / f"log-{len(self._running)}").open("w")
-            self._running.append(
-                subprocess.Popen(
-                    ["nice", *command],
-                    cwd=ROOT,
-                    env={**os.environ, **environment},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+        given = ["--scale", "smoke", "--to", str(self.folder / "done"), "--work", str(self.folder / "work")]
+        halves = [
+            shlex.join([sys.executable, "notebooks/run.py", *sorted(half), *given])
+            for half in (WITH_DATA, names - WITH_DATA)
+        ]
+        self._log = self.folder / "log"
+        with self._log.open("w") as log:
+            self._running = subprocess.Popen(
+                ["sh", "-c", f"{halves[0]}; ZSKD_NNI_DATA= {halves[1]}"],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def wait(self) -> str:
         """What was said on the way, when all have run."""
-        for process in self._running:
-            process.wait(timeout=550)
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("log-*")))
+        self._running.wait()
+        return self._log.read_text()
 
     def end(self) -> None:
-        for process in self._running:
+        if self._running.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)  # of a runner that is still at it; its kernel goes with it
-            process.wait()
+                os.killpg(self._running.pid, signal.SIGTERM)  # a kernel ends with its runner
+        self._running.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -47,6 +47,7 @@ def pictures(notebook: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # alone, on a machine busy with other work; idle it takes two minutes
 @pytest.mark.parametrize("name", NAMES)
 def test_every_notebook_runs(name: str, executed: tuple[Path, str]) -> None:
     from PIL import Image
