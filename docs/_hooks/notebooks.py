@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 _LINK = re.compile(r'(?P<before><a [^>]*?href=")(?P<to>[^":#]+\.(?:md|ipynb))(?P<anchor>#[^"]*)?"')
-_PICTURE = re.compile(r'<img src="data:image/png;base64,')
+_PICTURE = re.compile(r'<img(?P<attributes>[^>]*\bsrc="data:image/png;base64,[^>]*)>')
+_ALTERNATIVE = re.compile(r'\salt="[^"]*"')  # the plugin's own says that there is none
 _log = logging.getLogger("mkdocs.hooks.notebooks")
 
 
@@ -34,7 +35,12 @@ def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
         return f'{match["before"]}{found.url_relative_to(page.file)}{match["anchor"] or ""}"'
 
     seen = iter(alternatives(Path(page.file.abs_src_path)))
-    html = _PICTURE.sub(lambda match: f'<img alt="{entities.escape(next(seen, "A picture"))}" {match[0][5:]}', html)
+
+    def picture(match: re.Match[str]) -> str:
+        words = entities.escape(next(seen, "A picture"))
+        return f'<img alt="{words}"{_ALTERNATIVE.sub("", match["attributes"])}>'
+
+    html = _PICTURE.sub(picture, html)
     return _LINK.sub(link, html)
 
 

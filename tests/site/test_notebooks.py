@@ -194,13 +194,14 @@ def test_links_of_notebooks_lead_to_pages_and_pictures_have_words(tmp_path: Path
     page = SimpleNamespace(file=SimpleNamespace(src_uri="tutorials/01.ipynb", abs_src_path=str(notebook)))
     given = (
         '<a class="x" href="../methods/zskd.md#a">a</a> <a href="02.ipynb">b</a> <a href="https://x.org/y.md">c</a>'
-        '<img src="data:image/png;base64,AAAA" width=3><img src="data:image/png;base64,BBBB"> <a href="none.md">d</a>'
+        '<img src="data:image/png;base64,AAAA" width=3><img alt="None." src="data:image/png;base64,BBBB"/>'
+        ' <a href="none.md">d</a>'
     )
     html = hook.on_page_content(given, page=page, files=SimpleNamespace(get_file_from_path=pages.get))
     assert 'href="../../methods/zskd/#a"' in html and 'href="../02/"' in html
     assert 'href="https://x.org/y.md"' in html and 'href="none.md"' in html
     assert '<img alt="a &quot;heat&quot; map" src="data:image/png;base64,AAAA" width=3>' in html
-    assert '<img alt="A picture" src="data:image/png;base64,BBBB">' in html
+    assert '<img alt="A picture" src="data:image/png;base64,BBBB"/>' in html
     other = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
     assert hook.on_page_content(given, page=other, files=None) == given
 
