@@ -5,6 +5,7 @@
 # make soak        20 minutes of synthesis and distillation under a memory limit (SOAK_SECONDS=...)
 # make bench      the ratios of docs/benchmarks.md, under ten minutes (DEVICE=cuda)
 # make lint        ruff and mypy
+# make notebooks   execute all into docs/tutorials, SCALE=smoke, cpu or full (seconds, minutes, hours at most)
 # make docs        the site, into site/; make docs-serve shows it while it is written
 # make package     wheel and sdist into dist/, installed and tried in a clean environment
 # make install-all the environment with what notebooks and the site need
@@ -13,13 +14,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
+SCALE ?= smoke
 ADDRESS ?= 127.0.0.1:8000
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 SOAK_SECONDS ?= 1200
 DEVICE ?= cpu
 
-.PHONY: install install-all demo test faults soak bench lint docs docs-serve package clean
+.PHONY: install install-all demo test faults soak bench lint notebooks docs docs-serve package clean
 
 install: $(VENV)/installed
 
@@ -53,6 +55,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: install-all
+	$(BIN)/python notebooks/run.py --scale $(SCALE) --device $(DEVICE)
 
 docs: install-all
 	$(MKDOCS) build

@@ -61,8 +61,8 @@ def test_the_sdist_has_what_tests_and_site_are_made_of(built: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
         "CITATION.cff", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "mkdocs.yml",
-        "benchmarks/packaged_recipes.py", "docs/index.md", "docs/_hooks/maths.py", "results/mnist-half.json",
-        "tests/helpers.py",
+        "benchmarks/packaged_recipes.py", "docs/index.md", "docs/_hooks/maths.py", "notebooks/run.py",
+        "results/mnist-half.json", "tests/helpers.py",
     ):  # fmt: skip
         assert name in names
     assert not {name for name in names if name.startswith((".venv", "site/", "out/", "data/"))}

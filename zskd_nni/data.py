@@ -28,6 +28,10 @@ _TORCHVISION = {
 }
 UNLABELLED = -1
 NAMED_SETS = ("digits", *_TORCHVISION)
+CLASS_NAMES = {
+    "fashion-mnist": ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+    "cifar10": ("aeroplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry"),
+}
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
 
 

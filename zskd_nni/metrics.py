@@ -27,6 +27,13 @@ def agreement(first: Tensor, second: Tensor) -> float:
     return (first.argmax(1) == second.argmax(1)).double().mean().item()
 
 
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """How often each class (row) is taken for each (column): ``(N, K), (N,) -> (K, K)`` int64 counts."""
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(1)
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """How far confidence and accuracy are apart, in [0, 1] (Guo et al. 2017, equation 3).
 

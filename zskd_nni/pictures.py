@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,13 @@ from zskd_nni.inputs import InputSpec
 
 
 def impressions_picture(
-    images: Tensor, logits: Tensor, spec: InputSpec, path: Path | io.BytesIO, columns: int = 10, title: str = ""
+    images: Tensor,
+    logits: Tensor,
+    spec: InputSpec,
+    path: Path | io.BytesIO,
+    columns: int = 10,
+    title: str = "",
+    names: Sequence[str] | None = None,
 ) -> None:
     """Draw ``(N, C, H, W)`` images in a grid with the teacher's class and confidence above each.
 
@@ -26,6 +33,7 @@ def impressions_picture(
         path: a ``.png`` file, or memory to write one into.
         columns: images in a row.
         title: above the grid.
+        names: of the classes; their numbers where absent.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,7 +48,9 @@ def impressions_picture(
         if number >= len(images):
             continue
         axis.imshow(as_picture(images[number], spec), cmap="gray", vmin=0, vmax=1)
-        axis.set_title(f"{int(seen[number])}  {100 * float(confidence[number]):.0f}%", fontsize=7, pad=2)
+        label = int(seen[number])
+        what = label if names is None else names[label]
+        axis.set_title(f"{what}  {100 * float(confidence[number]):.0f}%", fontsize=7, pad=2)
     if title:
         figure.suptitle(title, fontsize=9, y=0.998)
     figure.tight_layout(pad=0.4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -182,6 +183,26 @@ def test_every_page_fits_a_phone_and_reports_nothing(browser: Any, address: str,
         seen = page.evaluate(LOOK)
         assert seen["wide"] <= 0, f"{name} is {seen['wide']} pixels wider than a phone"
         assert not seen["broken"], f"{name} lacks {seen['broken']}"
+    page.close()
+    assert not wrong, wrong[:10]
+
+
+def test_notebook_pages_show_their_pictures(browser: Any, address: str) -> None:
+    page, wrong = watched(browser, address, viewport=DESKTOP)
+    for notebook in sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")):
+        cells = json.loads(notebook.read_text())["cells"]
+        made = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        page.goto(f"{address}tutorials/{notebook.stem}/")
+        shown = page.evaluate(
+            "() => [...document.querySelectorAll('.jupyter-wrapper img')]"
+            ".map(image => [image.complete, image.naturalWidth, image.clientWidth, image.alt])"
+        )
+        assert len(shown) == len(made) > 0, notebook.name
+        for (complete, natural, wide, words), output in zip(shown, made, strict=True):
+            assert complete and natural > 400 and wide > 300, notebook.name
+            assert words == output["metadata"]["image/png"]["alt"]
+        assert "How this page was made" in page.inner_text(".md-content")
+        assert page.locator(".md-content a[href$='.ipynb'], .md-content a[href$='.md']").count() == 0
     page.close()
     assert not wrong, wrong[:10]
 

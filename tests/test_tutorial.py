@@ -1,0 +1,200 @@
+"""What the tutorials show: pictures, tables, figures of networks side by side, figures from result files."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import small_network, small_teacher
+from PIL import Image
+
+from zskd_nni import tutorial
+from zskd_nni.compression.speedup import LayerWidths
+from zskd_nni.data import LabelledImages
+from zskd_nni.errors import UserError
+from zskd_nni.exploration import Question, explore_class, explore_one
+from zskd_nni.metrics import TransitionResult, accuracy, agreement, confusion
+from zskd_nni.training import History
+from zskd_nni.tutorial import Picture, Table
+
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def drawn() -> dict[str, Picture]:
+    teacher = small_teacher()
+    asked = Question(label=2, steps=6)
+    made = explore_class(teacher, asked, 4)
+    answers = [explore_one(teacher, dataclasses.replace(asked, seed=seed), glimpses=4) for seed in range(2)]
+    curve = torch.linspace(0, 1, 5)
+    transition = TransitionResult(0.25, 3, 5, 1.0, curve, curve**2)
+    points = {"real": torch.rand(9, 2), "made": torch.rand(7, 2)}
+    layer = LayerWidths("conv", "Conv2d", 1, 1, 6, 3)
+    return {
+        "similarity": tutorial.similarity_picture(answers[0].similarity, NAMES),
+        "confusion": tutorial.confusion_picture(torch.tensor([[5, 2], [0, 9]]), ["yes", "no"], "mistakes of a student"),
+        "targets": tutorial.targets_picture({"wide": made.targets, "narrow": made.targets[:2]}, 2, NAMES),
+        "gallery": tutorial.gallery_picture(made.images, made.logits, teacher.spec, NAMES, title="Four"),
+        "opinions": tutorial.opinions_picture(made, teacher.spec, 4.0),
+        "evolution": tutorial.evolution_picture(answers, teacher.spec),
+        "curves": tutorial.curves_picture({"one": History([50, 100], [1.0, 0.1]), "other": History([50], [0.3])}),
+        "bars": tutorial.bars_picture({"teacher": 99.0, "student": 90.5, "unmeasured": None}, "Accuracy"),
+        "transitions": tutorial.transitions_picture(
+            {"a": transition, "b": transition, "c": transition, "d": transition}
+        ),
+        "embedding": tutorial.embedding_picture(
+            points, {"real": torch.arange(9) % 5, "made": torch.arange(7) % 5}, behind="real"
+        ),
+        "widths": tutorial.widths_picture([layer, dataclasses.asdict(layer)], "before and after"),
+    }
+
+
+def test_every_picture_is_drawn_and_described(tmp_path: Path) -> None:
+    pictures = drawn()
+    assert {f"{name}_picture" for name in pictures} == {name for name in tutorial.__all__ if name.endswith("_picture")}
+    for name, picture in pictures.items():
+        image = Image.open(io.BytesIO(picture.png)).convert("L")
+        assert image.width > picture.width > 200, name
+        assert len(image.getcolors(256) or ()) > 10, name
+        data, about = picture._repr_mimebundle_()
+        assert base64.b64decode(data["image/png"]) == picture.png
+        assert about["image/png"] == {"width": picture.width, "alt": picture.alt}
+        assert len(picture.alt) > 15
+        picture.save(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes() == picture.png
+    with pytest.raises(UserError, match=r"\.png"):
+        picture.save(tmp_path / "it.jpg")
+    assert "conv 6 to 3" in pictures["widths"].alt
+    assert "yes is most often taken for no" in pictures["confusion"].alt
+    assert "90.50" in pictures["bars"].alt and "unmeasured" not in pictures["bars"].alt
+
+
+def test_what_cannot_be_drawn_is_said() -> None:
+    with pytest.raises(UserError, match="2 names were given for 5 classes"):
+        tutorial.similarity_picture(torch.eye(5), ["a", "b"])
+    with pytest.raises(UserError, match="none of the figures was measured"):
+        tutorial.bars_picture({"student": None}, "Accuracy")
+
+
+def test_a_table_reads_as_text_and_as_html() -> None:
+    table = Table(("network", "accuracy"), [("a < b", "97.10 ± 0.20 %")], "of one seed")
+    assert repr(table).splitlines() == [
+        "network  accuracy", "-------  --------------", "a < b    97.10 ± 0.20 %", "of one seed"
+    ]  # fmt: skip
+    html = table._repr_html_()
+    assert "<th>network</th>" in html and "<td>a &lt; b</td>" in html and "of one seed" in html
+    assert "97.10&nbsp;±&nbsp;0.20&nbsp;%" in html
+    with pytest.raises(ValueError, match="1 entries under 2 columns"):
+        Table(("a", "b"), [("x",)])
+
+
+def test_features_are_what_the_classifier_reads() -> None:
+    teacher = small_teacher()
+    images = torch.rand(12, *teacher.spec.shape)
+    found = tutorial.features(teacher, images, batch=5)
+    logits = found @ teacher.class_weights().T + teacher.classifier.bias
+    assert torch.allclose(logits, teacher.predict(images), atol=1e-5)
+
+
+def test_an_embedding_keeps_alike_images_together_and_is_repeatable() -> None:
+    teacher = small_teacher()
+    torch.manual_seed(0)
+    dark, bright = torch.rand(20, *teacher.spec.shape) * 0.02, 1 - torch.rand(20, *teacher.spec.shape) * 0.02
+    points = tutorial.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
+    assert points["dark"].shape == (20, 2)
+    between = torch.cdist(points["dark"], points["bright"])
+    assert (torch.cdist(points["dark"], points["dark"]).mean() < between.mean()).item()
+    again = tutorial.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
+    assert torch.equal(points["bright"], again["bright"])
+    with pytest.raises(UserError, match="at least 10 images"):
+        tutorial.embed(teacher, {"few": dark[:3]})
+
+
+def test_networks_side_by_side() -> None:
+    teacher = small_teacher()
+    student = small_network(seed=3)
+    student.train()
+    torch.manual_seed(0)
+    data = LabelledImages(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 5, "made up")
+    held_out = torch.rand(30, 1, 8, 8)
+    networks = {"teacher": teacher, "student": student, "function": lambda images: teacher(images)}
+    found = tutorial.measure(networks, teacher, data, held_out)
+    pixels = data.pixels(slice(0, 40), teacher.spec)
+    with torch.no_grad():
+        logits = student.eval()(teacher.spec.normalise(pixels))
+    assert found["student"].accuracy == accuracy(logits, data.labels)
+    assert found["student"].agreement == agreement(logits, teacher.predict(pixels))
+    assert found["teacher"].agreement == found["function"].agreement == found["function"].agreement_held_out == 1
+    assert found["student"].parameters == sum(weight.numel() for weight in student.parameters())
+    assert found["teacher"].parameters == found["student"].parameters
+    assert found["function"].parameters is None
+    table = tutorial.measured_table(found, data)
+    assert table.columns == ["network", "accuracy", "agreement", "agreement, held out", "parameters"]
+    assert "40 test images of made up" in table.caption
+    without = tutorial.measure(networks, teacher, None, held_out)
+    assert without["student"].accuracy is None
+    assert without["student"].agreement_held_out == found["student"].agreement_held_out
+    assert "no test data here" in tutorial.measured_table(without, None).caption
+
+
+def test_absent_data_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("ZSKD_NNI_DATA", raising=False)
+    assert tutorial.images_if_there("mnist") is None
+    assert "There is no mnist here" in capsys.readouterr().out
+    assert len(tutorial.images_if_there("digits") or ()) == 360
+
+
+def test_confusion_counts_every_image_once() -> None:
+    logits = torch.eye(3)[[0, 1, 1, 2, 0]]
+    labels = torch.tensor([0, 1, 2, 2, 1])
+    assert confusion(logits, labels).tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    assert 100 * confusion(logits, labels).diagonal().sum() / 5 == accuracy(logits, labels)
+
+
+def test_figures_of_recipes_are_those_of_the_files() -> None:
+    table = tutorial.recipes_table(["mnist-prune50-int8", "never-run"], RESULTS)
+    records = json.loads((RESULTS / "mnist-prune50-int8.json").read_text())
+    mean = sum(record["accuracy"]["student_int8"] for record in records) / 3
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert row["student"].startswith(f"{mean:.2f} ± ") and row["student"].endswith("(int8)")
+    assert row["teacher"] == f"{records[0]['accuracy']['teacher']:.2f}"
+    assert row["on noise"].startswith(f"{sum(r['controls']['noise']['accuracy_int8'] for r in records) / 3:.2f}")
+    assert "seeds 0, 1, 2" in table.caption and "mnist-prune50-int8.json" in table.caption
+    assert table.rows[1] == ["never-run", *["-"] * 6] and "Not run yet: never-run" in table.caption
+
+
+def test_a_file_of_something_else_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_text('[{"accuracy": 1}]')
+    with pytest.raises(UserError, match="holds no runs of a recipe"):
+        tutorial.recipes_table(["it"], tmp_path)
+
+
+def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
+    assert "yet" in tutorial.reproduction_table("mnist", tmp_path).caption
+    for seed, student in ((0, 98.0), (1, 99.0)):
+        record = {
+            "format": "zskd_nni reproduction 1", "cell": "mnist-zskd-best", "pair": "mnist", "method": "zskd",
+            "preset": "best", "variant": None, "seed": seed, "scale": "full", "impressions": 12000,
+            "accuracy": {"teacher": 99.3, "student": student}, "agreement": 0.98, "calibration_error": {}, "mte": None,
+            "ingredients": {}, "seconds": {}, "device": "cpu", "selected_on": "", "provenance": {},
+        }  # fmt: skip
+        (tmp_path / f"mnist-zskd-best-seed{seed}.json").write_text(json.dumps(record))
+    table = tutorial.reproduction_table("mnist", tmp_path)
+    (row,) = table.rows
+    assert list(row) == ["zskd best", "full", "12,000", "98.50 ± 0.71", "98.00 ± 0.00", "-", "0, 1"]
+    assert tutorial.reproduction_table("digits", tmp_path).rows[0][0] == "none yet"
+
+
+def test_the_repository_is_found_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="lies in no copy"):
+        tutorial.repository()
+    for name in ("notebooks", "results"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert tutorial.repository() == tmp_path
