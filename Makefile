@@ -20,6 +20,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 SOAK_SECONDS ?= 1200
 DEVICE ?= cpu
+JOBS ?= 2
 
 .PHONY: install install-all demo test faults soak bench lint notebooks docs docs-serve package clean
 
@@ -40,7 +41,7 @@ demo: install
 	$(BIN)/zskd-nni demo --out $(OUT)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 faults: install
 	ZSKD_NNI_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v -rA --durations=20

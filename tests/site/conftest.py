@@ -1,19 +1,15 @@
 """A real browser: the chromium that is installed, driven by Playwright; skips with a reason where there is none.
 
-And the notebooks, which run beside the other tests.
+And the notebooks, executed once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,60 +55,19 @@ WITH_DATA = {"02_mnist", "04_cifar10", "06_four_methods"}
 NOTEBOOK_TOOLS = ("papermill", "ipykernel", "nbformat")
 
 
-class Execution:
-    """All notebooks, one after the other, in a process beside the tests.
-
-    Begun when the tests have been collected, so that it uses the core that the other tests, of one thread each, leave.
-    """
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp())
-        names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
-        given = ["--scale", "smoke", "--to", str(self.folder / "done"), "--work", str(self.folder / "work")]
-        halves = [
-            shlex.join([sys.executable, "notebooks/run.py", *sorted(half), *given])
-            for half in (WITH_DATA, names - WITH_DATA)
-        ]
-        self._log = self.folder / "log"
-        with self._log.open("w") as log:
-            self._running = subprocess.Popen(
-                ["sh", "-c", f"{halves[0]}; ZSKD_NNI_DATA= {halves[1]}"],
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self) -> str:
-        """What was said on the way, when all have run."""
-        self._running.wait()
-        return self._log.read_text()
-
-    def end(self) -> None:
-        if self._running.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._running.pid, signal.SIGTERM)  # a kernel ends with its runner
-        self._running.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-EXECUTION = pytest.StashKey[Execution]()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    wanted = any("executed" in getattr(item, "fixturenames", ()) for item in session.items)
-    if wanted and not session.config.option.collectonly and all(map(importlib.util.find_spec, NOTEBOOK_TOOLS)):
-        session.config.stash[EXECUTION] = Execution()
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if EXECUTION in config.stash:
-        config.stash[EXECUTION].end()
-
-
 @pytest.fixture(scope="session")
-def executed(request: pytest.FixtureRequest) -> tuple[Path, str]:
-    """Where the executed copies lie, and what was said on the way."""
+def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where the executed copies of all notebooks lie, and what was said on the way."""
     need(*NOTEBOOK_TOOLS)
-    execution = request.config.stash[EXECUTION]
-    return execution.folder / "done", execution.wait()
+    folder = tmp_path_factory.mktemp("notebooks")
+    names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    said = []
+    for half, environment in ((WITH_DATA, {}), (names - WITH_DATA, {"ZSKD_NNI_DATA": ""})):
+        command = [sys.executable, "notebooks/run.py", *sorted(half), "--scale", "smoke"]
+        command += ["--to", str(folder / "done"), "--work", str(folder / "work")]
+        run = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=560, check=False,
+        )  # fmt: skip
+        said.append(run.stdout)
+    return folder / "done", "\n".join(said)
