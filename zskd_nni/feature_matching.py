@@ -6,14 +6,11 @@ can be compared number by number, and says far more about an image than ten logi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from zskd_nni.errors import UserError
-from zskd_nni.feature_points import module_at
+from zskd_nni.feature_points import module_at, probing
 from zskd_nni.teacher import Teacher, record_features
 
 Pairs = tuple[tuple[str, str], ...]
@@ -73,20 +70,6 @@ def _shapes(teacher: Teacher, model: nn.Module, paths: list[str]) -> dict[str, t
     """Shapes of one image's outputs of the modules at ``paths``, for those that run and give a tensor."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     probe = teacher.spec.normalise(teacher.spec.midpoint(2)).to(device)
-    with _as_it_answers(model), record_features(model, paths) as seen:
+    with probing(model), record_features(model, paths) as seen:
         model(probe)
     return {path: tuple(value.shape[1:]) for path, value in seen.items() if isinstance(value, Tensor)}
-
-
-@contextmanager
-def _as_it_answers(model: nn.Module) -> Iterator[None]:
-    """Within the block every module is in ``eval()`` and no gradients are recorded."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

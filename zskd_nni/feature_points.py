@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zskd_nni.errors import UserError
@@ -93,3 +94,17 @@ def replaced(model: nn.Module, point: FeaturePoint, features: Tensor) -> Iterato
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Within the block every module is in ``eval()`` and no gradients are recorded."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from zskd_nni.distillation import check_student
 from zskd_nni.errors import UserError
-from zskd_nni.feature_points import FeaturePoint, module_at, watched
+from zskd_nni.feature_points import FeaturePoint, module_at, probing, watched
 from zskd_nni.files import fingerprint_of
 from zskd_nni.inputs import InputSpec
 from zskd_nni.losses import attention_loss, belief_divergence
@@ -411,22 +411,9 @@ def attention_pairs(student: nn.Module, teacher: Teacher, settings: ZsktSettings
     return settings.attention
 
 
-@contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _size_at(model: nn.Module, path: str, probe: Tensor, whose: str) -> tuple[int, int]:
     module_at(model, path, whose)
-    with watched(model, FeaturePoint(path)) as seen, _probing(model):
+    with watched(model, FeaturePoint(path)) as seen, probing(model):
         model(probe)
     if not seen or not isinstance(seen[-1], Tensor) or seen[-1].ndim != 4:
         shape = list(seen[-1].shape) if seen and isinstance(seen[-1], Tensor) else "nothing"
@@ -451,7 +438,7 @@ def _last_of_each_size(model: nn.Module, probe: Tensor) -> dict[tuple[int, int],
         if path
     ]
     try:
-        with _probing(model):
+        with probing(model):
             model(probe)
     finally:
         for hook in hooks:
