@@ -86,6 +86,8 @@ def benchmarks_table() -> str:
             found.setdefault(record["name"], {})[device] = record
             source = record["provenance"]
             sources.append(f"{source['device']}, {source['threads']} threads, torch {source['versions']['torch']}")
+    if not found:
+        return "No result is recorded yet; `make bench` makes one."
     lines = [
         "| what | CPU: ratio | target | ours and theirs | CUDA: ratio | target | ours and theirs |",
         "| --- | --- | --- | --- | --- | --- | --- |",
