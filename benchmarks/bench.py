@@ -3,7 +3,7 @@
     python benchmarks/bench.py                    # under ten minutes on two cores: results/bench-cpu.json
     python benchmarks/bench.py --device cuda      # results/bench-cuda.json
     python benchmarks/bench.py --only speed-of-light
-    python benchmarks/bench.py --quality lenet5   # does equal fit teach as well? hours: results/bench-quality.json
+    python benchmarks/bench.py --only peer --peer CLONE   # beside the code of ZSKT's authors: peers.py
 
 Every ratio is the median of pairs, one of each side in turn, so that a noisy machine disturbs both. What is measured
 against stands in ``published_loops.py``: the published schedules, and for the speed of light a bare pass of the same
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import authors_rounds, commit_of
 from published_loops import zskd_loop, zskt_loop
 from safetensors.torch import load_file
 from torch import nn
@@ -54,7 +55,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str, InputSpec]] = {
 }
 STUDENTS = {"lenet5": ("zoo:lenet5_half", {}), "alexnet": ("zoo:alexnet_half", {"bn_momentum": 0.01})}
 # Mean KL(target || teacher at 20) that the published schedule (batch 100, 1,500 steps) leaves on these teachers:
-# what "equal fit" means below. Measured by --quality; results/bench-quality.json.
+# what "equal fit" means below. Measured by equal_fit.py.
 PUBLISHED_FIT = {"lenet5": 0.77, "alexnet": 0.77}
 TEMPERATURE = 20.0
 
@@ -345,6 +346,29 @@ def student_training(bench: Bench, name: str) -> None:
     )
 
 
+def peer(bench: Bench, clone: Path) -> None:
+    """Rounds a second of ZSKT against the released code itself."""
+    torch.manual_seed(0)
+    batch, rounds = (128, 20) if bench.cuda else (32, 1)
+    teacher_model = build_network("zoo:wrn", {"depth": 40, "width": 2}).eval().requires_grad_(False)
+    teacher = Teacher(teacher_model, COLOUR).to(bench.device)
+    settings = ZsktSettings(rounds=rounds, batch=batch, autocast=True)
+
+    def ours() -> None:
+        student = build_network("zoo:wrn", {"depth": 16, "width": 1}).to(bench.device)
+        train_zskt(student, teacher, settings, quiet=True)
+
+    bench.compare(
+        "ZSKT, WRN-40-2 to WRN-16-1, bfloat16, against the released code itself",
+        "rounds/s",
+        (rounds, ours),
+        (rounds, authors_rounds(clone, rounds, batch, bench.device)),
+        (1.5, 4),
+        batch=batch,
+        peer=f"polo5/ZeroShotKnowledgeTransfer@{commit_of(clone)}",
+    )
+
+
 PARTS: dict[str, Callable[[Bench, str], None]] = {
     "synthesis": synthesis,
     "speed-of-light": speed_of_light,
@@ -357,7 +381,8 @@ def main() -> None:
     """Parse the arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "peer"], default=list(PARTS))
+    parser.add_argument("--peer", type=Path, help="a clone of polo5/ZeroShotKnowledgeTransfer")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--threads", type=int, help="all cores where absent")
@@ -367,9 +392,14 @@ def main() -> None:
     torch.set_flush_denormal(True)
     bench = Bench(arguments.device, arguments.pairs)
     path = arguments.out or RESULTS / f"bench-{torch.device(arguments.device).type}.json"
+    if "peer" in arguments.only and arguments.peer is None:
+        parser.error("the part peer takes a clone: --peer FOLDER")
     for part in arguments.only:
-        for name in arguments.networks[: 1 if part == "zskt" else None]:
-            PARTS[part](bench, name)
+        for name in arguments.networks[: 1 if part in ("zskt", "peer") else None]:
+            if part == "peer":
+                peer(bench, arguments.peer)
+            else:
+                PARTS[part](bench, name)
             kept = json.loads(path.read_text()) if path.exists() else []
             new = {record["name"] for record in bench.records}
             write_json(path, [record for record in kept if record["name"] not in new] + bench.records)
