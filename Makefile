@@ -51,6 +51,7 @@ soak: install
 
 bench: install
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE)
+	$(BIN)/python benchmarks/ladder.py --device $(DEVICE)
 
 lint: install
 	$(BIN)/ruff check .

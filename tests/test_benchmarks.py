@@ -86,3 +86,17 @@ def test_a_part_of_the_benchmark_runs_and_keeps_the_other_records(tmp_path: Path
     assert first["name"] == "of another part"
     assert second["target"] == 0.9 and second["device"] == "cpu"
     assert second["ratio"] == pytest.approx(second["ours"] / second["theirs"], rel=0.01)
+
+
+def test_the_ladder_measures_and_profiles_every_rung(tmp_path: Path) -> None:
+    out = tmp_path / "ladder.json"
+    command = [sys.executable, "ladder.py", "--only", "lenet5", "--pairs", "1", "--threads", "1", "--out", str(out)]
+    subprocess.run(command, cwd=BENCHMARKS, check=True, timeout=300, capture_output=True)
+    records = json.loads(out.read_text())
+    changes = [record["change"] for record in records]
+    assert changes[0] == "no gradients for weights" and changes[-1].startswith("the engine")
+    for record in records:
+        assert record["ratio"] > 0.1 and record["unit"] == "image-steps/s"
+        for side in ("before", "after"):
+            assert sum(record[side].values()) == pytest.approx(1, abs=0.01)
+            assert record[side]["convolution, backward"] > 0.1

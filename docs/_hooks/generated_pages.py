@@ -16,10 +16,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
+_SIDES = ("before", "after")
 OPTIONAL = ("benchmarks.md", "results.md")
 TUTORIALS = "tutorials"
 _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
 _BENCHMARKS = "<!-- benchmarks -->"
+_LADDER = "<!-- ladder -->"
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<to>[^)#]+)[^)]*\)")  # one to no page of the site stays as its text
 _RESULTS_PAGE = """---
 hide: [toc]
@@ -71,7 +73,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables in."""
     if _BENCHMARKS in markdown:
-        markdown = markdown.replace(_BENCHMARKS, benchmarks_table())
+        markdown = markdown.replace(_BENCHMARKS, benchmarks_table()).replace(_LADDER, ladder_table())
     return _RESULTS.sub(lambda match: results_table(match["columns"]), markdown)
 
 
@@ -104,6 +106,29 @@ def benchmarks_table() -> str:
             cells += [f"**{record['ratio']:g}**", target, figures]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Measured on: {'; '.join(dict.fromkeys(sources))}."])
+
+
+def ladder_table() -> str:
+    """The Markdown table of ``results/bench-ladder-cpu.json`` and ``results/bench-ladder-cuda.json``."""
+    lines = []
+    for device in ("cpu", "cuda"):
+        path = ROOT / "results" / f"bench-ladder-{device}.json"
+        for record in json.loads(path.read_text()) if path.exists() else []:
+            told = [", ".join(f"{kind} {share:.0%}" for kind, share in _largest(record[side])) for side in _SIDES]
+            cells = [record["what"], record["change"], f"**{record['ratio']:g}**", *told]
+            lines.append(f"| {device} | {' | '.join(cells)} |")
+    if not lines:
+        return "No result is recorded yet; `make bench` makes one."
+    head = [
+        "| device | what | change | ratio | where the time went before | and after |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*head, *lines])
+
+
+def _largest(shares: dict[str, float]) -> list[tuple[str, float]]:
+    """The kinds that take a twentieth of the time or more, the largest first."""
+    return sorted(((kind, share) for kind, share in shares.items() if share >= 0.05), key=lambda entry: -entry[1])
 
 
 def results_table(columns: str = "") -> str:
