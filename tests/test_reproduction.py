@@ -276,7 +276,7 @@ def test_published_numbers_and_targets_are_of_rows() -> None:
 def images_of(plan: Any, bench: Bench) -> torch.Tensor:
     source = make_source(plan, bench, 1).source
     assert isinstance(source, StoredSource)
-    return source.images
+    return source.images[:]
 
 
 def test_a_smaller_set_is_the_beginning_of_the_larger_one(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_smaller_set_is_the_beginning_of_the_larger_one(tmp_path: Path) -> Non
     assert sorted((tmp_path / "runs").rglob("shard-*.safetensors")) == stores
     assert not torch.equal(large[:20], large[20:])
     other = make_source(resolve(Cell("digits", "zskd", "best"), "smoke"), bench, 2).source
-    assert not torch.equal(other.images, large)  # type: ignore[union-attr]
+    assert not torch.equal(other.images[:], large)  # type: ignore[union-attr]
 
 
 def test_a_set_that_is_being_made_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

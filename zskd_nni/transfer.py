@@ -43,6 +43,23 @@ class TransferSource(Protocol):
         ...
 
 
+class Images(Protocol):
+    """``(N, C, H, W)``, in memory (a tensor) or elsewhere."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is asked for arrives."""
+        ...
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor:
+        """Those at ``rows``."""
+        ...
+
+
 class _Stateless:
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -56,13 +73,14 @@ class StoredSource(_Stateless):
     """A fixed set of images, drawn in a fresh order every epoch.
 
     Args:
-        images: ``(N, C, H, W)`` in the teacher's value range, of any float type; kept where they are.
+        images: ``(N, C, H, W)`` in the teacher's value range, of any float type; kept where they are, be that in
+            memory or on disk.
         batch_size: images in a batch; a smaller set gives all its images.
         seed: names the orders.
         fingerprint: of the images.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int, fingerprint: str) -> None:
+    def __init__(self, images: Images, batch_size: int, seed: int, fingerprint: str) -> None:
         if len(images) == 0:
             raise UserError("The transfer set is empty; a student cannot be taught on no images.")
         self.images = images

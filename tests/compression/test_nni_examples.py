@@ -87,7 +87,7 @@ def sparsity(masks: dict[str, dict[str, torch.Tensor]], name: str, target: str =
 def answers(names: dict[str, Any], network: torch.nn.Module, source: str = "source") -> float:
     """Agreement with the teacher on its impressions; every answer must be finite."""
     teacher = names["resnet_teacher" if source == "resnet_source" else "teacher"]
-    images = names[source].images.float()
+    images = names[source].images[:].float()
     with torch.no_grad():
         logits = network.eval()(names["spec"].normalise(images))
     assert torch.isfinite(logits).all()

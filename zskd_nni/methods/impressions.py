@@ -22,4 +22,4 @@ def impressions_source(
         label=request.label,
         quiet=request.quiet,
     )
-    return StoredSource(store.images(), request.batch_size, request.seed, store.fingerprint)
+    return StoredSource(store.images_on_disk(), request.batch_size, request.seed, store.fingerprint)

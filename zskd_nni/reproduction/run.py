@@ -42,9 +42,10 @@ from zskd_nni.reproduction.pairs import PAIRS
 from zskd_nni.reproduction.records import FORMAT
 from zskd_nni.seeds import derive_seed
 from zskd_nni.synthesis import ImpressionStore
+from zskd_nni.synthesis.stored_images import StoredImages, joined
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import History
-from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
+from zskd_nni.transfer import Images, NoiseSource, StoredSource, TransferSource
 from zskd_nni.zoo.trained import trained_weights
 
 
@@ -193,10 +194,18 @@ def make_source(plan: Plan, bench: Bench, seed: int) -> Made:
         prints.append(source.fingerprint)
         seconds += spent
         facts = _facts_of(home / "set", facts)
-    images = torch.cat(parts)[: plan.size]
+    images = _first_of(parts, plan.size)
     share = len(images) / (block * len(numbers)) if in_blocks else 1.0
     source = StoredSource(images, batch, seed, fingerprint_of([prints, len(images)]) if in_blocks else prints[0])
     return Made(source, round(seconds * share, 2), facts)
+
+
+def _first_of(parts: list[Images], count: int) -> Images:
+    """The first images of several sets, read when they are asked for where they lie on disk."""
+    on_disk = [part for part in parts if isinstance(part, StoredImages)]
+    if len(on_disk) == len(parts):
+        return joined(on_disk).first(count)
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])[:count]
 
 
 def _timed_source(plan: Plan, teacher: Teacher, request: TransferRequest, home: Path) -> tuple[TransferSource, float]:

@@ -3,12 +3,17 @@
 A folder of safetensors shards and one ``manifest.json`` that says what they are: the teacher's fingerprint, the
 recipe, the seed, versions, and every shard's checksum. Files are written under another name, flushed and renamed. A
 shard that is missing or damaged is made again from its own seed.
+
+Where several processes make a store, each writes its shards' lines into notes beside them; the first of them puts all
+into the manifest when everything is made, or when the work is taken up again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,12 @@ from zskd_nni.files import (
     write_json,
 )
 from zskd_nni.synthesis.engine import Impressions
+from zskd_nni.synthesis.stored_images import ShardImages, StoredImages
 
 MANIFEST = "manifest.json"
 FORMAT = "zskd_nni impressions 1"
 _SHARD_NAME = re.compile(r"shard-\d{5}\.safetensors")
+_NOTE_NAME = re.compile(r"shard-(\d{5})\.json")
 MOST_SHARDS, MOST_THREADS = 100_000, 4096
 _FIELDS = ("images", "targets", "logits", "fit", "steps")
 
@@ -37,6 +44,11 @@ _FIELDS = ("images", "targets", "logits", "fit", "steps")
 def shard_name(index: int) -> str:
     """File name of a shard."""
     return f"shard-{index:05d}.safetensors"
+
+
+def note_name(index: int) -> str:
+    """File name of a shard's line of the manifest while that is not in the manifest."""
+    return f"shard-{index:05d}.json"
 
 
 class ImpressionStore:
@@ -73,12 +85,8 @@ class ImpressionStore:
         path = folder / MANIFEST
         if path.exists():
             store = cls.open(folder)
-            difference = describe_difference(store.manifest["identity"], identity)
-            if difference or store.manifest["plan"] != plan:
-                raise UserError(
-                    f"{folder} holds impressions of another run ({difference or 'another number of impressions'}). "
-                    "Use another folder, or remove this one."
-                )
+            store.require(identity, plan)
+            store.settle()
             return store
         if any(_SHARD_NAME.fullmatch(entry.name) for entry in folder.iterdir()):
             raise UserError(
@@ -99,7 +107,7 @@ class ImpressionStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> ImpressionStore:
-        """Read a store's manifest.
+        """Read a store's manifest, and the notes on shards that are not in it yet.
 
         Raises:
             UserError: there is none, or it is not sound.
@@ -111,7 +119,31 @@ class ImpressionStore:
         problem = _problem_with(manifest)
         if problem:
             raise UserError(f"{folder / MANIFEST} is not sound ({problem}). Remove the folder to make it anew.")
+        manifest["shards"].update(_notes(folder, len(manifest["plan"])))
         return cls(folder, manifest)
+
+    def require(self, identity: dict[str, Any], plan: list[int]) -> None:
+        """Refuse a store of other impressions; arguments as in :meth:`create`.
+
+        Raises:
+            UserError: teacher, method, settings, seed or size differ.
+        """
+        difference = describe_difference(self.manifest["identity"], identity)
+        if difference or self.plan != plan:
+            raise UserError(
+                f"{self.folder} holds impressions of another run ({difference or 'another number of impressions'}). "
+                "Use another folder, or remove this one."
+            )
+
+    def settle(self) -> None:
+        """Write the manifest, in the order of shards, and remove the notes; only the one writer may call this."""
+        notes = [path for path in self.folder.iterdir() if _NOTE_NAME.fullmatch(path.name) and not path.is_dir()]
+        if notes:
+            shards = self.manifest["shards"]
+            self.manifest["shards"] = {index: shards[index] for index in sorted(shards, key=int)}
+            self._write_manifest()
+        for note in notes:
+            note.unlink(missing_ok=True)
 
     def _write_manifest(self) -> None:
         write_json(self.folder / MANIFEST, self.manifest)
@@ -129,9 +161,10 @@ class ImpressionStore:
     def __len__(self) -> int:
         return sum(self.plan)
 
-    def missing(self) -> list[int]:
-        """Shards that are not there or not as their checksum says, in order."""
-        return [index for index in range(len(self.plan)) if self.damage(index) is not None]
+    def missing(self, among: Sequence[int] | None = None) -> list[int]:
+        """Shards (of those named, or of all) that are not there or not as their checksum says, in order."""
+        looked_at = range(len(self.plan)) if among is None else among
+        return [index for index in looked_at if self.damage(index) is not None]
 
     def damage(self, index: int) -> str | None:
         """What is wrong with a shard, or None: ``not made yet``, ``gone``, ``not as written``."""
@@ -144,7 +177,12 @@ class ImpressionStore:
         return None if sha256_of_file(path) == entry["sha256"] else "not as written"
 
     def write(
-        self, index: int, impressions: Impressions, seconds: float, environment: dict[str, Any] | None = None
+        self,
+        index: int,
+        impressions: Impressions,
+        seconds: float,
+        environment: dict[str, Any] | None = None,
+        note: bool = False,
     ) -> None:
         """Keep a finished shard: first its file, then its line in the manifest.
 
@@ -153,6 +191,7 @@ class ImpressionStore:
             impressions: what it holds.
             seconds: that it took.
             environment: of this run; what differs from the store's is noted with the shard.
+            note: leave the manifest to another process, and put the line into a note beside the shard.
         """
         tensors = {name: getattr(impressions, name) for name in _FIELDS}
         # Half precision is finer than 8-bit images by far; the teacher labels what is stored anew in any case.
@@ -172,7 +211,10 @@ class ImpressionStore:
         other = self.other_environment(environment or {})
         if other:
             self.manifest["shards"][str(index)]["environment"] = other
-        self._write_manifest()
+        if note:
+            write_json(self.folder / note_name(index), self.manifest["shards"][str(index)])
+        else:
+            self._write_manifest()
 
     def other_environment(self, environment: dict[str, Any]) -> dict[str, Any]:
         """What in ``environment`` is not as in the one that the store was begun in; threads are put back to that."""
@@ -215,14 +257,20 @@ class ImpressionStore:
         return ""
 
     def images(self) -> Tensor:
-        """All images ``(N, C, H, W)``, float16, in order; a copy, one shard at a time."""
-        first = self.read(0).images
-        images = torch.empty((len(self), *first.shape[1:]), dtype=first.dtype)
-        position = 0
+        """All images ``(N, C, H, W)``, float16, in order; a copy in memory."""
+        return self.images_on_disk()[:]
+
+    def images_on_disk(self) -> StoredImages:
+        """All images, to be read when they are asked for. Every shard is checked here, one at a time.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
+        shards, shape = [], torch.Size()
         for index, count in enumerate(self.plan):
-            images[position : position + count] = first if index == 0 else self.read(index).images
-            position += count
-        return images
+            shape = self.read(index).images.shape[1:]
+            shards.append(ShardImages.of(self.folder / shard_name(index), count))
+        return StoredImages(shards, shape)
 
     def steps_histogram(self) -> dict[int, int]:
         """How many impressions left after how many steps."""
@@ -267,17 +315,36 @@ def _problem_with(manifest: Any) -> str | None:
         return "its fingerprint is not that of its identity: it was edited"
     if not isinstance(shards, dict):
         return "'shards' is missing"
-    for index, entry in shards.items():
-        if not (re.fullmatch(r"0|[1-9][0-9]{0,4}", index) and int(index) < len(plan) and isinstance(entry, dict)):
-            return f"there is no shard {index!r} in its plan"
-        if not isinstance(entry.get("sha256"), str) or not isinstance(entry.get("steps"), dict):
-            return f"shard {index} has no checksum"
-        counts = entry["steps"].items()
-        if not all(re.fullmatch(r"[0-9]{1,9}", step) and type(count) is int for step, count in counts):
-            return f"the steps of shard {index} are no counts"
-        if not _is_figure(entry.get("fit")) or not _is_figure(entry.get("seconds")):
-            return f"shard {index} has no figures"
+    problems = (_problem_with_line(index, entry, len(plan)) for index, entry in shards.items())
+    return next((problem for problem in problems if problem), None)
+
+
+def _problem_with_line(index: str, entry: Any, shards: int) -> str | None:
+    if not (re.fullmatch(r"0|[1-9][0-9]{0,4}", index) and int(index) < shards and isinstance(entry, dict)):
+        return f"there is no shard {index!r} in its plan"
+    if not isinstance(entry.get("sha256"), str) or not isinstance(entry.get("steps"), dict):
+        return f"shard {index} has no checksum"
+    counts = entry["steps"].items()
+    if not all(re.fullmatch(r"[0-9]{1,9}", step) and type(count) is int for step, count in counts):
+        return f"the steps of shard {index} are no counts"
+    if not _is_figure(entry.get("fit")) or not _is_figure(entry.get("seconds")):
+        return f"shard {index} has no figures"
     return None
+
+
+def _notes(folder: Path, shards: int) -> dict[str, Any]:
+    """Sound notes; a shard whose note is not is made again."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
+        name = _NOTE_NAME.fullmatch(path.name)
+        if name is None or path.is_symlink() or not path.is_file():
+            continue
+        index = str(int(name[1]))
+        with contextlib.suppress(UserError):
+            entry = read_json(path)
+            if _problem_with_line(index, entry, shards) is None:
+                found[index] = entry
+    return found
 
 
 def _is_figure(value: Any) -> bool:

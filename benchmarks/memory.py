@@ -1,0 +1,170 @@
+"""Peak memory of 100,000 impressions against 1,000, and what reading them costs: ``results/bench-memory.json``.
+
+    python benchmarks/memory.py                       # some minutes on one core
+    python benchmarks/memory.py --sizes 500 5000      # smaller, written nowhere
+
+Each side is a process of its own, which makes its store, or teaches a LeNet-5-Half on it for as many steps as an epoch
+of the large store has. What counts is the most physical memory that the process ever held (``ru_maxrss``), with the
+interpreter, PyTorch and pages of files that it had mapped, without the system's cache of files that were read. Images
+take few steps here, since memory does not depend on how many.
+
+The second ratio is of the CPU time of a training's steps with images on disk and in memory, one of each in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zskd_nni.augment import Augmentation
+from zskd_nni.distillation import DistillationSettings, distill
+from zskd_nni.files import write_json
+from zskd_nni.inputs import InputSpec
+from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.provenance import provenance
+from zskd_nni.synthesis import ImpressionStore, SynthesisSettings, synthesize
+from zskd_nni.teacher import Teacher
+from zskd_nni.transfer import Images, StoredSource, TransferSource
+from zskd_nni.zoo import lenet5, lenet5_half
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench-memory.json"
+BATCH = 128
+MOST, LEAST = 1.1, 0.97
+
+
+def teacher() -> Teacher:
+    """A LeNet-5 with random weights: memory does not depend on them."""
+    torch.manual_seed(0)
+    return Teacher(lenet5(), InputSpec((1, 32, 32)))
+
+
+def make(size: int, folder: Path) -> None:
+    """A store of ``size`` impressions of one step."""
+    own = teacher()
+    settings = SynthesisSettings(max_steps=1)
+    synthesize(own, ZskdTargets(own, ZskdSettings()), settings, size=size, seed=0, folder=folder, quiet=True)
+
+
+def source_of(images: Images) -> StoredSource:
+    """Batches of a store's images."""
+    return StoredSource(images, BATCH, 0, "store")
+
+
+def teach(source: TransferSource, steps: int) -> None:
+    """A student on the images of a store."""
+    torch.manual_seed(1)
+    settings = DistillationSettings(steps=steps, batch=BATCH, augmentation=Augmentation())
+    distill(lenet5_half(), teacher(), source, settings, quiet=True)
+
+
+def peak(*arguments: object) -> float:
+    """MiB that a process of its own held at most."""
+    command = [sys.executable, __file__, "--child", *map(str, arguments)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def child(what: str, size: int, steps: int, folder: Path) -> None:
+    """One side of a ratio of memory: does the work and prints its peak."""
+    if what == "synthesis":
+        make(size, folder)
+    else:
+        teach(source_of(ImpressionStore.open(folder).images_on_disk()), steps)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+class InTurn:
+    """Images from each of two sides in turn, a step each, and the CPU time from one step's begin to the next one's."""
+
+    def __init__(self, *sides: StoredSource) -> None:
+        self.sides = sides
+        self.seconds: tuple[list[float], list[float]] = ([], [])
+        self.size, self.batch_size, self.fingerprint = sides[0].size, sides[0].batch_size, "in turn"
+        self._begun: float | None = None
+
+    def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Of the side whose turn it is."""
+        now = time.process_time()
+        if self._begun is not None:
+            self.seconds[(step - 1) % 2].append(now - self._begun)
+        self._begun = now
+        return self.sides[step % 2].batch(step, random, student)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing."""
+
+
+def measure(sizes: tuple[int, int], timed: int, folder: Path) -> list[dict[str, Any]]:
+    """The records."""
+    steps = sizes[1] // BATCH
+    peaks = {
+        what: [peak(what, size, steps, folder / str(size)) for size in sizes] for what in ("synthesis", "distillation")
+    }
+    records = [
+        {
+            "name": f"peak memory of {what}, {sizes[1]:,} impressions against {sizes[0]:,}",
+            "unit": "MiB",
+            "ratio": round(large / small, 3),
+            "target": MOST,
+            "at_most": True,
+            "ours": round(large, 1),
+            "theirs": round(small, 1),
+        }
+        for what, (small, large) in peaks.items()
+    ]
+    store = ImpressionStore.open(folder / str(sizes[1]))
+    turns = InTurn(source_of(store.images_on_disk()), source_of(store.images()))
+    teach(turns, 2 * timed)
+    disk, memory = (statistics.median(seconds[10:]) for seconds in turns.seconds)
+    records.append(
+        {
+            "name": f"student training (LeNet-5-Half, batch {BATCH}), images on disk against in memory",
+            "unit": "steps a CPU second",
+            "ratio": round(memory / disk, 3),
+            "target": LEAST,
+            "ours": round(1 / disk, 1),
+            "theirs": round(1 / memory, 1),
+            "pairs": timed,
+        }
+    )
+    source = provenance("cpu", 0)
+    return [{**record, "device": "cpu", "provenance": source} for record in records]
+
+
+def main() -> None:
+    """Parse the arguments, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs=2, type=int, default=[1000, 100_000])
+    parser.add_argument("--timed", type=int, default=400, help="steps of each side of the second ratio")
+    parser.add_argument("--out", type=Path, help=f"default for the default sizes: {RESULTS.name}")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.child:
+        what, size, steps, folder = arguments.child
+        child(what, int(size), int(steps), Path(folder))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        records = measure(tuple(arguments.sizes), arguments.timed, Path(folder))
+    for record in records:
+        print(f"{record['name']}: {record['ratio']:g}x; {record['ours']:g} and {record['theirs']:g} {record['unit']}")
+    out = arguments.out or (RESULTS if arguments.sizes == [1000, 100_000] else None)
+    if out is not None:
+        write_json(out, records)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Images that are read from a store when a student asks for them: the same as from memory, and never others."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_store, random
+
+from zskd_nni.errors import UserError
+from zskd_nni.methods.registry import transfer_source
+from zskd_nni.synthesis import ImpressionStore, stored_images
+from zskd_nni.synthesis.store import shard_name
+from zskd_nni.synthesis.stored_images import StoredImages, joined
+from zskd_nni.transfer import StoredSource
+
+
+@pytest.fixture
+def store(folder: Path) -> ImpressionStore:
+    return make_store(folder, size=110)  # the last of six shards is half as large
+
+
+def test_what_a_student_sees_is_the_same_to_the_bit(store: ImpressionStore) -> None:
+    in_memory = StoredSource(store.images(), 16, 5, "x")
+    on_disk = StoredSource(store.images_on_disk(), 16, 5, "x")
+    assert on_disk.size == in_memory.size == 110
+    for step in range(20):
+        batch = on_disk.batch(step, random(0))
+        assert batch.dtype == torch.float32
+        assert torch.equal(batch, in_memory.batch(step, random(0)))
+
+
+def test_rows_slices_and_parts(store: ImpressionStore) -> None:
+    images, whole = store.images_on_disk(), store.images()
+    assert torch.equal(whole, torch.cat([store.read(index).images for index in range(6)]))
+    assert images.shape == whole.shape and len(images) == 110
+    rows = torch.tensor([109, 0, 20, 19, 19, 100, 99])
+    assert torch.equal(images[rows], whole[rows])
+    assert images[torch.tensor([], dtype=torch.long)].shape == (0, 1, 8, 8)
+    assert torch.equal(images[15:45:3], whole[15:45:3])
+    for count in (1, 20, 21, 110):
+        assert torch.equal(images.first(count)[:], whole[:count])
+    twice = joined([images, images.first(25)])
+    assert torch.equal(twice[:], torch.cat([whole, whole[:25]]))
+    with pytest.raises(IndexError):
+        images[torch.tensor([110])]
+
+
+def test_a_method_gives_images_on_disk(digits_teacher, tmp_path: Path) -> None:
+    source = transfer_source(digits_teacher, tmp_path / "set", 40, synthesis={"max_steps": 2}, quiet=True)
+    assert isinstance(source, StoredSource) and isinstance(source.images, StoredImages)
+
+
+@pytest.mark.parametrize("what", ["removed", "cut short", "replaced", "touched by somebody"])
+def test_files_that_change_meanwhile_are_noticed(what: str, store: ImpressionStore) -> None:
+    images, path = store.images_on_disk(), store.folder / shard_name(2)
+    content = path.read_bytes()
+    if what == "removed":
+        path.unlink()
+    elif what == "cut short":
+        path.write_bytes(content[:-1000])
+    elif what == "replaced":
+        path.write_bytes((store.folder / shard_name(3)).read_bytes())
+    else:
+        os.utime(path, ns=(1, 1))
+    images[torch.tensor([0, 60])]
+    with pytest.raises(UserError, match=r"shard-00002\.safetensors was changed or removed"):
+        images[torch.tensor([0, 41, 60])]
+
+
+def test_a_file_cut_short_under_its_reader_is_noticed(store: ImpressionStore) -> None:
+    images = store.images_on_disk()
+    images[torch.tensor([40])]  # opens it
+    os.truncate(store.folder / shard_name(2), 200)
+    with pytest.raises(UserError, match="was changed or removed"):
+        images[torch.tensor([59])]
+
+
+def test_few_files_are_open_and_none_afterwards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_images, "_OPEN_FILES", 64)
+    images = make_store(folder, size=200, shard=2, max_steps=1).images_on_disk()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(images[:]) == 200
+    assert len(os.listdir("/proc/self/fd")) <= before + 64
+    assert torch.equal(images[torch.arange(199, -1, -1)], images[:].flip(0))
+    del images
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
