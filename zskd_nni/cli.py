@@ -40,7 +40,20 @@ DataRootOption = Annotated[
 DownloadOption = Annotated[bool, typer.Option("--download", help="Let torchvision fetch test data that is missing.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or cuda:N.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores where absent.")]
+_DIVIDED = ("synthesize", "distill", "compress")  # what several processes can do together
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+@app.callback()
+def _only_what_can_be_divided(context: typer.Context) -> None:
+    from zskd_nni.launch import launched
+
+    here = launched()
+    if here is not None and here.size > 1 and context.invoked_subcommand not in _DIVIDED:
+        raise UserError(
+            f"{context.invoked_subcommand} is one process; of several, as torchrun starts them, can do "
+            f"{', '.join(_DIVIDED[:-1])} and {_DIVIDED[-1]}."
+        )
 
 
 def _prepare(device: str, threads: int | None = None) -> None:
@@ -73,13 +86,27 @@ def _run(
     threads: int | None,
     quiet: bool,
     impressions: Path | None = None,
-) -> Any:
+) -> None:
     from zskd_nni.pipeline import Run
     from zskd_nni.recipe import load_recipe
+    from zskd_nni.report import render_table
+    from zskd_nni.workers import joined
 
     loaded = load_recipe(recipe, changes or (), seed, scale)
     _prepare(device, threads)
-    return Run(loaded, out, device=device, root=root, download=download, impressions=impressions, quiet=quiet)
+    with joined(device) as own:
+        run = Run(loaded, out, device=own, root=root, download=download, impressions=impressions, quiet=quiet)
+        report = run.compress()
+    if _leads():
+        typer.echo(render_table(report))
+
+
+def _leads() -> bool:
+    """Whether this process speaks, of several that torchrun started."""
+    from zskd_nni.launch import launched
+
+    here = launched()
+    return here is None or here.rank == 0
 
 
 def _input_of(content: Any, path: Path) -> Any:
@@ -117,12 +144,9 @@ def compress(
     quiet: QuietOption = False,
 ) -> None:
     """Run a whole recipe: impressions, student, controls, export, report."""
-    from zskd_nni.report import render_table
-
-    run = _run(recipe, out, seed, changes, scale, data_root, download, device, threads, quiet)
-    report = run.compress()
-    typer.echo(render_table(report))
-    typer.echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
+    _run(recipe, out, seed, changes, scale, data_root, download, device, threads, quiet)
+    if _leads():
+        typer.echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
 
 
 @app.command()
@@ -140,7 +164,7 @@ def synthesize(
     """Make a store of data impressions of a recipe's teacher, or the transfer set of another method."""
     from zskd_nni.methods.registry import TransferRequest, find_method
     from zskd_nni.recipe import load_recipe
-    from zskd_nni.synthesis import ImpressionStore
+    from zskd_nni.workers import joined, team
 
     loaded = load_recipe(recipe, [*(changes or ()), *([f"transfer.size={size}"] if size else [])], seed, scale)
     _prepare(device, threads)
@@ -153,19 +177,27 @@ def synthesize(
         options=section.options(),
         quiet=quiet,
     )
-    teacher = loaded.teacher().to(device)
-    typer.echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
-    source = find_method(section.method).source(teacher, request)
+    with joined(device) as own_device:
+        teacher = loaded.teacher().to(own_device)
+        if _leads():
+            typer.echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
+        source = find_method(section.method).source(teacher, request)
+        if _leads():
+            typer.echo(_what_was_made(section.method, source.size, out, team().size))
+
+
+def _what_was_made(method: str, size: int | None, out: Path, processes: int) -> str:
+    from zskd_nni.synthesis import ImpressionStore
+
     if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set, a live generator
-        if source.size is None:
-            typer.echo(f"{section.method} stores nothing: its images are made while a student learns")
-        else:
-            typer.echo(f"{source.size:,} images of {section.method} in {out}")
-        return
+        if size is None:
+            return f"{method} stores nothing: its images are made while a student learns"
+        return f"{size:,} images of {method} in {out}"
     summary = ImpressionStore.open(out).summary()
-    typer.echo(
+    return (
         f"{summary['impressions']:,} impressions in {out}: mean divergence {summary['mean_fit']:.4f} after "
         f"{summary['mean_steps']:.1f} steps, {summary['impressions_per_second']:,.0f} a second"
+        + (" and process" if processes > 1 else "")
     )
 
 
@@ -187,14 +219,12 @@ def distill(
 ) -> None:
     """Teach a recipe's student network on impressions: no controls, and NNI's compression is left out."""
     from zskd_nni.recipe import load_recipe
-    from zskd_nni.report import render_table
 
     loaded = load_recipe(recipe, changes or (), seed, scale)
     if loaded.recipe.student is None:
         raise UserError(f"The recipe {recipe} names no student network to teach; use zskd-nni compress for it.")
     plain = [*(changes or ()), "controls=[]", "compression={}"]
-    run = _run(recipe, out, seed, plain, scale, data_root, download, device, threads, quiet, impressions)
-    typer.echo(render_table(run.compress()))
+    _run(recipe, out, seed, plain, scale, data_root, download, device, threads, quiet, impressions)
 
 
 @app.command()

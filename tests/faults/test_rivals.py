@@ -23,8 +23,8 @@ def worker(folder: str, log: str, refused, keep_trying: bool) -> None:
     """In another process: tries until it is its turn; writes down which shards it made."""
     real = store.ImpressionStore.write
 
-    def write(self, index, *more):
-        real(self, index, *more)
+    def write(self, index, *more, **options):
+        real(self, index, *more, **options)
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {index}\n")
 

@@ -61,6 +61,7 @@ from zskd_nni.synthesis.starts import start_images
 from zskd_nni.synthesis.store import describe_difference
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
+from zskd_nni.workers import team
 
 PROCEDURAL = ("noise-uniform", "noise-gaussian", "structured", "shapes", "mixed")
 DESCRIPTION, IMAGES, PROGRESS = "set.json", "set.safetensors", "progress.safetensors"
@@ -485,8 +486,13 @@ def make_transfer_set(
         )
     torch.set_flush_denormal(True)
     folder = make_folder(folder)
-    with only_writer(folder):
-        return _make(teacher, settings, size, seed, folder, label, where or Whereabouts(), save_every, quiet)
+
+    def description() -> dict[str, Any]:
+        with only_writer(folder):
+            made = _make(teacher, settings, size, seed, folder, label, where or Whereabouts(), save_every, quiet)
+        return made.description
+
+    return TransferSet(folder, team().first(description))  # of several processes one makes it, all read it
 
 
 def _make(

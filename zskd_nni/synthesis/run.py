@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
-from zskd_nni.files import make_folder, only_writer
+from zskd_nni.files import make_folder
 from zskd_nni.progress import Progress
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.synthesis.engine import FeatureTerm, Orders, synthesize_shard
@@ -21,6 +22,7 @@ from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.synthesis.starts import start_images
 from zskd_nni.synthesis.store import MOST_SHARDS, ImpressionStore
 from zskd_nni.teacher import Teacher
+from zskd_nni.workers import only_writers
 
 
 class TargetPlan(Protocol):
@@ -56,6 +58,9 @@ def synthesize(
     The same arguments give the same impressions; on the CPU, and with as many threads, bit by bit. A finished shard
     is never made again, a damaged one is.
 
+    Processes that share a process group of ``torch.distributed`` share the work: all of them call this with the same
+    arguments, each makes its part of what is missing, and each returns when all is made.
+
     Raises:
         UserError: the folder holds something else, another run is at work there, or it cannot be written.
     """
@@ -88,23 +93,30 @@ def synthesize(
     # the bits depend on it.
     torch.set_flush_denormal(True)
     folder = make_folder(folder)
-    with only_writer(folder):
-        store = ImpressionStore.create(folder, identity, counts, environment)
-        missing = store.missing()
+    with only_writers(folder) as team:
+        manifest = team.first(lambda: ImpressionStore.create(folder, identity, counts, environment).manifest)
+        store = ImpressionStore(folder, manifest)
+        store.require(identity, counts)  # another machine's teacher may be another one
+        every = range(len(counts))
+        missing = sorted(chain.from_iterable(team.collect(store.missing(team.share(every)))))
+        mine = team.share(missing)
         other = store.other_environment(environment)
-        if other and missing and store.manifest["shards"]:
+        if other and mine and store.manifest["shards"]:
             differing = ", ".join(f"{key} {store.manifest['environment'].get(key)}" for key in other)
             print(
                 f"{folder} was begun with {differing}, and goes on with {', '.join(map(str, other.values()))}: what is "
                 "missing is as good, but not the same to the bit. The manifest tells which shards these are.",
                 file=sys.stderr,
             )
-        done = size - sum(counts[index] for index in missing)
+        total, done = size, size - sum(counts[index] for index in missing)
+        if not team.alone:
+            total, done, quiet = sum(counts[index] for index in mine), 0, quiet or not team.leads
+            label = f"{label} (1 of {team.size} parts)"
         threads = torch.get_num_threads()
         torch.set_num_threads(int(store.manifest["environment"]["threads"]))  # the bits depend on it
         try:
-            with Progress(label, size, "impressions", done=done, quiet=quiet) as progress:
-                for index in missing:
+            with Progress(label, total, "impressions", done=done, quiet=quiet) as progress:
+                for index in mine:
                     started = time.monotonic()
                     first = sum(counts[:index])
                     targets = plan.targets(first, counts[index], size, derive_seed(seed, "targets", index))
@@ -115,9 +127,13 @@ def synthesize(
                     limits = _log_uniform(*settings.step_limits, counts[index], random).round()
                     orders = Orders(targets, starts, temperatures, prior, limits, free)
                     impressions = synthesize_shard(teacher, orders, settings, progress.advance, term)
-                    store.write(index, impressions, time.monotonic() - started, environment)
+                    store.write(index, impressions, time.monotonic() - started, environment, note=not team.alone)
         finally:
             torch.set_num_threads(threads)
+        for lines in team.collect({str(index): store.manifest["shards"][str(index)] for index in mine}):
+            store.manifest["shards"].update(lines)
+        if team.leads:
+            store.settle()
     return store
 
 
