@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni.augment import Augmentation, augment
+from zskd_nni.data_parallel import DataParallel
 from zskd_nni.errors import UserError
 from zskd_nni.feature_matching import Pairs, feature_pairs
 from zskd_nni.files import fingerprint_of
@@ -19,6 +20,7 @@ from zskd_nni.losses import distillation_loss, feature_loss
 from zskd_nni.teacher import Teacher, first_tensor, record_features
 from zskd_nni.training import Checkpoint, History, cosine_schedule, fit, training_mode
 from zskd_nni.transfer import TransferSource
+from zskd_nni.workers import team
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ def distill(
 ) -> History:
     """Teach ``student`` in place; it comes back in ``eval()`` mode, as its last step left it.
 
+    Processes that share a process group of ``torch.distributed`` share the work: all of them call this with the same
+    arguments, each takes its part of every batch, and all end with the same student. Batch and schedule stay what the
+    settings say.
+
     Args:
         student: takes what the teacher takes, on the teacher's device.
         teacher: answers every augmented image anew.
@@ -147,16 +153,20 @@ def distill(
     pairs = feature_pairs(student, teacher, settings.features) if settings.feature_weight else ()
     asked, answering = [path for path, _ in pairs], [path for _, path in pairs]
 
+    shared = DataParallel(team())
+
     def loss(step: int, random: torch.Generator) -> Tensor:
-        images = transfer_batch(source, teacher, settings, step, random, student)
+        whole = transfer_batch(source, teacher, settings, step, random, student)
+        images = shared.part(whole)
         with torch.no_grad(), record_features(teacher.model, asked) as wanted:
             answers = teacher(images)
-        with record_features(student, answering) as seen:
+        with shared.forward(), record_features(student, answering) as seen:
             logits = first_tensor(student(teacher.spec.normalise(images)))
         value = distillation_loss(logits, answers, settings.temperature)
         for theirs, ours in pairs:
-            value = value + settings.feature_weight * feature_loss(seen[ours], wanted[theirs])
-        return value
+            spread = shared.variance(wanted[theirs])
+            value = value + settings.feature_weight * feature_loss(seen[ours], wanted[theirs], spread)
+        return shared.weighed(value, len(images), len(whole))
 
     kept = None
     if checkpoint is not None:
@@ -173,6 +183,7 @@ def distill(
             label=label,
             checkpoint=kept,
             extra=source,
+            shared=shared,
             quiet=quiet,
         )
 

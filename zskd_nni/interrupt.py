@@ -30,6 +30,11 @@ def check() -> None:
         raise Interrupted(_pending)
 
 
+def asked() -> int:
+    """The number of the signal by which a stop was asked for, or 0."""
+    return _pending or 0
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Within the block SIGINT and SIGTERM are noted for :func:`check`; a second one stops at once.

@@ -63,7 +63,7 @@ def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
     return divergence / student.shape[1] if over == "elements" else divergence
 
 
-def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def feature_loss(student: Tensor, teacher: Tensor, variance: Tensor | None = None) -> Tensor:
     """Mean squared difference of two layers' outputs over the teacher's variance: ``(N, ...), (N, ...) -> scalar``.
 
     1 is as bad as answering every image with the teacher's mean. The variance is taken over the batch, for each number
@@ -72,8 +72,10 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: outputs of a layer.
         teacher: outputs of the same shape, for the same images.
+        variance: that of a larger batch, a scalar, where these images are a part of one.
     """
-    variance = teacher.var(0, unbiased=False).mean()
+    if variance is None:
+        variance = teacher.var(0, unbiased=False).mean()
     return functional.mse_loss(student, teacher) / variance.clamp_min(1e-12)
 
 

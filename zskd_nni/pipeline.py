@@ -33,7 +33,6 @@ from zskd_nni.feature_matching import feature_pairs
 from zskd_nni.files import (
     fingerprint_of,
     make_folder,
-    only_writer,
     read_json,
     remove_leftovers,
     save_tensors,
@@ -53,6 +52,7 @@ from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.synthesis.store import describe_difference
 from zskd_nni.teacher import first_tensor
 from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
+from zskd_nni.workers import only_writers, team
 
 if TYPE_CHECKING:
     from zskd_nni.compression.quantization import Quantization
@@ -81,6 +81,9 @@ class Made:
 class Run:
     """One recipe in one output folder.
 
+    Processes that share a process group of ``torch.distributed`` share the work: all of them do the same calls. They
+    make the impressions and train together; the first of them alone writes, exports and measures.
+
     Args:
         loaded: the recipe.
         out: made if need be; the folder of another run is refused.
@@ -106,7 +109,9 @@ class Run:
         quiet: bool = False,
     ) -> None:
         self.loaded, self.recipe = loaded, loaded.recipe
-        self.device, self.root, self.download, self.quiet = device, root, download, quiet
+        self.team = team()
+        self.device, self.root, self.download = device, root, download
+        self.quiet = quiet or not self.team.leads
         self.out = Path(out)
         self.teacher = loaded.teacher()
         self._check_early()
@@ -146,12 +151,11 @@ class Run:
         if self.loaded.data_name() in NAMED_SETS[1:] and data_root(self.root) is None:
             # A user without data has no test data either; the recipe names where ours were measured.
             self.measured = False
-            print(
+            self._tell(
                 f"No folder of test data was named (--data-root, {DATA_VARIABLE}): accuracy on "
-                f"{self.loaded.data_name()} is left out, agreement is measured on held-out impressions.",
-                file=sys.stderr,
+                f"{self.loaded.data_name()} is left out, agreement is measured on held-out impressions."
             )
-        if self.measured:
+        if self.measured and self.team.leads:
             self._test_data()
         if self.recipe.compression.pruning is not None:
             from zskd_nni.compression.pruning import check_pruning
@@ -166,6 +170,10 @@ class Run:
 
             check_distiller(self._fresh_student(), self.recipe.compression.distiller, self.teacher)
 
+    def _tell(self, sentence: str) -> None:
+        if self.team.leads:
+            print(sentence, file=sys.stderr)
+
     def _test_data(self):  # type: ignore[no-untyped-def]
         assert self.recipe.evaluation is not None
         name = self.loaded.data_name()
@@ -177,25 +185,27 @@ class Run:
     @contextmanager
     def _owned(self) -> Iterator[None]:
         make_folder(self.out)
-        with only_writer(self.out):
-            path = self.out / RUN
-            if path.exists():
-                known = read_json(path)
-                if not isinstance(known, dict) or not isinstance(known.get("identity"), dict):
-                    raise UserError(f"{path} is damaged; remove {self.out} to start over.")
-                difference = describe_difference(known["identity"], self.identity)
-                if difference:
-                    raise UserError(f"{self.out} belongs to another run ({difference}). Use another output folder.")
-                self.seconds = _figures(known.get("seconds"))
-            elif any(entry.name != ".lock" for entry in self.out.iterdir()):
-                raise UserError(
-                    f"{self.out} is not empty and no run of this recipe made it. Use another output folder."
-                )
-            self._write_run()
+        with only_writers(self.out):
+            self.team.first(self._take_over)
             yield
 
+    def _take_over(self) -> None:
+        path = self.out / RUN
+        if path.exists():
+            known = read_json(path)
+            if not isinstance(known, dict) or not isinstance(known.get("identity"), dict):
+                raise UserError(f"{path} is damaged; remove {self.out} to start over.")
+            difference = describe_difference(known["identity"], self.identity)
+            if difference:
+                raise UserError(f"{self.out} belongs to another run ({difference}). Use another output folder.")
+            self.seconds = _figures(known.get("seconds"))
+        elif any(entry.name != ".lock" for entry in self.out.iterdir()):
+            raise UserError(f"{self.out} is not empty and no run of this recipe made it. Use another output folder.")
+        self._write_run()
+
     def _write_run(self) -> None:
-        write_json(self.out / RUN, {"identity": self.identity, "seconds": self.seconds})
+        if self.team.leads:
+            write_json(self.out / RUN, {"identity": self.identity, "seconds": self.seconds})
 
     @contextmanager
     def _timed(self, stage: str, again: bool = True) -> Iterator[None]:
@@ -227,12 +237,15 @@ class Run:
             if "noise" in self.recipe.controls:
                 noise = NoiseSource(self.teacher.spec, self.recipe.distillation.batch)
                 made["noise"] = self.student("control-noise", noise)
-            with self._timed("export", again=False):
-                exported = self._export(made["student"], held_out)
-            with self._timed("evaluation", again=False):
-                report = self._report(made, held_out, exported)
-            report["seconds"] = {**self.seconds, "total": round(sum(self.seconds.values()), 2)}
-            write_report(self.out, report)
+            return self.team.first(lambda: self._finish(made, held_out))
+
+    def _finish(self, made: dict[str, Made], held_out: Tensor) -> dict[str, Any]:
+        with self._timed("export", again=False):
+            exported = self._export(made["student"], held_out)
+        with self._timed("evaluation", again=False):
+            report = self._report(made, held_out, exported)
+        report["seconds"] = {**self.seconds, "total": round(sum(self.seconds.values()), 2)}
+        write_report(self.out, report)
         return report
 
     def transfer(self) -> TransferSource:
@@ -240,7 +253,7 @@ class Run:
         section = self.recipe.transfer
         if self.given is not None:
             batch = self.recipe.distillation.batch
-            return StoredSource(self.given.images(), batch, self.recipe.seed, self.given.fingerprint)
+            return StoredSource(self.given.images_on_disk(), batch, self.recipe.seed, self.given.fingerprint)
         with self._timed("synthesis"):
             self.teacher.to(self.device)
             request = TransferRequest(
@@ -294,7 +307,7 @@ class Run:
             source: what it learns on; None leaves it untaught.
             scores: what a pruner scores channels on and a quantizer is calibrated on; ``source`` where absent.
         """
-        remove_leftovers(make_folder(self.out / "state"))
+        self.team.first(lambda: remove_leftovers(make_folder(self.out / "state")))
         section = self.recipe.compression.quantization
         if section is not None and section.fused and source is not None:
             return self._in_one_training(name, source)
@@ -337,7 +350,7 @@ class Run:
                     "features": [list(pair) for pair in pairs],
                 }
         made.network.cpu().eval()
-        self._save(made, finished)
+        self.team.first(lambda: self._save(made, finished))
         (state / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
         # As a later run finds it: training leaves another memory format, whose sums round otherwise.
         return Made(load_network(finished), made.record)
@@ -369,7 +382,7 @@ class Run:
                 quiet=self.quiet,
             )
             made = Made(pruned.network, {"pruning": pruned.record})
-            self._save(made, finished)
+            self.team.first(lambda: self._save(made, finished))
             checkpoint.unlink(missing_ok=True)
         return made
 
@@ -400,7 +413,7 @@ class Run:
             )
             made.network.cpu()
             if quantization is not None:
-                self._save_quantized(quantization, finished)
+                self.team.first(lambda: self._save_quantized(quantization, finished))
             checkpoint.unlink(missing_ok=True)
         return quantization
 
@@ -433,8 +446,8 @@ class Run:
             )
             record = {"pruning": pruned.record, "distillation": pruned.record["history"]}
             made = Made(pruned.network.cpu().eval(), record, quantization)
-            self._save_quantized(quantization, quantized)
-            self._save(made, finished)
+            self.team.first(lambda: self._save_quantized(quantization, quantized))
+            self.team.first(lambda: self._save(made, finished))
             checkpoint.unlink(missing_ok=True)
         return made
 
@@ -443,12 +456,12 @@ class Run:
         return self._reload(_made, description)
 
     def _reload(self, load: Callable[[Path], T], description: Path) -> T | None:
-        if not description.exists():
+        if not self.team.first(description.exists):
             return None
         try:
             return load(description)
         except UserError as error:
-            print(f"{error} That stage is run again.", file=sys.stderr)
+            self._tell(f"{error} That stage is run again.")
             return None
 
     def _save_quantized(self, quantization: Quantization, description: Path) -> None:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni import interrupt
+from zskd_nni.data_parallel import DataParallel
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_sealed, remove_leftovers, save_sealed
 from zskd_nni.progress import Progress
@@ -30,6 +31,7 @@ from zskd_nni.seeds import derive_seed, generator
 
 Loss = Callable[[int, torch.Generator], Tensor]
 _LOSS_EVERY = 50
+_AGREE_EVERY = 10  # steps after which a team looks whether one of it was asked to stop
 _LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -97,6 +99,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     after_step: Callable[[int], None] | None = None,
     extra: Stateful | None = None,
+    shared: DataParallel | None = None,
     quiet: bool = False,
 ) -> History:
     """Take ``steps`` optimiser steps; the last state is the result, no step is picked by its score.
@@ -112,6 +115,7 @@ def fit(
         checkpoint: where to keep the state; an existing one of the same run is taken up.
         after_step: called with the number of finished steps.
         extra: more state for the checkpoint.
+        shared: with which other processes; ``loss`` then gives this one's weighed part of the loss.
         quiet: no progress.
 
     Raises:
@@ -119,7 +123,20 @@ def fit(
         UserError: the checkpoint belongs to another run.
     """
     try:
-        return _fit(model, optimizer, scheduler, loss, steps, seed, label, checkpoint, after_step, extra, quiet)
+        return _fit(
+            model,
+            optimizer,
+            scheduler,
+            loss,
+            steps,
+            seed,
+            label,
+            checkpoint,
+            after_step,
+            extra,
+            shared or DataParallel(),
+            quiet,
+        )
     except DivergenceError as error:
         if checkpoint is None or not checkpoint.path.exists():
             raise
@@ -137,14 +154,18 @@ def _fit(
     checkpoint: Checkpoint | None,
     after_step: Callable[[int], None] | None,
     extra: Stateful | None,
+    shared: DataParallel,
     quiet: bool,
 ) -> History:
+    team = shared.team
     torch.set_flush_denormal(True)  # as in synthesis: for speed, and because the bits depend on it
     first, history = 0, History()
-    if checkpoint is not None:
+    if checkpoint is not None and team.leads:
         remove_leftovers(checkpoint.path.parent, checkpoint.path.name)
-    if checkpoint is not None and checkpoint.path.exists():
+    if checkpoint is not None and team.first(checkpoint.path.exists):
         first, history = load_checkpoint(checkpoint, model, optimizer, scheduler, extra)
+        team.wait()  # for those that still read, before the first writes another
+    shared.begin(model)
     started, saved = time.monotonic(), time.monotonic()
     before = history.seconds
     mean = math.nan
@@ -161,17 +182,27 @@ def _fit(
         return all(bool(torch.isfinite(value).all()) for value in (*model.parameters(), *statistics))
 
     def save(step: int) -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and team.leads:
             history.pending = [float(value) for value in recent]
             if not all(map(math.isfinite, history.pending)) or not finite():
                 raise diverged(step)  # the last good checkpoint stays
             history.seconds = before + time.monotonic() - started
             save_checkpoint(checkpoint, model, optimizer, scheduler, step, history, extra)
 
-    with Progress(label, steps, "steps", done=first, quiet=quiet) as progress:
+    def check(step: int) -> None:
+        """Stop where one is asked to; a team that takes every step together stops after the same one."""
+        if not shared.divided:
+            interrupt.check()
+        elif step % _AGREE_EVERY == 0:
+            signum = team.largest(interrupt.asked())
+            if signum:
+                raise interrupt.Interrupted(signum)
+
+    layers = (team.rank,) if shared.divided and team.rank else ()
+    with Progress(label, steps, "steps", done=first, quiet=quiet or not team.leads) as progress:
         for step in range(first, steps):
             with torch.random.fork_rng(devices=_cuda_devices(model)):
-                torch.manual_seed(derive_seed(seed, "layers", step))  # dropout and the like
+                torch.manual_seed(derive_seed(seed, "layers", step, *layers))  # dropout and the like
                 try:
                     value = loss(step, generator(seed, "step", step))
                 except ValueError as error:
@@ -183,6 +214,7 @@ def _fit(
                     ) from error
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
+            value = shared.add_gradients(model, optimizer, value)
             recent.append(value.detach())
             done = step + 1
             if done % _LOSS_EVERY == 0 or done == steps:
@@ -199,7 +231,7 @@ def _fit(
                 after_step(done)
             progress.advance(1, "" if math.isnan(mean) else f"loss {mean:.4f}")
             try:
-                interrupt.check()
+                check(done)
             except interrupt.Interrupted:
                 save(done)
                 raise

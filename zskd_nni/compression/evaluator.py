@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni.compression.fused_state import FusedState
+from zskd_nni.data_parallel import DataParallel
 from zskd_nni.distillation import DistillationSettings, run_fingerprint, transfer_batch
 from zskd_nni.errors import UserError
 from zskd_nni.files import fingerprint_of
@@ -27,6 +28,7 @@ from zskd_nni.seeds import generator
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import Checkpoint, History, cosine_schedule, fit, training_mode
 from zskd_nni.transfer import TransferSource
+from zskd_nni.workers import team
 
 _logger = logging.getLogger(__name__)
 _STEPS_OF_A_STREAM = 1000
@@ -41,6 +43,11 @@ class DataFreeEvaluator(TorchEvaluator):
     The optimiser is AdamW as the settings say, under a cosine over as many steps as NNI asks for; one or both can
     be replaced by the user's own, made by ``nni.trace``. A batch is the source's images, augmented and normalised:
     what student and teacher see.
+
+    Processes that share a process group of ``torch.distributed`` train together, each on its part of every batch,
+    where what is fused looks at weights alone (norm pruners, also under a schedule, and distillers). Taylor, Slim and
+    Movement pruners and quantizers look at the images or the gradients of every step: with them each process trains
+    on whole batches, and all do the same.
 
     Args:
         teacher: answers; its device is where everything happens.
@@ -243,8 +250,14 @@ class DataFreeEvaluator(TorchEvaluator):
             )
         schedule = lr_schedulers or cosine_schedule(optimizers, steps, min(self.settings.warmup, steps // 2))
 
+        shared = DataParallel(team(), divided=self._compression.can_be_divided())
+
         def loss(step: int, random: torch.Generator) -> Tensor:
-            return loss_of(training_step(self.batch(step, random, model), model))
+            whole = self.batch(step, random, model)
+            images = shared.part(whole)
+            with shared.forward():
+                value = loss_of(training_step(images, model))
+            return shared.weighed(value, len(images), len(whole))
 
         checkpoint = None
         if self.checkpoint is not None:
@@ -270,6 +283,7 @@ class DataFreeEvaluator(TorchEvaluator):
                 label=self.label,
                 checkpoint=checkpoint,
                 extra=self._compression,
+                shared=shared,
                 quiet=self.quiet,
             )
         self.histories.append(history)

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from nni.compression.base.compressor import Compressor
 from nni.compression.base.wrapper import ModuleWrapper
-from nni.compression.utils.evaluator import Hook
+from nni.compression.utils.evaluator import BackwardHook, Hook, TensorHook
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zskd_nni.transfer import TransferSource
 
+# Weights alone decide their masks; a distiller's loss is a mean over images.
+_DIVISIBLE = (
+    *("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner", "AGPPruner", "LinearPruner"),
+    *("ZeroShotDistiller", "DynamicLayerwiseDistiller"),
+)
 _GOALS = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio")
 
 
@@ -50,6 +55,12 @@ class FusedState:
                         self._compressors.append(compressor)
             if isinstance(thing, Optimizer) and not any(thing is known for known in self._optimizers):
                 self._optimizers.append(thing)
+
+    def can_be_divided(self) -> bool:
+        """Whether nothing here looks at the images or gradients of a step, of which each of many sees a part."""
+        if any(isinstance(hook, TensorHook | BackwardHook) for hook in self.hooks):
+            return False
+        return all(type(compressor).__name__ in _DIVISIBLE for compressor in self._compressors)
 
     def description(self) -> list[str]:
         """Which compressors there are and what they were told to do; a checkpoint of others is refused.
