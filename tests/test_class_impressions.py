@@ -49,7 +49,7 @@ def test_the_teacher_sees_the_classes_in_the_impressions(tmp_path: Path) -> None
     method = find_method("class-impressions")
     options = method.options("paper", {"synthesis": {"max_steps": 25}})
     source = method.source(teacher, TransferRequest(40, 40, 0, tmp_path / "i", options, quiet=True))
-    seen = teacher(source.images.float()).argmax(1)
+    seen = teacher(source.images[:].float()).argmax(1)
     assert float((seen == torch.arange(40) % 10).double().mean()) > 0.95
     assert source.batch(0, random(0)).shape == (40, 1, 32, 32)
 

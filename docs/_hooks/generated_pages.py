@@ -22,6 +22,7 @@ TUTORIALS = "tutorials"
 _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
 _BENCHMARKS = "<!-- benchmarks -->"
 _LADDER = "<!-- ladder -->"
+_MANY_WORKERS = "<!-- many workers -->"
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<to>[^)#]+)[^)]*\)")  # one to no page of the site stays as its text
 _RESULTS_PAGE = """---
 hide: [toc]
@@ -74,17 +75,45 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables in."""
     if _BENCHMARKS in markdown:
         markdown = markdown.replace(_BENCHMARKS, benchmarks_table()).replace(_LADDER, ladder_table())
+    if _MANY_WORKERS in markdown:
+        markdown = markdown.replace(_MANY_WORKERS, many_workers_table())
     return _RESULTS.sub(lambda match: results_table(match["columns"]), markdown)
 
 
+def many_workers_table() -> str:
+    """The Markdown table of ``results/bench-many-workers.json``."""
+    content = json.loads((ROOT / "results" / "bench-many-workers.json").read_text())
+    measured, rows = content["measured"], content["simulated"]
+    seconds = sorted(measured["shard_seconds"])
+    shares = ("useful", "lost", "starting", "idle")
+    lines = [
+        "| a worker fails | workers | hours | restarts | useful work | lost shards | starts | waiting for the last |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [f"{100 * row[name]:.1f} %" for name in shares]
+        told = (row["failures"], str(row["workers"]), f"{row['hours']:,.2f}", f"{row['restarts']:,.1f}", *cells)
+        lines.append(f"| {' | '.join(told)} |")
+    quickest, median, slowest = seconds[0], seconds[len(seconds) // 2], seconds[-1]
+    facts = (
+        f"Measured, in seconds of one core's time: {len(seconds)} shards of {measured['impressions_a_shard']:,} "
+        f"impressions of `{measured['recipe']}`, {quickest:.1f} to {slowest:.1f} s each (median {median:.1f} s), "
+        f"{measured['start_seconds']:.1f} s for a process's start, "
+        f"{1000 * measured['check_seconds_a_shard']:.1f} ms to check a shard, {measured['manifest_seconds']:.1f} s to "
+        f"write a manifest of {content['assumed']['shards']:,} shards once."
+    )
+    return "\n".join([*lines, "", facts])
+
+
 def benchmarks_table() -> str:
-    """The Markdown table of ``results/bench-cpu.json`` and ``results/bench-cuda.json``."""
+    """The Markdown table of ``results/bench-cpu.json``, ``bench-cuda.json`` and ``bench-memory.json``."""
     devices = ("cpu", "cuda")
     found: dict[str, dict[str, Any]] = {}
     sources = []
     for device in devices:
-        path = ROOT / "results" / f"bench-{device}.json"
-        for record in json.loads(path.read_text()) if path.exists() else []:
+        names = (device, "memory") if device == "cpu" else (device,)
+        paths = [ROOT / "results" / f"bench-{name}.json" for name in names]
+        for record in [record for path in paths if path.exists() for record in json.loads(path.read_text())]:
             found.setdefault(record["name"], {})[device] = record
             source = record["provenance"]
             sources.append(f"{source['device']}, {source['threads']} threads, torch {source['versions']['torch']}")
@@ -102,6 +131,7 @@ def benchmarks_table() -> str:
                 cells += ["not run", "", ""]
                 continue
             target = "" if record["target"] is None else f"{record['target']:g}"
+            target = f"at most {target}" if record.get("at_most") else target
             figures = f"{record['ours']:,.4g} and {record['theirs']:,.4g} {record['unit']}"
             cells += [f"**{record['ratio']:g}**", target, figures]
         lines.append(f"| {' | '.join(cells)} |")

@@ -26,6 +26,7 @@ import torch
 import typer
 import yaml
 from markdown_it import MarkdownIt
+from torch.distributed.run import parse_args as launcher_arguments
 
 from zskd_nni.cli import app
 from zskd_nni.compression.evaluator import DataFreeEvaluator
@@ -97,6 +98,8 @@ def pages() -> list[str]:
 def blocks(page: str) -> Iterator[Block]:
     for token in MarkdownIt().parse((ROOT / page).read_text()):
         if token.type in ("fence", "code_block"):
+            if token.content.startswith("--8<--"):
+                continue  # a file of docs/howto/jobs: test_jobs.py
             language, _, rest = token.info.partition(" ")
             title = re.search(r'title="([^"]+)"', rest)
             if not language:
@@ -161,6 +164,10 @@ class Reader:
             assert f"def {test}(" in (ROOT / path).read_text()
         elif words[0] == "make":
             subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
+        elif words[0] == "torchrun":  # by one process here; tests/faults/test_many_workers.py starts the launcher
+            given = launcher_arguments(words[1:])
+            assert (given.module, given.training_script) == (True, "zskd_nni")
+            self.zskd_nni(given.training_script_args)
         elif words[:2] == ["pip", "install"]:
             self.pip_install(words[2:])
         elif words[0] == "zskd-nni":
@@ -251,11 +258,11 @@ def test_what_is_shown_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unknown_command_fails(tmp_path: Path) -> None:
-    page = "text\n\n    zskd-nni recipes\n    torchrun --nproc 2 nothing.py  # comment\n"
+    page = "text\n\n    zskd-nni recipes\n    jupyter nothing  # comment\n"
     (token,) = [token for token in MarkdownIt().parse(page) if token.type == "code_block"]
     block = Block("a page", "sh", "", token.content)
-    assert block.commands == ["zskd-nni recipes", "torchrun --nproc 2 nothing.py  # comment"]
-    with pytest.raises(pytest.fail.Exception, match="nobody knows how to run 'torchrun"):
+    assert block.commands == ["zskd-nni recipes", "jupyter nothing  # comment"]
+    with pytest.raises(pytest.fail.Exception, match="nobody knows how to run 'jupyter"):
         Reader(tmp_path).run(block.commands[1])
     with pytest.raises(UserError, match="no network"):
         Reader(tmp_path).zskd_nni(["compress", "digits-prune50", "--out", "x", "--set", "teacher.model=zoo:lenet6"])
