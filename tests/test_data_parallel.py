@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -16,13 +17,14 @@ from launching import append, launch, start_launch
 from torch import Tensor, nn
 
 from zskd_nni import training
+from zskd_nni.data_parallel import DataParallel
 from zskd_nni.distillation import DistillationSettings, distill
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_tensors, save_tensors, sha256_of_file
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import load_recipe
 from zskd_nni.transfer import StoredSource
-from zskd_nni.workers import share, team
+from zskd_nni.workers import only_writers, share, team
 
 STEPS = 60
 # After so many steps, of weights and losses; rounding in another order grows with every step.
@@ -147,6 +149,58 @@ def test_a_batch_smaller_than_the_team_is_refused(tmp_path: Path) -> None:
     launch(2, too_small, str(tmp_path))
 
 
+def game_with_dropout(folder: str) -> None:
+    from zskd_nni.methods.zskt import ZsktSettings, ZsktSource
+
+    teacher = small_teacher()
+    source = ZsktSource(teacher, ZsktSettings(rounds=3, student_steps=2, batch=8, width=8), 8, 0)
+    network = nn.Sequential(small_network(1), nn.Dropout(0.5))
+    history = distill(network, teacher, source, settings(steps=6, batch=8), seed=2, quiet=True)
+    state = {name: value for name, value in source.state_dict().items() if value.is_floating_point()}
+    save_tensors(Path(folder) / f"{team().rank}.safetensors", state, {"losses": json.dumps(history.losses)})
+
+
+def test_all_have_the_same_generator_though_dropout_draws_other_masks(tmp_path: Path) -> None:
+    launch(2, game_with_dropout, str(tmp_path))
+    first, second = results(tmp_path)
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def gradients_are_let_go(folder: str) -> None:
+    """What :func:`~zskd_nni.training.fit` keeps of a step is its loss alone."""
+    shared, network = DataParallel(team()), small_network(1)
+    loss = network(images()[:4]).sum()
+    loss.backward()
+    kept = shared.add_gradients(network, torch.optim.SGD(network.parameters(), 0.1), loss)
+    assert kept.untyped_storage().nbytes() == 4
+    network.extra = nn.Parameter(torch.zeros(2 + team().rank))
+    with pytest.raises(UserError, match="different networks"):
+        shared.begin(network)
+
+
+def test_of_a_step_its_loss_is_kept_and_different_networks_are_refused(tmp_path: Path) -> None:
+    launch(2, gradients_are_let_go, str(tmp_path))
+
+
+def one_folder_again_and_again(folder: str) -> None:
+    for _ in range(20):
+        with only_writers(Path(folder)):
+            pass
+
+
+def test_a_team_may_take_a_folder_again_at_once(tmp_path: Path) -> None:
+    launch(2, one_folder_again_and_again, str(tmp_path))
+
+
+def an_error_of_its_own(folder: str) -> None:
+    with pytest.raises(RuntimeError, match="scalar type"):
+        team().add(torch.zeros(2, dtype=torch.int16))
+
+
+def test_an_error_that_is_not_of_the_connection_is_not_called_a_death(tmp_path: Path) -> None:
+    launch(2, an_error_of_its_own, str(tmp_path))
+
+
 # Under NNI.
 
 
@@ -166,7 +220,6 @@ def taylor(folder: str) -> None:
 
 def fused(folder: str, make: Any, divided: bool) -> None:
     from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
-    from zskd_nni.data_parallel import DataParallel
     from zskd_nni.teacher import Teacher
 
     seen: list[int] = []
@@ -194,6 +247,23 @@ def fused(folder: str, make: Any, divided: bool) -> None:
     assert set(seen) == ({len(torch.empty(BATCH).tensor_split(team().size)[team().rank])} if shared else {BATCH})
     keep(folder, distiller.bound_model, evaluator.histories[-1].losses)
     DataParallel.part = real  # type: ignore[method-assign]
+
+
+def test_a_layer_linked_to_several_is_not_divided() -> None:
+    """A distiller takes the nearest of them, which may be another one for each part of a batch."""
+    from nni.compression.distillation import DynamicLayerwiseDistiller
+
+    from zskd_nni.compression import DataFreeEvaluator
+
+    for link, divided in ((["hidden"], True), (["hidden", "hidden"], False), ("auto", True)):
+        teacher, network = small_teacher(), small_network(1)
+        evaluator = DataFreeEvaluator(teacher, StoredSource(images(), BATCH, 5, "set"), settings(), quiet=True)
+        config = [{"op_names": ["hidden"], "lambda": 1.0, "link": link, "apply_method": "mse"}]
+        predict = lambda batch, model: model(batch)  # noqa: E731
+        DynamicLayerwiseDistiller(network, config, evaluator, copy.deepcopy(teacher.model), predict, 0.0).compress(
+            4, None
+        )
+        assert evaluator._compression.can_be_divided() is divided
 
 
 @pytest.mark.parametrize("compression", [agp, taylor])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from helpers import make_store, random
 
 from zskd_nni.errors import UserError
+from zskd_nni.files import load_tensors, save_tensors, write_json
 from zskd_nni.methods.registry import transfer_source
 from zskd_nni.synthesis import ImpressionStore, stored_images
 from zskd_nni.synthesis.store import shard_name
@@ -90,3 +94,47 @@ def test_few_files_are_open_and_none_afterwards(folder: Path, monkeypatch: pytes
     del images
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda images: pickle.loads(pickle.dumps(images))])
+def test_a_copy_opens_files_of_its_own(copied, store: ImpressionStore) -> None:
+    images, whole = store.images_on_disk(), store.images()
+    images[torch.tensor([0, 40])]  # opens two
+    other = copied(images)
+    del images
+    gc.collect()
+    taken = [os.open(__file__, os.O_RDONLY) for _ in range(4)]  # the numbers that were given back
+    assert torch.equal(other[:], whole)
+    for file in taken:
+        os.close(file)
+
+
+def test_a_low_limit_of_open_files_is_kept_to(folder: Path) -> None:
+    images = make_store(folder, size=60, shard=2, max_steps=1).images_on_disk()
+    whole, limits = images[:], resource.getrlimit(resource.RLIMIT_NOFILE)
+    again = copy.copy(images)
+    del images
+    gc.collect()
+    free = os.open("/", os.O_RDONLY)
+    os.close(free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 5, limits[1]))
+        assert torch.equal(again[:], whole)
+        other = copy.copy(again)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))  # and the other one holds them all
+        with pytest.raises(UserError, match="too many open files"):
+            other[torch.tensor([0])]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_images_of_another_precision_are_refused(store: ImpressionStore) -> None:
+    path = store.folder / shard_name(1)
+    tensors, _ = load_tensors(path)
+    tensors["images"] = tensors["images"].float()
+    store.manifest["shards"]["1"]["sha256"] = save_tensors(path, tensors)
+    write_json(store.folder / "manifest.json", store.manifest)
+    forged = ImpressionStore.open(store.folder)
+    assert forged.missing() == []
+    with pytest.raises(UserError, match="its images are of type float32"):
+        forged.images()

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from zskd_nni.errors import UserError
+from zskd_nni.seeds import derive_seed
 from zskd_nni.workers import Team
 
 
@@ -55,8 +56,15 @@ class DataParallel:
         return loss * (part / whole) if self.divided else loss
 
     def forward(self) -> AbstractContextManager[Any]:
-        """Within the block a network's batch normalisation sees the whole batch."""
-        return _NormOfWholeBatches(self.team) if self.divided else nullcontext()
+        """Within the block a network's batch normalisation sees the whole batch, and dropout draws its own numbers.
+
+        What comes before, such as making the batch, draws the same numbers in all processes.
+        """
+        if not self.divided:
+            return nullcontext()
+        if self.team.rank:
+            torch.manual_seed(derive_seed(torch.initial_seed(), "rank", self.team.rank))
+        return _NormOfWholeBatches(self.team)
 
     def variance(self, values: Tensor) -> Tensor | None:
         """Of everybody's ``values`` ``(n, ...)`` over all images, averaged: a scalar; None without a division."""
@@ -72,11 +80,19 @@ class DataParallel:
         return total
 
     def begin(self, model: nn.Module) -> None:
-        """All start from the first process's weights, buffers and masks."""
+        """All start from the first process's weights, buffers and masks.
+
+        Raises:
+            UserError: the networks are not of one shape.
+        """
         if not self.divided:
             return
+        state = model.state_dict()
+        shapes = {name: list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        if any(one != shapes for one in self.team.collect(shapes)):
+            raise UserError("The processes of this launch hold different networks; all must run the same recipe.")
         with torch.no_grad():
-            for value in _distinct(model.state_dict().values()):
+            for value in _distinct(state.values()):
                 held = value.detach().contiguous()
                 self.team.take_from_first(held)
                 value.copy_(held)
@@ -92,7 +108,7 @@ class DataParallel:
         parts = together[:-1].split([gradient.numel() for gradient in gradients])
         for gradient, total in zip(gradients, parts, strict=True):
             gradient.copy_(total.view(gradient.shape))
-        return together[-1]
+        return together[-1].clone()  # a view of it would keep all gradients alive
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

@@ -146,6 +146,11 @@ def one_of_the_writers(folder: Path, first: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _in_use(folder) from error
+        except OSError as error:
+            raise UserError(
+                f"The folder {folder} cannot be locked ({error.strerror}), and several processes cannot share it then; "
+                "choose a file system with flock."
+            ) from error
         yield
     finally:
         os.close(lock)

@@ -384,7 +384,8 @@ class Run:
             made = Made(pruned.network, {"pruning": pruned.record})
             self.team.first(lambda: self._save(made, finished))
             checkpoint.unlink(missing_ok=True)
-        return made
+        # What each of many has made by itself may differ in the last bits from one machine to the next.
+        return made if self.team.alone else _made(finished)
 
     def _quantized(self, name: str, made: Made, images: TransferSource, train: bool) -> Quantization | None:
         """A finished student quantized by NNI; None where the quantizer would have to train and may not."""
@@ -458,11 +459,13 @@ class Run:
     def _reload(self, load: Callable[[Path], T], description: Path) -> T | None:
         if not self.team.first(description.exists):
             return None
+        loaded = None
         try:
-            return load(description)
+            loaded = load(description)
         except UserError as error:
             self._tell(f"{error} That stage is run again.")
-            return None
+        # Together, or not at all; and nobody writes these files anew while another reads them.
+        return loaded if all(self.team.collect(loaded is not None)) else None
 
     def _save_quantized(self, quantization: Quantization, description: Path) -> None:
         from zskd_nni.compression.saved_quantization import save_calibration

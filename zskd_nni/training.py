@@ -198,11 +198,10 @@ def _fit(
             if signum:
                 raise interrupt.Interrupted(signum)
 
-    layers = (team.rank,) if shared.divided and team.rank else ()
     with Progress(label, steps, "steps", done=first, quiet=quiet or not team.leads) as progress:
         for step in range(first, steps):
             with torch.random.fork_rng(devices=_cuda_devices(model)):
-                torch.manual_seed(derive_seed(seed, "layers", step, *layers))  # dropout and the like
+                torch.manual_seed(derive_seed(seed, "layers", step))  # dropout and the like
                 try:
                     value = loss(step, generator(seed, "step", step))
                 except ValueError as error:

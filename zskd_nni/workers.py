@@ -29,6 +29,7 @@ T = TypeVar("T")
 # One process may wait for another as long as that works, and torchrun notices those that do not live any more.
 _PATIENCE = timedelta(days=7)
 _BETWEEN_LOOKS = 0.01
+_OF_BROKEN_CONNECTIONS = ("onnection", "gloo", "NCCL", "Broken pipe", "imed out")
 
 
 class WorkerLostError(UserError):
@@ -141,7 +142,15 @@ def _decoded(message: Tensor) -> Any:
 def _of_the_living() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what gloo and NCCL raise when a connection breaks
+    except RuntimeError as error:  # what gloo and NCCL raise when a connection breaks, and much else
+        if "No backend type associated" in str(error):
+            raise UserError(
+                "The process group has no backend for the CPU, through which processes agree; "
+                "join it with init_process_group('cpu:gloo,cuda:nccl')."
+            ) from error
+        broken = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+        if not broken and not any(word in str(error) for word in _OF_BROKEN_CONNECTIONS):
+            raise
         raise WorkerLostError(
             "Another process of this launch has ended; its own message tells why. What was finished is kept, and the "
             "same command goes on from there."
@@ -212,3 +221,4 @@ def only_writers(folder: Path) -> Iterator[Team]:
                 held.enter_context(one_of_the_writers(folder, first=False))
         yield here
         here.wait()
+    here.wait()  # all have let go: the first may take the folder again

@@ -29,6 +29,13 @@ _DIVISIBLE = (
 _GOALS = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio")
 
 
+def _chooses(compressor: Compressor) -> bool:
+    """Whether a distiller takes the nearest of several linked layers, which may be another one for each part."""
+    spaces = (space for held in compressor._target_spaces.values() for space in held.values())
+    links = (getattr(space, "link", None) for space in spaces)
+    return any(not isinstance(link, str) and link is not None and len(link) > 1 for link in links)
+
+
 class FusedState:
     """Saves and restores everything that a fused compression counts with; the ``extra`` of ``fit``.
 
@@ -60,7 +67,7 @@ class FusedState:
         """Whether nothing here looks at the images or gradients of a step, of which each of many sees a part."""
         if any(isinstance(hook, TensorHook | BackwardHook) for hook in self.hooks):
             return False
-        return all(type(compressor).__name__ in _DIVISIBLE for compressor in self._compressors)
+        return all(type(one).__name__ in _DIVISIBLE and not _chooses(one) for one in self._compressors)
 
     def description(self) -> list[str]:
         """Which compressors there are and what they were told to do; a checkpoint of others is refused.

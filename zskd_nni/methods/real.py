@@ -23,6 +23,7 @@ from zskd_nni.seeds import generator
 from zskd_nni.settings import build_settings
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
+from zskd_nni.workers import team
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class Real:
             raise UserError("The method real needs transfer.data, the name of a data set such as mnist.")
         if name not in NAMED_SETS and request.base is not None:
             name = str(request.base / name)
-        data = load_images(name, "train", request.root, request.download)
+        if request.download:  # by one alone
+            team().first(lambda: bool(load_images(name, "train", request.root, True)))
+        data = load_images(name, "train", request.root)
         # One order for both requests, so that no image is in both.
         order = torch.randperm(len(data), generator=generator(0, "real", len(data)))
         size = min(request.size, len(data))

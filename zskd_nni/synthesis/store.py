@@ -115,11 +115,13 @@ class ImpressionStore:
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} is not a store of impressions: it has no {MANIFEST}.")
+        notes = _notes(folder)  # first: the one writer puts them into the manifest, and then removes them
         manifest = read_json(folder / MANIFEST)
         problem = _problem_with(manifest)
         if problem:
             raise UserError(f"{folder / MANIFEST} is not sound ({problem}). Remove the folder to make it anew.")
-        manifest["shards"].update(_notes(folder, len(manifest["plan"])))
+        known = {index: entry for index, entry in notes.items() if int(index) < len(manifest["plan"])}
+        manifest["shards"] |= known
         return cls(folder, manifest)
 
     def require(self, identity: dict[str, Any], plan: list[int]) -> None:
@@ -250,7 +252,7 @@ class ImpressionStore:
         for name, value in tensors.items():
             if tuple(value.shape) != (count, *expected[name]) or (name in ("targets", "logits") and value.ndim != 2):
                 return f"its {name} are of shape {list(value.shape)}"
-            if value.is_floating_point() != (name != "steps"):
+            if value.is_floating_point() != (name != "steps") or (name == "images" and value.dtype != torch.float16):
                 return f"its {name} are of type {str(value.dtype).removeprefix('torch.')}"
             if value.is_floating_point() and not torch.isfinite(value).all():
                 return f"its {name} are not finite"
@@ -332,7 +334,7 @@ def _problem_with_line(index: str, entry: Any, shards: int) -> str | None:
     return None
 
 
-def _notes(folder: Path, shards: int) -> dict[str, Any]:
+def _notes(folder: Path) -> dict[str, Any]:
     """Sound notes; a shard whose note is not is made again."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
@@ -342,7 +344,7 @@ def _notes(folder: Path, shards: int) -> dict[str, Any]:
         index = str(int(name[1]))
         with contextlib.suppress(UserError):
             entry = read_json(path)
-            if _problem_with_line(index, entry, shards) is None:
+            if _problem_with_line(index, entry, int(index) + 1) is None:
                 found[index] = entry
     return found
 

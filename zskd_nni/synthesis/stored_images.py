@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import weakref
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from zskd_nni.errors import UserError
 
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 _OPEN_FILES = 256  # of the 1,024 that a process usually may have
 
 
@@ -64,6 +66,9 @@ class StoredImages:
         self._files: dict[int, int] = {}  # handles, those opened first in front
         weakref.finalize(self, _close, self._files)
 
+    def __reduce__(self) -> tuple[type[StoredImages], tuple[Sequence[ShardImages], Sequence[int]]]:
+        return StoredImages, (self.shards, tuple(self.shape[1:]))  # a copy opens files of its own
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -103,13 +108,30 @@ class StoredImages:
                 status = shard.path.stat()
                 if (status.st_size, status.st_mtime_ns) != shard.written:
                     raise _changed(shard.path)
-                file = os.open(shard.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                if len(self._files) >= _OPEN_FILES:
+                    self._close_oldest()
+                file = self._opened(shard.path)
             except OSError as error:
+                if error.errno in _TOO_MANY:
+                    raise UserError(
+                        f"{shard.path} cannot be opened: this process has too many open files. Raise the limit "
+                        "(ulimit -n)."
+                    ) from error
                 raise _changed(shard.path) from error
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
             self._files[number] = file
         return file
+
+    def _opened(self, path: Path) -> int:
+        while True:
+            try:
+                return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            except OSError as error:
+                if error.errno not in _TOO_MANY or not self._files:
+                    raise
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        os.close(self._files.pop(next(iter(self._files))))
 
 
 def _changed(path: Path) -> UserError:
