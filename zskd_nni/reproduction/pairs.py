@@ -149,8 +149,8 @@ PAIRS: dict[str, Pair] = {
             temperature=4, batch=128, learning_rate=0.005, features="auto", augmentation=_SMALL_MOVES
         ),
         scales={
-            # 24,000 is the paper's headline for MNIST.
-            "full": Scale(sizes={"": 12000, "paper": 24000, "author-code": 24000}, steps=5000),
+            # 24,000 is the paper's headline for MNIST; the student's schedule is Fashion-MNIST's.
+            "full": Scale(sizes={"": 24000}, steps=12000),
             "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"rounds": 300}),
             "smoke": _SMOKE,
         },
