@@ -72,7 +72,10 @@ def _agent(count: int, restarts: int, function: Callable[..., Any], arguments: t
         nproc_per_node=count,
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint="127.0.0.1:0",
+        # A number: a worker that is forked while a thread of the agent asks for a name waits for that thread's lock,
+        # which torchrun, whose workers are no forks, does not know.
+        local_addr="127.0.0.1",
         max_restarts=restarts,
         monitor_interval=0.05,
         start_method="fork",
