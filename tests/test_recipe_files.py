@@ -428,3 +428,14 @@ def test_hints_follow_optional_and_listed_sections() -> None:
         build_settings(Outer, {"must": 1, "maybe": {"widht": 2}})
     with pytest.raises(ValueError, match="the key 'must' is missing"):
         build_settings(Outer, {})
+
+
+@pytest.mark.parametrize(
+    "content", ['{"name": "\\udafb\\uddc6"}', '{"scales": {"cpu": {"\\udafb\\uddc6": false}}}', 'name: "\\uD800"']
+)
+def test_half_a_character_is_refused(tmp_path, content):
+    """JSON escapes a character beyond U+FFFF as two halves, which YAML leaves apart; nothing can write them down."""
+    (tmp_path / "recipe.yml").write_text(content)
+    with pytest.raises(UserError, match="half a character") as refused:
+        load_recipe(str(tmp_path / "recipe.yml"))
+    str(refused.value).encode()

@@ -9,6 +9,7 @@ import copy
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -511,6 +512,9 @@ def _parse_yaml(text: str, complaint: str) -> Any:
     return content
 
 
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
 def _not_plain(content: Any) -> str | None:
     """What in YAML's answer is not a mapping, list, text, number, truth value or null, or is too much to be meant.
 
@@ -521,6 +525,10 @@ def _not_plain(content: Any) -> str | None:
             return f"it holds more than {_MOST_VALUES:,} values"
         if path.count("\x1f") > _DEEPEST:
             return f"{_dotted(path)[:60]}... is nested too deeply, or contains itself"
+        if _HALVES.search(path) or (isinstance(value, str) and _HALVES.search(value)):
+            where = f"{path}\x1f{value}" if isinstance(value, str) else path
+            told = _dotted(where).encode("ascii", "backslashreplace").decode()
+            return f"{told}half a character, as JSON escapes those beyond U+FFFF; write the character itself"
         if isinstance(value, dict):
             wrong = next((key for key in value if not isinstance(key, str | int | float | None)), None)
             if wrong is not None:

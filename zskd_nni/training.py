@@ -333,6 +333,10 @@ def load_checkpoint(
             raise ValueError("the optimiser's state is not whole")
         optimizer_state["state"] = entries
         optimizer.load_state_dict(optimizer_state)
+        for weight, entry in optimizer.state.items():
+            other = [k for k, v in entry.items() if isinstance(v, Tensor) and v.numel() not in (1, weight.numel())]
+            if other:
+                raise ValueError(f"the optimiser's {other[0]} is not of its weight's shape")
         _laid_out_like_parameters(optimizer)
         if scheduler is not None:
             saved, known = state["scheduler"], scheduler.state_dict()
