@@ -369,6 +369,9 @@ def _history(state: dict[str, Any]) -> History:
     whole = all(isinstance(entries, list) for entries in lists)
     if not whole or not all(type(figure) in (int, float) for figure in (*figures, history.seconds)):
         raise ValueError("its history is not one")
+    # A number may be too large for a float, which is an OverflowError here and not in the middle of a training.
+    history.losses, history.pending = list(map(float, history.losses)), list(map(float, history.pending))
+    history.seconds = float(history.seconds)
     return history
 
 
