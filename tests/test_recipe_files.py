@@ -431,7 +431,7 @@ def test_hints_follow_optional_and_listed_sections() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"name": "\\udafb\\uddc6"}', '{"scales": {"cpu": {"\\udafb\\uddc6": false}}}', 'name: "\\uD800"']
+    "content", ['{"name": "\\udafb\\uddc6"}', '{"scales": {"cpu": {"a\\n\\udafb\\uddc6": false}}}', 'name: "\\uD800"']
 )
 def test_half_a_character_is_refused(tmp_path, content):
     """JSON escapes a character beyond U+FFFF as two halves, which YAML leaves apart; nothing can write them down."""
@@ -439,3 +439,4 @@ def test_half_a_character_is_refused(tmp_path, content):
     with pytest.raises(UserError, match="half a character") as refused:
         load_recipe(str(tmp_path / "recipe.yml"))
     str(refused.value).encode()
+    assert "\n" not in str(refused.value)

@@ -498,8 +498,7 @@ class Run:
         difference = export_onnx(student, spec, self.out / "student.onnx", held_out)
         state = self.out / "state"
         teacher_onnx, teacher_weights = state / "teacher.onnx", state / "teacher.safetensors"
-        if not teacher_onnx.exists():
-            export_onnx(self.teacher.model, spec, teacher_onnx, held_out)
+        export_onnx(self.teacher.model, spec, teacher_onnx, held_out)  # anew: one from before may be damaged
         save_tensors(teacher_weights, self.teacher.model.state_dict())
         integers = self.out / "student-int8.onnx"
         quantization = self._export_integers(made.quantization, held_out, integers)

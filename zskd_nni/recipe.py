@@ -527,7 +527,7 @@ def _not_plain(content: Any) -> str | None:
             return f"{_dotted(path)[:60]}... is nested too deeply, or contains itself"
         if _HALVES.search(path) or (isinstance(value, str) and _HALVES.search(value)):
             where = f"{path}\x1f{value}" if isinstance(value, str) else path
-            told = _dotted(where).encode("ascii", "backslashreplace").decode()
+            told = _dotted(where).encode("unicode_escape").decode()
             return f"{told}half a character, as JSON escapes those beyond U+FFFF; write the character itself"
         if isinstance(value, dict):
             wrong = next((key for key in value if not isinstance(key, str | int | float | None)), None)
