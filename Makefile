@@ -44,7 +44,7 @@ test: install
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 faults: install
-	ZSKD_NNI_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v -rA --durations=20
+	ZSKD_NNI_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v -rA --durations=20 --numprocesses $(JOBS) --dist loadfile
 
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py $(SOAK_SECONDS)
