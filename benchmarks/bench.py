@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,30 +283,42 @@ def speed_of_light(bench: Bench, name: str) -> None:
     )
 
 
+class Game:
+    """WRN-40-2 to WRN-16-1, with random weights: the authors' loop and ours, some rounds a call."""
+
+    def __init__(self, bench: Bench) -> None:
+        torch.manual_seed(0)
+        self.model = build_network("zoo:wrn", {"depth": 40, "width": 2}).eval().requires_grad_(False).to(bench.device)
+        self.teacher = Teacher(self.model, COLOUR).to(bench.device)
+        self.device = bench.device
+        self.batch, self.rounds = (128, 20) if bench.cuda else (32, 1)
+
+    def _student(self) -> nn.Module:
+        return build_network("zoo:wrn", {"depth": 16, "width": 1}).to(self.device)
+
+    def published(self) -> None:
+        """The authors' loop."""
+        network = self._student().train()
+        groups = tuple([getattr(side, f"group{n}") for n in (1, 2, 3)] for side in (self.model, network))
+        zskt_loop(self.model, network, groups, rounds=self.rounds, batch=self.batch)
+
+    def ours(self, autocast: bool) -> None:
+        """The package's, in bfloat16 or float32."""
+        settings = ZsktSettings(rounds=self.rounds, batch=self.batch, autocast=autocast)
+        train_zskt(self._student(), self.teacher, settings, quiet=True)
+
+
 def belief_matching(bench: Bench, name: str) -> None:
     """Rounds a second of ZSKT, WRN-40-2 to WRN-16-1, whatever the name."""
-    torch.manual_seed(0)
-    teacher_model = build_network("zoo:wrn", {"depth": 40, "width": 2}).eval().requires_grad_(False).to(bench.device)
-    batch, rounds = (128, 20) if bench.cuda else (32, 1)
-    teacher = Teacher(teacher_model, COLOUR).to(bench.device)
-
-    def student() -> nn.Module:
-        return build_network("zoo:wrn", {"depth": 16, "width": 1}).to(bench.device)
-
-    def published() -> None:
-        network = student().train()
-        groups = tuple([getattr(side, f"group{n}") for n in (1, 2, 3)] for side in (teacher_model, network))
-        zskt_loop(teacher_model, network, groups, rounds=rounds, batch=batch)
-
+    game = Game(bench)
     for precision in ("float32", "bfloat16"):
-        settings = ZsktSettings(rounds=rounds, batch=batch, autocast=precision == "bfloat16")
         bench.compare(
             f"ZSKT, WRN-40-2 to WRN-16-1, {precision}, against the authors' loop",
             "rounds/s",
-            (rounds, lambda settings=settings: train_zskt(student(), teacher, settings, quiet=True)),
-            (rounds, published),
+            (game.rounds, partial(game.ours, precision == "bfloat16")),
+            (game.rounds, game.published),
             (1.5, 4) if precision == "bfloat16" else None,
-            batch=batch,
+            batch=game.batch,
         )
 
 
@@ -348,23 +361,14 @@ def student_training(bench: Bench, name: str) -> None:
 
 def peer(bench: Bench, clone: Path) -> None:
     """Rounds a second of ZSKT against the released code itself."""
-    torch.manual_seed(0)
-    batch, rounds = (128, 20) if bench.cuda else (32, 1)
-    teacher_model = build_network("zoo:wrn", {"depth": 40, "width": 2}).eval().requires_grad_(False)
-    teacher = Teacher(teacher_model, COLOUR).to(bench.device)
-    settings = ZsktSettings(rounds=rounds, batch=batch, autocast=True)
-
-    def ours() -> None:
-        student = build_network("zoo:wrn", {"depth": 16, "width": 1}).to(bench.device)
-        train_zskt(student, teacher, settings, quiet=True)
-
+    game = Game(bench)
     bench.compare(
         "ZSKT, WRN-40-2 to WRN-16-1, bfloat16, against the released code itself",
         "rounds/s",
-        (rounds, ours),
-        (rounds, authors_rounds(clone, rounds, batch, bench.device)),
+        (game.rounds, partial(game.ours, True)),
+        (game.rounds, authors_rounds(clone, game.rounds, game.batch, bench.device)),
         (1.5, 4),
-        batch=batch,
+        batch=game.batch,
         peer=f"polo5/ZeroShotKnowledgeTransfer@{commit_of(clone)}",
     )
 

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import COLOUR, NETWORKS, RESULTS, Bench, best_batch, orders_for, paper_settings, plain_network
-from published_loops import zskd_loop, zskt_loop
+from bench import NETWORKS, RESULTS, Bench, Game, best_batch, orders_for, paper_settings, plain_network
+from published_loops import zskd_loop
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from zskd_nni.files import write_json
-from zskd_nni.methods.zskt import ZsktSettings, train_zskt
-from zskd_nni.networks import build_network
 from zskd_nni.response_norm import fast_response_norms
 from zskd_nni.synthesis.engine import synthesize_shard
 from zskd_nni.teacher import Teacher
@@ -101,26 +99,11 @@ def synthesis_rungs(bench: Bench, name: str) -> list[Rung]:
 
 def belief_rungs(bench: Bench) -> list[Rung]:
     """From the authors' loop of ZSKT to ours, in rounds of one call."""
-    torch.manual_seed(0)
-    model = build_network("zoo:wrn", {"depth": 40, "width": 2}).eval().requires_grad_(False).to(bench.device)
-    batch, rounds = (128, 10) if bench.cuda else (32, 1)
-    teacher = Teacher(model, COLOUR).to(bench.device)
-
-    def student() -> nn.Module:
-        return build_network("zoo:wrn", {"depth": 16, "width": 1}).to(bench.device)
-
-    def published() -> None:
-        network = student().train()
-        groups = tuple([getattr(side, f"group{n}") for n in (1, 2, 3)] for side in (model, network))
-        zskt_loop(model, network, groups, rounds=rounds, batch=batch)
-
-    def ours(autocast: bool) -> None:
-        train_zskt(student(), teacher, ZsktSettings(rounds=rounds, batch=batch, autocast=autocast), quiet=True)
-
+    game = Game(bench)
     return [
-        ("the authors' loop", published, rounds),
-        ("channels last in memory", lambda: ours(False), rounds),
-        ("bfloat16", lambda: ours(True), rounds),
+        ("the authors' loop", game.published, game.rounds),
+        ("channels last in memory", lambda: game.ours(False), game.rounds),
+        ("bfloat16", lambda: game.ours(True), game.rounds),
     ]
 
 
