@@ -49,7 +49,7 @@ def describe_validation(error: ValidationError, kind: Any, where: str = "") -> s
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"{path}: {message}" if path else message
-    text = problem["msg"]
+    text = problem["msg"].replace("valid tuple", "list").replace("valid dictionary", "mapping")  # as YAML calls them
     return f"{path}: {text[0].lower()}{text[1:]}, not {problem['input']!r}"
 
 
