@@ -440,3 +440,23 @@ def test_half_a_character_is_refused(tmp_path, content):
         load_recipe(str(tmp_path / "recipe.yml"))
     str(refused.value).encode()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.input.shape=[1, 32]", r"teacher\.input\.shape: entry 3 is missing"),
+        ("teacher.input.mean=0.5", r"teacher\.input\.mean: input should be a list, not 0\.5"),
+        ("teacher.model=lenet5", r"a network is named as .*, not 'lenet5'"),
+    ],
+)
+def test_common_slips_are_said_in_words_of_the_recipe(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(DIGITS, [override])
+
+
+def test_a_recipe_file_named_without_its_ending_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, plain())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"did you mean recipe\.yml\?"):
+        load_recipe("recipe")

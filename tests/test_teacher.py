@@ -322,9 +322,9 @@ def test_normalisation_is_applied_once() -> None:
         ({"low": 1.0}, "from 1.0 to 1.0"),
         ({"low": float("nan")}, "value range"),
         ({"high": float("inf")}, "value range"),
-        ({"mean": (0.1, 0.2)}, "mean takes one number"),
+        ({"mean": (0.1, 0.2)}, "mean is a list of one number"),
         ({"std": (0.0,)}, "positive"),
-        ({"std": (float("nan"),)}, "std takes"),
+        ({"std": (float("nan"),)}, "std is a list"),
     ],
 )
 def test_input_specs_outside_their_range(arguments: dict[str, object], message: str) -> None:

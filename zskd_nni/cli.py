@@ -317,7 +317,9 @@ def evaluate(
 def show(
     store: Annotated[Path, typer.Argument(metavar="FOLDER", help="A store of impressions.")],
     out: Annotated[Path, typer.Option("--out", help="The picture, .png.")] = Path("impressions.png"),
-    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="How many impressions.")] = 60,
+    count: Annotated[
+        int, typer.Option("--count", min=1, max=1000, help="How many impressions at most, equally many of a class.")
+    ] = 60,
 ) -> None:
     """Draw a store's impressions, labelled with what the teacher sees in each."""
     from zskd_nni.pictures import impressions_picture, pick_by_class

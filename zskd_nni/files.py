@@ -302,7 +302,7 @@ def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not is_file(path):
-        raise UserError(f"There is no weights file {path}.")
+        raise UserError(f"There is no weights file {path}; a recipe's paths are meant from its own folder.")
     if path.suffix == ".safetensors":
         return load_tensors(path)[0]
     if not allow_pt:

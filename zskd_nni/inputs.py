@@ -37,7 +37,10 @@ class InputSpec:
             raise ValueError(f"the value range must go from low to high, not from {self.low} to {self.high}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.shape[0]) or not all(map(math.isfinite, values)):
-                raise ValueError(f"{name} takes one number, or one for each of the {self.shape[0]} channels")
+                raise ValueError(
+                    f"{name} is a list of one number, or of one for each of the {self.shape[0]} channels, "
+                    f"not {list(values)}"
+                )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {list(self.std)}")
 

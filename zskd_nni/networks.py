@@ -7,6 +7,7 @@ of an installed package that is annotated to return an ``nn.Module``. ``os:syste
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -63,7 +64,9 @@ def _find_factory(reference: str, base: Path | None) -> Any:
         import torchvision
 
         if name not in torchvision.models.list_models():
-            raise UserError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them.")
+            near = difflib.get_close_matches(name, torchvision.models.list_models(), 1)
+            hint = f"did you mean {near[0]}?" if near else "torchvision.models.list_models() lists them."
+            raise UserError(f"torchvision has no model {name!r}; {hint}")
         return torchvision.models.get_model_builder(name)
     module = _import_file(Path(source), base) if source.endswith(".py") else _import_module(source, base)
     if not hasattr(module, name):

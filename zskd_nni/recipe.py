@@ -57,7 +57,7 @@ class NetworkSection(_Section):
     def _named(cls, value: str) -> str:
         source, colon, name = value.rpartition(":")
         if not (colon and source and name):
-            raise ValueError(f"a network is named as {FORMS}")
+            raise ValueError(f"a network is named as {FORMS}, not {value!r}")
         return value
 
 
@@ -420,6 +420,9 @@ def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
         except (OSError, ValueError) as error:
             raise UserError(f"The recipe {path} cannot be read ({error}).") from error
     near = difflib.get_close_matches(name_or_file, packaged_names(), 1, 0.5)
+    file = next((f"{name_or_file}{end}" for end in (".yml", ".yaml") if os.path.exists(f"{name_or_file}{end}")), None)
+    if file is not None:
+        near = [file]
     hint = f"did you mean {near[0]}?" if near else f"packaged ones: {', '.join(packaged_names())}; or name a .yml file."
     raise UserError(f"There is no recipe {name_or_file!r}; {hint}")
 

@@ -45,11 +45,13 @@ def describe_validation(error: ValidationError, kind: Any, where: str = "") -> s
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"
     if problem["type"] in ("missing", "missing_argument"):
+        if location[-1].isdigit():  # a list that is too short
+            return f"{path.rpartition('.')[0]}: entry {int(location[-1]) + 1} is missing"
         return f"the key {path!r} is missing"
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"{path}: {message}" if path else message
-    text = problem["msg"]
+    text = problem["msg"].replace("valid tuple", "list").replace("valid dictionary", "mapping")  # as YAML calls them
     return f"{path}: {text[0].lower()}{text[1:]}, not {problem['input']!r}"
 
 

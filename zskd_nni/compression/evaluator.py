@@ -245,7 +245,8 @@ class DataFreeEvaluator(TorchEvaluator):
             return  # a calibration alone
         if training_step == self._ori_training_step and not self.pseudo_labels:
             _logger.warning(
-                "Nothing brings a loss, so that the weights will not change: fuse a distiller "
+                "Nothing brings a loss, so that the weights will not change, and a pruner that scores by gradients "
+                "(Taylor, Movement) finds every score 0: fuse a distiller "
                 "(ZeroShotDistiller.from_compressor) or set pseudo_labels=True."
             )
         schedule = lr_schedulers or cosine_schedule(optimizers, steps, min(self.settings.warmup, steps // 2))

@@ -238,7 +238,9 @@ def quantizer_class_name(name: str) -> str:
     """
     name = _SHORT_NAMES.get(name, name)
     if name not in QUANTIZERS:
-        near = difflib.get_close_matches(name, [*QUANTIZERS, *_SHORT_NAMES], 1, 0.0)[0]
+        near = (
+            _SHORT_NAMES.get(name.lower()) or difflib.get_close_matches(name, [*QUANTIZERS, *_SHORT_NAMES], 1, 0.0)[0]
+        )
         raise UserError(f"NNI has no quantizer {name!r}; the nearest is {near!r}. There are {', '.join(QUANTIZERS)}.")
     return name
 

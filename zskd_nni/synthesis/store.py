@@ -114,7 +114,9 @@ class ImpressionStore:
         """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder} is not a store of impressions: it has no {MANIFEST}.")
+            inner = folder / "impressions"  # of a whole run's folder
+            hint = f" Did you mean {inner}?" if (inner / MANIFEST).is_file() else ""
+            raise UserError(f"{folder} is not a store of impressions: it has no {MANIFEST}.{hint}")
         notes = _notes(folder)  # first: the one writer puts them into the manifest, and then removes them
         manifest = read_json(folder / MANIFEST)
         problem = _problem_with(manifest)
