@@ -248,8 +248,8 @@ def search(
     quiet: QuietOption = False,
 ) -> None:
     """Search a recipe's settings by an NNI experiment, without data; docs/experiments.md."""
-    from zskd_nni.compression.search import BEST, Search, render_trials
     from zskd_nni.data import data_root as find_root
+    from zskd_nni.experiments.search import BEST, Search, render_trials
     from zskd_nni.recipe import load_recipe
 
     loaded = load_recipe(recipe, changes or (), seed, scale)
@@ -271,7 +271,7 @@ def search(
 @app.command(hidden=True)
 def trial(job: Annotated[Path, typer.Argument(metavar="FOLDER", help="As a search wrote it.")]) -> None:
     """One trial of a search; NNI starts it."""
-    from zskd_nni.compression.search_trial import JOB, run_trial
+    from zskd_nni.experiments.search_trial import JOB, run_trial
     from zskd_nni.files import read_json
 
     settings = read_json(job / JOB)

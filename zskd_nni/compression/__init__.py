@@ -1,4 +1,4 @@
-"""The NNI adapter, the only place that knows NNI; importing it puts ``ZeroShotDistiller`` beside NNI's distillers."""
+"""The adapter of ``nni.compression``; importing it puts ``ZeroShotDistiller`` beside NNI's distillers."""
 
 from __future__ import annotations
 

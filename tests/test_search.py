@@ -18,14 +18,14 @@ import torch
 import yaml
 from helpers import cli_command, is_one_sentence, run_cli, wait_for
 
-from zskd_nni.compression.nni_manager import lives
-from zskd_nni.compression.probe import load_probe, make_probe, save_probe
-from zskd_nni.compression.search import Search, render_trials
-from zskd_nni.compression.search_config import experiment_config, tuner_config
-from zskd_nni.compression.search_job import relocated
-from zskd_nni.compression.search_trial import JOB, PROBE, RECIPE, measure
-from zskd_nni.compression.search_tuner import RememberingTuner
 from zskd_nni.errors import UserError
+from zskd_nni.experiments.nni_manager import lives
+from zskd_nni.experiments.probe import load_probe, make_probe, save_probe
+from zskd_nni.experiments.search import Search, render_trials
+from zskd_nni.experiments.search_config import experiment_config, tuner_config
+from zskd_nni.experiments.search_job import relocated
+from zskd_nni.experiments.search_trial import JOB, PROBE, RECIPE, measure
+from zskd_nni.experiments.search_tuner import RememberingTuner
 from zskd_nni.files import load_tensors, write_json
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import LoadedRecipe, load_recipe

@@ -2,8 +2,8 @@
 
     recipe + search section -> job folder (recipe, probe set) -> NNI's manager, tuner, trials -> trials.json, best.yml
 
-Trials are processes of their own (:mod:`zskd_nni.compression.search_trial`), wherever NNI's training service puts
-them. All of them are judged by the same images, :mod:`zskd_nni.compression.probe`.
+Trials are processes of their own (:mod:`zskd_nni.experiments.search_trial`), wherever NNI's training service puts
+them. All of them are judged by the same images, :mod:`zskd_nni.experiments.probe`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import yaml
 
 from zskd_nni import interrupt
-from zskd_nni.compression.nni_manager import LOOPBACK, Manager
-from zskd_nni.compression.probe import save_probe
-from zskd_nni.compression.search_config import experiment_config, is_local, remembering, tuner_config
-from zskd_nni.compression.search_job import relocated
-from zskd_nni.compression.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
 from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
+from zskd_nni.experiments.nni_manager import LOOPBACK, Manager
+from zskd_nni.experiments.probe import save_probe
+from zskd_nni.experiments.search_config import experiment_config, is_local, remembering, tuner_config
+from zskd_nni.experiments.search_job import relocated
+from zskd_nni.experiments.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
 from zskd_nni.files import make_folder, only_writer, read_json, write_atomic, write_json
 from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.pipeline import Run

@@ -100,7 +100,7 @@ def run_trial(job_folder: Path) -> None:
     """Ask NNI for parameters, make the student, report.
 
     Args:
-        job_folder: as :class:`zskd_nni.compression.search.Search` wrote it.
+        job_folder: as :class:`zskd_nni.experiments.search.Search` wrote it.
 
     Raises:
         UserError: why the trial failed; NNI was told as well.
@@ -141,7 +141,7 @@ def measure(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> dict
     shared = None if job["shared"] is None else Path(job["shared"])
     root = None if job["root"] is None else Path(job["root"])
     run = StudentRun(shared, loaded, out, device=job["device"], root=root, quiet=True)
-    from zskd_nni.compression.probe import load_probe
+    from zskd_nni.experiments.probe import load_probe
 
     images, classes = load_probe(job_folder / PROBE, run.teacher.spec)
     file = run.deployable(images)

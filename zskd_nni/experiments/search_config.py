@@ -102,7 +102,7 @@ def tuner_config(section: SearchSection, seed: int) -> dict[str, Any]:
 def remembering(
     tuner: dict[str, Any], folder: Path, known: list[dict[str, Any]], again: list[dict[str, Any]], proposed: Path
 ) -> dict[str, Any]:
-    """NNI's mapping of a :class:`zskd_nni.compression.search_tuner.RememberingTuner` around ``tuner``.
+    """NNI's mapping of a :class:`zskd_nni.experiments.search_tuner.RememberingTuner` around ``tuner``.
 
     Args:
         tuner: what :func:`tuner_config` gave.
