@@ -45,11 +45,11 @@ PROGRAMS = ("zskd-nni", "make", "pip", "python", "jupyter", "torchrun", "nnictl"
 ELSEWHERE = {
     "jupyter lab": ("tests/site/test_explorer_in_jupyterlab.py", "test_a_slider_moved_shows_another_impression"),
     "zskd-nni search digits-search --out out/search": (
-        "tests/compression/test_search.py",
+        "tests/test_search.py",
         "test_a_search_is_private_stops_whole_and_goes_on",
     ),
     "zskd-nni compress out/search/best.yml --out out/best": (
-        "tests/compression/test_search.py",
+        "tests/test_search.py",
         "test_a_search_is_private_stops_whole_and_goes_on",
     ),
     "zskd-nni reproduce main --cell mnist-zskd-best --seed 0": (
