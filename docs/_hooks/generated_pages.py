@@ -132,10 +132,14 @@ def benchmarks_table() -> str:
                 continue
             target = "" if record["target"] is None else f"{record['target']:g}"
             target = f"at most {target}" if record.get("at_most") else target
-            figures = f"{record['ours']:,.4g} and {record['theirs']:,.4g} {record['unit']}"
+            figures = f"{_figure(record['ours'])} and {_figure(record['theirs'])} {record['unit']}"
             cells += [f"**{record['ratio']:g}**", target, figures]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Measured on: {'; '.join(dict.fromkeys(sources))}."])
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def ladder_table() -> str:
