@@ -56,7 +56,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str, InputSpec]] = {
 }
 STUDENTS = {"lenet5": ("zoo:lenet5_half", {}), "alexnet": ("zoo:alexnet_half", {"bn_momentum": 0.01})}
 # Mean KL(target || teacher at 20) that the published schedule (batch 100, 1,500 steps) leaves on these teachers:
-# what "equal fit" means below. LeNet-5's was measured by equal_fit.py, AlexNet's is assumed to be alike.
+# what "equal fit" means below. Assumed, until equal_fit.py has a record of it.
 PUBLISHED_FIT = {"lenet5": 0.77, "alexnet": 0.77}
 TEMPERATURE = 20.0
 
