@@ -81,7 +81,17 @@ def feature_loss(student: Tensor, teacher: Tensor, variance: Tensor | None = Non
 
 def attention_map(features: Tensor) -> Tensor:
     """Mean of the squared channels, flattened, of length 1: ``(N, C, H, W) -> (N, H * W)`` (ZSKT, section 3.2)."""
-    return functional.normalize(features.square().mean(1).flatten(1), dim=1)
+    return functional.normalize(_with_gradient_laid_out_alike(features).square().mean(1).flatten(1), dim=1)
+
+
+def _with_gradient_laid_out_alike(features: Tensor) -> Tensor:
+    # A mean over channels sends back a gradient with the channels first. Added to that of a network whose channels lie
+    # last, it makes the whole residual path behind it run in two layouts at once, which is slow.
+    if not features.requires_grad or not features.is_contiguous(memory_format=torch.channels_last):
+        return features
+    seen = features.view_as(features)
+    seen.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+    return seen
 
 
 def attention_loss(student: Tensor, teacher: Tensor, distance: str = "squared-mean") -> Tensor:
@@ -93,7 +103,12 @@ def attention_loss(student: Tensor, teacher: Tensor, distance: str = "squared-me
         distance: ``squared-mean`` over images and positions, as ZSKT's released code has it, or ``norm``, the L2
             norm of each image's difference as in the paper, mean over the images.
     """
-    difference = attention_map(student) - attention_map(teacher)
+    return attention_distance(attention_map(student), attention_map(teacher), distance)
+
+
+def attention_distance(student: Tensor, teacher: Tensor, distance: str = "squared-mean") -> Tensor:
+    """:func:`attention_loss` of maps that are there already: ``(N, H * W), (N, H * W) -> scalar``."""
+    difference = student - teacher
     if distance == "squared-mean":
         return difference.square().mean()
     return difference.norm(dim=1).mean()

@@ -337,7 +337,7 @@ def load_checkpoint(
             other = [k for k, v in entry.items() if isinstance(v, Tensor) and v.numel() not in (1, weight.numel())]
             if other:
                 raise ValueError(f"the optimiser's {other[0]} is not of its weight's shape")
-        _laid_out_like_parameters(optimizer)
+        lay_out_like_parameters(optimizer)
         if scheduler is not None:
             saved, known = state["scheduler"], scheduler.state_dict()
             other = [key for key, value in saved.items() if key in known and not _fits(value, known[key])]
@@ -375,7 +375,7 @@ def _history(state: dict[str, Any]) -> History:
     return history
 
 
-def _laid_out_like_parameters(optimizer: Optimizer) -> None:
+def lay_out_like_parameters(optimizer: Optimizer) -> None:
     """Give moments their parameters' memory layout: a file has them contiguous, fused kernels take them in order."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -19,6 +19,7 @@ from nni.compression.utils.evaluator import BackwardHook, Hook, TensorHook
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zskd_nni.training import lay_out_like_parameters
 from zskd_nni.transfer import TransferSource
 
 # Weights alone decide their masks; a distiller's loss is a mean over images.
@@ -135,6 +136,7 @@ class FusedState:
                 index, key = name.split(":")
                 entries.setdefault(int(index), {})[key] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+            lay_out_like_parameters(optimizer)
 
     def _wrapped(self) -> Iterator[tuple[str, nn.Module]]:
         for path, module in self.model.named_modules() if self.model is not None else ():

@@ -48,11 +48,11 @@ from zskd_nni.errors import UserError
 from zskd_nni.feature_points import FeaturePoint, module_at, probing, watched
 from zskd_nni.files import fingerprint_of
 from zskd_nni.inputs import InputSpec
-from zskd_nni.losses import attention_loss, belief_divergence
+from zskd_nni.losses import attention_distance, attention_map, belief_divergence
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.teacher import Teacher, first_tensor
-from zskd_nni.training import Checkpoint, DivergenceError, History, fit, training_mode
+from zskd_nni.training import Checkpoint, DivergenceError, History, fit, lay_out_like_parameters, training_mode
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -235,7 +235,9 @@ class ZsktSource:
 
     def _restart(self) -> None:
         self.generator = new_generator(self.teacher.spec, self.settings, self.seed).to(self.teacher.device)
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), self.settings.generator_learning_rate)
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(), self.settings.generator_learning_rate, fused=True
+        )
         self.images: Tensor | None = None  # of this round, normalised
         self.divergence = math.nan  # D of the last generator step
 
@@ -324,7 +326,7 @@ class ZsktSource:
             return
         self.generator.to(device)
         for entry in self.optimizer.state.values():
-            entry.update({k: v.to(device) for k, v in entry.items() if k != "step"})
+            entry.update({k: v.to(device) for k, v in entry.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Generator, its optimiser and the images of this round.
@@ -362,6 +364,7 @@ class ZsktSource:
                 _, index, key = name.split(".")
                 entries.setdefault(int(index), {})[key] = value.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
+        lay_out_like_parameters(self.optimizer)
         self.images = state["images"].to(self.teacher.device, copy=True) if "images" in state else None
 
 
@@ -485,7 +488,7 @@ def train_zskt(
     student.to(memory_format=torch.channels_last)
     pairs = attention_pairs(student, teacher, settings)
     source = ZsktSource(teacher, settings, settings.batch, seed)
-    optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate)
+    optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cosine(step // settings.student_steps, settings.rounds)
     )
@@ -498,13 +501,13 @@ def train_zskt(
     answered: tuple[Tensor, Tensor, list[Tensor]] | None = None
 
     def answer(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The teacher's logits and features, asked for once a batch of images."""
+        """The teacher's logits and attention maps, asked for once a batch of images."""
         nonlocal answered
         if answered is None or answered[0] is not images:
             with torch.no_grad(), source.precision(), ExitStack() as stack:
                 seen = [stack.enter_context(watched(teacher.model, FeaturePoint(path))) for path, _ in pairs]
                 logits = teacher.output(teacher.model(images))
-            answered = images, logits, [features[-1] for features in seen]
+            answered = images, logits, [attention_map(features[-1].float()) for features in seen]
         return answered[1], answered[2]
 
     current = 0
@@ -520,7 +523,7 @@ def train_zskt(
         # Equation 3.
         value = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
         for ours, theirs in zip(seen, attended, strict=True):
-            distance = attention_loss(ours[-1].float(), theirs.float(), settings.attention_distance)
+            distance = attention_distance(attention_map(ours[-1].float()), theirs, settings.attention_distance)
             value = value + settings.attention_weight * distance
         if not math.isfinite(float(value.detach())):
             raise DivergenceError("ZSKT diverged: the student's loss is not finite in step {step}.")
