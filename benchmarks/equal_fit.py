@@ -1,128 +1,138 @@
-"""Does stopping at the published schedule's fit teach as well? ``results/bench-equal-fit.json``.
+"""Is the engine as good where it is faster? ``results/bench-equal-fit.json``, which ``bench.py`` takes its aim from.
 
-    python benchmarks/equal_fit.py lenet5-fashion-mnist lenet5-mnist --size 1000 --seeds 0 1 2
+    python benchmarks/equal_fit.py lenet5-fashion-mnist --size 500 --steps 1500
+    python benchmarks/equal_fit.py alexnet-cifar10 --size 100 --steps 300
 
-For each teacher and seed: the published loop (batch 100, 1,500 steps), the engine with the same targets stopping each
-image at the published loop's mean fit, and one student on each with the same recipe. Student and teacher are compared
-on the last 5,000 images of the training split, which no student has seen. About half an hour a teacher and seed on one
-core at 1,000 images. A finished seed is not run again.
+For each teacher and seed: impressions of the published loop (batch 100, 1,500 steps), impressions of the engine for
+the same targets, each stopped at the published loop's mean fit, with the settings of ``bench.py`` and, to see what
+those change, from uniform noise as the published loop starts; and a student on each, with the recipe of its pair.
+Students and teacher are compared on the last 5,000 images of the training split, which no student has seen. The
+published loop's images are kept in ``build/equal-fit``, and a finished seed is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench import EQUAL_FIT, NETWORKS, equal_fit_settings, orders_for, plain_network
 from published_loops import zskd_loop
 from torch import Tensor
 
-from zskd_nni.augment import Augmentation
 from zskd_nni.data import load_images
-from zskd_nni.distillation import DistillationSettings, distill
+from zskd_nni.distillation import distill
 from zskd_nni.evaluation import logits_on
-from zskd_nni.files import load_tensors, write_json
-from zskd_nni.inputs import InputSpec
+from zskd_nni.files import load_tensors, save_tensors, write_json
+from zskd_nni.losses import soft_target_divergence
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.metrics import accuracy
 from zskd_nni.networks import build_network
 from zskd_nni.provenance import provenance
-from zskd_nni.synthesis import SynthesisSettings
-from zskd_nni.synthesis.engine import Orders, synthesize_shard
+from zskd_nni.reproduction.pairs import PAIRS, Pair
+from zskd_nni.response_norm import fast_response_norms
+from zskd_nni.synthesis.engine import synthesize_shard
 from zskd_nni.teacher import Teacher
 from zskd_nni.train_teacher import TEACHERS
 from zskd_nni.transfer import StoredSource
-from zskd_nni.zoo.trained import trained_weights
 
-RESULT = Path(__file__).resolve().parent.parent / "results" / "bench-equal-fit.json"
-STUDENTS = {"zoo:lenet5": "zoo:lenet5_half", "zoo:alexnet": "zoo:alexnet_half"}
+KEPT = Path(__file__).resolve().parent.parent / "build" / "equal-fit"
+TAUGHT = {weights: name for name, (_, _, weights, _) in NETWORKS.items()}
 HELD_OUT = 5000
+
+
+def published_images(name: str, teacher: Teacher, targets: Tensor, seed: int) -> Tensor:
+    """What the published loop makes for these targets, from disk where it has been made before."""
+    path = KEPT / f"{name}-{len(targets)}-seed{seed}.safetensors"
+    if path.exists():
+        tensors, _ = load_tensors(path)
+        if torch.equal(tensors["targets"], targets):
+            return tensors["images"]
+    network = plain_network(TAUGHT[name], "cpu")
+    torch.manual_seed(seed)
+    with fast_response_norms(network):  # the same norms, sooner: here it is the images that count
+        images, _ = zskd_loop(network, targets, teacher.spec.shape)
+    save_tensors(path, {"images": images, "targets": targets}, {})
+    return images
 
 
 def compare(name: str, seed: int, size: int, steps: int) -> dict[str, Any]:
     """One teacher, one seed."""
-    recipe = TEACHERS[name]
-    network = build_network(recipe.network, recipe.arguments)
-    network.load_state_dict(load_tensors(trained_weights(name))[0])
-    teacher = Teacher(network, recipe.spec)
+    pair = next(pair for pair in PAIRS.values() if pair.teacher == name)
+    spec = TEACHERS[name].spec
+    teacher = Teacher(plain_network(TAUGHT[name], "cpu"), spec)
     targets = ZskdTargets(teacher, ZskdSettings()).targets(0, size, size, seed)
-    torch.manual_seed(seed)
-    started = time.perf_counter()
-    images, fit = zskd_loop(network.eval().requires_grad_(False), targets, recipe.spec.shape)
-    seconds = time.perf_counter() - started
-    goal = float(fit.mean())
-    settings = SynthesisSettings(learning_rate=0.05, tolerance=goal, max_steps=100)
-    torch.manual_seed(seed)
-    orders = Orders(
-        targets,
-        torch.rand((size, *recipe.spec.shape)),
-        torch.full((size, 1), settings.temperatures[0]),
-        torch.zeros(size),
-        torch.full((size,), float(settings.step_limits[1])),
-    )
-    started = time.perf_counter()
-    stopped = synthesize_shard(teacher, orders, settings)
-    ours = time.perf_counter() - started
-    training = load_images(recipe.data, "train")
-    held_out = training.subset(slice(len(training) - HELD_OUT, None))
-    answers = logits_on(teacher, held_out, recipe.spec)
-
-    def taught(images: Tensor) -> dict[str, float]:
-        torch.manual_seed(seed)
-        student = build_network(STUDENTS[recipe.network], recipe.arguments)
-        moves = Augmentation(rotation=8, translation=0.05, scale=(0.9, 1.1), shear=3)
-        recipe_of_student = DistillationSettings(
-            temperature=20, steps=steps, batch=128, learning_rate=0.005, augmentation=moves
-        )
-        distill(student, teacher, StoredSource(images, 128, seed, name), recipe_of_student, seed=seed, quiet=True)
-        logits = logits_on(_with(student, recipe.spec), held_out, recipe.spec)
-        agreement = float((logits.argmax(1) == answers.argmax(1)).float().mean() * 100)
-        return {"accuracy": round(accuracy(logits, held_out.labels), 2), "agreement": round(agreement, 2)}
-
-    return {
+    images = published_images(name, teacher, targets, seed)
+    with torch.no_grad():
+        answers = torch.cat([teacher(part) for part in images.split(100)])
+    goal = float(soft_target_divergence(answers, targets, 20.0).mean())
+    taught = Lesson(name, pair, teacher, seed, steps)
+    record: dict[str, Any] = {
         "name": name,
         "seed": seed,
         "impressions": size,
-        "published": {"fit": round(goal, 4), "steps": 1500, "seconds": round(seconds, 1), **taught(images)},
-        "stopped": {
-            "fit": round(float(stopped.fit.mean()), 4),
-            "steps": round(float(stopped.steps.float().mean()), 1),
-            "seconds": round(ours, 1),
-            **taught(stopped.images),
-        },
+        "published": {"fit": round(goal, 4), "steps": 1500, **taught(images)},
+    }
+    settings = equal_fit_settings(goal, min(size, 250))
+    for what, used in (("engine", settings), ("engine, uniform noise", replace(settings, start="uniform"))):
+        made = synthesize_shard(teacher, orders_for(teacher, size, used, seed), used)
+        record[what] = {
+            "fit": round(float(made.fit.mean()), 4),
+            "steps": round(float(made.steps.float().mean()), 1),
+            **taught(made.images),
+        }
+    return record | {
         "student_steps": steps,
-        "measured_on": f"the last {HELD_OUT} images of the training split of {recipe.data}",
+        "measured_on": f"the last {HELD_OUT} images of the training split of {TEACHERS[name].data}",
         "provenance": provenance("cpu", seed),
     }
 
 
-def _with(student: torch.nn.Module, spec: InputSpec) -> Any:
-    return lambda images: student(spec.normalise(images))
+class Lesson:
+    """A student's training on a set of images, and what came of it."""
+
+    def __init__(self, name: str, pair: Pair, teacher: Teacher, seed: int, steps: int) -> None:
+        training = load_images(TEACHERS[name].data, "train")
+        self.name, self.pair, self.teacher, self.seed = name, pair, teacher, seed
+        self.settings = replace(pair.student, steps=steps)
+        self.held_out = training.subset(slice(len(training) - HELD_OUT, None))
+        self.answers = logits_on(teacher, self.held_out, teacher.spec)
+
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        """Accuracy and agreement with the teacher, in percent."""
+        torch.manual_seed(self.seed)
+        reference, arguments = next(iter(self.pair.students.values()))
+        student = build_network(reference, dict(arguments))
+        source = StoredSource(images, self.settings.batch, self.seed, self.name)
+        distill(student, self.teacher, source, self.settings, seed=self.seed, quiet=True)
+        logits = logits_on(lambda x: student(self.teacher.spec.normalise(x)), self.held_out, self.teacher.spec)
+        agreement = float((logits.argmax(1) == self.answers.argmax(1)).float().mean() * 100)
+        return {"accuracy": round(accuracy(logits, self.held_out.labels), 2), "agreement": round(agreement, 2)}
 
 
 def main() -> None:
     """Parse the arguments and run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teachers", nargs="+", choices=sorted(TEACHERS))
-    parser.add_argument("--size", type=int, default=1000)
+    parser.add_argument("teachers", nargs="+", choices=sorted(TAUGHT))
+    parser.add_argument("--size", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2500, help="of the student")
+    parser.add_argument("--steps", type=int, default=1500, help="of the student")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
-    records = json.loads(RESULT.read_text()) if RESULT.exists() else []
+    records = json.loads(EQUAL_FIT.read_text()) if EQUAL_FIT.exists() else []
     for seed in arguments.seeds:
         for name in arguments.teachers:
             key = (name, seed, arguments.size)
             if any((r["name"], r["seed"], r["impressions"]) == key for r in records):
                 continue
             records.append(compare(name, seed, arguments.size, arguments.steps))
-            write_json(RESULT, records)
+            write_json(EQUAL_FIT, records)
             print(json.dumps({k: v for k, v in records[-1].items() if k != "provenance"}), flush=True)
 
 

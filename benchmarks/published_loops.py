@@ -6,6 +6,8 @@ for no gradients, denormals are flushed, all cores are used, nothing is printed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -87,6 +89,9 @@ def zskt_loop(
     batch: int = 128,
     student_steps: int = 10,
     attention: float = 250.0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    attention_map: Callable[[Tensor], Tensor] | None = None,
+    fused: bool = False,
 ) -> None:
     """ZSKT's game (Micaelli & Storkey 2019, released code), ``rounds`` times one generator and ten student steps.
 
@@ -98,11 +103,17 @@ def zskt_loop(
         batch: pseudo images.
         student_steps: on the images of a round.
         attention: weight of the attention term.
+        memory_format: of all three networks.
+        attention_map: takes features and gives maps; the plain formula where there is none.
+        fused: whether one kernel takes all of Adam's step.
     """
     device = next(student.parameters()).device
     generator = ZsktGenerator().to(device).train()
-    adam_g = torch.optim.Adam(generator.parameters(), 1e-3)
-    adam_s = torch.optim.Adam(student.parameters(), 2e-3)
+    for network in (generator, student, teacher):
+        network.to(memory_format=memory_format)
+    adam_g = torch.optim.Adam(generator.parameters(), 1e-3, fused=fused)
+    adam_s = torch.optim.Adam(student.parameters(), 2e-3, fused=fused)
+    map_of = attention_map or (lambda features: functional.normalize(features.pow(2).mean(1).flatten(1)))
     seen: dict[nn.Module, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda module, _inputs, output: seen.__setitem__(module, output))
@@ -116,7 +127,7 @@ def zskt_loop(
         return functional.kl_div(believed, answered, reduction="sum") / believed.numel()
 
     def maps(side: list[nn.Module]) -> list[Tensor]:
-        return [functional.normalize(seen[module].pow(2).mean(1).flatten(1)) for module in side]
+        return [map_of(seen[module]) for module in side]
 
     for _ in range(rounds):
         z = torch.randn((batch, 100), device=device)
