@@ -7,9 +7,9 @@
 
 Every ratio is the median of pairs, one of each side in turn, so that a noisy machine disturbs both. What is measured
 against stands in ``published_loops.py``: the published schedules, and for the speed of light a bare pass of the same
-teacher in the engine's own precision and memory format. Networks start from their shipped
-weights (``zoo:lenet5-fashion-mnist``, ``alexnet-cifar10``), or from random ones: speed does not depend on them, except
-where a fit is reached.
+teacher in the engine's own precision and memory format. Networks start from their shipped weights
+(``zoo:lenet5-fashion-mnist``, ``alexnet-cifar10``), or from random ones: speed does not depend on them, except where a
+fit is reached.
 """
 
 from __future__ import annotations

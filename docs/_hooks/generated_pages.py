@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -22,6 +23,7 @@ TUTORIALS = "tutorials"
 _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
 _BENCHMARKS = "<!-- benchmarks -->"
 _LADDER = "<!-- ladder -->"
+_EQUAL_FIT = "<!-- equal fit -->"
 _MANY_WORKERS = "<!-- many workers -->"
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<to>[^)#]+)[^)]*\)")  # one to no page of the site stays as its text
 _RESULTS_PAGE = """---
@@ -75,6 +77,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables in."""
     if _BENCHMARKS in markdown:
         markdown = markdown.replace(_BENCHMARKS, benchmarks_table()).replace(_LADDER, ladder_table())
+        markdown = markdown.replace(_EQUAL_FIT, equal_fit_table())
     if _MANY_WORKERS in markdown:
         markdown = markdown.replace(_MANY_WORKERS, many_workers_table())
     return _RESULTS.sub(lambda match: results_table(match["columns"]), markdown)
@@ -140,6 +143,32 @@ def benchmarks_table() -> str:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def equal_fit_table() -> str:
+    """The Markdown table of ``results/bench-equal-fit.json``, means over seeds."""
+    path = ROOT / "results" / "bench-equal-fit.json"
+    records = json.loads(path.read_text()) if path.exists() else []
+    if not records:
+        return "No result is recorded yet; `python benchmarks/equal_fit.py` makes one."
+    lines = ["| teacher | impressions of | steps | mean fit | student's accuracy |", "| --- | --- | --- | --- | --- |"]
+    for name in dict.fromkeys(record["name"] for record in records):
+        of_teacher = [record for record in records if record["name"] == name]
+        for side in ("published", "engine", "engine, uniform noise"):
+            steps, fits, accuracies = (
+                [record[side][key] for record in of_teacher] for key in ("steps", "fit", "accuracy")
+            )
+            maker = "the published loop" if side == "published" else f"the {side}"
+            told = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+            lines.append(
+                f"| {name} | {maker} | {mean(steps):.4g} | {mean(fits):.3f} | **{mean(accuracies):.2f}** ({told}) |"
+            )
+    sizes = {
+        f"{record['name']}: {record['impressions']} impressions, {record['student_steps']} steps of the student, "
+        f"{record['measured_on']}"
+        for record in records
+    }
+    return "\n".join([*lines, "", f"Seeds side by side. {'; '.join(sorted(sizes))}."])
 
 
 def ladder_table() -> str:
