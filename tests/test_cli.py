@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Help and usage.
+
+
+def test_version() -> None:
+    done = run_cli("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"zskd-nni {version('zskd_nni')}\n", "")
 
 
 def test_help_of_every_command() -> None:

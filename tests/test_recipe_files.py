@@ -274,8 +274,8 @@ def test_relative_paths_are_meant_from_the_recipe(tmp_path: Path, monkeypatch: p
     ("override", "message"),
     [
         ("teacher.weights=zoo:nothing", "[Nn]o trained weights 'nothing'.*lenet5-digits"),
-        ("teacher.weights=absent.safetensors", "no weights file"),
-        ("teacher.model=zoo:lenet5_half", r"zoo:lenet5-digits do not fit.*conv1\.weight"),
+        ("teacher.weights=absent.safetensors", "^teacher.weights: There is no weights file"),
+        ("teacher.model=zoo:lenet5_half", r"^teacher\.weights: .*zoo:lenet5-digits do not fit.*conv1\.weight"),
         ("teacher.model=zoo:nothing", "no network 'nothing'"),
         ("teacher.classifier=fc9", "'fc9'.*fc1, fc2, fc3"),
         ("teacher.input.shape=[3, 32, 32]", r"teacher\.input\.shape"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import sys
@@ -44,8 +45,19 @@ _DIVIDED = ("synthesize", "distill", "compress")  # what several processes can d
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"zskd-nni {importlib.metadata.version('zskd_nni')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _only_what_can_be_divided(context: typer.Context) -> None:
+def _only_what_can_be_divided(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and leave.")
+    ] = False,
+) -> None:
     from zskd_nni.launch import launched
 
     here = launched()

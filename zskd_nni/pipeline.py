@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from zskd_nni import interrupt
 from zskd_nni.data import DATA_VARIABLE, NAMED_SETS, data_root, load_images
 from zskd_nni.distillation import check_student, distill
-from zskd_nni.errors import UserError
+from zskd_nni.errors import UserError, said_of
 from zskd_nni.evaluation import logits_on
 from zskd_nni.export import export_onnx, run_onnx
 from zskd_nni.feature_matching import feature_pairs
@@ -178,8 +178,9 @@ class Run:
         assert self.recipe.evaluation is not None
         name = self.loaded.data_name()
         assert name is not None
-        data = load_images(name, self.recipe.evaluation.split, self.root, self.download)
-        data.require_labels(self.teacher.num_classes)
+        with said_of("evaluation.data"):
+            data = load_images(name, self.recipe.evaluation.split, self.root, self.download)
+            data.require_labels(self.teacher.num_classes)
         return data
 
     @contextmanager

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from zskd_nni.data import NAMED_SETS
 from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
+from zskd_nni.errors import UserError, said_of
 from zskd_nni.files import load_weights
 from zskd_nni.inputs import InputSpec
 from zskd_nni.key_paths import set_at
@@ -364,12 +364,13 @@ class LoadedRecipe:
         """Build a section's network and load its weights."""
         network = build_network(section.model, section.arguments, self.base)
         if section.weights is not None:
-            file = (
-                trained_weights(section.weights[4:])
-                if section.weights.startswith("zoo:")
-                else self.path(section.weights)
-            )
-            load_into(network, load_weights(file, section.allow_pt), section.weights)
+            with said_of("teacher.weights" if section is self.recipe.teacher else "student.weights"):
+                file = (
+                    trained_weights(section.weights[4:])
+                    if section.weights.startswith("zoo:")
+                    else self.path(section.weights)
+                )
+                load_into(network, load_weights(file, section.allow_pt), section.weights)
         return network
 
     def teacher(self) -> Teacher:
