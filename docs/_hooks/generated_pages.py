@@ -154,7 +154,7 @@ def equal_fit_table() -> str:
     lines = ["| teacher | impressions of | steps | mean fit | student's accuracy |", "| --- | --- | --- | --- | --- |"]
     for name in dict.fromkeys(record["name"] for record in records):
         of_teacher = [record for record in records if record["name"] == name]
-        for side in ("published", "engine", "engine, uniform noise"):
+        for side in ("published", "engine, smooth noise", "engine, uniform noise"):
             steps, fits, accuracies = (
                 [record[side][key] for record in of_teacher] for key in ("steps", "fit", "accuracy")
             )
