@@ -255,6 +255,19 @@ def test_attention_against_a_loop() -> None:
     assert float(attention_loss(s, t, "norm")) == pytest.approx(norms, rel=1e-4)
 
 
+def test_the_gradient_of_attention_lies_in_memory_as_the_features_do() -> None:
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = torch.randn(3, 4, 6, 5, generator=random(0)).to(memory_format=layout).requires_grad_()
+        features, seen = leaf * 2, []
+        features.register_hook(seen.append)
+        attention_map(features)[:, 7].sum().backward()
+        assert seen[0].is_contiguous(memory_format=layout)
+        gradients.append(leaf.grad)
+    assert float(gradients[0].abs().max()) > 0
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_teacher_is_asked_without_normalising_once_more() -> None:
     spec = InputSpec((1, 8, 8), mean=(0.4,), std=(0.3,))
     teacher, images = Teacher(soft_network(2), spec), gaussian_images(10)
