@@ -1,6 +1,6 @@
 """How fast synthesis, belief matching and training are, as ratios measured side by side: ``make bench``.
 
-    python benchmarks/bench.py                    # under ten minutes on two cores: results/bench-cpu.json
+    python benchmarks/bench.py                    # some ten minutes on two cores: results/bench-cpu.json
     python benchmarks/bench.py --device cuda      # results/bench-cuda.json
     python benchmarks/bench.py --only speed-of-light
     python benchmarks/bench.py --only peer --peer CLONE   # beside the code of ZSKT's authors: peers.py
