@@ -3,7 +3,7 @@
 # make test        the whole test-suite
 # make faults      kills, damage, hostile files, mutated recipes: the long version, under an hour on two cores
 # make soak        20 minutes of synthesis and distillation under a memory limit (SOAK_SECONDS=...)
-# make bench      the ratios of docs/benchmarks.md, under ten minutes (DEVICE=cuda)
+# make bench      the ratios of docs/benchmarks.md, some ten minutes (DEVICE=cuda)
 # make lint        ruff and mypy
 # make notebooks   execute all into docs/tutorials, SCALE=smoke, cpu or full (seconds, minutes, hours at most)
 # make docs        the site, into site/; make docs-serve shows it while it is written
