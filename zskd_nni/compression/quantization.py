@@ -241,7 +241,10 @@ def quantizer_class_name(name: str) -> str:
         near = (
             _SHORT_NAMES.get(name.lower()) or difflib.get_close_matches(name, [*QUANTIZERS, *_SHORT_NAMES], 1, 0.0)[0]
         )
-        raise UserError(f"NNI has no quantizer {name!r}; the nearest is {near!r}. There are {', '.join(QUANTIZERS)}.")
+        raise UserError(
+            f"compression.quantization.quantizer: NNI has no quantizer {name!r}; the nearest is {near!r}. "
+            f"There are {', '.join(QUANTIZERS)}."
+        )
     return name
 
 
