@@ -154,12 +154,14 @@ def equal_fit_table() -> str:
     lines = ["| teacher | impressions of | steps | mean fit | student's accuracy |", "| --- | --- | --- | --- | --- |"]
     for name in dict.fromkeys(record["name"] for record in records):
         of_teacher = [record for record in records if record["name"] == name]
-        for side in ("published", "engine, smooth noise", "engine, uniform noise"):
+        for side in (side for side in of_teacher[0] if side == "published" or side.startswith("engine, ")):
             steps, fits, accuracies = (
                 [record[side][key] for record in of_teacher] for key in ("steps", "fit", "accuracy")
             )
             maker = "the published loop" if side == "published" else f"the {side}"
-            told = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+            told = "; ".join(
+                ", ".join(f"{accuracy:.2f}" for accuracy in record[side]["accuracies"]) for record in of_teacher
+            )
             lines.append(
                 f"| {name} | {maker} | {mean(steps):.4g} | {mean(fits):.3f} | **{mean(accuracies):.2f}** ({told}) |"
             )
@@ -168,7 +170,7 @@ def equal_fit_table() -> str:
         f"{record['measured_on']}"
         for record in records
     }
-    return "\n".join([*lines, "", f"Seeds side by side. {'; '.join(sorted(sizes))}."])
+    return "\n".join([*lines, "", f"In brackets the two students of each seed. {'; '.join(sorted(sizes))}."])
 
 
 def ladder_table() -> str:
