@@ -201,10 +201,17 @@ def equal_fit(name: str) -> tuple[float, str]:
     Returns:
         Mean KL(target || teacher at 20) that the published schedule (batch 100, 1,500 steps) leaves, and the one of
         :func:`ways` whose images teach a student most.
+
+    Raises:
+        SystemExit: none teaches as much as the published loop; then the ratios would not be those of equal quality.
     """
     records = [record for record in json.loads(EQUAL_FIT.read_text()) if record["name"] == NETWORKS[name][2]]
     taught = {way: statistics.mean(record[f"engine, {way}"]["accuracy"] for record in records) for way in ways(1, 1)}
-    return statistics.mean(record["published"]["fit"] for record in records), max(taught, key=lambda way: taught[way])
+    best = max(taught, key=lambda way: taught[way])
+    published = statistics.mean(record["published"]["accuracy"] for record in records)
+    if taught[best] < published:
+        raise SystemExit(f"{name}: {best} teaches {taught[best]:.2f}, less than the published loop's {published:.2f}.")
+    return statistics.mean(record["published"]["fit"] for record in records), best
 
 
 def orders_for(teacher: Teacher, count: int, settings: SynthesisSettings, seed: int) -> Orders:
