@@ -188,9 +188,9 @@ def ways(goal: float, slots: int) -> dict[str, SynthesisSettings]:
     return {
         "smooth noise, each image stopped at the fit": replace(early, start="smooth"),
         "uniform noise, each image stopped at the fit": early,
-        # As in the published loop, with a learning rate at which a sixteenth of its steps is enough.
+        # As in the published loop, with a learning rate at which a twentieth of its steps is enough.
         "smooth noise, rescaled": paper_settings(
-            start="smooth", learning_rate=0.04, max_steps=90, range="rescale", slots=min(slots, 100)
+            start="smooth", learning_rate=0.05, max_steps=75, range="rescale", slots=min(slots, 100)
         ),
     }
 
