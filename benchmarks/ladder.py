@@ -3,8 +3,9 @@
     python benchmarks/ladder.py                   # a few minutes on two cores: results/bench-ladder-cpu.json
     python benchmarks/ladder.py --device cuda
 
-A rung is the one before with one thing changed. Both are measured in turn, so that a noisy machine disturbs both, and
-the ratio is the median of pairs. The profile is that of PyTorch: shares of the time spent in operators themselves.
+A rung is the one before with one thing changed. All are measured in turn, round by round, so that a noisy machine
+disturbs neighbours alike, and the ratio is the median over rounds. The profile is that of PyTorch: shares of the time
+spent in operators themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import NETWORKS, RESULTS, Bench, Game, best_batch, orders_for, paper_settings, plain_network
+from bench import NETWORKS, RESULTS, Bench, Game, Rival, best_batch, orders_for, paper_settings, plain_network
 from published_loops import zskd_loop
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -118,11 +119,14 @@ def belief_rungs(bench: Bench) -> list[Rung]:
 
 def climbed(bench: Bench, what: str, unit: str, rungs: list[Rung]) -> list[dict[str, Any]]:
     """A record for each rung but the first, which all others stand on."""
+    rates = bench.rates([(units, work) for _, work, units in rungs])
+    profiles = [shares(work) for _, work, _ in rungs]
     records = []
-    for (_, work_before, units_before), (change, work, units) in pairwise(rungs):
-        bench.compare(f"{what}: {change}", unit, (units, work), (units_before, work_before), None)
+    for before, after in pairwise(range(len(rungs))):
+        (_, work, units), (change, _, _) = rungs[before], rungs[after]
+        bench.add(Rival(f"{what}: {change}", (units, work), None), unit, rates[after], rates[before])
         record = bench.records[-1]
-        record |= {"what": what, "change": change, "before": shares(work_before), "after": shares(work)}
+        record |= {"what": what, "change": change, "before": profiles[before], "after": profiles[after]}
         records.append(record)
     return records
 
