@@ -108,7 +108,7 @@ class Lesson:
     def __init__(self, name: str, pair: Pair, teacher: Teacher, seed: int, steps: int) -> None:
         training = load_images(TEACHERS[name].data, "train")
         self.name, self.teacher, self.seed = name, teacher, seed
-        self.settings = replace(pair.student, steps=steps, learning_rate=1e-3)
+        self.settings = replace(pair.student, steps=steps, learning_rate=1e-3, feature_weight=3)
         self.held_out = training.subset(slice(len(training) - HELD_OUT, None))
         self.answers = logits_on(teacher, self.held_out, teacher.spec)
         network = copy.deepcopy(teacher.model).requires_grad_(True)

@@ -146,7 +146,7 @@ PAIRS: dict[str, Pair] = {
         teacher="lenet5-mnist",
         students=_HALF,
         student=DistillationSettings(
-            temperature=4, batch=128, learning_rate=0.005, features="auto", feature_weight=3, augmentation=_SMALL_MOVES
+            temperature=4, batch=128, learning_rate=0.005, features="auto", augmentation=_SMALL_MOVES
         ),
         scales={
             # 24,000 is the paper's headline for MNIST; the student's schedule is Fashion-MNIST's.
@@ -163,12 +163,7 @@ PAIRS: dict[str, Pair] = {
         teacher="lenet5-fashion-mnist",
         students=_HALF,
         student=DistillationSettings(
-            temperature=4,
-            batch=128,
-            learning_rate=0.005,
-            features="auto",
-            feature_weight=3,
-            augmentation=_MIRRORED_MOVES,
+            temperature=4, batch=128, learning_rate=0.005, features="auto", augmentation=_MIRRORED_MOVES
         ),
         scales={
             # 48,000 is the paper's headline for Fashion-MNIST.
@@ -185,7 +180,7 @@ PAIRS: dict[str, Pair] = {
         teacher="lenet5-digits",
         students=_HALF,
         student=DistillationSettings(
-            temperature=4, batch=64, learning_rate=0.005, features="auto", feature_weight=3, augmentation=_SMALL_MOVES
+            temperature=4, batch=64, learning_rate=0.005, features="auto", augmentation=_SMALL_MOVES
         ),
         scales={
             "full": Scale(sizes={"": 1500}, steps=1500, block=500, zskt={"rounds": 150}, mte_images=50),
