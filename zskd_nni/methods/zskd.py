@@ -165,10 +165,11 @@ class ZskdOptions:
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # The paper: no prior, temperature 20, noise start, fresh noise and a fresh optimiser for every image. It leaves
-    # the learning rate, the number of steps and the pixel range of MNIST and Fashion-MNIST open.
+    # the learning rate, the number of steps and the pixel range of MNIST and Fashion-MNIST open; on the validation
+    # slice a rate of 0.5 taught four points more than 0.05 and five more than 1.0, and 30 steps as much as 100.
     "paper": {
         "targets": {"betas": (1.0, 0.1)},
-        "synthesis": {"start": "uniform", "range": "clamp", "learning_rate": 0.05, "max_steps": 100},
+        "synthesis": {"start": "uniform", "range": "clamp", "learning_rate": 0.5, "max_steps": 30},
     },
     # The released code for CIFAR-10: batches of 100, 1,500 steps of Adam at 1e-3, whole-batch rescaling, beta
     # cancelled, 20 rows of 2,000. A row is a shard here, so that Adam starts anew with a row (theirs never does).

@@ -148,12 +148,14 @@ def resolve(cell: Cell, scale_name: str) -> Plan:
 
 def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
     student = replace(pair.student, steps=scale.steps, batch=scale.batch or pair.student.batch)
-    if cell.method in SOURCES:
-        student = replace(student, **PUBLISHED_STUDENT.get(cell.preset, {}))
+    if cell.method in SOURCES and cell.preset in PUBLISHED_STUDENT:
+        published = {**PUBLISHED_STUDENT[cell.preset], **pair.published_student}
+        published["augmentation"] = replace(student.augmentation, **published.get("augmentation", {}))
+        student = replace(student, **published)
     changes = dict(cell.student)
     if "augmentation" in changes:
         changes["augmentation"] = changes["augmentation"] or Augmentation()
-    for key in ("temperature", "features"):
+    for key in ("temperature", "features", "learning_rate"):
         if key in changes and changes[key] is None:
             changes[key] = getattr(pair.student, key)
     return replace(student, **changes)

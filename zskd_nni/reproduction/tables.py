@@ -133,6 +133,7 @@ def _ablation(pair: str) -> list[Cell]:
         cells.append(alone(f"only-{name}", changes))
     cells.append(alone("only-augmentation", student={}))
     cells.append(alone("only-student-temperature", student={**NOT_AUGMENTED, "temperature": None}))
+    cells.append(alone("only-student-learning-rate", student={**NOT_AUGMENTED, "learning_rate": None}))
     cells.append(alone("only-features", student={**NOT_AUGMENTED, "features": None}))
     cells.append(_cell(pair, "zskd", "best"))
     for name, keys in ingredients.items():
@@ -140,6 +141,8 @@ def _ablation(pair: str) -> list[Cell]:
         cells.append(_cell(pair, "zskd", "best", f"without-{name}", options={"synthesis": changes}))
     cells.append(_cell(pair, "zskd", "best", "without-augmentation", student=NOT_AUGMENTED))
     cells.append(_cell(pair, "zskd", "best", "without-student-temperature", student={"temperature": 20.0}))
+    published_rate = {"learning_rate": PAIRS[pair].published_student["learning_rate"]}
+    cells.append(_cell(pair, "zskd", "best", "without-student-learning-rate", student=published_rate))
     cells.append(_cell(pair, "zskd", "best", "without-features", student={"features": "none"}))
     return cells
 
