@@ -3,7 +3,8 @@
     python benchmarks/packaged_recipes.py mnist-half mnist-prune50 fashion-mnist-half digits-prune50 --seeds 0 1 2
 
 Real test data is found as the command line finds it (``ZSKD_NNI_DATA``). Every run is a ``zskd-nni compress`` in its
-own process and folder below ``--runs``; a finished one is not run again, a stopped one goes on.
+own process and folder below ``--runs``; a finished one is not run again, a stopped one goes on. Seeds that were run
+before stay in the file if their recipe was the same.
 With ``--twin`` each run is followed by its real-data twin, the same recipe on the training images themselves, whose
 figures stand in the record as ``real_data``: the ceiling. A twin that trains gets the whole training split; one that
 only calibrates gets as many images as the recipe.
@@ -19,6 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from zskd_nni.files import write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
@@ -156,10 +159,15 @@ def main() -> None:
     for recipe in arguments.recipes:
         name = f"{recipe}-{arguments.scale}" if arguments.scale else recipe
         path = RESULTS / f"{name}.json"
-        records = []
+        records = json.loads(path.read_text()) if path.exists() else []
         for seed in arguments.seeds:
-            records.append(run(recipe, seed, arguments.runs / f"{name}-seed{seed}", options, arguments.twin))
-            path.write_text(json.dumps(records, indent=1) + "\n")
+            record = run(recipe, seed, arguments.runs / f"{name}-seed{seed}", options, arguments.twin)
+            same = [
+                other for other in records if other["recipe"] == {**record["recipe"], "seed": other["recipe"]["seed"]}
+            ]
+            others = [other for other in same if other["recipe"]["seed"] != seed]
+            records = sorted([*others, record], key=lambda kept: kept["recipe"]["seed"])
+            write_json(path, records)
 
 
 if __name__ == "__main__":
