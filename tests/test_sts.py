@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -299,12 +300,13 @@ def test_presets() -> None:
     method = find_method("sts")
     paper, best = method.options("paper", {}), method.options("best", {})
     assert (paper.targets.layer, paper.targets.sigma, paper.targets.activation) == (None, 1.5, 0.05)
-    assert (paper.targets.temperature, paper.synthesis.temperature) == (20, 20)
+    assert (paper.targets.temperature, paper.synthesis.temperature) == (1, 1)
     assert best.synthesis == find_method("zskd").options("best", {}).synthesis
-    assert paper.synthesis == find_method("zskd").options("paper", {}).synthesis
+    published = find_method("zskd").options("paper", {}).synthesis
+    assert paper.synthesis == replace(published, temperature=1.0, learning_rate=0.05, max_steps=100)
     changed = method.options("paper", {"targets": {"sigma": 2}, "synthesis": {"max_steps": 3}})
     assert (changed.targets.sigma, changed.targets.activation, changed.synthesis.max_steps) == (2, 0.05, 3)
-    assert zskd.PRESETS["paper"]["synthesis"]["max_steps"] == 100, "a change must not stick to the preset"
+    assert zskd.PRESETS["paper"]["synthesis"]["max_steps"] == 30, "a change must not stick to the preset"
     assert PRESETS["paper"]["targets"]["sigma"] == 1.5
     with pytest.raises(ValueError, match="preset: sts has paper, best, not 'bst'"):
         method.options("bst", {})
