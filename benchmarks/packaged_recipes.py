@@ -82,6 +82,17 @@ def in_common(one: dict[str, list[int]], other: dict[str, list[int]]) -> dict[st
     return {name: [len(set(gone) & set(other.get(name, []))), len(gone)] for name, gone in one.items()}
 
 
+def with_record(records: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records by seed with this one among them: in the place of its seed's, and without those of another recipe."""
+
+    def but_for_the_seed(one: dict[str, Any]) -> dict[str, Any]:
+        return {**one["recipe"], "seed": None}
+
+    seeds = {one["recipe"]["seed"]: one for one in records if but_for_the_seed(one) == but_for_the_seed(record)}
+    seeds[record["recipe"]["seed"]] = record
+    return [seeds[seed] for seed in sorted(seeds)]
+
+
 def recipe_results() -> list[Path]:
     """The result files that are of recipes, not of other benchmarks."""
     return sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(OTHERS))
@@ -162,11 +173,7 @@ def main() -> None:
         records = json.loads(path.read_text()) if path.exists() else []
         for seed in arguments.seeds:
             record = run(recipe, seed, arguments.runs / f"{name}-seed{seed}", options, arguments.twin)
-            same = [
-                other for other in records if other["recipe"] == {**record["recipe"], "seed": other["recipe"]["seed"]}
-            ]
-            others = [other for other in same if other["recipe"]["seed"] != seed]
-            records = sorted([*others, record], key=lambda kept: kept["recipe"]["seed"])
+            records = with_record(records, record)
             write_json(path, records)
 
 

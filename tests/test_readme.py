@@ -36,6 +36,17 @@ def test_the_table_is_that_of_the_result_files():
     assert benchmark_script().table(names) in (ROOT / "README.md").read_text()
 
 
+def test_a_new_seed_joins_those_of_the_same_recipe_alone():
+    def record(seed, steps, accuracy=0):
+        return {"recipe": {"seed": seed, "distillation": {"steps": steps}}, "accuracy": accuracy}
+
+    with_record = benchmark_script().with_record
+    assert with_record([], record(1, 10)) == [record(1, 10)]
+    assert with_record([record(1, 10)], record(0, 10)) == [record(0, 10), record(1, 10)]
+    assert with_record([record(0, 10), record(1, 10)], record(1, 10, 9)) == [record(0, 10), record(1, 10, 9)]
+    assert with_record([record(0, 10), record(1, 20)], record(2, 10)) == [record(0, 10), record(2, 10)]
+
+
 @pytest.mark.parametrize("path", benchmark_script().recipe_results(), ids=lambda path: path.stem)
 def test_results_have_three_seeds_controls_and_provenance(path):
     records = json.loads(path.read_text())

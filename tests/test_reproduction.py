@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,20 @@ def test_real_data_rows_have_the_students_recipe_of_the_data_free_ones(pair: str
     assert labels == resolve(Cell(pair, "zskd", "best"), "full").student
 
 
+@pytest.mark.parametrize("pair", sorted(PAIRS))
+def test_what_was_chosen_for_the_paper_preset_stays_with_lenet(pair: str) -> None:
+    own = PAIRS[pair].student
+    plan = resolve(Cell(pair, "zskd", "paper"), "full")
+    made = plan.ingredients["synthesis"]
+    chosen = (plan.student.learning_rate, plan.student.augmentation, made["learning_rate"], made["max_steps"])
+    if PAIRS[pair].recipe.network.endswith("lenet5"):
+        assert chosen == (0.01, replace(own.augmentation, contrast=0.3), 0.5, 30)
+    else:
+        assert chosen == (own.learning_rate, own.augmentation, 0.05, 100)
+    assert (plan.student.temperature, plan.student.features) == (20, "none")
+    assert resolve(Cell(pair, "zskd", "best"), "full").student == replace(own, steps=plan.student.steps)
+
+
 def test_each_ingredient_is_alone() -> None:
     cells = {cell.variant: resolve(cell, "full") for cell in TABLES["best-ablation"].cells if cell.pair == "mnist"}
     base, best = cells["base"], cells[""]
@@ -254,6 +269,9 @@ def test_each_ingredient_is_alone() -> None:
     assert changed(base.ingredients, cells["only-student-temperature"].ingredients) == {"student.temperature"}
     assert changed(base.ingredients, cells["only-features"].ingredients) == {"student.features"}
     assert changed(best.ingredients, cells["without-features"].ingredients) == {"student.features"}
+    rate = {"student.learning_rate"}
+    assert changed(base.ingredients, cells["only-student-learning-rate"].ingredients) == rate
+    assert changed(best.ingredients, cells["without-student-learning-rate"].ingredients) == rate
     assert changed(best.ingredients, cells["without-held-background"].ingredients) == {"synthesis.hold"}
     assert changed(best.ingredients, cells["without-augmentation"].ingredients) == {"student.augmentation"}
     alone = set().union(*(changed(base.ingredients, p.ingredients) for v, p in cells.items() if v.startswith("only-")))
