@@ -236,6 +236,17 @@ def test_real_data_rows_have_the_students_recipe_of_the_data_free_ones(pair: str
     assert labels == resolve(Cell(pair, "zskd", "best"), "full").student
 
 
+def test_balanced_and_unbalanced_differ_in_the_balancing_alone() -> None:
+    cells = {cell.name: resolve(cell, "full") for cell in TABLES["ats-balance"].cells}
+    for name, balanced in cells.items():
+        if balanced.cell.preset != "paper":
+            continue
+        unbalanced = cells[name.replace("-ats-paper-", "-ats-unbalanced-")]
+        one, other = balanced.ingredients, unbalanced.ingredients
+        assert {key for key in one if one[key] != other[key]} == {"balanced", "fill"}
+        assert balanced.size == unbalanced.size
+
+
 @pytest.mark.parametrize("pair", sorted(PAIRS))
 def test_what_was_chosen_for_the_paper_preset_stays_with_lenet(pair: str) -> None:
     own = PAIRS[pair].student

@@ -148,7 +148,8 @@ def resolve(cell: Cell, scale_name: str) -> Plan:
 
 def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
     student = replace(pair.student, steps=scale.steps, batch=scale.batch or pair.student.batch)
-    if cell.method in SOURCES and cell.preset in PUBLISHED_STUDENT:
+    # ATS's presets differ in the balancing alone, and are compared with each other: one student for both.
+    if cell.method in SOURCES and cell.method != "ats" and cell.preset in PUBLISHED_STUDENT:
         published = {**PUBLISHED_STUDENT[cell.preset], **pair.published_student}
         published["augmentation"] = replace(student.augmentation, **published.get("augmentation", {}))
         student = replace(student, **published)
