@@ -93,11 +93,12 @@ class Plan:
 
     @property
     def ingredients(self) -> dict[str, Any]:
-        """Every resolved option of method and student, JSON-able."""
+        """Every resolved option of method and student, JSON-able; ZSKT has a student's recipe among its own."""
         result: dict[str, Any] = {} if self.options is None else plain(asdict(self.options))
         if self.cell.shots is not None:
             result["images_a_class"] = self.cell.shots
-        result["student"] = plain(asdict(self.student))
+        if self.cell.method not in ("none", "zskt"):
+            result["student"] = plain(asdict(self.student))
         return result
 
     @property
