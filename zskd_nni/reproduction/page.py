@@ -24,7 +24,12 @@ TITLES = {
     "svhn-wrn": "SVHN, WRN-40-2 to WRN-16",
 }
 
-HEAD = """# Results
+# The tables are wide: without the columns at its sides the page has room for them.
+HEAD = """---
+hide: [navigation, toc]
+---
+
+# Results
 
 This page is made from the records in `results/reproduce` by `zskd-nni results`; nothing is written by hand. A record is
 one run of `zskd-nni reproduce`: one cell with one seed.
