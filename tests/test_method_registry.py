@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,9 +16,16 @@ from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.real import METHOD as REAL
-from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free, method_names, transfer_source
+from zskd_nni.methods.registry import (
+    TransferRequest,
+    default_preset,
+    find_method,
+    is_data_free,
+    method_names,
+    transfer_source,
+)
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe
+from zskd_nni.recipe import TransferSection, load_recipe
 from zskd_nni.teacher import Teacher
 
 SMALL = (
@@ -28,39 +37,14 @@ SMALL = (
     "controls=[]",
 )
 
-# What somebody else writes: one module, one class, one entry point.
-STRIPES = """
-from dataclasses import dataclass
-
-import torch
-
-from zskd_nni.settings import build_settings
-from zskd_nni.transfer import StoredSource
+# What somebody else writes: one module, one class, one entry point. It is the page's, so that the page is right.
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "howto" / "own-method.md"
 
 
-@dataclass(frozen=True)
-class Options:
-    __pydantic_config__ = {"extra": "forbid"}
-    width: int = 4
-
-
-class Stripes:
-    name = "stripes"
-    presets = ("best",)
-
-    def options(self, preset, given):
-        return build_settings(Options, dict(given))
-
-    def source(self, teacher, request):
-        draws = torch.Generator().manual_seed(request.seed)
-        channels, height, width = teacher.spec.shape
-        columns = torch.rand((request.size, channels, 1, width // request.options.width), generator=draws)
-        images = columns.repeat_interleave(request.options.width, 3).expand(-1, -1, height, -1).contiguous()
-        return StoredSource(images, request.batch_size, request.seed, f"stripes {request.seed}")
-
-
-METHOD = Stripes()
-"""
+def shown(title: str) -> str:
+    """The file of that name as the page shows it."""
+    (text,) = re.findall(rf'^```\w+ title="zskd-stripes/{re.escape(title)}"\n(.*?)^```$', PAGE.read_text(), re.S | re.M)
+    return text
 
 
 @pytest.fixture
@@ -69,9 +53,14 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     site = tmp_path / "site"
     info = site / "zskd_stripes-1.0.dist-info"
     info.mkdir(parents=True)
-    (site / "zskd_stripes.py").write_text(STRIPES)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zskd-stripes\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[zskd_nni.methods]\nstripes = zskd_stripes:METHOD\n")
+    (site / "zskd_stripes.py").write_text(shown("zskd_stripes.py"))
+    toml = configparser.ConfigParser()  # as plain as this one is, an ini file can be read in its place
+    toml.read_string(shown("pyproject.toml"))
+    named = {key: value.strip('"') for key, value in toml["project"].items()}
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {named['name']}\nVersion: {named['version']}\n")
+    points = toml['project.entry-points."zskd_nni.methods"'].items()
+    lines = ["[zskd_nni.methods]", *(f"{name} = {where.strip(chr(34))}" for name, where in points)]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(str(site))
     yield site
     sys.modules.pop("zskd_stripes", None)
@@ -169,3 +158,33 @@ def test_mistakes_in_that_call_are_told(digits_teacher, tmp_path, options, messa
     with pytest.raises(UserError, match=message):
         transfer_source(digits_teacher, tmp_path / "a", 40, **options)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "preset"),
+    [("zskd", "best"), ("sts", "best"), ("class-impressions", "best"), ("ats", "paper"), ("zskt", "fresh")],
+)
+def test_a_recipe_without_a_preset_gets_the_default_of_its_method(method: str, preset: str) -> None:
+    assert default_preset(find_method(method)) == preset
+    section = TransferSection.model_validate({"method": method})
+    assert section.preset == preset
+    assert section.options() == find_method(method).options(preset, {})
+    assert section == TransferSection.model_validate({"method": method, "preset": preset})
+
+
+def test_a_method_without_best_starts_with_its_first_preset() -> None:
+    class Bare:
+        name = "bare"
+        presets = ("plain", "rich")
+
+    assert default_preset(Bare()) == "plain"  # type: ignore[arg-type]
+
+
+def test_the_function_takes_the_default_of_the_method_too(digits_teacher: Teacher, tmp_path: Path) -> None:
+    source = transfer_source(digits_teacher, tmp_path / "a", 40, method="ats", batch_size=16, quiet=True)
+    paper = transfer_source(digits_teacher, tmp_path / "b", 40, method="ats", preset="paper", batch_size=16, quiet=True)
+    assert source.fingerprint == paper.fingerprint
+    other = transfer_source(
+        digits_teacher, tmp_path / "c", 40, method="ats", preset="unbalanced", batch_size=16, quiet=True
+    )
+    assert source.fingerprint != other.fingerprint

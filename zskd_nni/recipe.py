@@ -25,7 +25,7 @@ from zskd_nni.errors import UserError, said_of
 from zskd_nni.files import load_weights
 from zskd_nni.inputs import InputSpec
 from zskd_nni.key_paths import set_at
-from zskd_nni.methods.registry import find_method
+from zskd_nni.methods.registry import default_preset, find_method
 from zskd_nni.networks import FORMS, build_network, load_into
 from zskd_nni.search_space import check_space
 from zskd_nni.settings import describe_validation
@@ -78,7 +78,7 @@ class TransferSection(BaseModel):
 
     Attributes:
         method: name of an installed method.
-        preset: one of the method's presets.
+        preset: one of the method's presets; where none is named, its default, ``best`` where it has one.
         size: number of distinct images.
         held_out: impressions of another seed on which agreement is measured.
     """
@@ -89,6 +89,17 @@ class TransferSection(BaseModel):
     preset: str = "best"
     size: int = Field(default=12000, ge=1)
     held_out: int = Field(default=500, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_of_the_method(cls, given: Any) -> Any:
+        name = given.get("method", "zskd") if isinstance(given, dict) else None
+        if not isinstance(name, str) or "preset" in given:
+            return given
+        try:
+            return {**given, "preset": default_preset(find_method(name))}
+        except UserError:  # the method is unknown, which is said below
+            return given
 
     @model_validator(mode="after")
     def _options_are_right(self) -> TransferSection:

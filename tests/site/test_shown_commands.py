@@ -52,6 +52,11 @@ ELSEWHERE = {
         "tests/test_search.py",
         "test_a_search_is_private_stops_whole_and_goes_on",
     ),
+    "zskd-nni compress digits-prune50 --out out/stripes --set transfer.method=stripes --set transfer.preset=best"
+    " --set transfer.width=8": (
+        "tests/test_method_registry.py",
+        "test_a_method_of_somebody_elses_is_found_and_runs",
+    ),
     "zskd-nni reproduce main --cell mnist-zskd-best --seed 0": (
         "tests/test_reproduction.py",
         "test_every_method_leaves_a_whole_record",
@@ -117,6 +122,7 @@ class Reader:
 
     def follow(self, block: Block) -> None:
         if block.title:
+            (self.folder / block.title).parent.mkdir(exist_ok=True)
             (self.folder / block.title).write_text(block.text)
         elif block.language == "yaml":
             self.load(block)
@@ -184,10 +190,11 @@ class Reader:
     def pip_install(self, arguments: list[str]) -> None:
         if "constraints.txt" in arguments:
             arguments[arguments.index("constraints.txt")] = str(ROOT / "constraints.txt")
+        own = any(word.startswith("./") for word in arguments)  # a package that a page has the reader write
         run = subprocess.run(
             [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-index", "--no-build-isolation",
              "--no-input", "--disable-pip-version-check", *arguments],
-            cwd=ROOT, capture_output=True, text=True, timeout=120,
+            cwd=self.folder if own else ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         assert "does not provide the extra" not in run.stderr

@@ -60,7 +60,8 @@ class Method(Protocol):
         presets: names of the presets.
 
     A method that reads real data says so by an attribute ``data_free = False``; one that does so with some options
-    only, by such a property of its options.
+    only, by such a property of its options. What a recipe gets that names no preset is ``default_preset`` where the
+    method has such an attribute, else ``best`` where there is one, else the first.
     """
 
     name: str
@@ -82,6 +83,12 @@ class Method(Protocol):
 def is_data_free(method: Method, options: Any = None) -> bool:
     """Whether a method works from the teacher alone; its options have the last word."""
     return bool(getattr(options, "data_free", getattr(method, "data_free", True)))
+
+
+def default_preset(method: Method) -> str:
+    """The preset of a method for which none is named."""
+    fallback = "best" if "best" in method.presets else method.presets[0]
+    return str(getattr(method, "default_preset", fallback))
 
 
 def method_names() -> list[str]:
@@ -113,7 +120,7 @@ def transfer_source(
     size: int = 12000,
     *,
     method: str = "zskd",
-    preset: str = "best",
+    preset: str | None = None,
     batch_size: int = 128,
     seed: int = 0,
     quiet: bool = False,
@@ -126,7 +133,7 @@ def transfer_source(
         folder: where the method keeps what it makes; the same call again takes up what is there.
         size: number of distinct images, where the method holds any.
         method: name of an installed method.
-        preset: one of the method's presets.
+        preset: one of the method's presets; its own default where none is named.
         batch_size: images in a batch.
         seed: names the random streams.
         quiet: no progress.
@@ -137,7 +144,7 @@ def transfer_source(
     """
     found = find_method(method)
     try:
-        checked = found.options(preset, options)
+        checked = found.options(preset or default_preset(found), options)
     except ValueError as error:
         raise UserError(f"{method}: {error}") from error
     return found.source(teacher, TransferRequest(size, batch_size, seed, Path(folder), checked, quiet=quiet))

@@ -569,6 +569,7 @@ class Zskt:
 
     name = "zskt"
     presets = tuple(PRESETS)
+    default_preset = "fresh"
 
     def options(self, preset: str, given: Mapping[str, Any]) -> ZsktSettings:
         """The preset with the recipe's own keys over it."""

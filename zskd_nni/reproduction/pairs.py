@@ -109,7 +109,7 @@ class Pair:
 
 _HALF: dict[str, tuple[str, dict[str, Any]]] = {"half": ("zoo:lenet5_half", {})}
 _SMALL_MOVES = Augmentation(rotation=8, translation=0.05, scale=(0.9, 1.1), shear=3)
-_MIRRORED_MOVES = Augmentation(rotation=3, translation=0.02, scale=(0.97, 1.03), flip=0.5)
+_MIRRORED_MOVES = Augmentation(rotation=2, translation=0.01, scale=(0.985, 1.015), flip=0.5)
 _COLOUR_MOVES = Augmentation(translation=0.1, scale=(0.9, 1.1), flip=0.5)
 
 # Small enough that all cells of a pair are a matter of seconds: for tests, and to see that everything is in place.
