@@ -257,7 +257,10 @@ def test_what_was_chosen_for_the_paper_preset_stays_with_lenet(pair: str) -> Non
     plan = resolve(Cell(pair, "zskd", "paper"), "full")
     made = plan.ingredients["synthesis"]
     chosen = (plan.student.learning_rate, plan.student.augmentation, made["learning_rate"], made["max_steps"])
-    if PAIRS[pair].recipe.network.endswith("lenet5"):
+    if pair == "fashion-mnist":  # its images move further than those of best
+        moves = {"rotation": 4, "translation": 0.03, "scale": (0.95, 1.05), "shear": 1.5}
+        assert chosen == (0.01, replace(own.augmentation, contrast=0.3, **moves), 0.5, 30)
+    elif PAIRS[pair].recipe.network.endswith("lenet5"):
         assert chosen == (0.01, replace(own.augmentation, contrast=0.3), 0.5, 30)
     else:
         assert chosen == (own.learning_rate, own.augmentation, 0.05, 100)

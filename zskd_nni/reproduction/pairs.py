@@ -3,8 +3,7 @@
 The student's recipe (steps, batch, optimiser, schedule, augmentation) is one for a pair: what differs between its rows
 is the images alone. The exceptions follow the preset, and are the same for the data-free rows of that preset and the
 real-data row of that name. For ``paper`` and ``author-code`` the temperature is 20 and no hidden layers are matched, as
-ZSKD fixes them, and the learning rate and the contrast that augmentation changes, which it leaves open, are those that
-were chosen for it; for everything else they are the pair's own, chosen with ``best``. So they are for both presets of
+ZSKD fixes them, and the learning rate and the augmentation, which it leaves open, are those that were chosen for it; for everything else they are the pair's own, chosen with ``best``. So they are for both presets of
 ATS, which differ in the balancing alone. ZSKT is the whole game of its paper, with the student's optimiser in it, and
 so is few-shot KD+AT where networks have BatchNorm.
 """
@@ -130,6 +129,11 @@ _LENET_ZSKT = {"width": 32, "rounds": 1000}
 # SGD at 0.1 is for networks with BatchNorm.
 _LENET_KD_AT = {"optimizer": "student"}
 _LENET_PUBLISHED: dict[str, Any] = {"learning_rate": 0.01, "augmentation": {"contrast": 0.3}}
+# Students without hidden layers to match gain by images that are moved further: 83.4 against 79.4 on the slice.
+_FASHION_PUBLISHED: dict[str, Any] = {
+    "learning_rate": 0.01,
+    "augmentation": {"contrast": 0.3, "rotation": 4, "translation": 0.03, "scale": (0.95, 1.05), "shear": 1.5},
+}
 # What ZSKD's paper preset leaves open was chosen with LeNet-5; CIFAR-10's networks take smaller steps.
 _SMALL_STEPS = {"learning_rate": 0.05, "max_steps": 100}
 
@@ -188,7 +192,7 @@ PAIRS: dict[str, Pair] = {
         training_images=60000,
         zskt=_LENET_ZSKT,
         kd_at=_LENET_KD_AT,
-        published_student=_LENET_PUBLISHED,
+        published_student=_FASHION_PUBLISHED,
     ),
     "digits": Pair(
         teacher="lenet5-digits",
