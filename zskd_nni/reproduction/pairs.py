@@ -2,10 +2,11 @@
 
 The student's recipe (steps, batch, optimiser, schedule, augmentation) is one for a pair: what differs between its rows
 is the images alone. The exceptions follow the preset, and are the same for the data-free rows of that preset and the
-real-data row of that name. For ``paper`` and ``author-code`` the temperature is 20 and no hidden layers are matched, as
-ZSKD fixes them, and the learning rate and the augmentation, which it leaves open, are those that were chosen for it; for everything else they are the pair's own, chosen with ``best``. So they are for both presets of
-ATS, which differ in the balancing alone. ZSKT is the whole game of its paper, with the student's optimiser in it, and
-so is few-shot KD+AT where networks have BatchNorm.
+real-data row of that name. For ``paper`` and ``author-code`` the temperature is 20 and no hidden layers are matched,
+as ZSKD fixes them, and the learning rate and the augmentation, which it leaves open, are those that were chosen for
+it; for everything else they are the pair's own, chosen with ``best``. So they are for both presets of ATS, which
+differ in the balancing alone. ZSKT is the whole game of its paper, with the student's optimiser in it, and so is
+few-shot KD+AT where networks have BatchNorm.
 """
 
 from __future__ import annotations
