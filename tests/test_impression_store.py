@@ -26,8 +26,8 @@ from helpers import (
 
 from zskd_nni.errors import UserError
 from zskd_nni.files import fingerprint_of, load_tensors, only_writer, save_tensors, sha256_of_file
+from zskd_nni.identity import describe_difference
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.synthesis.store import describe_difference
 
 MANIFEST = "manifest.json"
 

@@ -38,6 +38,7 @@ from zskd_nni.files import (
     save_tensors,
     write_json,
 )
+from zskd_nni.identity import taken_over
 from zskd_nni.latency import median_latencies
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.metrics import accuracy, agreement
@@ -49,7 +50,6 @@ from zskd_nni.report import write_report
 from zskd_nni.saved_model import load_network, save_network
 from zskd_nni.seeds import derive_seed
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.synthesis.store import describe_difference
 from zskd_nni.teacher import first_tensor
 from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
 from zskd_nni.workers import only_writers, team
@@ -191,17 +191,9 @@ class Run:
             yield
 
     def _take_over(self) -> None:
-        path = self.out / RUN
-        if path.exists():
-            known = read_json(path)
-            if not isinstance(known, dict) or not isinstance(known.get("identity"), dict):
-                raise UserError(f"{path} is damaged; remove {self.out} to start over.")
-            difference = describe_difference(known["identity"], self.identity)
-            if difference:
-                raise UserError(f"{self.out} belongs to another run ({difference}). Use another output folder.")
+        known = taken_over(self.out, RUN, "run", self.identity)
+        if known:
             self.seconds = _figures(known.get("seconds"))
-        elif any(entry.name != ".lock" for entry in self.out.iterdir()):
-            raise UserError(f"{self.out} is not empty and no run of this recipe made it. Use another output folder.")
         self._write_run()
 
     def _write_run(self) -> None:

@@ -26,11 +26,11 @@ from zskd_nni.experiments.search_config import experiment_config, is_local, reme
 from zskd_nni.experiments.search_job import relocated
 from zskd_nni.experiments.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
 from zskd_nni.files import make_folder, only_writer, read_json, write_atomic, write_json
+from zskd_nni.identity import taken_over
 from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import LoadedRecipe, check_recipe
 from zskd_nni.search_space import corners, with_parameters
-from zskd_nni.synthesis.store import describe_difference
 
 SEARCH, TRIALS, BEST, PROPOSED = "search.json", "trials.json", "best.yml", "proposed.jsonl"
 _POLL = 0.5
@@ -142,17 +142,8 @@ class Search:
         return self._conclude(table)
 
     def _claim(self) -> None:
-        path = self.out / SEARCH
-        if path.exists():
-            known = read_json(path)
-            if not isinstance(known, dict) or not isinstance(known.get("identity"), dict):
-                raise UserError(f"{path} is damaged; remove {self.out} to start over.")
-            difference = describe_difference(known["identity"], self.identity)
-            if difference:
-                raise UserError(f"{self.out} belongs to another search ({difference}). Use another output folder.")
-        elif any(entry.name != ".lock" for entry in self.out.iterdir()):
-            raise UserError(f"{self.out} is not empty and no search of this recipe made it. Use another output folder.")
-        write_json(path, {"identity": self.identity})
+        taken_over(self.out, SEARCH, "search", self.identity)
+        write_json(self.out / SEARCH, {"identity": self.identity})
 
     def _known_table(self) -> dict[str, Any]:
         path = self.out / TRIALS

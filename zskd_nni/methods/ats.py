@@ -53,12 +53,12 @@ from zskd_nni.files import (
     sha256_of_file,
     write_json,
 )
+from zskd_nni.identity import describe_difference
 from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.progress import Progress
 from zskd_nni.seeds import generator
 from zskd_nni.synthesis.starts import start_images
-from zskd_nni.synthesis.store import describe_difference
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
 from zskd_nni.workers import team

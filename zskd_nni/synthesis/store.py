@@ -30,6 +30,7 @@ from zskd_nni.files import (
     sha256_of_file,
     write_json,
 )
+from zskd_nni.identity import describe_difference
 from zskd_nni.synthesis.engine import Impressions
 from zskd_nni.synthesis.stored_images import ShardImages, StoredImages
 
@@ -353,22 +354,3 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 def _is_figure(value: Any) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
-
-
-def describe_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
-    """The first difference between two JSON-able mappings as ``key.path is A there, B here``; empty if none."""
-    for key in sorted(old.keys() | new.keys()):
-        here = f"{path}{key}"
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = describe_difference(a, b, f"{here}.")
-            if inner:
-                return inner
-        elif a != b:
-            return f"{here} is {_short(a)} there, {_short(b)} here"
-    return ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:20] + "..."
