@@ -166,7 +166,8 @@ def _balance(pair: str) -> list[Cell]:
 
 def _zskt(pair: str) -> list[Cell]:
     cells = [_cell(pair, "zskt", preset) for preset in zskt.PRESETS]
-    cells.append(_cell(pair, "zskt", "fresh", "input-range", options={"generator_range": "input"}))
+    other = "unit" if PAIRS[pair].zskt.get("generator_range") == "input" else "input"
+    cells.append(_cell(pair, "zskt", "fresh", f"{other}-range", options={"generator_range": other}))
     cells.append(_cell(pair, "zskt", "fresh", "no-attention", options={"attention": "none"}))
     return cells
 
