@@ -52,8 +52,7 @@ ELSEWHERE = {
         "tests/test_search.py",
         "test_a_search_is_private_stops_whole_and_goes_on",
     ),
-    "zskd-nni compress digits-prune50 --out out/stripes --set transfer.method=stripes --set transfer.preset=best"
-    " --set transfer.width=8": (
+    "zskd-nni compress digits-prune50 --out out/stripes --set transfer.method=stripes --set transfer.width=8": (
         "tests/test_method_registry.py",
         "test_a_method_of_somebody_elses_is_found_and_runs",
     ),
