@@ -130,8 +130,8 @@ _LENET_ZSKT = {"width": 32, "rounds": 1000, "generator_range": "input", "diverge
 # SGD at 0.1 is for networks with BatchNorm.
 _LENET_KD_AT = {"optimizer": "student"}
 _LENET_PUBLISHED: dict[str, Any] = {"learning_rate": 0.01, "augmentation": {"contrast": 0.3}}
-# Students without hidden layers to match seemed to gain by images that are moved further: 83.4 against 79.4 on the slice,
-# one seed. Another came to 76.1 with the same moves, so that this is a choice within the spread.
+# Students without hidden layers to match seemed to gain by images that are moved further: 83.4 against 79.4 on the
+# slice, one seed. Another came to 76.1 with the same moves, so that this is a choice within the spread.
 _FASHION_PUBLISHED: dict[str, Any] = {
     "learning_rate": 0.01,
     "augmentation": {"contrast": 0.3, "rotation": 4, "translation": 0.03, "scale": (0.95, 1.05), "shear": 1.5},
