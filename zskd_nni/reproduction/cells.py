@@ -34,8 +34,8 @@ class Cell:
         size: images of the transfer set, or their fraction of the training split, or the preset whose size is taken;
             None for the own preset's.
         options: the method's own keys over the preset's.
-        student: keys over the pair's student recipe; ``augmentation`` None takes it away, ``temperature`` and
-            ``features`` None are the pair's own whatever the preset.
+        student: keys over the pair's student recipe; ``augmentation`` None takes it away, ``temperature``,
+            ``features``, ``learning_rate`` and ``steps`` None are the pair's own whatever the preset.
         network: which of the pair's students; ``""`` for the first.
         shots: M, images a class (few-shot KD+AT).
         transition: whether the mean transition error is measured.
@@ -104,7 +104,8 @@ class Plan:
     @property
     def selected_on(self) -> str:
         """Where the settings were chosen."""
-        return SELECTED_ON.get(self.cell.preset, SELECTED_ON[""])
+        chosen = {**SELECTED_ON, **PAIRS[self.cell.pair].selected_on}
+        return chosen.get(self.cell.preset, chosen[""])
 
     def identity(self, teacher: str) -> dict[str, Any]:
         """What a record must match to count as this run's; ``teacher`` is the teacher's fingerprint."""
@@ -153,6 +154,7 @@ def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
     if cell.method in SOURCES and cell.method != "ats" and cell.preset in PUBLISHED_STUDENT:
         published = {**PUBLISHED_STUDENT[cell.preset], **pair.published_student}
         published["augmentation"] = replace(student.augmentation, **published.get("augmentation", {}))
+        published["steps"] = scale.published_steps or scale.steps
         student = replace(student, **published)
     changes = dict(cell.student)
     if "augmentation" in changes:
@@ -160,6 +162,8 @@ def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
     for key in ("temperature", "features", "learning_rate"):
         if key in changes and changes[key] is None:
             changes[key] = getattr(pair.student, key)
+    if "steps" in changes and changes["steps"] is None:
+        changes["steps"] = scale.steps
     return replace(student, **changes)
 
 

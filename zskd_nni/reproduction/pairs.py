@@ -42,6 +42,7 @@ class Scale:
         mte_images: agreed test images on which the mean transition error is measured (the paper: 1,000).
         mte_steps: K (the paper: 100).
         training_images: of the training split at most so many are read; None for all.
+        published_steps: of a student of the presets of :data:`PUBLISHED_STUDENT`, where not ``steps``.
     """
 
     sizes: Mapping[str, int]
@@ -53,6 +54,7 @@ class Scale:
     mte_images: int = 500
     mte_steps: int = 100
     training_images: int | None = None
+    published_steps: int | None = None
 
     def size(self, preset: str) -> int:
         """Images of a preset's transfer set."""
@@ -75,6 +77,7 @@ class Pair:
         kd_at: keys of KD+AT.
         published_student: keys of the student's recipe that were chosen for the presets of :data:`PUBLISHED_STUDENT`;
             those of its augmentation are put over the pair's.
+        selected_on: where the settings of a preset were chosen, if not where :data:`SELECTED_ON` says.
         speed: image-steps of synthesis, student steps and rounds of ZSKT that one core makes in a second, for
             estimates.
     """
@@ -89,6 +92,7 @@ class Pair:
     sts: Mapping[str, Any] = field(default_factory=dict)
     kd_at: Mapping[str, Any] = field(default_factory=dict)
     published_student: Mapping[str, Any] = field(default_factory=dict)
+    selected_on: Mapping[str, str] = field(default_factory=dict)
     speed: tuple[float, float, float] = (3000.0, 40.0, 1.5)
 
     @property
@@ -130,6 +134,12 @@ _LENET_ZSKT = {"width": 32, "rounds": 1000, "generator_range": "input", "diverge
 # SGD at 0.1 is for networks with BatchNorm.
 _LENET_KD_AT = {"optimizer": "student"}
 _LENET_PUBLISHED: dict[str, Any] = {"learning_rate": 0.01, "augmentation": {"contrast": 0.3}}
+# The paper's students see far more images than 12,000 steps show. On a slice of MNIST, with a teacher that has not seen
+# it: 94.8 after 12,000 steps; 98.2 and 98.4 (seeds 0, 1) after 48,000 with images moved twice as far.
+_MNIST_PUBLISHED: dict[str, Any] = {
+    "learning_rate": 0.01,
+    "augmentation": {"contrast": 0.3, "rotation": 16, "translation": 0.1, "scale": (0.8, 1.2), "shear": 6},
+}
 # Students without hidden layers to match seemed to gain by images that are moved further: 83.4 against 79.4 on the
 # slice, one seed. Another came to 76.1 with the same moves, so that this is a choice within the spread.
 _FASHION_PUBLISHED: dict[str, Any] = {
@@ -162,8 +172,8 @@ PAIRS: dict[str, Pair] = {
             temperature=4, batch=128, learning_rate=0.005, features="auto", feature_weight=3, augmentation=_SMALL_MOVES
         ),
         scales={
-            # 24,000 is the paper's headline for MNIST; the student's schedule is Fashion-MNIST's.
-            "full": Scale(sizes={"": 24000}, steps=12000),
+            # 24,000 is the paper's headline for MNIST; the schedule of best's student is Fashion-MNIST's.
+            "full": Scale(sizes={"": 24000}, steps=12000, published_steps=48000),
             "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"rounds": 300}),
             "smoke": _SMOKE,
         },
@@ -171,7 +181,8 @@ PAIRS: dict[str, Pair] = {
         training_images=60000,
         zskt=_LENET_ZSKT,
         kd_at=_LENET_KD_AT,
-        published_student=_LENET_PUBLISHED,
+        published_student=_MNIST_PUBLISHED,
+        selected_on={"paper": f"{SELECTED_ON['paper']}; the student's moves and steps on that of MNIST's"},
     ),
     "fashion-mnist": Pair(
         teacher="lenet5-fashion-mnist",
