@@ -71,6 +71,7 @@ def test_npz_round_trip(tmp_path: Path) -> None:
         ({"images": grey()[0], "labels": np.arange(8)}, r"of shape \(N, H, W\)"),
         ({"images": grey(0), "labels": np.zeros(0, int)}, "one integer label each"),
         ({"images": grey(), "labels": np.array([{}] * 4)}, "pickle"),
+        ({"images": grey()[:, None], "labels": np.arange(4)}, r"channels first.*belong last"),
     ],
 )
 def test_npz_that_hold_something_else(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -207,6 +208,12 @@ def test_fit_shape() -> None:
     torch.testing.assert_close(fit_shape(colour, (1, 8, 8)), colour.mean(1, keepdim=True))
     constant = fit_shape(torch.full((1, 1, 8, 8), 0.3), (1, 32, 32))
     torch.testing.assert_close(constant, torch.full((1, 1, 32, 32), 0.3))
+    twelve = torch.rand(2, 12, 8, 8)
+    assert torch.equal(fit_shape(twelve, (12, 8, 8)), twelve)
+    with pytest.raises(UserError, match="have 12 channels of 8x8 pixels, the network takes 3 of 8x8"):
+        fit_shape(twelve, (3, 8, 8))
+    with pytest.raises(UserError, match="have 3 channels of 8x8 pixels, the network takes 12"):
+        fit_shape(colour, (12, 8, 8))
 
 
 def test_pixels_in_the_teachers_range() -> None:

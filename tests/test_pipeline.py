@@ -220,6 +220,14 @@ def test_without_a_folder_of_test_data_a_recipe_runs_all_the_same(tmp_path, monk
     assert "ZSKD_NNI_DATA" in capsys.readouterr().err
 
 
+def test_test_images_that_do_not_fit_are_refused_before_the_work(tmp_path):
+    bands = np.zeros((4, 8, 8, 12), np.uint8)
+    np.savez(tmp_path / "bands.npz", images=bands, labels=np.arange(4))
+    with pytest.raises(UserError, match=r"evaluation\.data.*12 channels of 8x8 pixels, the network takes 1"):
+        run(tmp_path / "out", f"evaluation.data={tmp_path / 'bands.npz'}")
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):

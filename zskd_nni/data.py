@@ -84,9 +84,17 @@ def fit_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
     28x28 images are put in the middle of 32x32 (LeCun's way with LeNet-5); other sizes are resized
     bilinearly. Grey images are repeated for colour networks, colour images averaged for grey ones.
+
+    Raises:
+        UserError: channels that are neither the network's nor can be made so.
     """
     channels, height, width = shape
     if images.shape[1] != channels:
+        if {images.shape[1], channels} != {1, 3}:
+            raise UserError(
+                f"The images have {images.shape[1]} channels of {images.shape[2]}x{images.shape[3]} pixels, the "
+                f"network takes {channels} of {height}x{width}; only grey (1) and colour (3) are made into each other."
+            )
         images = (
             images.mean(1, keepdim=True) if channels == 1 else images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
         )
@@ -189,6 +197,11 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
         raise UserError(
             f"{path}: 'images' must be uint8 of shape (N, H, W) or (N, H, W, C) with one integer label each, "
             f"not {images.dtype} {images.shape} beside {labels.dtype} {labels.shape}."
+        )
+    if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+        raise UserError(
+            f"{path}: 'images' is of shape {images.shape}, with the channels first; they belong last, (N, H, W, C): "
+            "images.transpose(0, 2, 3, 1)."
         )
     tensor = torch.from_numpy(images)
     tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()

@@ -181,6 +181,7 @@ class Run:
         with said_of("evaluation.data"):
             data = load_images(name, self.recipe.evaluation.split, self.root, self.download)
             data.require_labels(self.teacher.num_classes)
+            data.pixels(slice(0, 1), self.teacher.spec)  # channels that do not fit are refused now, not at the end
         return data
 
     @contextmanager

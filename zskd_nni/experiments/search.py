@@ -111,6 +111,7 @@ class Search:
         assert self.loaded.recipe.evaluation is not None
         data = load_images(name, self.loaded.recipe.evaluation.split, self.root)
         data.require_labels(self.teacher.num_classes)
+        data.pixels(slice(0, 1), self.teacher.spec)  # channels that do not fit are refused now
 
     def _check_space(self) -> None:
         """Every choice and both ends of every range, each alone, must make a recipe that can begin."""
