@@ -46,7 +46,8 @@ one run of `zskd-nni reproduce`: one cell with one seed.
   the teacher tells more than the number.
 - *target* is what we set out to reach, and whether the mean does.
 - Presets were chosen on a slice of Fashion-MNIST's training split, with teachers trained for that choice, and frozen;
-  `selected_on` stands in each record. The shipped teachers have seen the whole split.
+  `selected_on` stands in each record (steps and moves of MNIST's `paper` rows: on a slice of MNIST's). The shipped
+  teachers have seen the whole split.
 - *time* is the mean of a run on the machine of its record, a shared CPU core for most: synthesis, student, measuring.
 """
 
