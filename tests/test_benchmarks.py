@@ -100,3 +100,16 @@ def test_the_ladder_measures_and_profiles_every_rung(tmp_path: Path) -> None:
         for side in ("before", "after"):
             assert sum(record[side].values()) == pytest.approx(1, abs=0.01)
             assert record[side]["convolution, backward"] > 0.1
+
+
+def test_settings_are_tried_on_a_slice_that_neither_teacher_nor_student_has_seen(tmp_path: Path) -> None:
+    changes = ["student.steps=20", "student.augmentation.scale=[0.9, 1.1]", "targets.betas=[1.0]"]
+    command = ["digits-zskd-best", "--scale", "smoke", "--seeds", "0", "1", "--out", str(tmp_path), "--set", *changes]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "on_a_slice.py"), *command], capture_output=True, text=True, check=True
+    )
+    assert "seed 1" in done.stdout and "accuracy: " in done.stdout and " +- " in done.stdout
+    teacher = json.loads((tmp_path / "teachers" / "lenet5-digits.json").read_text())
+    assert teacher["trained_on"] == "1318 images of the training split"
+    assert teacher["measured_on"] == "119 images of the training split, held back"
+    assert "20 steps" in done.stderr + done.stdout

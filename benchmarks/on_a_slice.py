@@ -1,0 +1,117 @@
+"""One cell of a table with changed settings, on a validation slice: how the presets of the tables are chosen.
+
+    python benchmarks/on_a_slice.py fashion-mnist-zskd-best --seeds 0 1 --set student.weight_decay=0.1
+    python benchmarks/on_a_slice.py mnist-zskd-paper --set student.augmentation.rotation=16 synthesis.learning_rate=3.0
+
+The last twelfth of the training split is kept back: a teacher is trained on the rest (once, in ``--out``), rows that
+read real images read the rest, and accuracy and agreement are measured on what was kept back. Test data is not read.
+Seeds lie up to two points apart on Fashion-MNIST: compare means of several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zskd_nni.augment import Augmentation
+from zskd_nni.data import LabelledImages, load_images
+from zskd_nni.evaluation import logits_on
+from zskd_nni.files import load_tensors
+from zskd_nni.metrics import accuracy, agreement
+from zskd_nni.networks import build_network, load_into
+from zskd_nni.reproduction.cells import SOURCES, Plan, resolve
+from zskd_nni.reproduction.run import Bench, Place, make_source, train_student
+from zskd_nni.reproduction.tables import TABLES
+from zskd_nni.teacher import Teacher
+from zskd_nni.train_teacher import train_teacher
+
+
+class SliceBench(Bench):
+    """A bench whose teacher has not seen the slice that stands in the place of the test split."""
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """Trained on the rest of the split, if that has not been done."""
+        name, recipe = self.pair.teacher, self.pair.recipe
+        folder = self.place.runs / "teachers"
+        if not (folder / f"{name}.json").exists():
+            train_teacher(name, folder, root=self.place.root, validation=True, quiet=self.place.quiet)
+        network = build_network(recipe.network, recipe.arguments)
+        load_into(network, load_tensors(folder / f"{name}.safetensors")[0], name)
+        return Teacher(network, recipe.spec).to(self.place.device)
+
+    @cached_property
+    def test(self) -> LabelledImages:
+        """The slice."""
+        data = load_images(self.pair.recipe.data, "train", self.place.root)
+        return data.subset(slice(len(data) - len(data) // 12, None))
+
+    def training(self, most: int | None) -> LabelledImages:
+        """The rest of the split."""
+        data = load_images(self.pair.recipe.data, "train", self.place.root)
+        rest = data.subset(slice(0, len(data) - len(data) // 12))
+        return rest if most is None else rest.subset(slice(0, most))
+
+
+def changed(plan: Plan, changes: list[str]) -> Plan:
+    """The plan with ``student.KEY``, ``student.augmentation.KEY`` or a path below the method's options set anew."""
+    for change in changes:
+        path, _, text = change.partition("=")
+        keys, value = path.split("."), json.loads(text)
+        if keys[:2] == ["student", "augmentation"]:
+            value = tuple(value) if isinstance(value, list) else value
+            moves = Augmentation(**{**asdict(plan.student.augmentation), keys[2]: value})
+            plan = replace(plan, student=replace(plan.student, augmentation=moves))
+        elif keys[0] == "student":
+            plan = replace(plan, student=replace(plan.student, **{keys[1]: value}))
+        else:
+            part: Any = plan.options if len(keys) == 1 else getattr(plan.options, keys[0])
+            part = replace(part, **{keys[-1]: value})
+            plan = replace(plan, options=part if len(keys) == 1 else replace(plan.options, **{keys[0]: part}))
+    return plan
+
+
+def main() -> None:
+    """Run it seed by seed and print accuracy and agreement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "cell", choices=sorted({cell.name for table in TABLES.values() for cell in table.cells}), metavar="CELL"
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="PATH=JSON")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--scale", default="full")
+    parser.add_argument("--out", type=Path, default=Path("runs/slice"))
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    cell = next(cell for table in TABLES.values() for cell in table.cells if cell.name == given.cell)
+    plan = changed(resolve(cell, given.scale), given.set)
+    root = os.environ.get("ZSKD_NNI_DATA")
+    bench = SliceBench(cell.pair, Place(given.out, given.out / "records", root=Path(root) if root else None))
+    spec, found = bench.teacher.spec, []
+    for seed in given.seeds:
+        source = make_source(plan, bench, seed).source if cell.method in SOURCES else None
+        (given.out / "students").mkdir(parents=True, exist_ok=True)
+        name = "-".join([given.cell, given.scale, *given.set, f"seed{seed}"])
+        student = train_student(plan, bench, seed, source, given.out / "students" / f"{name}.safetensors").network
+        logits = logits_on(lambda images, net=student: net(spec.normalise(images)), bench.test, spec)
+        found.append((accuracy(logits, bench.test.labels), 100 * agreement(logits, bench.answers)))
+        print(
+            f"{given.cell} seed {seed} {given.set}: accuracy {found[-1][0]:.2f}, agreement {found[-1][1]:.2f}",
+            flush=True,
+        )
+    if len(found) > 1:
+        for name, values in zip(("accuracy", "agreement"), zip(*found, strict=True), strict=True):
+            print(f"{name}: {statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()
