@@ -62,11 +62,13 @@ class SliceBench(Bench):
 
 
 def changed(plan: Plan, changes: list[str]) -> Plan:
-    """The plan with ``student.KEY``, ``student.augmentation.KEY`` or a path below the method's options set anew."""
+    """The plan with ``size``, ``student.KEY``, ``student.augmentation.KEY`` or a path of the method's options set."""
     for change in changes:
         path, _, text = change.partition("=")
         keys, value = path.split("."), json.loads(text)
-        if keys[:2] == ["student", "augmentation"]:
+        if keys == ["size"]:
+            plan = replace(plan, size=value)
+        elif keys[:2] == ["student", "augmentation"]:
             value = tuple(value) if isinstance(value, list) else value
             moves = Augmentation(**{**asdict(plan.student.augmentation), keys[2]: value})
             plan = replace(plan, student=replace(plan.student, augmentation=moves))

@@ -71,7 +71,10 @@ class Augmentation:
 def augment(
     images: Tensor, settings: Augmentation, generator: torch.Generator, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    """Augment ``(N, C, H, W)`` images in ``[low, high]``, each by its own draw; same shape and range."""
+    """Augment ``(N, C, H, W)`` images in ``[low, high]``, each by its own draw; same shape and range.
+
+    An image that leaves the range from the first, as those of a generator may, keeps its own.
+    """
     if not settings.active:
         return images
     count, device = len(images), images.device
@@ -89,7 +92,10 @@ def augment(
         result = result + noise * (settings.noise * (high - low))
     if settings.erase:
         result = _erase(result, settings.erase, uniform, low, high)
-    return result.clamp(low, high) if settings.contrast or settings.noise else result
+    if not (settings.contrast or settings.noise):
+        return result
+    extremes = (1, 2, 3)
+    return result.clamp(images.amin(extremes, True).clamp_max(low), images.amax(extremes, True).clamp_min(high))
 
 
 def _move(images: Tensor, settings: Augmentation, uniform) -> Tensor:  # type: ignore[no-untyped-def]
@@ -99,10 +105,11 @@ def _move(images: Tensor, settings: Augmentation, uniform) -> Tensor:  # type: i
     mirror = 1 - 2 * (uniform(0, 1) < settings.flip).float()
     shift = 2 * uniform(-settings.translation, settings.translation, 2)
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    aspect = images.shape[2] / images.shape[3]  # the grid's units are half a height and half a width
     theta = torch.stack(
         [
-            torch.stack([mirror * cos, cos * shear.tan() - sin, shift[:, 0]], 1),
-            torch.stack([mirror * sin, sin * shear.tan() + cos, shift[:, 1]], 1),
+            torch.stack([mirror * cos, (cos * shear.tan() - sin) * aspect, shift[:, 0]], 1),
+            torch.stack([mirror * sin / aspect, sin * shear.tan() + cos, shift[:, 1]], 1),
         ],
         1,
     )  # (N, 2, 3)
@@ -116,5 +123,8 @@ def _erase(images: Tensor, largest: float, uniform, low: float, high: float) -> 
     top, left = uniform(0, 1, 1), uniform(0, 1, 1)
     rows = (torch.arange(height, device=images.device) + 0.5) / height
     columns = (torch.arange(width, device=images.device) + 0.5) / width
-    inside = ((rows - top).abs() < side / 2)[:, None, :, None] & ((columns - left).abs() < side / 2)[:, None, None, :]
+    shorter = min(height, width)
+    tall, wide = height / shorter, width / shorter
+    inside = ((rows - top).abs() * tall < side / 2)[:, None, :, None]
+    inside = inside & ((columns - left).abs() * wide < side / 2)[:, None, None, :]
     return torch.where(inside, uniform(low, high, 1, 1, 1), images)

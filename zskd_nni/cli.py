@@ -169,6 +169,8 @@ def synthesize(
     seed: SeedOption = None,
     changes: SetOption = None,
     scale: ScaleOption = None,
+    data_root: DataRootOption = None,
+    download: DownloadOption = False,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     quiet: QuietOption = False,
@@ -188,6 +190,9 @@ def synthesize(
         folder=out,
         options=section.options(),
         quiet=quiet,
+        root=data_root,
+        download=download,
+        base=loaded.base,
     )
     with joined(device) as own_device:
         teacher = loaded.teacher().to(own_device)
@@ -334,7 +339,7 @@ def show(
     ] = 60,
 ) -> None:
     """Draw a store's impressions, labelled with what the teacher sees in each."""
-    from zskd_nni.pictures import impressions_picture, pick_by_class
+    from zskd_nni.pictures import impressions_picture, some_of_each, spread
     from zskd_nni.synthesis import ImpressionStore
 
     if out.suffix != ".png":
@@ -343,11 +348,13 @@ def show(
     made = [index for index in range(len(opened.plan)) if opened.damage(index) is None]
     if not made:
         raise UserError(f"{store} holds no finished impressions yet.")
-    impressions = opened.read(made[0])
     spec = _input_of(opened.manifest["identity"], store / "manifest.json")
-    chosen = pick_by_class(impressions.logits, max(1, count // impressions.logits.shape[1]))[:count]
-    impressions_picture(impressions.images[chosen], impressions.logits[chosen], spec, out, title=str(store))
-    typer.echo(f"{out}: {len(chosen)} of {len(opened):,} impressions")
+    first = opened.read(made[0])
+    shards = (first if index == 0 else opened.read(made[index]) for index in spread(len(made)))
+    classes = first.logits.shape[1]
+    images, logits = some_of_each(((one.images, one.logits) for one in shards), max(1, count // classes))
+    impressions_picture(images[:count], logits[:count], spec, out, title=str(store))
+    typer.echo(f"{out}: {len(images[:count])} of {len(opened):,} impressions")
 
 
 @app.command("recipes")

@@ -169,6 +169,8 @@ def _named(name: str, split: str, root: Path | None, download: bool) -> Labelled
     try:
         dataset = getattr(torchvision.datasets, _TORCHVISION[name])(root, download=download, **which)
     except RuntimeError as error:
+        if download:
+            raise UserError(f"torchvision could not fetch the data set {name} into {root} ({error}).") from error
         raise UserError(
             f"The data set {name} is not in {root} (torchvision's layout, or {name}-{split}.npz); "
             "--download lets torchvision fetch it there."

@@ -145,9 +145,16 @@ def distill(
         quiet: no progress.
 
     Raises:
-        UserError: the student does not fit the teacher, training diverges, or the checkpoint is of another run.
+        UserError: the student does not fit the teacher, or the source's batches the settings; training diverges; or
+            the checkpoint is of another run.
     """
     check_student(student, teacher)
+    wanted_batch = settings.batch if source.size is None else min(settings.batch, source.size)
+    if source.batch_size != wanted_batch:
+        raise UserError(
+            f"The transfer source gives batches of {source.batch_size} images, the settings ask for {settings.batch} "
+            "(DistillationSettings.batch); make them the same."
+        )
     student.to(memory_format=torch.channels_last)
     optimizer, scheduler = student_schedule(student, settings)
     pairs = feature_pairs(student, teacher, settings.features) if settings.feature_weight else ()
@@ -193,12 +200,5 @@ def run_fingerprint(
 ) -> str:
     """What a checkpoint of this run must match."""
     shapes = {name: list(value.shape) for name, value in student.state_dict().items()}
-    return fingerprint_of([teacher.fingerprint, source.fingerprint, _listed(asdict(settings)), seed, shapes])
-
-
-def _listed(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _listed(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_listed(entry) for entry in value]
-    return value
+    images = [source.fingerprint, source.batch_size, getattr(source, "seed", None)]  # which, and in what order
+    return fingerprint_of([teacher.fingerprint, images, asdict(settings), seed, shapes])

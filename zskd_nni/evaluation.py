@@ -16,10 +16,11 @@ Network = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def logits_on(
-    network: Network, data: LabelledImages, spec: InputSpec, device: str = "cpu", batch: int = 1000
+    network: Network, data: LabelledImages, spec: InputSpec, device: str = "cpu", batch: int | None = None
 ) -> Tensor:
     """Logits ``(N, K)`` of a network that takes images in the spec's value range, on the CPU."""
     parts = []
+    batch = batch or spec.measuring_batch
     for first in range(0, len(data), batch):
         interrupt.check()
         parts.append(network(data.pixels(slice(first, first + batch), spec).to(device)).float().cpu())

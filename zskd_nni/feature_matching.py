@@ -38,10 +38,7 @@ def feature_pairs(student: nn.Module, teacher: Teacher, asked: str | Pairs) -> P
         ]
         ours, theirs = _shapes(teacher, teacher.model, names), _shapes(teacher, student, names)
         return tuple((name, name) for name in names if name in ours and ours.get(name) == theirs.get(name))
-    for path, _ in asked:
-        module_at(teacher.model, path, "distillation.features: the teacher")
-    for _, path in asked:
-        module_at(student, path, "distillation.features: the student")
+    check_paths(student, teacher, asked)
     ours = _shapes(teacher, teacher.model, [path for path, _ in asked])
     theirs = _shapes(teacher, student, [path for _, path in asked])
     for path, other in asked:
@@ -52,6 +49,18 @@ def feature_pairs(student: nn.Module, teacher: Teacher, asked: str | Pairs) -> P
                 "features: auto finds such."
             )
     return asked
+
+
+def check_paths(student: nn.Module, teacher: Teacher, asked: Pairs) -> None:
+    """Refuse pairs that name what is not there.
+
+    Raises:
+        UserError: names the path.
+    """
+    for path, _ in asked:
+        module_at(teacher.model, path, "distillation.features: the teacher")
+    for _, path in asked:
+        module_at(student, path, "distillation.features: the student")
 
 
 def _has(model: nn.Module, path: str) -> bool:

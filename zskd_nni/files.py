@@ -218,6 +218,11 @@ def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def plain(value: Any) -> Any:
+    """``value`` as JSON has it: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
 def fingerprint_of(content: Any) -> str:
     """SHA-256 of a JSON-able value, independent of the order of its keys."""
     return sha256_of_bytes(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
@@ -225,8 +230,8 @@ def fingerprint_of(content: Any) -> str:
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write named tensors as safetensors, atomically; returns the SHA-256 of the file."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors_bytes(_without_sharing(plain), metadata)
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors_bytes(_without_sharing(ready), metadata)
     write_atomic(path, data)
     return sha256_of_bytes(data)
 

@@ -31,6 +31,12 @@ class InputSpec:
     std: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
+        # What is told apart by a fingerprint must not depend on whether somebody wrote 1 or 1.0, a list or a tuple.
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         if min(self.shape) < 1:
             raise ValueError(f"an input shape is (channels, height, width), each at least 1, not {list(self.shape)}")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -51,6 +57,12 @@ class InputSpec:
         mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
         return (images - mean) / std
+
+    @property
+    def measuring_batch(self) -> int:
+        """How many images are answered at once where no gradients are needed: 1,000, fewer of large ones."""
+        channels, height, width = self.shape
+        return max(1, min(1000, 1000 * 3 * 32 * 32 // (channels * height * width)))
 
     def midpoint(self, count: int = 1) -> Tensor:
         """``(count, C, H, W)`` images of the middle of the value range: a harmless probe."""

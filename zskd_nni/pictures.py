@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,28 @@ def as_picture(image: Tensor, spec: InputSpec) -> np.ndarray:
     """
     unit = ((image.float() - spec.low) / (spec.high - spec.low)).clamp(0, 1)
     return (unit.permute(1, 2, 0) if len(unit) == 3 else unit.mean(0)).numpy()
+
+
+def some_of_each(parts: Iterable[tuple[Tensor, Tensor]], per_class: int) -> tuple[Tensor, Tensor]:
+    """Images and logits of up to ``per_class`` impressions of every class, read part by part until there are enough.
+
+    Args:
+        parts: images ``(n, C, H, W)`` and logits ``(n, K)`` of each shard; a shard may hold one class alone.
+        per_class: how many.
+    """
+    images, logits = [], []
+    for some, answers in parts:
+        images.append(some)
+        logits.append(answers)
+        chosen = pick_by_class(torch.cat(logits), per_class)
+        if len(chosen) == per_class * answers.shape[1]:
+            break
+    return torch.cat(images)[chosen], torch.cat(logits)[chosen]
+
+
+def spread(count: int, most: int = 20) -> list[int]:
+    """At most so many of ``range(count)``, evenly, the first among them."""
+    return sorted({index * count // min(count, most) for index in range(min(count, most))})
 
 
 def pick_by_class(logits: Tensor, per_class: int) -> Tensor:

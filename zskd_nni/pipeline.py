@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -29,10 +28,11 @@ from zskd_nni.distillation import check_student, distill
 from zskd_nni.errors import UserError, said_of
 from zskd_nni.evaluation import logits_on
 from zskd_nni.export import export_onnx, run_onnx
-from zskd_nni.feature_matching import feature_pairs
+from zskd_nni.feature_matching import check_paths, feature_pairs
 from zskd_nni.files import (
     fingerprint_of,
     make_folder,
+    plain,
     read_json,
     remove_leftovers,
     save_tensors,
@@ -43,7 +43,7 @@ from zskd_nni.latency import median_latencies
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.metrics import accuracy, agreement
 from zskd_nni.networks import code_fingerprint, network_fingerprint
-from zskd_nni.pictures import impressions_picture, pick_by_class
+from zskd_nni.pictures import impressions_picture, some_of_each, spread
 from zskd_nni.provenance import provenance
 from zskd_nni.recipe import LoadedRecipe, NetworkSection
 from zskd_nni.report import write_report
@@ -117,7 +117,7 @@ class Run:
         self._check_early()
         self.given = None if impressions is None else self._given_store(impressions)
         self.identity = {
-            "recipe": _plain(self.recipe.model_dump(mode="json", exclude={"scales", "search"})),
+            "recipe": plain(self.recipe.model_dump(mode="json", exclude={"scales", "search"})),
             "teacher": self.teacher.fingerprint,
         }
         if self.recipe.student is not None:  # its weights, or what its factory makes of the seed
@@ -145,8 +145,11 @@ class Run:
     def _check_early(self) -> None:
         """Everything that can be known to be wrong before the long work begins."""
         check_student(self._fresh_student(), self.teacher)
-        if self.recipe.compression.pruning is None:  # a pruned student's layers are known when it is shrunk
-            feature_pairs(self._fresh_student(), self.teacher, self.recipe.distillation.features)
+        features = self.recipe.distillation.features
+        if self.recipe.compression.pruning is None:
+            feature_pairs(self._fresh_student(), self.teacher, features)
+        elif not isinstance(features, str):  # how wide a pruned student's layers are is known when it is shrunk
+            check_paths(self._fresh_student(), self.teacher, features)
         self.measured = self.loaded.data_name() is not None
         if self.loaded.data_name() in NAMED_SETS[1:] and data_root(self.root) is None:
             # A user without data has no test data either; the recipe names where ours were measured.
@@ -223,8 +226,8 @@ class Run:
             UserError: anything the user can mend.
         """
         with self._owned():
+            held_out = self.held_out()  # first: what is wrong with its size is said before the long work
             source = self.transfer()
-            held_out = self.held_out()
             made = {"student": self.student("student", source)}
             if "none" in self.recipe.controls:
                 made["none"] = self.student("control-none", None, scores=source)
@@ -260,6 +263,7 @@ class Run:
                 root=self.root,
                 download=self.download,
                 base=self.loaded.base,
+                reserved=section.held_out,
             )
             return find_method(section.method).source(self.teacher, request)
 
@@ -267,6 +271,7 @@ class Run:
         """Images ``(N, C, H, W)`` of another seed, on which agreement is measured and the export checked."""
         section = self.recipe.transfer
         with self._timed("synthesis"):
+            self.teacher.to(self.device)
             request = TransferRequest(
                 size=section.held_out,
                 batch_size=section.held_out,
@@ -465,7 +470,7 @@ class Run:
         from zskd_nni.compression.saved_quantization import save_calibration
 
         made = Made(quantization.student)
-        self._save(made, description, quantization=_plain(save_calibration(quantization, description)))
+        self._save(made, description, quantization=plain(save_calibration(quantization, description)))
 
     def _save(self, made: Made, description: Path, **extra: Any) -> None:
         section = self._student_section()
@@ -477,7 +482,7 @@ class Run:
             description,
             self.loaded.base,
             {
-                "input": _plain(dataclasses.asdict(self.teacher.spec)),
+                "input": plain(dataclasses.asdict(self.teacher.spec)),
                 "classes": self.teacher.num_classes,
                 "record": made.record,
                 **extra,
@@ -569,7 +574,8 @@ class Run:
             if integers is not None:
                 networks[f"{name}_int8"] = integers
         with torch.no_grad():
-            on_held_out = {name: network(held_out) for name, network in networks.items()}
+            parts = held_out.split(spec.measuring_batch)
+            on_held_out = {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
         accuracies: dict[str, float | None] = dict.fromkeys(networks)
         agreements = {name: agreement(logits, on_held_out["teacher"]) for name, logits in on_held_out.items()}
         agreement_on = "held-out impressions of another seed"
@@ -579,7 +585,7 @@ class Run:
             on_test = {name: logits_on(network, data, spec) for name, network in networks.items()}
             accuracies = {name: round(accuracy(logits, data.labels), 3) for name, logits in on_test.items()}
             agreements_test = {name: agreement(logits, on_test["teacher"]) for name, logits in on_test.items()}
-            agreement_on = f"test data ({data.name}, {len(data)} images)"
+            agreement_on = f"{self._measured_on()} ({data.name}, {len(data)} images)"
         shown = agreements_test or agreements
         method, options = find_method(self.recipe.transfer.method), self.recipe.transfer.options()
         data_free = is_data_free(method, options)
@@ -628,6 +634,7 @@ class Run:
             "data_free": data_free,
             "only_calibrated": self.recipe.only_calibrates,
             "learnt_on": None if data_free else getattr(options, "data", method.name),
+            "learnt_on_what_is_measured": not data_free and self._learnt_on_what_is_measured(options),
             "classifier": teacher.classifier_path,
             "evaluation": self.recipe.evaluation.data if self.recipe.evaluation and self.measured else None,
             "seconds": {},
@@ -639,6 +646,18 @@ class Run:
                 "teacher": self.teacher.fingerprint,
             },
         }
+
+    def _measured_on(self) -> str:
+        section = self.recipe.evaluation
+        assert section is not None
+        return "training data" if section.data in NAMED_SETS and section.split == "train" else "test data"
+
+    def _learnt_on_what_is_measured(self, options: Any) -> bool:
+        """Whether real images that a student learns on are those that it is measured on."""
+        section = self.recipe.evaluation
+        if section is None or not self.measured or section.data not in str(getattr(options, "data", "")).split(", "):
+            return False
+        return section.data not in NAMED_SETS or section.split == getattr(options, "split", "train")
 
     def _label_of_a_control(self, name: str) -> str:
         if name == "none":
@@ -661,11 +680,12 @@ class Run:
         return what
 
     def _picture(self, store: ImpressionStore) -> None:
-        first = store.read(0)
-        chosen = pick_by_class(first.logits, max(1, 60 // self.teacher.num_classes))[:100]
+        shards = (store.read(index) for index in spread(len(store.plan)))
+        each = max(1, 60 // self.teacher.num_classes)
+        images, logits = some_of_each(((one.images, one.logits) for one in shards), each)
         impressions_picture(
-            first.images[chosen],
-            first.logits[chosen],
+            images[:100],
+            logits[:100],
             self.teacher.spec,
             self.out / "impressions.png",
             title="Data impressions, with the class and confidence the teacher sees",
@@ -682,7 +702,3 @@ def _made(description: Path) -> Made:
 def _figures(seconds: Any) -> dict[str, float]:
     entries = seconds.items() if isinstance(seconds, dict) else ()
     return {stage: value for stage, value in entries if type(value) in (int, float) and math.isfinite(value)}
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))

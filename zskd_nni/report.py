@@ -67,10 +67,13 @@ def remarks(report: dict[str, Any]) -> list[str]:
     """What a reader must know beside the figures, in sentences."""
     found = []
     if not report["data_free"]:
+        ceiling = report["recipe"]["transfer"]["method"] == "real"
         found.append(
-            f"NOT data-free: the student learnt on real training images ({report['learnt_on']}). "
-            "This is a ceiling for data-free runs, not one of them."
+            f"NOT data-free: the student learnt on real {'training ' if ceiling else ''}images "
+            f"({report['learnt_on']})." + (" This is a ceiling for data-free runs, not one of them." if ceiling else "")
         )
+    if report.get("learnt_on_what_is_measured"):
+        found.append("The accuracy is of images that the student learnt on: it says nothing about others.")
     for part in ("pruning", "quantization"):
         note = (report[part] or {}).get("note")
         if note:

@@ -101,10 +101,11 @@ class Teacher:
         with fast_response_norms(self.model) if self._has_response_norms else nullcontext():
             return self.output(self.model(self.spec.normalise(images)))
 
-    def predict(self, images: Tensor, batch: int = 1000) -> Tensor:
+    def predict(self, images: Tensor, batch: int | None = None) -> Tensor:
         """Logits ``(N, classes)`` on the CPU, without gradients, in batches."""
         with torch.no_grad():
-            return torch.cat([self(part.to(self.device)).cpu() for part in images.split(batch)])
+            parts = images.split(batch or self.spec.measuring_batch)
+            return torch.cat([self(part.to(self.device)).cpu() for part in parts])
 
     def _find_classifier(self, given: str | None) -> tuple[str, int]:
         watched = dict(classifier_candidates(self.model))

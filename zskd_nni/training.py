@@ -169,7 +169,9 @@ def _fit(
     started, saved = time.monotonic(), time.monotonic()
     before = history.seconds
     mean = math.nan
-    recent = [torch.tensor(value) for value in history.pending]
+    # Where the losses to come are: tensors of two devices cannot be averaged.
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    recent = [torch.tensor(value, device=device) for value in history.pending]
 
     def diverged(step: int) -> DivergenceError:
         return DivergenceError(

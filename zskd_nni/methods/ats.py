@@ -11,8 +11,8 @@ CIFAR-100, and those that are *target-class balanced* teach well. Everything bel
 3. Candidates are taken in order, each into its class, as long as the class has room.
 4. Scarce classes (``fill``): with ``augment``, images of the class are moved and changed by chance, in turn and again
    and again, and what the teacher still puts into the class is taken; what is missing then, and with ``confidence``
-   from the start, are the candidates to whose class the teacher gives the highest probability among those not taken;
-   with ``none`` the class stays short.
+   from the start, are the candidates to whose class the teacher gives the highest probability among those not taken
+   (one may be the nearest of several classes); with ``none`` the class stays short.
 5. Without balancing: the first ``K * q`` candidates as they come.
 6. The student is distilled on the set by the teacher's soft answers, as on any other.
 
@@ -46,6 +46,7 @@ from zskd_nni.files import (
     load_tensors,
     make_folder,
     only_writer,
+    plain,
     read_json,
     save_sealed,
     save_tensors,
@@ -510,7 +511,7 @@ def _make(
     identity = {
         "method": "ats",
         "teacher": teacher.fingerprint,
-        "settings": _plain(asdict(settings)),
+        "settings": plain(asdict(settings)),
         "data": candidates.data,
         "size": size,
         "seed": seed,
@@ -560,14 +561,6 @@ def _make(
     write_json(folder / DESCRIPTION, description)
     progress_path.unlink(missing_ok=True)
     return TransferSet(folder, description)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ and its report says that it is not data-free.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,15 +32,11 @@ class RealOptions:
 
     Attributes:
         data: name or path of a data set, found as evaluation data is; of a named one the training split is read.
-        targets: a data-free method's own key, as it stands in the recipe whose twin this is; of no meaning here.
-        synthesis: another.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     data: str = ""
-    targets: dict[str, Any] = field(default_factory=dict)
-    synthesis: dict[str, Any] = field(default_factory=dict)
 
 
 class Real:
@@ -49,10 +45,11 @@ class Real:
     name = "real"
     presets = ("best",)
     data_free = False
+    passes_over_other_keys = True  # those of the method whose twin this is
 
     def options(self, preset: str, given: Mapping[str, Any]) -> RealOptions:
-        """The recipe's keys; the preset of the recipe whose twin this is means nothing here."""
-        return build_settings(RealOptions, dict(given))
+        """The recipe's keys; preset and keys of the method whose twin this is mean nothing here."""
+        return build_settings(RealOptions, {key: value for key, value in given.items() if key == "data"})
 
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """``request.size`` images of the training split; held-out ones are taken from the other end of the order."""
@@ -66,8 +63,8 @@ class Real:
         data = load_images(name, "train", request.root)
         # One order for both requests, so that no image is in both.
         order = torch.randperm(len(data), generator=generator(0, "real", len(data)))
-        size = min(request.size, len(data))
-        if request.held_out and size == len(data):
+        size = min(request.size, len(data) - request.reserved)
+        if size < 1 or (request.held_out and size == len(data)):
             raise UserError(f"transfer.held_out: {name} has {len(data)} training images; leave some to learn on.")
         index = order[-size:] if request.held_out else order[:size]
         images = data.pixels(index, teacher.spec)

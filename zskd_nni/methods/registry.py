@@ -34,6 +34,7 @@ class TransferRequest:
         label: shown beside the progress.
         quiet: no progress.
         held_out: these images are to measure on, and must not be among those of the other request.
+        reserved: how many images the other request holds out; a method of few real images leaves them over.
         root: where a method that reads data finds it, as evaluation data is found.
         download: let torchvision fetch it there.
         base: the folder that a relative path is meant from.
@@ -50,6 +51,7 @@ class TransferRequest:
     root: Path | None = None
     download: bool = False
     base: Path | None = None
+    reserved: int = 0
 
 
 class Method(Protocol):
@@ -61,7 +63,8 @@ class Method(Protocol):
 
     A method that reads real data says so by an attribute ``data_free = False``; one that does so with some options
     only, by such a property of its options. What a recipe gets that names no preset is ``default_preset`` where the
-    method has such an attribute, else ``best`` where there is one, else the first.
+    method has such an attribute, else ``best`` where there is one, else the first. ``passes_over_other_keys = True``
+    lets a recipe hold keys that its options do not have.
     """
 
     name: str

@@ -47,7 +47,6 @@ from zskd_nni.synthesis import FeatureTerm, SynthesisSettings
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
 
-_BATCH = 1000
 _PROBES = 8
 
 
@@ -212,7 +211,7 @@ class StsTargets:
     def logits(self, features: Tensor) -> Tensor:
         """``g(h)``: what the rest of the teacher makes of features ``(N, *shape)``: ``(N, K)``, on the CPU."""
         parts = []
-        for part in features.split(_BATCH):
+        for part in features.split(self.teacher.spec.measuring_batch):
             # The teacher runs on any images at all; its features at the point are replaced.
             images = self.teacher.spec.midpoint(len(part)).to(self.teacher.device)
             with replaced(self.teacher.model, self.point, part.to(self.teacher.device)):
@@ -267,8 +266,11 @@ def _weights_of_units(teacher: Teacher, point: FeaturePoint, units: int, which: 
         found = [path for what, path in order[place:] if what == "enters"][:1]
         if found:
             weight = layers[found[0]].weight.detach().float()
-            if weight.shape[1] % units == 0:  # a flattened channel has a column for each position
-                return found[0], weight.view(len(weight), units, -1).transpose(0, 1).flatten(1)
+            # A flattened channel has a column of a linear layer for each position. A convolution of more channels
+            # than these takes others too.
+            whole = weight.shape[1] == units if weight.ndim == 4 else weight.shape[1] % units == 0
+            if whole:
+                return found[0], weight.reshape(len(weight), units, -1).transpose(0, 1).flatten(1)
         other, verb = "incoming", "take"
     nearest = f"the nearest, {found[0]!r}, has other units" if found else "there is none"
     raise UserError(

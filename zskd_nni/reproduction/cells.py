@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,6 +10,7 @@ from zskd_nni.augment import Augmentation
 from zskd_nni.baselines.kd_at import KdAtSettings
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
+from zskd_nni.files import plain
 from zskd_nni.methods.registry import find_method
 from zskd_nni.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
 from zskd_nni.settings import build_settings
@@ -105,7 +105,8 @@ class Plan:
     def selected_on(self) -> str:
         """Where the settings were chosen."""
         chosen = {**SELECTED_ON, **PAIRS[self.cell.pair].selected_on}
-        return chosen.get(self.cell.preset, chosen[""])
+        names = (self.cell.method, self.cell.preset, "")
+        return next(chosen[name] for name in names if name in chosen)
 
     def identity(self, teacher: str) -> dict[str, Any]:
         """What a record must match to count as this run's; ``teacher`` is the teacher's fingerprint."""
@@ -184,8 +185,3 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
         if cell.method == "sts":
             given["targets"] = {**pair.sts, **given.get("targets", {})}
     return find_method(SOURCES[cell.method]).options(cell.preset, given)
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON has it: tuples become lists."""
-    return json.loads(json.dumps(value))

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from zskd_nni.reproduction.cells import Cell
+from zskd_nni.reproduction.cells import Cell, resolve
 from zskd_nni.reproduction.pairs import PAIRS
 from zskd_nni.reproduction.published import PUBLISHED, TARGETS, Published, Target
 from zskd_nni.reproduction.tables import TABLES, Table
@@ -39,7 +39,7 @@ one run of `zskd-nni reproduce`: one cell with one seed.
 - *agreement*: share of test images on which student and teacher choose the same class. *ECE*: the student's expected
   calibration error in 15 bins. *MTE*: mean transition error with K = 100 and step 1, followed on the student; its
   number of test images stands in each record, and is far below the 1,000 of the paper on a CPU.
-- *images*: distinct images that the student learnt on; `-` for a stream. Rows marked with a dagger (†) read real
+- *images*: of the set that the student learnt on; `-` for a stream. Rows marked with a dagger (†) read real
   images.
 - Every row of a pair has the same student recipe, except for what its name says; ZSKT has the one of its paper.
 - *published* is the paper's own number with its own teacher; ours are other networks' weights, so that the distance to
@@ -88,6 +88,7 @@ def _values(group: Group, get: Callable[[Record], float | None]) -> list[float]:
 def render_page(records: Iterable[Record]) -> str:
     """The whole page, as Markdown."""
     groups = group_records(records)
+    stale = _take_out_older(groups)
     parts = [HEAD]
     for name, table in TABLES.items():
         parts.append(f"## {table.title}\n\n{table.text}\n")
@@ -99,7 +100,26 @@ def render_page(records: Iterable[Record]) -> str:
         parts.append(
             "## Other records\n\nOf cells that no table has any more: " + ", ".join(f"`{o}`" for o in others) + ".\n"
         )
+    if stale:
+        parts.append(
+            "## Older records\n\nOf settings that have changed since, while other seeds of their cell have been run "
+            "anew; they count nowhere above: " + ", ".join(f"`{name}`" for name in stale) + ".\n"
+        )
     return "\n".join([*parts, RECIPES])
+
+
+def _take_out_older(groups: dict[tuple[str, str], Group]) -> list[str]:
+    """Of groups whose seeds differ in their settings keep those of the present ones; names what was taken out."""
+    cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
+    taken = []
+    for (name, scale), group in groups.items():
+        if name not in cells or all(record["ingredients"] == group[0]["ingredients"] for record in group):
+            continue
+        wanted = resolve(cells[name], scale).ingredients
+        older = [record for record in group if record["ingredients"] != wanted]
+        taken += [f"{name} ({scale}) seed {record['seed']}" for record in older]
+        groups[name, scale] = [record for record in group if record["ingredients"] == wanted]
+    return taken
 
 
 def _pairs(table: Table) -> list[str]:
@@ -271,6 +291,8 @@ def _counts(group: Group) -> str:
     counts = [record["transfer"]["counts"] for record in group if record.get("transfer")]
     if not counts:
         return "-"
-    if "own" not in counts[0]:
+    made = [one for one in counts if "own" in one]
+    if not made:
         return "candidates by class: " + ", ".join(f"{count:,}" for count in counts[0]["candidates"])
-    return " / ".join(f"{statistics.mean(sum(c[name]) for c in counts):,.0f}" for name in ("own", "repeats", "nearest"))
+    shown = " / ".join(f"{statistics.mean(sum(c[name]) for c in made):,.0f}" for name in ("own", "repeats", "nearest"))
+    return shown if len(made) == len(counts) else f"{shown} (of {len(counts)} seeds {len(made)} could be balanced)"

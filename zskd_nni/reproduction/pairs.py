@@ -12,7 +12,7 @@ few-shot KD+AT where networks have BatchNorm.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zskd_nni.augment import Augmentation
@@ -24,8 +24,27 @@ _PUBLISHED: dict[str, Any] = {"temperature": 20.0, "features": "none"}
 # Keys of the student's recipe that a preset fixes.
 PUBLISHED_STUDENT = {"paper": _PUBLISHED, "author-code": _PUBLISHED}
 CHOSEN = "the last 5,000 images of Fashion-MNIST's training split"
-SELECTED_ON = {"paper": f"the paper's settings; what it leaves open on {CHOSEN}", "": CHOSEN}
-SELECTED_ON["author-code"] = SELECTED_ON["paper"].replace("paper's", "released code's")
+# By method or else by preset; "" for the rest.
+SELECTED_ON = {
+    "": CHOSEN,
+    "paper": f"the paper's settings; what it leaves open on {CHOSEN}",
+    "author-code": f"the released code's settings; what it leaves open on {CHOSEN}",
+    "ats": f"our reading of a paper whose settings are not known; the student's recipe on {CHOSEN}",
+    "zskt": "the settings of the paper and its released code",
+    "kd-at": f"the settings of ZSKT's released code; the schedule on {CHOSEN}",
+}
+_LENET_SELECTED_ON = {
+    "zskt": f"{SELECTED_ON['zskt']}; width and rounds are cut down for a CPU, the start of the images and the mean "
+    f"that the divergence is were chosen on {CHOSEN}"
+}
+_NOT_SELECTED = "not chosen yet"
+_COLOUR_SELECTED_ON = {
+    "": f"{_NOT_SELECTED}; the settings are those of Fashion-MNIST, schedule and augmentation usual ones",
+    "paper": f"the paper's settings; what it leaves open is {_NOT_SELECTED}",
+    "author-code": f"the released code's settings; what it leaves open is {_NOT_SELECTED}",
+    "ats": f"our reading of a paper whose settings are not known; the student's recipe is {_NOT_SELECTED}",
+    "kd-at": "the settings of ZSKT's released code",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,7 @@ class Pair:
         kd_at: keys of KD+AT.
         published_student: keys of the student's recipe that were chosen for the presets of :data:`PUBLISHED_STUDENT`;
             those of its augmentation are put over the pair's.
-        selected_on: where the settings of a preset were chosen, if not where :data:`SELECTED_ON` says.
+        selected_on: where the settings of a method or preset were chosen, if not where :data:`SELECTED_ON` says.
         speed: image-steps of synthesis, student steps and rounds of ZSKT that one core makes in a second, for
             estimates.
     """
@@ -182,7 +201,12 @@ PAIRS: dict[str, Pair] = {
         zskt=_LENET_ZSKT,
         kd_at=_LENET_KD_AT,
         published_student=_MNIST_PUBLISHED,
-        selected_on={"paper": f"{SELECTED_ON['paper']}; the student's moves and steps on that of MNIST's"},
+        selected_on={
+            **_LENET_SELECTED_ON,
+            "": f"{CHOSEN}; the length of its schedule taken over after shorter ones had been measured on MNIST's test "
+            "split",
+            "paper": f"{SELECTED_ON['paper']}; the student's moves and steps on that of MNIST's",
+        },
     ),
     "fashion-mnist": Pair(
         teacher="lenet5-fashion-mnist",
@@ -206,6 +230,7 @@ PAIRS: dict[str, Pair] = {
         zskt=_LENET_ZSKT,
         kd_at=_LENET_KD_AT,
         published_student=_FASHION_PUBLISHED,
+        selected_on=_LENET_SELECTED_ON,
     ),
     "digits": Pair(
         teacher="lenet5-digits",
@@ -222,6 +247,7 @@ PAIRS: dict[str, Pair] = {
         zskt=_LENET_ZSKT,
         kd_at=_LENET_KD_AT,
         published_student=_LENET_PUBLISHED,
+        selected_on=_LENET_SELECTED_ON,
     ),
     "cifar10-alexnet": Pair(
         teacher="alexnet-cifar10",
@@ -250,6 +276,7 @@ PAIRS: dict[str, Pair] = {
         unrelated="cifar100",
         training_images=50000,
         sts={"sigma": 2.0, "activation": 0.1},
+        selected_on=_COLOUR_SELECTED_ON,
         speed=(250.0, 6.0, 0.3),
     ),
     "cifar10-wrn": Pair(
@@ -266,6 +293,7 @@ PAIRS: dict[str, Pair] = {
         unrelated="cifar100",
         training_images=50000,
         sts={"sigma": 2.0, "activation": 0.1},
+        selected_on=_COLOUR_SELECTED_ON,
         speed=(40.0, 1.0, 0.1),
     ),
     "cifar100-wrn": Pair(
@@ -279,11 +307,13 @@ PAIRS: dict[str, Pair] = {
                 sizes={"": 40000}, steps=40000, block=40000, synthesis={"paper": _SMALL_STEPS}, mte_images=100
             ),
             "cpu": _WRN_CPU,
-            "smoke": _SMOKE,
+            # every class has a target of each beta, and 100 real images
+            "smoke": replace(_SMOKE, sizes={"": 200}, block=200, training_images=None),
         },
         unrelated="cifar10",
         training_images=50000,
         sts={"sigma": 2.0, "activation": 0.1},
+        selected_on=_COLOUR_SELECTED_ON,
         speed=(40.0, 1.0, 0.1),
     ),
     "svhn-wrn": Pair(
@@ -311,6 +341,7 @@ PAIRS: dict[str, Pair] = {
         unrelated="cifar10",
         training_images=73257,
         sts={"sigma": 2.0, "activation": 0.1},
+        selected_on=_COLOUR_SELECTED_ON,
         speed=(40.0, 1.0, 0.1),
     ),
 }

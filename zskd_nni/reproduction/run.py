@@ -27,6 +27,7 @@ from zskd_nni.files import (
     load_tensors,
     make_folder,
     only_writer,
+    plain,
     read_json,
     save_tensors,
     write_json,
@@ -37,7 +38,7 @@ from zskd_nni.methods.zskt import train_zskt
 from zskd_nni.metrics import accuracy, agreement, expected_calibration_error, mean_transition_error
 from zskd_nni.networks import build_network, load_into
 from zskd_nni.provenance import provenance
-from zskd_nni.reproduction.cells import IMPRESSIONS, SOURCES, Plan, plain
+from zskd_nni.reproduction.cells import IMPRESSIONS, SOURCES, Plan
 from zskd_nni.reproduction.pairs import PAIRS
 from zskd_nni.reproduction.records import FORMAT
 from zskd_nni.seeds import derive_seed
@@ -347,9 +348,9 @@ def _record(plan: Plan, bench: Bench, seed: int, home: Path) -> dict[str, Any]:
         "scale": plan.scale_name,
         "data_free": _data_free(plan),
         "impressions": None,
-        "accuracy": {"teacher": round(accuracy(bench.answers, bench.test.labels), 3), "student": None},
+        "accuracy": None,  # these when the student is there: nothing is scored on the test split before
         "agreement": None,
-        "calibration_error": {"teacher": round(expected_calibration_error(bench.answers, bench.test.labels), 6)},
+        "calibration_error": None,
         "mte": None,
         "measured_on": f"test split of {bench.test.name}, {len(bench.test)} images, the last step, once",
         "networks": {"teacher": bench.pair.teacher, "student": plain(list(plan.network))},
@@ -360,7 +361,13 @@ def _record(plan: Plan, bench: Bench, seed: int, home: Path) -> dict[str, Any]:
         try:
             _train(plan, bench, seed, home)
         except CannotBalanceError as error:
-            record.update(outcome=str(error), transfer={"counts": {"candidates": error.counts}})
+            scores = _teacher_scores(bench)
+            record.update(
+                accuracy={"teacher": scores[0], "student": None},
+                calibration_error={"teacher": scores[1]},
+                outcome=str(error),
+                transfer={"counts": {"candidates": error.counts}},
+            )
             return {**record, **_ending(plan, bench, seed, {"synthesis": 0.0, "student": 0.0, "evaluation": 0.0})}
     known = read_json(finished)
     student = fresh_student(plan, seed)
@@ -412,19 +419,26 @@ def _train(plan: Plan, bench: Bench, seed: int, home: Path) -> None:
     checkpoint.unlink(missing_ok=True)
 
 
+def _teacher_scores(bench: Bench) -> tuple[float, float]:
+    """The teacher's accuracy in percent and its expected calibration error."""
+    labels = bench.test.labels
+    return round(accuracy(bench.answers, labels), 3), round(expected_calibration_error(bench.answers, labels), 6)
+
+
 def _measured(plan: Plan, bench: Bench, student: nn.Module) -> dict[str, Any]:
     """The one look at the test split."""
     teacher, test = bench.teacher, bench.test
     spec, device = teacher.spec, bench.place.device
     logits = logits_on(lambda images: first_tensor(student(spec.normalise(images))), test, spec, device)
+    teacher_accuracy, teacher_error = _teacher_scores(bench)
     result: dict[str, Any] = {
         "accuracy": {
-            "teacher": round(accuracy(bench.answers, test.labels), 3),
+            "teacher": teacher_accuracy,
             "student": round(accuracy(logits, test.labels), 3),
         },
         "agreement": round(agreement(logits, bench.answers), 6),
         "calibration_error": {
-            "teacher": round(expected_calibration_error(bench.answers, test.labels), 6),
+            "teacher": teacher_error,
             "student": round(expected_calibration_error(logits, test.labels), 6),
         },
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from zskd_nni.errors import UserError
 from zskd_nni.reproduction.cells import Plan, resolve
+from zskd_nni.reproduction.pairs import PAIRS
 from zskd_nni.reproduction.run import Bench, Place, as_minutes, describe, estimate, run_cell, status
 from zskd_nni.reproduction.tables import TABLES, choose_cells, find_table
 
@@ -22,7 +23,10 @@ def list_tables() -> str:
 
 def _chosen(table: str, cells: Sequence[str], seeds: Sequence[int], scale: str) -> tuple[list[Plan], list[int]]:
     found = find_table(table)
-    plans = [resolve(cell, scale) for cell in choose_cells(found, cells)]
+    chosen = choose_cells(found, cells)
+    if table == "all":  # of every table those cells that there are at this scale
+        chosen = [cell for cell in chosen if scale in PAIRS[cell.pair].scales] or chosen
+    plans = [resolve(cell, scale) for cell in chosen]
     return plans, list(dict.fromkeys(seeds)) or list(found.seeds)
 
 

@@ -75,7 +75,7 @@ class FeatureTerm:
 
     Attributes:
         point: where the features are taken.
-        weight: of the term beside the divergence (at temperature 20; see the engine's balance of terms).
+        weight: of the term beside the divergence, at every temperature.
         value: takes the features ``(N, ...)`` and gives what is to become small, ``(N,)``.
     """
 
@@ -175,12 +175,11 @@ def synthesize_shard(
             logits = teacher(images)
         fit = soft_target_divergence(logits, slots.targets, slots.temperatures)
         # A logit's pull falls with 1 / T; the factor keeps the balance with the prior alike at every temperature.
-        # Adam itself does not mind the scale.
-        objective = (fit * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
+        # Adam itself does not mind the scale. A term of the method's own has its weight beside the divergence.
+        own = fit if term is None else fit + term.weight * term.value(features[-1])
+        objective = (own * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
         if with_prior:
             objective = objective + (slots.prior * total_variation(images / value_range)).sum()
-        if term is not None:
-            objective = objective + term.weight * term.value(features[-1]).sum()
         (gradient,) = torch.autograd.grad(objective, images)
         if slots.free is not None:
             gradient = gradient * slots.free

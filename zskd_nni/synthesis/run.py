@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
-from zskd_nni.files import make_folder
+from zskd_nni.files import make_folder, plain
 from zskd_nni.progress import Progress
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.synthesis.engine import FeatureTerm, Orders, synthesize_shard
@@ -80,7 +80,7 @@ def synthesize(
         "size": size,
         "seed": seed,
     }
-    identity = _as_json(identity)
+    identity = plain(identity)
     term: FeatureTerm | None = getattr(plan, "term", None)
     environment = {
         "device": teacher.device.type,
@@ -141,11 +141,3 @@ def _log_uniform(low: float, high: float, count: int, random: torch.Generator) -
     if low == high:
         return torch.full((count,), float(low))
     return low * (high / low) ** torch.rand(count, generator=random)
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(entry) for entry in value]
-    return value
