@@ -182,7 +182,7 @@ def test_what_cannot_be_modelled_is_said() -> None:
         ({"sigma": 0.0}, "sigma must be positive"),
         ({"sigma": float("nan")}, "sigma must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
-        ({"activation": -0.1}, "activation must not be negative"),
+        ({"activation_weight": -0.1}, "activation_weight must not be negative"),
         ({"mean": float("inf")}, "mean must be a number"),
         ({"weights": "rows"}, "weights is one of incoming, outgoing, not 'rows'"),
         ({"sigma_is": "std"}, "sigma_is is one of"),
@@ -211,24 +211,25 @@ def test_a_network_of_a_hundred_classes() -> None:
 # The activation term in the engine.
 
 
-def orders(count: int) -> Orders:
+def orders(count: int, temperature: float = 20.0) -> Orders:
     return Orders(
         soft_targets(count, 5),
         torch.rand((count, *SMALL.shape), generator=random(0)),
-        torch.full((count, 1), 20.0),
+        torch.full((count, 1), temperature),
         torch.zeros(count),
         torch.full((count,), 8.0),
     )
 
 
 def by_hand(teacher: Teacher, asked: Orders, one: int, weight: float, steps: int = 8) -> Tensor:
-    """Equation 5 for one image with torch's Adam."""
+    """Equation 5 for one image with torch's Adam, at the temperature that is asked for."""
+    temperature = float(asked.temperatures[one])
     x = asked.starts[one : one + 1].clone().requires_grad_(True)
     optimizer = torch.optim.Adam([x], 0.05)
     model = teacher.model
     for _ in range(steps):
         hidden = torch.tanh(model.hidden(model.act(model.norm(model.conv(x))).flatten(1)))
-        cross = -(asked.targets[one] * functional.log_softmax(model.head(hidden) / 20, 1)).sum()
+        cross = -(asked.targets[one] * functional.log_softmax(model.head(hidden) / temperature, 1)).sum()
         loss = cross - weight * hidden.abs().sum() / 24
         (x.grad,) = torch.autograd.grad(loss, x)
         optimizer.step()
@@ -237,8 +238,10 @@ def by_hand(teacher: Teacher, asked: Orders, one: int, weight: float, steps: int
     return x.detach()
 
 
-def test_the_activation_term_against_a_loop() -> None:
-    teacher, asked = small_teacher(), orders(3)
+@pytest.mark.parametrize("temperature", [20.0, 1.0])
+def test_the_activation_term_against_a_loop(temperature: float) -> None:
+    """Its weight is beside the divergence, whatever the temperature."""
+    teacher, asked = small_teacher(), orders(3, temperature)
     settings = SynthesisSettings(max_steps=8)
     term = FeatureTerm(FeaturePoint("head", "input"), 0.4, activation_loss)
     made = synthesize_shard(teacher, asked, settings, None, term)
@@ -283,9 +286,9 @@ def test_a_store_of_sts_resumes_and_is_another_than_one_without_the_term(tmp_pat
     (tmp_path / "b" / "shard-00001.safetensors").unlink()
     make("b")
     assert shard_hashes(tmp_path / "a") == shard_hashes(tmp_path / "b")
-    with pytest.raises(UserError, match=r"targets\.activation is 0\.05 there, 0\.0 here"):
-        make("a", activation=0.0)
-    make("c", activation=0.0)
+    with pytest.raises(UserError, match=r"targets\.activation_weight is 0\.05 there, 0\.0 here"):
+        make("a", activation_weight=0.0)
+    make("c", activation_weight=0.0)
     assert shard_hashes(tmp_path / "a") != shard_hashes(tmp_path / "c")
 
 
@@ -299,13 +302,13 @@ def test_stores_without_a_term_are_what_they_were(tmp_path: Path) -> None:
 def test_presets() -> None:
     method = find_method("sts")
     paper, best = method.options("paper", {}), method.options("best", {})
-    assert (paper.targets.layer, paper.targets.sigma, paper.targets.activation) == (None, 1.5, 0.05)
+    assert (paper.targets.layer, paper.targets.sigma, paper.targets.activation_weight) == (None, 1.5, 0.05)
     assert (paper.targets.temperature, paper.synthesis.temperature) == (1, 1)
     assert best.synthesis == find_method("zskd").options("best", {}).synthesis
     published = find_method("zskd").options("paper", {}).synthesis
     assert paper.synthesis == replace(published, temperature=1.0, learning_rate=0.05, max_steps=100)
     changed = method.options("paper", {"targets": {"sigma": 2}, "synthesis": {"max_steps": 3}})
-    assert (changed.targets.sigma, changed.targets.activation, changed.synthesis.max_steps) == (2, 0.05, 3)
+    assert (changed.targets.sigma, changed.targets.activation_weight, changed.synthesis.max_steps) == (2, 0.05, 3)
     assert zskd.PRESETS["paper"]["synthesis"]["max_steps"] == 30, "a change must not stick to the preset"
     assert PRESETS["paper"]["targets"]["sigma"] == 1.5
     with pytest.raises(ValueError, match="preset: sts has paper, best, not 'bst'"):

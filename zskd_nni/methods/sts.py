@@ -64,7 +64,7 @@ class StsSettings:
             negative on noise images.
         spatial: positions of a convolution are drawn ``independent`` of each other, or one draw is ``shared`` by all.
         temperature: of the soft targets.
-        activation: weight of the activation term; 0 for none.
+        activation_weight: of the activation term beside the divergence; 0 for none.
 
     Raises:
         ValueError: a value outside its range.
@@ -80,7 +80,7 @@ class StsSettings:
     clamp: str = "none"
     spatial: str = "independent"
     temperature: float = 20.0
-    activation: float = 0.05
+    activation_weight: float = 0.05
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -94,8 +94,8 @@ class StsSettings:
         for name in ("sigma", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.activation < float("inf"):
-            raise ValueError(f"activation must not be negative, not {self.activation}")
+        if not 0 <= self.activation_weight < float("inf"):
+            raise ValueError(f"activation_weight must not be negative, not {self.activation_weight}")
         if not -float("inf") < self.mean < float("inf"):
             raise ValueError(f"mean must be a number, not {self.mean}")
 
@@ -159,8 +159,8 @@ class StsTargets:
         self.clamped = settings.clamp == "relu" or (settings.clamp == "auto" and bool((own >= 0).all()))
         self._check_that_nothing_goes_around()
         self.term = None
-        if settings.activation:
-            self.term = FeatureTerm(self.point, settings.activation, activation_loss)
+        if settings.activation_weight:
+            self.term = FeatureTerm(self.point, settings.activation_weight, activation_loss)
         self.identity: dict[str, Any] = {
             "method": "sts",
             **asdict(settings),
@@ -297,7 +297,7 @@ class StsOptions:
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # sigma and the activation's weight are those of MNIST and LeNet-5; for CIFAR-10 and AlexNet set 2.0 and 0.1.
     "paper": {
-        "targets": {"sigma": 1.5, "activation": 0.05, "temperature": 1.0, "clamp": "none"},
+        "targets": {"sigma": 1.5, "activation_weight": 0.05, "temperature": 1.0, "clamp": "none"},
         "synthesis": {
             **zskd.PRESETS["paper"]["synthesis"],
             "temperature": 1.0,
@@ -308,7 +308,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Images are fitted as by ZSKD's best. Its temperatures lie about 4, and so does the targets', so that an image's
     # logits come out near those of the drawn features.
     "best": {
-        "targets": {"sigma": 1.5, "activation": 0.05, "temperature": 4.0, "clamp": "auto"},
+        "targets": {"sigma": 1.5, "activation_weight": 0.05, "temperature": 4.0, "clamp": "auto"},
         "synthesis": zskd.PRESETS["best"]["synthesis"],
     },
 }
