@@ -10,7 +10,7 @@ and its report says that it is not data-free.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -32,11 +32,15 @@ class RealOptions:
 
     Attributes:
         data: name or path of a data set, found as evaluation data is; of a named one the training split is read.
+        targets: a data-free method's own key, as it stands in the recipe whose twin this is; of no meaning here.
+        synthesis: another.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     data: str = ""
+    targets: dict[str, Any] = field(default_factory=dict)
+    synthesis: dict[str, Any] = field(default_factory=dict)
 
 
 class Real:
@@ -49,7 +53,8 @@ class Real:
 
     def options(self, preset: str, given: Mapping[str, Any]) -> RealOptions:
         """The recipe's keys; preset and keys of the method whose twin this is mean nothing here."""
-        return build_settings(RealOptions, {key: value for key, value in given.items() if key == "data"})
+        known = {entry.name for entry in fields(RealOptions)}
+        return build_settings(RealOptions, {key: value for key, value in given.items() if key in known})
 
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """``request.size`` images of the training split; held-out ones are taken from the other end of the order."""
