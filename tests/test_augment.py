@@ -194,3 +194,31 @@ def test_contrast_noise_and_erase_by_their_size() -> None:
 def test_settings_outside_their_range(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augmentation(**arguments)
+
+
+def test_turning_an_oblong_image_turns_it() -> None:
+    """A line along the width, turned by 45 degrees, rises by a pixel a pixel, whatever the sides are."""
+    line = torch.zeros(6, 1, 16, 64)
+    line[:, :, 7:9] = 1
+    turned = _move(line, Augmentation(rotation=90), chosen({1: torch.full((6,), 45.0)}))[0, 0]
+    columns = torch.arange(28, 36)
+    heights = (turned[:, columns] * torch.arange(16.0)[:, None]).sum(0) / turned[:, columns].sum(0)
+    assert abs(abs(float((heights[-1] - heights[0]) / (columns[-1] - columns[0]))) - 1) < 0.05
+
+
+def test_what_is_erased_of_an_oblong_image_is_square() -> None:
+    white = torch.ones(300, 1, 16, 64)
+    hit = (augment(white, Augmentation(erase=0.8), random(0)) != 1)[:, 0]
+    tall, wide = hit.any(2).sum(1), hit.any(1).sum(1)
+    whole = (hit.any(2)[:, [0, -1]].sum(1) == 0) & (hit.any(1)[:, [0, -1]].sum(1) == 0) & (tall > 0)  # not at an edge
+    assert int(whole.sum()) > 50
+    assert int((tall - wide)[whole].abs().max()) <= 1
+
+
+def test_images_that_leave_the_range_from_the_first_are_not_cut() -> None:
+    """A generator's images are unbounded; a change of contrast must not bring them into the range."""
+    batch = images()
+    batch[0] = batch[0] * 6 - 3
+    result = augment(batch, Augmentation(contrast=0.01), random(0))
+    assert float((result[0] - batch[0]).abs().max()) < 0.05
+    assert float(result[1:].min()) >= 0 and float(result[1:].max()) <= 1

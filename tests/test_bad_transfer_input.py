@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from helpers import is_one_sentence
+import yaml
+from helpers import is_one_sentence, run_cli
 from typer.testing import CliRunner
 
 from zskd_nni import cli
+from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
 from zskd_nni.files import save_tensors
+from zskd_nni.pipeline import Run
+from zskd_nni.recipe import load_recipe, recipe_text
 from zskd_nni.zoo import lenet5
 
 RECIPE = """
@@ -59,7 +65,7 @@ def test_a_teacher_that_puts_everything_into_one_class(tmp_path: Path) -> None:
         network.fc3.bias.copy_(torch.tensor([0.0] * 3 + [1e4] + [0.0] * 6))
     save_tensors(tmp_path / "one.safetensors", network.state_dict())
     sentence = compress(tmp_path, "ats", "candidates: 2", weights="one.safetensors")
-    assert "ATS cannot balance shapes: the teacher puts all 80 candidates into class 3" in sentence
+    assert "ATS cannot balance shapes: the teacher puts all 40 candidates into class 3" in sentence
     assert "0: 0, 1: 0, 2: 0, 3: 80" in sentence
 
 
@@ -76,3 +82,34 @@ def test_attention_layers_have_no_place_in_a_recipe(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_not_there(tmp_path: Path) -> None:
     assert "no module 'conv9'" in compress(tmp_path, "sts", "targets: {layer: conv9}")
+
+
+def test_a_held_out_set_that_cannot_be_is_said_before_the_long_work(tmp_path: Path) -> None:
+    changes = ["transfer.preset=author-code", "transfer.size=200", "transfer.held_out=30"]  # ten classes, two betas
+    with pytest.raises(UserError, match="30"):
+        Run(load_recipe("digits-prune50", changes), tmp_path / "out", quiet=True).compress()
+    assert not (tmp_path / "out" / "impressions").exists()
+
+
+def test_synthesize_finds_images_beside_the_recipe(tmp_path: Path) -> None:
+    labels = np.zeros(60, dtype=np.int64)
+    np.savez(
+        tmp_path / "mine.npz", images=np.random.default_rng(0).integers(0, 255, (60, 8, 8), np.uint8), labels=labels
+    )
+    recipe = yaml.safe_load(recipe_text("digits-prune50")[0])
+    recipe["transfer"] = {"method": "ats", "preset": "unbalanced", "sources": ["mine.npz"], "size": 40}
+    (tmp_path / "mine.yml").write_text(yaml.safe_dump(recipe))
+    done = run_cli("synthesize", tmp_path / "mine.yml", "--out", tmp_path / "out", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "40 images of ats" in done.stdout
+
+
+def test_a_download_that_fails_is_not_advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", fail)
+    with pytest.raises(UserError, match=r"torchvision could not fetch the data set mnist .*no network"):
+        load_images("mnist", "test", tmp_path, download=True)
+    with pytest.raises(UserError, match="--download lets torchvision fetch it there"):
+        load_images("mnist", "test", tmp_path)

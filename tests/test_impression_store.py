@@ -27,6 +27,7 @@ from helpers import (
 from zskd_nni.errors import UserError
 from zskd_nni.files import fingerprint_of, load_tensors, only_writer, save_tensors, sha256_of_file
 from zskd_nni.identity import describe_difference
+from zskd_nni.pictures import some_of_each, spread
 from zskd_nni.synthesis import ImpressionStore
 
 MANIFEST = "manifest.json"
@@ -377,3 +378,22 @@ def test_stop_between_two_steps_keeps_what_is_finished(long_undisturbed: Path, f
     assert ImpressionStore.open(folder).missing() == list(range(made, SHARDS))
     make_store(folder, **LONG)
     assert same_store(long_undisturbed, folder)
+
+
+def test_a_picture_of_a_store_whose_shards_hold_one_class_each() -> None:
+    shards = [(torch.full((6, 1, 8, 8), float(k)), torch.eye(5)[torch.full((6,), k)]) for k in range(5)]
+    read = []
+
+    def parts():
+        for shard in shards:
+            read.append(shard)
+            yield shard
+
+    images, logits = some_of_each(parts(), 3)
+    assert logits.argmax(1).tolist() == [k for k in range(5) for _ in range(3)]
+    assert images[:, 0, 0, 0].tolist() == [float(k) for k in range(5) for _ in range(3)]
+    read.clear()
+    shards[0] = (torch.zeros(20, 1, 8, 8), torch.eye(5)[torch.arange(20) % 5])
+    assert len(some_of_each(parts(), 4)[0]) == 20
+    assert len(read) == 1, "no more is read than is needed"
+    assert spread(3) == [0, 1, 2] and spread(100, 4) == [0, 25, 50, 75] and spread(0) == []

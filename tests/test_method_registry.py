@@ -26,6 +26,7 @@ from zskd_nni.methods.registry import (
 )
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import TransferSection, load_recipe
+from zskd_nni.report import remarks
 from zskd_nni.teacher import Teacher
 
 SMALL = (
@@ -188,3 +189,32 @@ def test_the_function_takes_the_default_of_the_method_too(digits_teacher: Teache
         digits_teacher, tmp_path / "c", 40, method="ats", preset="unbalanced", batch_size=16, quiet=True
     )
     assert source.fingerprint != other.fingerprint
+
+
+def test_few_real_images_are_learnt_on_but_for_those_held_out(digits_teacher: Teacher, tmp_path: Path) -> None:
+    """A twin that asks for more images than there are leaves over what the other request holds out."""
+
+    def rows(images: torch.Tensor) -> set[bytes]:
+        return {image.numpy().tobytes() for image in images}
+
+    learnt = REAL.source(digits_teacher, request(2000, tmp_path, reserved=500)).images
+    held_out = REAL.source(digits_teacher, request(500, tmp_path, held_out=True)).images
+    assert (len(learnt), len(held_out)) == (937, 500)
+    assert not rows(learnt) & rows(held_out)
+
+
+def test_a_twin_passes_over_the_keys_of_the_method_whose_twin_it_is() -> None:
+    changes = ["transfer.method=real", "transfer.data=digits", "transfer.sources=[shapes]", "transfer.fill=none"]
+    assert load_recipe("digits-prune50", changes).recipe.transfer.options().data == "digits"
+
+
+def test_a_report_tells_a_ceiling_from_images_of_something_else_and_what_was_measured_on_what_was_learnt(tmp_path):
+    def report(folder: str, *changes: str) -> list[str]:
+        loaded = load_recipe("digits-prune50", [*SMALL, "transfer.method=ats", "transfer.preset=unbalanced", *changes])
+        return remarks(Run(loaded, tmp_path / folder, quiet=True).compress())
+
+    sources = ["transfer.sources=[digits]", "transfer.split=test", "transfer.size=200", "transfer.held_out=20"]
+    learnt, leak = report("a", *sources)[:2]
+    assert "real images (digits)" in learnt and "ceiling" not in learnt
+    assert "images that the student learnt on" in leak
+    assert "no student of this run learnt" not in (tmp_path / "a" / "report.html").read_text()

@@ -513,3 +513,68 @@ def test_balanced_beside_unbalanced_by_seed(a_record: dict[str, Any]) -> None:
 
 def test_records_of_cells_that_are_gone_are_named(a_record: dict[str, Any]) -> None:
     assert "`mnist-zskd-old`" in render_page([altered(a_record, Cell("mnist", "zskd", "old"), 0, 1.0)])
+
+
+def test_nothing_is_scored_on_test_data_before_the_student_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, order = place_in(tmp_path), []
+
+    def scored(*arguments: Any, **options: Any) -> Any:
+        order.append(bool(list(place.runs.rglob("student.safetensors"))))
+        return original(*arguments, **options)
+
+    original = running.logits_on
+    monkeypatch.setattr(running, "logits_on", scored)
+    record = run_cell(resolve(Cell("digits", "noise"), "smoke"), Bench("digits", place), SEED)
+    assert record is not None and record["accuracy"]["teacher"] == pytest.approx(98.89, abs=0.01)
+    assert order == [True, True]  # the student, the teacher
+
+
+def test_counts_of_a_source_that_only_some_seeds_balance(a_record: dict[str, Any]) -> None:
+    records = []
+    for seed, value in ((0, 80.0), (1, None)):
+        record = altered(a_record, Cell("mnist", "ats", "paper", "uniform"), seed, value)
+        record["ingredients"] = {"sources": ["noise-uniform"]}
+        made = {"own": [3, 4], "repeats": [1, 0], "nearest": [0, 0]} if value else {}
+        record["transfer"] = {"counts": {"candidates": [9], **made}}
+        records.append(record)
+    for given in (records, records[::-1]):
+        assert "7 / 1 / 0 (of 2 seeds 1 could be balanced)" in line_of(render_page(given), "| noise-uniform |")
+
+
+def test_records_of_older_settings_do_not_count_beside_newer_ones(a_record: dict[str, Any]) -> None:
+    cell = Cell("mnist", "zskd", "best")
+    records = [altered(a_record, cell, seed, 90.0 + seed) for seed in (0, 1, 2)]
+    wanted = resolve(cell, "full").ingredients
+    for record in records[:2]:
+        record["ingredients"] = wanted
+    page = render_page(records)
+    assert f"**{statistics.mean([90.0, 91.0]):.2f}" in line_of(page, "| zskd | best | - |")
+    assert "`mnist-zskd-best (full) seed 2`" in page
+
+
+def test_all_tables_at_a_scale_that_some_pairs_lack(tmp_path: Path) -> None:
+    code, output = call("reproduce", "all", "--scale", "cpu", "--list", *at(tmp_path))
+    assert code == 0 and "mnist-zskd-best-cpu" in output and "digits-" not in output
+    code, output = call("reproduce", "digits", "--scale", "cpu", "--list", *at(tmp_path))
+    assert code == 2 and "digits has no scale 'cpu'" in output
+
+
+def test_a_hundred_classes_have_room_at_the_smallest_scale() -> None:
+    for cell in TABLES["cifar100-wrn"].cells:
+        plan = resolve(cell, "smoke")
+        if plan.size is not None and cell.method != "real-kd":
+            assert plan.size % 200 == 0, cell.name  # two betas a class
+        assert plan.scale.training_images is None
+
+
+def test_selected_on_is_of_the_method_or_else_of_the_preset() -> None:
+    def told(*cell: str) -> str:
+        return resolve(Cell(*cell), "full").selected_on
+
+    assert told("fashion-mnist", "zskd", "best") == "the last 5,000 images of Fashion-MNIST's training split"
+    assert "measured on MNIST's test split" in told("mnist", "zskd", "best")
+    assert told("mnist", "zskt", "paper").startswith("the settings of the paper and its released code; width")
+    assert "our reading" in told("mnist", "ats", "paper")
+    assert "not chosen yet" in told("cifar10-alexnet", "zskd", "best")

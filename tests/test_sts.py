@@ -326,3 +326,23 @@ def test_the_method_makes_a_source(tmp_path: Path) -> None:
     assert source.size == 30
     assert images.shape == (8, 1, 8, 8)
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
+
+
+class Dense(nn.Module):
+    """The second convolution takes the first one's channels and the image's: its columns are not the units' alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.repeat(1, 8, 1, 1)
+        return self.head(self.conv2(torch.cat([self.conv1(x), x], 1)).mean((2, 3)))
+
+
+def test_columns_of_a_convolution_that_takes_other_channels_too_are_refused() -> None:
+    teacher = Teacher(Dense(), SMALL)
+    with pytest.raises(UserError, match="No linear layer or convolution was found to take the 8 units"):
+        StsTargets(teacher, StsSettings(layer="conv1", weights="outgoing"))

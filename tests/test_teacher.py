@@ -403,3 +403,16 @@ def test_record_features() -> None:
     with pytest.raises(UserError, match="'nothing'"), record_features(teacher.model, ["conv", "nothing"]):
         pass
     assert all(not module._forward_hooks for module in teacher.model.modules())
+
+
+def test_a_fingerprint_does_not_tell_a_whole_number_from_a_decimal_one() -> None:
+    network = small_network()
+    whole, decimal = InputSpec((1, 8, 8), 0, 1, [0], [1]), InputSpec((1, 8, 8), 0.0, 1.0, (0.0,), (1.0,))
+    assert whole == decimal
+    assert Teacher(network, whole).fingerprint == Teacher(network, decimal).fingerprint
+
+
+def test_large_images_are_answered_in_smaller_batches() -> None:
+    assert InputSpec((1, 32, 32)).measuring_batch == InputSpec((3, 32, 32)).measuring_batch == 1000
+    assert InputSpec((3, 224, 224)).measuring_batch == 20
+    assert InputSpec((3, 4000, 4000)).measuring_batch == 1

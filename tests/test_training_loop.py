@@ -352,6 +352,7 @@ def test_distillation_resumes_bit_by_bit(tmp_path: Path) -> None:
         {"settings": DistillationSettings(steps=20, batch=16, temperature=5)},
         {"seed": 3},
         {"source": StoredSource(images(), 16, 5, "other")},
+        {"source": StoredSource(images(), 16, 6, "set")},  # in another order
         {"teacher": small_teacher(1)},
     ],
 )
@@ -485,3 +486,32 @@ def test_schedules_of_pytorch_resume(tmp_path, make):
     assert load_checkpoint(checkpoint, model, optimizer, again)[0] == 5
     assert again.last_epoch == 5
     assert again.get_last_lr() == scheduler.get_last_lr()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_run_on_a_gpu_goes_on_between_two_means_of_its_loss(tmp_path: Path) -> None:
+    teacher, source = small_teacher().to("cuda"), StoredSource(images(), 16, 5, "set")
+    settings = DistillationSettings(steps=60, batch=16)
+    student = small_network(1).to("cuda")
+    calls = [0]
+
+    def stop(*_: object) -> None:
+        calls[0] += 1
+        if calls[0] == 23:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handle = student.register_forward_hook(stop)
+    with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+        distill(student, teacher, source, settings, checkpoint=tmp_path / "c.safetensors", quiet=True)
+    handle.remove()
+    fresh = small_network(1).to("cuda")
+    history = distill(fresh, teacher, source, settings, checkpoint=tmp_path / "c.safetensors", quiet=True)
+    assert history.steps == [50, 60]
+
+
+def test_a_source_whose_batches_are_not_those_of_the_settings_is_refused() -> None:
+    source = StoredSource(images(), 8, 5, "set")
+    with pytest.raises(UserError, match="batches of 8 images, the settings ask for 32"):
+        distill(small_network(1), small_teacher(), source, DistillationSettings(steps=1, batch=32), quiet=True)
+    small = StoredSource(images()[:6], 32, 5, "set")  # all there are
+    distill(small_network(1), small_teacher(), small, DistillationSettings(steps=1, batch=32), quiet=True)
