@@ -66,7 +66,7 @@ def test_a_teacher_that_puts_everything_into_one_class(tmp_path: Path) -> None:
     save_tensors(tmp_path / "one.safetensors", network.state_dict())
     sentence = compress(tmp_path, "ats", "candidates: 2", weights="one.safetensors")
     assert "ATS cannot balance shapes: the teacher puts all 40 candidates into class 3" in sentence
-    assert "0: 0, 1: 0, 2: 0, 3: 80" in sentence
+    assert "0: 0, 1: 0, 2: 0, 3: 40" in sentence
 
 
 def test_a_generator_that_diverges(tmp_path: Path) -> None:
