@@ -18,20 +18,25 @@ import torch
 import yaml
 from helpers import cli_command, is_one_sentence, run_cli, wait_for
 
+from zskd_nni.compression.quantization import simulated
+from zskd_nni.compression.saved_quantization import load_quantization
 from zskd_nni.errors import UserError
+from zskd_nni.experiments import search as search_module
 from zskd_nni.experiments.nni_manager import lives
 from zskd_nni.experiments.probe import load_probe, make_probe, save_probe
-from zskd_nni.experiments.search import Search, render_trials
+from zskd_nni.experiments.search import BEST, SEARCH, Search, render_trials
 from zskd_nni.experiments.search_config import experiment_config, tuner_config
-from zskd_nni.experiments.search_job import relocated
-from zskd_nni.experiments.search_trial import JOB, PROBE, RECIPE, measure
+from zskd_nni.experiments.search_job import check_carried, relocated
+from zskd_nni.experiments.search_trial import JOB, PROBE, RECIPE, measure, run_trial
 from zskd_nni.experiments.search_tuner import RememberingTuner
-from zskd_nni.files import load_tensors, write_json
+from zskd_nni.files import load_tensors, read_json, write_json
+from zskd_nni.metrics import accuracy
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import LoadedRecipe, load_recipe
-from zskd_nni.search_space import check_space, corners, flat_parameters, with_parameters
-from zskd_nni.teacher import Teacher
+from zskd_nni.recipe import LoadedRecipe, check_recipe, load_recipe, recipe_text
+from zskd_nni.search_space import check_space, corners, flat_parameters, pairs, with_parameters
+from zskd_nni.teacher import Teacher, first_tensor
 
+ROOT = Path(__file__).parent.parent
 RATIO = "compression.pruning.config_list.0.sparse_ratio"
 INTERVAL = "compression.pruning.schedule.interval"
 
@@ -199,6 +204,7 @@ def test_a_search_is_private_stops_whole_and_goes_on(tmp_path: Path) -> None:
     # The best recipe makes the very student of its trial, and keeps what the search left out.
     chosen = load_recipe(str(out / "best.yml"))
     assert chosen.recipe.search is None
+    assert chosen.recipe.selected_on == "a search over 4 trials: agreement on its probe set"
     assert chosen.recipe.evaluation is not None
     report = Run(chosen, tmp_path / "best", quiet=True).compress()
     assert report["accuracy"]["student"] is not None
@@ -288,6 +294,14 @@ def test_what_is_no_search_space(tmp_path: Path, space: dict[str, Any], message:
             {"training_service": {"platform": "remote", "machine_list": []}},
             r"call back to this machine.*--portal.*nni_manager_ip: 127\.0\.0\.1",
         ),
+        ({"training_service": {}}, "training_service names no platform"),
+        (
+            {"training_service": {"platform": "local", "use_active_gpu": "nonsense"}},
+            "training_service: .*use_active_gpu",
+        ),
+        ({"training_service": {"platform": "local", "foo": 1}}, "training_service: .*foo"),
+        ({"tuner": {"class_name": "a.B", "code_directory": "/nowhere"}}, "search.tuner: .*there is no /nowhere"),
+        ({"tuner": {"name": "TPE", "class_args": [1]}}, "class_args is a mapping"),
         ({"objective": "accuracy"}, "accuracy is measured on test data; name it in evaluation.data"),
     ],
 )
@@ -297,6 +311,101 @@ def test_what_is_known_beforehand(tmp_path: Path, search: dict[str, Any], messag
         Search(loaded, tmp_path / "out", quiet=True)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+BETAS = {"_type": "choice", "_value": [[1.0], [1.0, 0.1]]}
+METHODS = {"_type": "choice", "_value": ["zskd", "sts"]}
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {"transfer.method": METHODS, "transfer.targets.betas": BETAS},
+            "transfer.targets.betas: no value of it goes with 'sts' at transfer.method .*unknown key 'targets.betas'.*"
+            "nest transfer.targets.betas under the choices of transfer.method",
+        ),
+        (
+            {"transfer.targets.betas": BETAS, "transfer.method": METHODS},
+            "transfer.targets.betas: no value of it goes with 'sts' at transfer.method",
+        ),
+        (
+            {
+                "transfer.method": {"_type": "choice", "_value": [{"_name": "zskd"}, {"_name": "sts"}]},
+                "transfer.targets": {"_type": "choice", "_value": [{"_name": {}, "transfer.targets.betas": BETAS}]},
+            },
+            "transfer.targets: no value of it goes with 'sts' at transfer.method",
+        ),
+        (
+            {
+                "compression.pruning.steps": {"_type": "randint", "_value": [2, 21]},
+                INTERVAL: {"_type": "quniform", "_value": [4, 10, 2]},
+            },
+            f"{INTERVAL}: no value of it goes with 2 at compression.pruning.steps .*; narrow one of the two",
+        ),
+    ],
+)
+def test_what_never_goes_together_is_known_beforehand(tmp_path: Path, space: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Search(load(tmp_path, space=space), tmp_path / "out", quiet=True)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("search.space.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_goes_together_with_some_value_is_left_to_the_trials(tmp_path: Path) -> None:
+    Search(load(tmp_path), tmp_path / "out", quiet=True)  # one of its four fails
+    nested = {
+        "transfer.method": {
+            "_type": "choice",
+            "_value": [{"_name": "zskd", "transfer.targets.betas": BETAS}, {"_name": "sts"}],
+        },
+        "distillation.temperature": {"_type": "loguniform", "_value": [1.0, 20.0]},
+    }
+    Search(load(tmp_path, space=nested), tmp_path / "out", quiet=True)
+    # What a nested choice brings is tried whole, not its first value alone.
+    times = {"_name": 2, INTERVAL: {"_type": "choice", "_value": [10, 1]}}
+    inner = {
+        "compression.pruning.steps": {"_type": "choice", "_value": [2, 20]},
+        "compression.pruning.schedule.total_times": {"_type": "choice", "_value": [times]},
+    }
+    Search(load(tmp_path, space=inner), tmp_path / "out", quiet=True)
+    # The middle of a normal distribution says nothing of its other values.
+    spread = {
+        "compression.pruning.steps": {"_type": "normal", "_value": [20, 9]},
+        INTERVAL: {"_type": "choice", "_value": [1, 15]},
+    }
+    content = tiny(space=spread)
+    content["compression"]["pruning"]["steps"] = 40
+    Search(load_recipe(write(tmp_path, content)), tmp_path / "out", quiet=True)
+
+
+def test_the_recipes_that_are_checked_two_by_two_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, checked = Search(load(tmp_path), tmp_path / "out", quiet=True), []
+
+    def problem(flat: dict[str, Any]) -> str:
+        checked.append(flat)
+        return "" if flat["b"] == 49 else "It is wrong."
+
+    space = {name: {"_type": "choice", "_value": list(range(50))} for name in ("a", "b")}
+    search.section = search.section.model_copy(update={"space": space})
+    monkeypatch.setattr(search, "_problem", problem)
+    search._check_pairs()
+    assert len(checked) == 400 == len({str(flat) for flat in checked})
+    monkeypatch.setattr(search_module, "_MOST_TOGETHER", 3000)
+    checked.clear()
+    with pytest.raises(UserError, match=r"space\.a: no value of it goes with 0 at b \(It is wrong\); nest a under"):
+        search._check_pairs()
+    assert len(checked) == 2500, "each two once"
+
+
+def test_the_first_example_of_the_page_can_begin(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    content = yaml.safe_load(recipe_text("digits-search")[0])
+    content["search"] = yaml.safe_load(page.split("```yaml")[1].split("```")[0])["search"]
+    source = {**content, "search": {**content["search"], "probe": 50}}
+    search = Search(LoadedRecipe(check_recipe(source, "the page"), None, source), tmp_path / "out", quiet=True)
+    assert len(search.section.space) == 4
 
 
 def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:
@@ -329,8 +438,28 @@ def test_training_services_pass_through_to_nni(tmp_path: Path) -> None:
         experiment_config(wrong, tmp_path, tuner_config(section, 0), 3)
 
 
+def remote(tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    key = tmp_path / "key"
+    key.write_text("")
+    machine = {"host": "worker-1", "user": "me", "ssh_key_file": str(key)}
+    return {"platform": "remote", "nni_manager_ip": "192.0.2.10", "machine_list": [machine], **settings}
+
+
 def test_portal_lets_other_machines_call_back(tmp_path: Path) -> None:
-    Search(load(tmp_path, training_service={"platform": "remote", "machine_list": []}), tmp_path / "out", portal=True)
+    Search(load(tmp_path, training_service=remote(tmp_path)), tmp_path / "out", portal=True)
+
+
+def test_a_mistyped_training_service_spoils_no_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"search\.training_service: .*machinelist"):
+        Search(load(tmp_path, training_service={"platform": "local", "machine_list": []}), out, quiet=True).run()
+    assert not out.exists()
+    out.mkdir()
+    Search(load(tmp_path), out, quiet=True)._claim()
+    Search(load(tmp_path, training_service=remote(tmp_path)), out, quiet=True, portal=True)._claim()
+    assert "training_service" not in read_json(out / SEARCH)["identity"]["search"]
+    with pytest.raises(UserError, match=r"belongs to another search \(.*max_bytes"):
+        Search(load(tmp_path, max_bytes=5), out, quiet=True)._claim()
 
 
 # The parts.
@@ -359,12 +488,32 @@ def test_parameters_reach_their_places() -> None:
     tried = [(path, value) for path, value, _ in corners(space)]
     assert tried == [
         ("transfer.method", "zskd"),
+        ("transfer.method", "sts"),
         ("transfer.targets.betas", [1.0]),
         ("transfer.targets.betas", [0.5]),
-        ("transfer.method", "sts"),
         (RATIO, pytest.approx(0.3)),
         (RATIO, pytest.approx(0.7)),
     ]
+
+
+def test_two_by_two_is_what_may_meet_in_a_trial() -> None:
+    def choice(*values: Any) -> dict[str, Any]:
+        return {"_type": "choice", "_value": list(values)}
+
+    deep = {
+        "_name": "x",
+        "b": choice(1, 2),
+        "c": choice({"_name": "y", "d": choice(3)}, {"_name": "z", "e": choice(4)}),
+    }
+    space = {"a": choice(deep, {"_name": "w", "f": choice(5)}), "g": {"_type": "normal", "_value": [6, 1]}}
+    check_space(space)
+    met = {(one.path, other.path) for one, _, other, _ in pairs(space)}
+    inner = {("b", "c"), ("b", "d"), ("b", "e")}
+    assert met == inner | {pair[::-1] for pair in inner} | {("g", path) for path in "abcdef"}
+    flats = [flat for one, _, other, tried in pairs(space) for flat in tried if (one.path, other.path) == ("b", "e")]
+    assert flats == [{"a": "x", "b": 1, "c": "z", "e": 4}, {"a": "x", "b": 2, "c": "z", "e": 4}]
+    assert all(list(flat) == sorted(flat) for *_, tried in pairs(space) for flat in tried), "a trial's order"
+    assert next(flat for path, _, flat in corners(space) if path == "a") == {"a": "x", "b": 1, "c": "y", "d": 3}
 
 
 def test_the_probe_set_is_the_teachers_alone(tmp_path: Path, digits_teacher: Teacher) -> None:
@@ -409,6 +558,116 @@ def test_a_trial_measures_its_deployable_file(tmp_path: Path, digits_teacher: Te
     real = measure(job, {**settings, "objective": "accuracy", "max_bytes": None}, {})
     assert real["default"] != within["default"]
     assert (tmp_path / "trials" / real["folder"] / "impressions").is_symlink(), "shared with trials of the same set"
+
+
+def job_of(folder: Path, content: dict[str, Any], teacher: Teacher, probe: int = 60) -> tuple[Path, dict[str, Any]]:
+    """A job's folder as a search writes it, and its settings."""
+    job = folder / "job"
+    job.mkdir()
+    save_probe(job / PROBE, teacher, probe, 0)
+    (job / RECIPE).write_text(yaml.safe_dump(relocated(load_recipe(write(folder, content)), job)))
+    settings: dict[str, Any] = {
+        "objective": "agreement",
+        "device": "cpu",
+        "threads": 1,
+        "root": None,
+        "max_bytes": None,
+    }
+    return job, {**settings, "shared": str(folder / "shared"), "trials": str(folder / "trials")}
+
+
+@pytest.mark.parametrize("quantizer", ["DoReFaQuantizer", "BNNQuantizer"])
+def test_bits_without_an_integer_file_are_measured_in_simulation(
+    tmp_path: Path, digits_teacher: Teacher, quantizer: str
+) -> None:
+    weights = {"op_names": ["conv2"], "target_names": ["weight"], "quant_dtype": "int8", "quant_scheme": "affine"}
+    content = tiny()
+    content["compression"] = {"quantization": {"quantizer": quantizer, "steps": 2, "config_list": [weights]}}
+    job, settings = job_of(tmp_path, content, digits_teacher, 300)
+    path, measured = "compression.quantization.config_list.0.quant_dtype", {}
+    for bits in ("int8", "int2"):
+        told = measured[bits] = measure(job, settings, {path: bits})
+        assert told["note"] == f"{quantizer} is simulated, the bytes are those of the fp32 file"
+        assert told["file"] == "student.onnx"
+        folder = tmp_path / "trials" / told["folder"]
+        assert told["bytes"] == (folder / "student.onnx").stat().st_size
+        images, classes = load_probe(job / PROBE, digits_teacher.spec)
+        network = simulated(load_quantization(folder / "state" / "student-quantized.json"))
+        with torch.no_grad():
+            answers = first_tensor(network(digits_teacher.spec.normalise(images)))
+        assert told["objective"] == pytest.approx(accuracy(answers, classes), abs=1e-4)
+        assert told["objective"] < 100, "the teacher itself, before it is quantized"
+    if quantizer == "DoReFaQuantizer":
+        assert measured["int2"]["objective"] < measured["int8"]["objective"]
+
+
+def test_a_trial_says_whether_it_read_real_images(tmp_path: Path, digits_teacher: Teacher) -> None:
+    content = tiny()
+    content["transfer"]["data"] = "digits"
+    content["transfer"]["method"] = "real"
+    job, settings = job_of(tmp_path, content, digits_teacher)
+    assert measure(job, settings, {})["data_free"] is False
+    ats = {"transfer": {"method": "ats", "size": 40, "held_out": 20, "sources": ["digits"]}}
+    assert measure(job, settings, ats)["data_free"] is False
+    told = measure(job, settings, {"transfer": tiny()["transfer"]})
+    assert (told["data_free"], told["note"]) == (True, None)
+
+
+def test_a_trial_that_fails_says_so_as_well(
+    tmp_path: Path, digits_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, settings = job_of(tmp_path, tiny(), digits_teacher)
+    real = {"method": "real", "data": "nowhere.npz", "size": 40, "held_out": 20}
+    settings["space"] = {"transfer": {"_type": "choice", "_value": [real]}}
+    write_json(job / JOB, settings)
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("nni.get_next_parameter", lambda: {"transfer": real})
+    monkeypatch.setattr("nni.report_intermediate_result", lambda report: told.append(dict(report)))
+    with pytest.raises(UserError, match=r"nowhere\.npz"):
+        run_trial(job)
+    assert [report["data_free"] for report in told] == [False, False]
+    assert "nowhere.npz" in told[-1]["failed"]
+
+
+def test_a_search_that_reads_real_images_says_so(tmp_path: Path) -> None:
+    """Whatever the method of the recipe that is searched."""
+    out = tmp_path / "out"
+    out.mkdir()
+    real = {"transfer.method": {"_type": "choice", "_value": ["zskd", "real"]}}
+    content = {**tiny(space=real), "selected_on": "somewhere else"}
+    search = Search(load_recipe(write(tmp_path, content)), out, quiet=True)
+    plain = {"status": "done", "bytes": 150_000, "reason": None, "seconds": 1.0, "note": None}
+    first = {**plain, "parameters": {"transfer.method": "zskd"}, "objective": 80.0, "data_free": True}
+    second = {**plain, "parameters": {"transfer.method": "real"}, "objective": 90.0, "data_free": False}
+
+    assert search._table([first])["data_free"] is True
+    search._conclude(search._table([first]))
+    assert "real images" not in (out / BEST).read_text()
+    assert "real images" not in render_trials(search._table([first]))
+
+    table = search._conclude(search._table([first, second]))
+    assert (table["data_free"], table["best"]) == (False, 2)
+    text = (out / BEST).read_text()
+    assert "# It reads real images: NOT data-free.\n" in text
+    assert yaml.safe_load(text)["selected_on"] == "a search over 2 trials: agreement on its probe set"
+    shown = render_trials(table).splitlines()
+    assert [line.endswith("done; reads real images") for line in shown[2:4]] == [True, False]
+    assert shown[-1] == "trial 2 reads real images: NOT data-free"
+
+    table = search._conclude(search._table([{**first, "objective": 95.0}, second, second]))
+    assert (table["data_free"], table["best"]) == (False, 1)
+    assert (
+        "# trials 2, 3 read real images, this one does not: the search is NOT data-free.\n" in (out / BEST).read_text()
+    )
+
+    measured = Search(load_recipe(write(tmp_path, tiny(objective="accuracy"))), out, quiet=True)
+    table = measured._conclude(measured._table([{**first, "parameters": {}, "note": "DoReFa is simulated"}]))
+    assert table["data_free"] is False
+    text = (out / BEST).read_text()
+    assert "on real images (digits, test split): NOT data-free" in text
+    assert "# DoReFa is simulated.\n" in text
+    assert yaml.safe_load(text)["selected_on"] == "a search over 1 trial: accuracy on digits, test split"
+    assert "done; DoReFa is simulated" in render_trials(table)
 
 
 def test_no_student_within_the_budget(tmp_path: Path) -> None:
@@ -471,9 +730,6 @@ def test_paths_hold_where_a_recipe_is_put(tmp_path: Path, monkeypatch: pytest.Mo
     assert moved["teacher"]["weights"] == "../recipes/w.safetensors"
     assert moved["evaluation"] == {"data": "digits"}
     assert "search" not in moved
-    carried = relocated(loaded, tmp_path / "out", carry=True)
-    assert carried["teacher"]["model"] == "net.py:make"
-    assert (tmp_path / "out" / "w.safetensors").exists()
     # A teacher too large to ship is found in the current folder, which a trial's is not.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teachers").mkdir()
@@ -481,3 +737,51 @@ def test_paths_hold_where_a_recipe_is_put(tmp_path: Path, monkeypatch: pytest.Mo
     content["teacher"]["weights"] = "zoo:large"
     found = relocated(load_recipe(write(tmp_path / "recipes", content)), tmp_path / "out")
     assert (tmp_path / "out" / found["teacher"]["weights"]).resolve() == tmp_path / "teachers" / "large.safetensors"
+
+
+def test_carried_files_keep_apart(tmp_path: Path) -> None:
+    content = tiny()
+    names = {"t/model.safetensors": "teacher", "s/model.safetensors": "student", "my net-1.py": "def make(): ...\n"}
+    names["probe.safetensors"] = "images"
+    for name, text in names.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    content["teacher"] = {
+        "model": "my net-1.py:make",
+        "weights": "t/model.safetensors",
+        "input": {"shape": [1, 32, 32]},
+    }
+    content["student"] = {"model": "zoo:lenet5_half", "weights": "s/model.safetensors"}
+    content["evaluation"] = {"data": "probe.safetensors"}
+    loaded, job = load_recipe(write(tmp_path, content)), tmp_path / "job"
+    job.mkdir()
+    (job / PROBE).write_text("the probe set")
+    check_carried(loaded)
+    carried = relocated(loaded, job, carry=True)
+    file, _, factory = carried["teacher"]["model"].rpartition(":")
+    assert factory == "make"
+    assert Path(file).stem.isidentifier()
+    assert Path(file).suffix == ".py"
+    places = [carried["teacher"]["weights"], carried["student"]["weights"], file, carried["evaluation"]["data"]]
+    assert [(job / place).read_text() for place in places] == list(names.values())
+    assert all(place.startswith("files/") for place in places)
+    assert [Path(place).suffix for place in places[:2]] == [".safetensors"] * 2
+    assert (job / PROBE).read_text() == "the probe set"
+    assert relocated(loaded, job, carry=True) == carried
+    assert sorted(entry.name for entry in (job / "files").iterdir()) == sorted(Path(place).name for place in places)
+
+
+def test_folders_are_not_carried(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    content = {**tiny(training_service=remote(tmp_path)), "evaluation": {"data": "images"}}
+    loaded = load_recipe(write(tmp_path, content))
+    for refuse in (lambda: check_carried(loaded), lambda: relocated(loaded, tmp_path / "out", carry=True)):
+        with pytest.raises(UserError, match=r"evaluation\.data: .*images is a folder.*nothing but files.*\.npz"):
+            refuse()
+    assert relocated(loaded, tmp_path / "out")["evaluation"]["data"] == "../images"
+    search = Search(loaded, tmp_path / "out", portal=True, quiet=True)  # no trial measures on it
+    assert search._handed().source["evaluation"] is None
+    content["transfer"] = {"method": "ats", "size": 40, "held_out": 20, "sources": ["shapes", "images"]}
+    with pytest.raises(UserError, match=r"transfer\.sources\.1: .*images is a folder"):
+        Search(load_recipe(write(tmp_path, content)), tmp_path / "out", portal=True, quiet=True)
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,9 @@ import copy
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 from zskd_nni.key_paths import set_at
@@ -70,7 +72,7 @@ def _check_choices(values: list[Any], here: str) -> None:
     if not is_nested(values):
         return
     for value in values:
-        inner = {key: spec for key, spec in value.items() if key != "_name"}
+        inner = _inner(value)
         if inner:
             check_space(inner, f"{here}.{value['_name']}")
 
@@ -128,24 +130,102 @@ def with_parameters(source: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[
     return changed
 
 
+@dataclass(frozen=True)
+class Dimension:
+    """A key path that is searched, and what of it can be tried beforehand.
+
+    Attributes:
+        path: of the recipe.
+        within: the choices it is nested in, outermost first, each as key path and value.
+        kind: NNI's ``_type``.
+        values: every choice, both ends of a range, the middle of a normal distribution.
+    """
+
+    path: str
+    within: tuple[tuple[str, Any], ...]
+    kind: str
+    values: tuple[Any, ...]
+
+
+def dimensions(space: Mapping[str, Any], within: tuple[tuple[str, Any], ...] = ()) -> Iterator[Dimension]:
+    """All that is searched, what is nested after what it is nested in."""
+    for path, spec in space.items():
+        yield Dimension(path, within, spec["_type"], tuple(_values(spec)))
+        if spec["_type"] == "choice" and is_nested(spec["_value"]):
+            for value in spec["_value"]:
+                yield from dimensions(_inner(value), (*within, (path, value["_name"])))
+
+
 def corners(space: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """What can be tried beforehand: every choice, and both ends of every range, each alone.
 
     Yields:
-        The key path, the value, and the flat parameters it comes with (those of the choice it is nested in).
+        The key path, the value, and the flat parameters it comes with (those of the choice it is nested in, and the
+        first of all that it brings).
     """
-    for path, spec in space.items():
-        values = spec["_value"]
-        if spec["_type"] == "choice" and is_nested(values):
-            for value in values:
-                inner = {key: one for key, one in value.items() if key != "_name"}
-                first = {key: next(_values(one)) for key, one in inner.items()}
-                yield path, value["_name"], {path: value["_name"], **first}
-                for nested, corner, flat in corners(inner):
-                    yield nested, corner, {path: value["_name"], **first, **flat}
-        else:
-            for value in _values(spec):
-                yield path, value, {path: value}
+    for one in dimensions(space):
+        for value in one.values:
+            yield one.path, value, next(_flats(list(space.items()), {**dict(one.within), one.path: value}))
+
+
+def pairs(space: Mapping[str, Any]) -> Iterator[tuple[Dimension, Any, Dimension, Iterator[dict[str, Any]]]]:
+    """A value of one dimension together with all that can be tried of another, for every two that may meet in a trial.
+
+    Of a normal distribution the middle alone is tried, which says nothing of its other values: it is never the other.
+    What is nested has been tried with the choice it is nested in by :func:`corners`.
+
+    Yields:
+        A dimension, its value, the other dimension, and the flat parameters with each value of the other and of all
+        that the two bring.
+    """
+    for one, other in permutations(dimensions(space), 2):
+        if "normal" in other.kind or not _meet(one, other):
+            continue
+        above = {**dict(one.within), **dict(other.within)}
+        for value in one.values:
+            yield one, value, other, _with_each(space, {**above, one.path: value}, other)
+
+
+def _with_each(space: Mapping[str, Any], chosen: Mapping[str, Any], other: Dimension) -> Iterator[dict[str, Any]]:
+    for value in other.values:
+        yield from _flats(list(space.items()), {**chosen, other.path: value})
+
+
+def _meet(one: Dimension, other: Dimension) -> bool:
+    """Whether both can be in one trial, and neither is nested in the other."""
+    above, others = dict(one.within), dict(other.within)
+    apart = {one.path} & {other.path, *others} or other.path in above
+    return not apart and all(above[path] == others[path] for path in above.keys() & others.keys())
+
+
+def _inner(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: spec for key, spec in value.items() if key != "_name"}
+
+
+def _flats(
+    entries: Sequence[tuple[str, Any]], chosen: Mapping[str, Any], every: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Flat parameters in the order of the space: what is chosen, with all that the nested choices among it may bring.
+
+    Args:
+        entries: of a space, key paths and what NNI is told of them.
+        chosen: values by key path; others are left out.
+        every: leave none out, and vary what is not chosen.
+    """
+    if not entries:
+        yield {}
+        return
+    (path, spec), *rest = entries
+    if path not in chosen and not every:
+        yield from _flats(rest, chosen)
+        return
+    for value in (chosen[path],) if path in chosen else _values(spec):
+        inner: dict[str, Any] = {}
+        if spec["_type"] == "choice" and is_nested(spec["_value"]):
+            inner = next(_inner(one) for one in spec["_value"] if one["_name"] == value)
+        for below in _flats(list(inner.items()), chosen, every=True):
+            for after in _flats(rest, chosen, every):
+                yield {path: value, **below, **after}
 
 
 def _values(spec: Mapping[str, Any]) -> Iterator[Any]:

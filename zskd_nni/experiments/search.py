@@ -12,28 +12,29 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zskd_nni import interrupt
-from zskd_nni.data import load_images
+from zskd_nni.data import NAMED_SETS, load_images
 from zskd_nni.errors import UserError
 from zskd_nni.experiments.nni_manager import LOOPBACK, Manager
 from zskd_nni.experiments.probe import save_probe
-from zskd_nni.experiments.search_config import experiment_config, is_local, remembering, tuner_config
-from zskd_nni.experiments.search_job import relocated
+from zskd_nni.experiments.search_config import check_config, experiment_config, is_local, remembering, tuner_config
+from zskd_nni.experiments.search_job import check_carried, relocated
 from zskd_nni.experiments.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
 from zskd_nni.files import make_folder, only_writer, read_json, write_atomic, write_json
 from zskd_nni.identity import taken_over
-from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import LoadedRecipe, check_recipe
-from zskd_nni.search_space import corners, with_parameters
+from zskd_nni.recipe import LoadedRecipe, Recipe, check_recipe
+from zskd_nni.search_space import corners, pairs, with_parameters
 
 SEARCH, TRIALS, BEST, PROPOSED = "search.json", "trials.json", "best.yml", "proposed.jsonl"
 _POLL = 0.5
+_MOST_TOGETHER = 400  # recipes of two values that are checked beforehand, some 20 ms each
 _PATIENCE = 10  # polls in which the manager may be silent, or a finished trial without its result
 _FINISHED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 
@@ -78,10 +79,14 @@ class Search:
         self.teacher = loaded.teacher()
         self.job = self.out / "job"
         self._check_reachable()
+        check_config(self.section, tuner_config(self.section, self.seed))
+        if not is_local(self.section):
+            check_carried(self._handed())
         self._check_objective()
         self._check_space()
-        tuner_config(self.section, self.seed)
-        search = self.section.model_dump(mode="json", exclude={"trials", "concurrency"})
+        self._check_pairs()
+        # Where trials run and how many is no part of what is searched; so a search may move to other machines.
+        search = self.section.model_dump(mode="json", exclude={"trials", "concurrency", "training_service"})
         self.identity = {
             "recipe": loaded.recipe.model_dump(mode="json", exclude={"scales", "search"}),
             "search": search,
@@ -93,6 +98,8 @@ class Search:
 
     def _check_reachable(self) -> None:
         service = self.section.training_service
+        if not service.get("platform"):
+            raise UserError("search.training_service names no platform; {platform: local} is this machine.")
         if is_local(self.section) or self.portal:
             return
         if service.get("nni_manager_ip", service.get("nniManagerIp")) not in (LOOPBACK, "localhost"):
@@ -117,13 +124,52 @@ class Search:
         """Every choice and both ends of every range, each alone, must make a recipe that can begin."""
         for path, value, flat in corners(self.section.space):
             try:
-                source = with_parameters({**self.loaded.source, "search": None}, flat)
-                recipe = check_recipe(source, "the recipe becomes wrong")
+                source, recipe = self._with(flat)
                 if path.split(".")[0] in ("compression", "student", "teacher"):
                     plain = recipe.model_copy(update={"evaluation": None})
                     Run(LoadedRecipe(plain, self.loaded.base, source), self.out, quiet=True)
             except (ValueError, UserError) as error:
                 raise UserError(f"search.space.{path}: with {value!r}, {error}") from error
+
+    def _check_pairs(self) -> None:
+        """A value must make a recipe with some value of every other key, or all trials that draw it fail.
+
+        Recipes are checked until there have been many; what comes after is left to the trials.
+        """
+        known: dict[str, str] = {}
+
+        def problem(flat: dict[str, Any]) -> str:
+            key = repr(flat)
+            if key not in known:
+                if len(known) == _MOST_TOGETHER:
+                    return ""
+                known[key] = self._problem(flat)
+            return known[key]
+
+        for one, value, other, together in pairs(self.section.space):
+            reason = ""
+            for flat in together:
+                reason = problem(flat)
+                if not reason:
+                    break
+            if reason:
+                nest = f"nest {other.path} under the choices of {one.path} that it goes with"
+                raise UserError(
+                    f"search.space.{other.path}: no value of it goes with {value!r} at {one.path} "
+                    f"({reason.rstrip('.')}); {nest if one.kind == 'choice' else 'narrow one of the two'}."
+                )
+
+    def _with(self, flat: dict[str, Any]) -> tuple[dict[str, Any], Recipe]:
+        source = with_parameters({**self.loaded.source, "search": None}, flat)
+        return source, check_recipe(source, "the recipe becomes wrong")
+
+    def _problem(self, flat: dict[str, Any]) -> str:
+        """What is wrong with the recipe with these parameters, as far as the recipe alone tells; empty if nothing."""
+        try:
+            self._with(flat)
+        except (ValueError, UserError) as error:
+            return str(error)
+        return ""
 
     # The search.
 
@@ -156,9 +202,7 @@ class Search:
         local = is_local(self.section)
         save_probe(self.job / PROBE, self.teacher.to(self.device), self.section.probe, self.seed)
         self.teacher.to("cpu")
-        source = {**relocated(self.loaded, self.job, carry=not local), "controls": []}
-        if self.section.objective == "agreement":
-            source["evaluation"] = None  # no trial opens a real sample
+        source = relocated(self._handed(), self.job, carry=not local)
         write_atomic(self.job / RECIPE, yaml.safe_dump(source, sort_keys=False))
         job = {
             "space": self.section.space,
@@ -171,6 +215,13 @@ class Search:
             "trials": str(make_folder(self.out / "trials")) if local else None,
         }
         write_json(self.job / JOB, job)
+
+    def _handed(self) -> LoadedRecipe:
+        """The recipe as trials get it."""
+        source = {**self.loaded.source, "controls": []}
+        if self.section.objective == "agreement":
+            source["evaluation"] = None  # no trial opens a real sample, and none is carried anywhere
+        return replace(self.loaded, source=source)
 
     def _experiment(self, before: list[dict[str, Any]]) -> dict[str, Any]:
         """Run NNI for the trials that are missing."""
@@ -290,6 +341,8 @@ class Search:
             "file": None if final is None else f"trials/{told['folder']}/{told['file']}",
             "seconds": told.get("seconds"),
             "reason": reason,
+            "note": told.get("note"),
+            "data_free": told.get("data_free"),
             "given": told.get("given"),
             "value": None if final is None else final["default"],
         }
@@ -298,27 +351,32 @@ class Search:
         numbered = [{**row, "number": number} for number, row in enumerate(rows, 1)]
         good = [row for row in numbered if row["status"] == "done"]
         best = min(good, key=lambda row: (-row["objective"], row["bytes"], row["number"]), default=None)
-        method = find_method(self.loaded.recipe.transfer.method)
-        data_free = self.section.objective == "agreement" and is_data_free(
-            method, self.loaded.recipe.transfer.options()
-        )
+        agreement = self.section.objective == "agreement"
         return {
             "name": self.loaded.recipe.name,
             "objective": self.section.objective,
             "objective_on": f"the probe set ({self.section.probe:,} images made from the teacher)"
-            if self.section.objective == "agreement"
-            else f"test data ({self.loaded.data_name()}): NOT data-free",
-            "data_free": data_free,
+            if agreement
+            else f"real images ({self._measured_on()}): NOT data-free",
+            "data_free": agreement and not _on_real_images(numbered),
             "max_bytes": self.section.max_bytes,
             "best": None if best is None else best["number"],
             "trials": numbered,
         }
 
+    def _measured_on(self) -> str:
+        """What the objective is measured on, in few words."""
+        evaluation = self.loaded.recipe.evaluation
+        if self.section.objective == "agreement" or evaluation is None:
+            return "its probe set"
+        return f"{evaluation.data}, {evaluation.split} split" if evaluation.data in NAMED_SETS else evaluation.data
+
     def _say(self, row: dict[str, Any]) -> None:
         if self.quiet:
             return
         what = f"{self.section.objective} {row['objective']:.2f} %, {row['bytes']:,} bytes" if row["bytes"] else ""
-        text = ", ".join(filter(None, (row["status"], what, row["reason"] if row["status"] == "failed" else "")))
+        reason = row["reason"] if row["status"] == "failed" else ""
+        text = ", ".join(filter(None, (row["status"], what, reason, *_remarks(row))))
         given = ", ".join(f"{path} {value}" for path, value in row["parameters"].items())
         print(f"trial {row['number']} of {self.section.trials}: {text} ({given})", file=sys.stderr, flush=True)
 
@@ -337,12 +395,23 @@ class Search:
             raise UserError(f"No trial came to a result; all are in {self.out / TRIALS}.{first}")
         row = table["trials"][table["best"] - 1]
         source = with_parameters(relocated(self.loaded, self.out), row["parameters"])
+        count, objective = len(table["trials"]), self.section.objective
+        source["selected_on"] = (
+            f"a search over {count} trial{'' if count == 1 else 's'}: {objective} on {self._measured_on()}"
+        )
         budget = "" if self.section.max_bytes is None else f" of {self.section.max_bytes:,} allowed"
         head = (
-            f"# Trial {row['number']} of {len(table['trials'])} of zskd-nni search {self.loaded.recipe.name}:\n"
-            f"# {self.section.objective} {row['objective']:.2f} % on {table['objective_on']}, "
+            f"# Trial {row['number']} of {count} of zskd-nni search {self.loaded.recipe.name}:\n"
+            f"# {objective} {row['objective']:.2f} % on {table['objective_on']}, "
             f"{row['bytes']:,} bytes{budget}.\n"
         )
+        if row.get("note"):
+            head += f"# {row['note']}.\n"
+        real = _on_real_images(table["trials"])
+        if row["number"] in real:
+            head += "# It reads real images: NOT data-free.\n"
+        elif real:
+            head += f"# {_real(real)}, this one does not: the search is NOT data-free.\n"
         write_atomic(self.out / BEST, head + yaml.safe_dump(source, sort_keys=False))
         return table
 
@@ -369,13 +438,31 @@ def render_trials(table: dict[str, Any]) -> str:
                 "" if row["objective"] is None else f"{row['objective']:.2f} %",
                 "" if row["bytes"] is None else f"{row['bytes']:,}",
                 "" if row["seconds"] is None else f"{row['seconds']:.1f}",
-                row["status"] + (f": {row['reason']}" if row["reason"] else ""),
+                "; ".join([row["status"] + (f": {row['reason']}" if row["reason"] else ""), *_remarks(row)]),
             ]
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "-" * min(max(map(len, text)), 160))
-    return "\n".join([*text, "", f"{table['objective']} is measured on {table['objective_on']}"])
+    text += ["", f"{table['objective']} is measured on {table['objective_on']}"]
+    real = _on_real_images(table["trials"])
+    return "\n".join([*text, f"{_real(real)}: NOT data-free"] if real else text)
+
+
+def _on_real_images(rows: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the trials whose method reads real images; one that came to no recipe has none."""
+    return [row["number"] for row in rows if row.get("data_free") is False]
+
+
+def _real(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"trial {numbers[0]} reads real images"
+    return f"trials {', '.join(map(str, numbers))} read real images"
+
+
+def _remarks(row: dict[str, Any]) -> list[str]:
+    """What a reader of a row should know besides its figures."""
+    return [*filter(None, [row.get("note")]), *(["reads real images"] if row.get("data_free") is False else [])]
 
 
 def _short_names(paths: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import logging
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,23 @@ def experiment_config(section: SearchSection, job: Path, tuner: dict[str, Any], 
             )
             config.validate()
     except Exception as error:  # NNI's configs raise what they like
-        text = " ".join(str(error).split()) or "NNI refuses it, and does not say why"
+        text = " ".join(str(error).split()).rstrip(".") or "NNI refuses it, and does not say why"
         raise UserError(f"search.training_service: {text}.") from error
     return config
+
+
+def check_config(section: SearchSection, tuner: dict[str, Any]) -> None:
+    """Let NNI look at the training service before there is any folder.
+
+    Args:
+        section: of the recipe.
+        tuner: what :func:`tuner_config` gave.
+
+    Raises:
+        UserError: as of :func:`experiment_config`.
+    """
+    with tempfile.TemporaryDirectory() as job:  # NNI wants to see one
+        experiment_config(section, Path(job), tuner, section.trials)
 
 
 def is_local(section: SearchSection) -> bool:
@@ -69,18 +84,19 @@ def tuner_config(section: SearchSection, seed: int) -> dict[str, Any]:
     """
     given = {"name": section.tuner} if isinstance(section.tuner, str) else dict(section.tuner)
     own = given.get("class_name") or given.get("className")
+    arguments = given.get("class_args") or given.get("classArgs") or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"search.tuner: class_args is a mapping, not {arguments!r}.")
     if own:  # somebody's own; what it takes is its own affair
-        folder = given.get("code_directory") or given.get("codeDirectory") or "."
-        arguments = given.get("class_args") or given.get("classArgs") or {}
-        return {"className": own, "codeDirectory": str(Path(folder).resolve()), "classArgs": arguments}
+        folder = Path(given.get("code_directory") or given.get("codeDirectory") or ".").resolve()
+        if not folder.is_dir():
+            raise UserError(f"search.tuner: code_directory names no folder; there is no {folder}.")
+        return {"className": own, "codeDirectory": str(folder), "classArgs": arguments}
     name = given.get("name")
     if name not in TUNERS:
         near = difflib.get_close_matches(str(name), TUNERS, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(TUNERS)}."
         raise UserError(f"search.tuner: no tuner {name!r} for recipes; {hint}")
-    arguments = given.get("class_args") or given.get("classArgs") or {}
-    if not isinstance(arguments, dict):
-        raise UserError(f"search.tuner: class_args is a mapping, not {arguments!r}.")
     if arguments.get("optimize_mode", "maximize") != "maximize":
         raise UserError("search.tuner: a search maximises; leave optimize_mode out.")
     with _quiet_nni():

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from zskd_nni.data import NAMED_SETS
+from zskd_nni.errors import UserError
+from zskd_nni.files import make_folder, sha256_of_bytes, write_atomic
 from zskd_nni.methods.ats import PROCEDURAL
 from zskd_nni.recipe import LoadedRecipe
 from zskd_nni.zoo.trained import MADE_HERE, trained_names
 
+FILES = "files"
 _NOT_FILES = (*NAMED_SETS, *PROCEDURAL)
 
 
@@ -23,24 +26,60 @@ def relocated(loaded: LoadedRecipe, folder: Path, carry: bool = False) -> dict[s
     Args:
         loaded: the recipe.
         folder: where it shall hold.
-        carry: copy the files it names into ``folder``, so that the folder can go to another machine.
+        carry: copy the files it names into ``folder / "files"``, so that the folder can go to another machine.
+
+    Raises:
+        UserError: what is to be carried is a folder, or cannot be read.
     """
+    source = _plain(loaded)
+    for where, place, key, path in _named(source, loaded.base):
+        moved = f"{FILES}/{_carried(where, path, folder / FILES)}" if carry else os.path.relpath(path, folder)
+        _, colon, name = place[key].rpartition(":") if key == "model" else ("", "", "")
+        place[key] = f"{moved}{colon}{name}"
+    return source
+
+
+def check_carried(loaded: LoadedRecipe) -> None:
+    """Refuse beforehand what :func:`relocated` cannot carry.
+
+    Raises:
+        UserError: a recipe names a folder, or something else that is no file.
+    """
+    for where, _, _, path in _named(_plain(loaded), loaded.base):
+        _require_file(where, path)
+
+
+def _require_file(where: str, path: Path) -> None:
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no file"
+        raise UserError(
+            f"{where}: {path} is {what}, and a search hands nothing but files to other machines; name a file, such as "
+            "an .npz of the images."
+        )
+
+
+def _carried(where: str, path: Path, folder: Path) -> str:
+    """Copy a file into ``folder``; returns the name it has there.
+
+    The name has a part of the content's hash, so that two files of one name do not overwrite each other. It is one
+    that Python can import and that NNI carries without a warning.
+    """
+    _require_file(where, path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: {path} cannot be read ({error.strerror}).") from error
+    stem = re.sub(r"\W", "_", path.stem, flags=re.ASCII)
+    name = f"{'_' if stem[:1].isdigit() else ''}{stem}_{sha256_of_bytes(content)[:12]}{path.suffix}"
+    write_atomic(make_folder(folder) / name, content)
+    return name
+
+
+def _plain(loaded: LoadedRecipe) -> dict[str, Any]:
     source = copy.deepcopy(loaded.source)
     source.pop("search", None)
     for section in ("teacher", "student"):
         _name_made_here(source.get(section))
-    for place, key in _places(source):
-        text = place[key]
-        file, colon, name = text.rpartition(":") if key == "model" else (text, "", "")
-        path = (loaded.base or Path.cwd()) / file
-        if not path.exists():
-            continue  # not a file, or one whose absence is said elsewhere
-        if carry and path.is_file():
-            shutil.copyfile(path, folder / path.name)
-            moved = path.name
-        else:
-            moved = os.path.relpath(path, folder)
-        place[key] = f"{moved}{colon}{name}"
     return source
 
 
@@ -53,22 +92,31 @@ def _name_made_here(network: Any) -> None:
             network["weights"] = str(made.resolve())
 
 
-def _places(source: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Where a recipe may name a file: container and key."""
+def _named(source: dict[str, Any], base: Path | None) -> Iterator[tuple[str, Any, Any, Path]]:
+    """What a recipe names and is there: key path, container, key, path on this machine."""
+    for where, place, key in _places(source):
+        text = place[key]
+        path = (base or Path.cwd()) / (text.rpartition(":")[0] if key == "model" else text)
+        if path.exists():  # else it is not a file, or one whose absence is said elsewhere
+            yield where, place, key, path
+
+
+def _places(source: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Where a recipe may name a file: key path, container and key."""
     for section in ("teacher", "student"):
         network = source.get(section)
         if isinstance(network, dict):
             if ".py:" in str(network.get("model", "")):
-                yield network, "model"
+                yield f"{section}.model", network, "model"
             if isinstance(network.get("weights"), str) and not network["weights"].startswith("zoo:"):
-                yield network, "weights"
+                yield f"{section}.weights", network, "weights"
     for section in ("evaluation", "transfer"):
         content = source.get(section)
         if isinstance(content, dict) and isinstance(content.get("data"), str) and content["data"] not in _NOT_FILES:
-            yield content, "data"
+            yield f"{section}.data", content, "data"
     transfer = source.get("transfer")
     sources = transfer.get("sources") if isinstance(transfer, dict) else None
     if isinstance(sources, list):
         for index, name in enumerate(sources):
             if isinstance(name, str) and name not in _NOT_FILES:
-                yield sources, index
+                yield f"transfer.sources.{index}", sources, index

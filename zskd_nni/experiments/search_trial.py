@@ -11,11 +11,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
+import torch
 import yaml
 from torch import Tensor
 
@@ -25,14 +27,30 @@ from zskd_nni.errors import UserError
 from zskd_nni.evaluation import logits_on
 from zskd_nni.export import export_onnx, run_onnx
 from zskd_nni.files import fingerprint_of, make_folder, read_json
+from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.metrics import accuracy
 from zskd_nni.pipeline import Made, Run
-from zskd_nni.recipe import LoadedRecipe, check_recipe
+from zskd_nni.recipe import LoadedRecipe, Recipe, check_recipe
 from zskd_nni.search_space import flat_parameters, with_parameters
 from zskd_nni.transfer import TransferSource
 
 JOB, RECIPE, PROBE = "job.json", "recipe.yml", "probe.safetensors"
 OVER_BUDGET = "over budget"
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """A student as it would be deployed.
+
+    Attributes:
+        file: whose size counts.
+        answer: logits ``(N, K)`` of images ``(N, C, H, W)``, by which it is judged.
+        note: what the size does not tell; empty where there is nothing.
+    """
+
+    file: Path
+    answer: Callable[[Tensor], Tensor]
+    note: str = ""
 
 
 class StudentRun(Run):
@@ -49,22 +67,27 @@ class StudentRun(Run):
         super().__init__(loaded, out, **options)
         self.shared = shared
 
-    def deployable(self, images: Tensor) -> Path:
-        """Make the student and the one file that would be deployed, checked on ``images``; returns the file.
+    def deployable(self, images: Tensor) -> Deployable:
+        """Make the student and the one file that would be deployed, checked on ``images``.
 
-        It is the integer file where the recipe has a quantizer that can be said in integers.
+        It is the integer file where the recipe has a quantizer that can be said in integers. A student of another
+        quantizer is judged by NNI's simulation: there is no file that answers so.
         """
         make_folder(self.out)
         with _alone(self.out.with_suffix(".lock")), self._owned():
             made = self.student("student", self.transfer())
             self.teacher.to("cpu")
             self._save(Made(made.network), self.out / "student.json", recipe=self.recipe.name)
-            integers = self.out / "student-int8.onnx"
+            integers, plain = self.out / "student-int8.onnx", self.out / "student.onnx"
             written = self._export_integers(made.quantization, images, integers)
             if written is not None and written["exported"]:
-                return integers
-            export_onnx(made.network, self.teacher.spec, self.out / "student.onnx", images)
-            return self.out / "student.onnx"
+                return Deployable(integers, lambda batch: run_onnx(integers, batch))
+            export_onnx(made.network, self.teacher.spec, plain, images)
+            simulation = self._integer_answers(made, "student")
+            if simulation is None or written is None:
+                return Deployable(plain, lambda batch: run_onnx(plain, batch))
+            note = f"{written['quantizer']} is simulated, the bytes are those of the fp32 file"
+            return Deployable(plain, simulation, note)
 
     def transfer(self) -> TransferSource:
         """The transfer source; of trials that want the same set, the first makes it and the others wait for it."""
@@ -115,6 +138,8 @@ def run_trial(job_folder: Path) -> None:
         raise UserError("NNI gave this trial no parameters; zskd-nni trial is only meant to be run by zskd-nni search.")
     flat = flat_parameters(job["space"], given)
     told: dict[str, Any] = {"default": 0.0, "parameters": flat, "given": given}
+    with contextlib.suppress(UserError):  # it is said below; and what makes no recipe reads no image
+        told["data_free"] = learns_data_free(recipe_with(job_folder, flat).recipe)
     nni.report_intermediate_result(told)
     try:
         result = measure(job_folder, job, flat)
@@ -134,7 +159,8 @@ def measure(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> dict
         flat: key paths of the recipe and values.
 
     Returns:
-        ``default`` (what NNI's tuner maximises), ``objective`` (in percent), ``bytes``, ``file``, ``status``.
+        ``default`` (what NNI's tuner maximises), ``objective`` (in percent), ``bytes``, ``file``, ``status``,
+        ``data_free`` (of what the student learnt on), ``note`` (what the bytes do not tell, or None).
     """
     loaded = recipe_with(job_folder, flat)
     out = Path(job["trials"] or os.environ["NNI_OUTPUT_DIR"]) / fingerprint_of(flat)[:12]
@@ -144,24 +170,33 @@ def measure(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> dict
     from zskd_nni.experiments.probe import load_probe
 
     images, classes = load_probe(job_folder / PROBE, run.teacher.spec)
-    file = run.deployable(images)
-    size = file.stat().st_size
+    made = run.deployable(images)
+    size = made.file.stat().st_size
     if job["objective"] == "accuracy":
         assert loaded.recipe.evaluation is not None
         data = load_images(str(loaded.data_name()), loaded.recipe.evaluation.split, root)
-        objective = accuracy(logits_on(lambda batch: run_onnx(file, batch), data, run.teacher.spec), data.labels)
+        objective = accuracy(logits_on(made.answer, data, run.teacher.spec), data.labels)
     else:
-        objective = accuracy(run_onnx(file, images), classes)
+        with torch.no_grad():
+            parts = [made.answer(part) for part in images.split(run.teacher.spec.measuring_batch)]
+        objective = accuracy(torch.cat(parts), classes)
     over = job["max_bytes"] is not None and size > job["max_bytes"]
     return {
         # Above the budget every value is below every one within it, and the lower the larger the file.
         "default": -size / job["max_bytes"] if over else objective,
         "objective": round(objective, 4),
         "bytes": size,
-        "file": file.name,
+        "file": made.file.name,
         "folder": out.name,
         "status": OVER_BUDGET if over else "done",
+        "data_free": learns_data_free(loaded.recipe),
+        "note": made.note or None,
     }
+
+
+def learns_data_free(recipe: Recipe) -> bool:
+    """Whether a recipe's student learns on no real image."""
+    return is_data_free(find_method(recipe.transfer.method), recipe.transfer.options())
 
 
 def recipe_with(job_folder: Path, flat: dict[str, Any]) -> LoadedRecipe:
