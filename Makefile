@@ -5,7 +5,7 @@
 # make soak        20 minutes of synthesis and distillation under a memory limit (SOAK_SECONDS=...)
 # make bench      the ratios of docs/benchmarks.md, some ten minutes (DEVICE=cuda)
 # make lint        ruff and mypy
-# make notebooks   execute all into docs/tutorials, SCALE=smoke, cpu or full (seconds, minutes, hours at most)
+# make notebooks   execute all: SCALE=smoke into out/, cpu or full into docs/tutorials (seconds, minutes, hours at most)
 # make docs        the site, into site/; make docs-serve shows it while it is written
 # make package     wheel and sdist into dist/, installed and tried in a clean environment
 # make install-all the environment with what notebooks and the site need

@@ -1,6 +1,7 @@
 """Execute the notebooks into the site's tutorials.
 
     python notebooks/run.py --scale cpu               # all, what ``make notebooks SCALE=cpu`` does
+    python notebooks/run.py                           # all in seconds, into out/notebooks/smoke: do they run?
     python notebooks/run.py 02 05 --scale full        # those whose names begin so
     python notebooks/run.py --prose                   # nothing is executed: changed prose goes into the copies
 
@@ -238,7 +239,9 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
     parser.add_argument(
-        "--to", type=Path, default=TUTORIALS, help="where executed copies go"
+        "--to",
+        type=Path,
+        help="where executed copies go; the site's tutorials, for smoke out/notebooks/smoke",
     )
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "notebooks")
     parser.add_argument(
@@ -247,6 +250,9 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     found = chosen(arguments.notebooks)
+    if arguments.to is None:  # figures that mean nothing are no tutorials
+        smoke = arguments.scale == "smoke" and not arguments.prose
+        arguments.to = arguments.work / "smoke" if smoke else TUTORIALS
     if arguments.prose:
         for source in found:
             if (arguments.to / source.name).exists():
