@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
@@ -94,6 +96,44 @@ def test_the_integers_are_a_file_that_answers_as_reported(finished):
     assert "int8 ONNX, bytes" in page and "quantized by calibration alone" in page
 
 
+def test_the_files_tell_nothing_of_the_machine_that_wrote_them(finished):
+    out, _ = finished
+    for file in (*out.glob("*.onnx"), out / "state" / "teacher.onnx"):
+        data = file.read_bytes()
+        assert not any(word in data for word in (b"site-packages", b"stack_trace", b"/zskd_nni/")), file
+
+
+def zeros_of(description: Path) -> dict[str, float]:
+    parameters = load_network(description).named_parameters()
+    return {name: float((weight == 0).float().mean()) for name, weight in parameters if name.endswith("weight")}
+
+
+def test_single_weights_that_are_pruned_stay_zero_to_the_end(tmp_path):
+    level = (
+        "compression.pruning.pruner=LevelPruner",
+        "compression.pruning.config_list=[{op_types: [Linear], sparse_ratio: 0.6}]",
+        "compression.quantization.quantizer=QATQuantizer",
+        "controls=[]",
+    )
+    report = run(tmp_path, *level)
+    for name in ("state/student-pruned.json", "state/student.json", "student.json", "state/student-quantized.json"):
+        found = zeros_of(tmp_path / name)
+        assert all(share >= 0.59 for layer, share in found.items() if layer.startswith("fc")), (name, found)
+        assert found["conv1.weight"] < 0.01
+    assert report["pruning"]["zeros"] == pytest.approx(0.6, abs=0.02) and not report["pruning"]["shrunk"]
+    integers = [numpy_helper.to_array(entry) for entry in onnx.load(tmp_path / "student-int8.onnx").graph.initializer]
+    layers = [each for each in integers if each.dtype == np.int8 and each.ndim == 2]
+    assert len(layers) == 3 and all((each == 0).mean() >= 0.59 for each in layers)
+
+    state = tmp_path / "state"
+    files = ("student.safetensors", "student-quantized.safetensors")
+    before = [sha256_of_file(state / name) for name in files]
+    for file in (*state.glob("student.*"), *state.glob("student-quantized.*")):
+        file.unlink()
+    run(tmp_path, *level)
+    assert [sha256_of_file(state / name) for name in files] == before
+
+
 def test_a_lost_quantization_is_made_again_alike(finished, tmp_path):
     out, report = finished
     shutil.copytree(out, tmp_path / "copy")
@@ -108,8 +148,13 @@ def test_a_lost_quantization_is_made_again_alike(finished, tmp_path):
 
 def test_calibration_alone_of_the_teacher_itself(tmp_path):
     report = run(
-        tmp_path, "compression.pruning=null", "compression.quantization.quantizer=PtqQuantizer", "controls=[noise]"
+        tmp_path,
+        "compression.pruning=null",
+        "compression.quantization.quantizer=PtqQuantizer",
+        "compression.quantization.fuse_batch_norm=true",
+        "controls=[noise]",
     )
+    assert report["quantization"]["note"] == "fuse_batch_norm found nothing to fold"
     assert report["parameters"]["student"] == report["parameters"]["teacher"]
     assert report["accuracy"]["student"] == report["accuracy"]["teacher"]
     assert report["accuracy"]["student_int8"] > report["accuracy"]["teacher"] - 1
@@ -152,6 +197,15 @@ def test_without_a_quantizer_its_figures_are_null(tmp_path):
 def test_a_quantizer_that_nni_refuses_is_told_before_any_work(tmp_path):
     with pytest.raises(UserError, match="refuses the config"):
         run(tmp_path / "out", "compression.quantization.config_list.0.quant_dtype=float7")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_distiller_that_nothing_asks_is_refused(tmp_path):
+    distiller = "compression.distiller={name: ZeroShotDistiller}"
+    with pytest.raises(UserError, match=r"compression\.distiller teaches while NNI prunes or quantizes"):
+        run(tmp_path / "out", "compression.pruning=null", distiller)
+    with pytest.raises(UserError, match="nothing is trained there"):
+        run(tmp_path / "out", "compression.pruning.steps=0", distiller)
     assert not (tmp_path / "out").exists()
 
 

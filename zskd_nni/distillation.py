@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def distill(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     label: str = "distillation",
+    after_step: Callable[[int], None] | None = None,
     quiet: bool = False,
 ) -> History:
     """Teach ``student`` in place; it comes back in ``eval()`` mode, as its last step left it.
@@ -142,6 +144,7 @@ def distill(
         seed: names the random streams.
         checkpoint: a file to keep the state in; the same call again goes on from it.
         label: shown beside the progress.
+        after_step: called with the number of finished steps; what it changes in the student is in the checkpoint.
         quiet: no progress.
 
     Raises:
@@ -189,6 +192,7 @@ def distill(
             seed=seed,
             label=label,
             checkpoint=kept,
+            after_step=after_step,
             extra=source,
             shared=shared,
             quiet=quiet,

@@ -8,6 +8,7 @@ import io
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,10 +62,27 @@ def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
                 verbose=False,
             )
             assert program is not None
-            return program.model_proto.SerializeToString()
+            return _stripped(program.model_proto)
     except Exception as error:  # the exporter raises anything
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"The network cannot be exported to ONNX: {first_line}") from error
+
+
+def _stripped(model: Any) -> bytes:
+    """The ONNX model without the exporter's notes on where each node comes from.
+
+    They are longer than a small network's weights and tell the paths of the machine that exported it.
+    """
+    import onnx
+
+    model.ClearField("metadata_props")
+    graph = model.graph
+    del graph.value_info[:]
+    for entry in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        entry.ClearField("metadata_props")
+        entry.ClearField("doc_string")
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ from zskd_nni.metrics import accuracy, agreement
 from zskd_nni.networks import code_fingerprint, network_fingerprint
 from zskd_nni.pictures import impressions_picture, some_of_each, spread
 from zskd_nni.provenance import provenance
-from zskd_nni.recipe import LoadedRecipe, NetworkSection
+from zskd_nni.recipe import LoadedRecipe, NetworkSection, PruningSection
 from zskd_nni.report import write_report
 from zskd_nni.saved_model import load_network, save_network
 from zskd_nni.seeds import derive_seed
@@ -55,6 +55,7 @@ from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
 from zskd_nni.workers import only_writers, team
 
 if TYPE_CHECKING:
+    from zskd_nni.compression.masks import Masks
     from zskd_nni.compression.quantization import Quantization
 
 T = TypeVar("T")
@@ -71,11 +72,13 @@ class Made:
         network: in ``eval()`` mode, on the CPU.
         record: JSON-able; what pruning and shrinking did, the losses along the way.
         quantization: of the network where the recipe asks for it, and where it can be had for this student.
+        masks: weights that pruning silenced and did not remove, which no training may bring back.
     """
 
     network: nn.Module
     record: dict[str, Any] = field(default_factory=dict)
     quantization: Quantization | None = None
+    masks: Masks = field(default_factory=dict)
 
 
 class Run:
@@ -160,18 +163,33 @@ class Run:
             )
         if self.measured and self.team.leads:
             self._test_data()
-        if self.recipe.compression.pruning is not None:
+        self._check_compression()
+
+    def _check_compression(self) -> None:
+        section = self.recipe.compression
+        pruning, quantization = section.pruning, section.quantization
+        together = None  # the steps of the one training, where it is one
+        if pruning is not None and quantization is not None and quantization.fused:
+            together = pruning.steps + self.recipe.distillation.steps + quantization.steps
+        if pruning is not None:
             from zskd_nni.compression.pruning import check_pruning
 
-            check_pruning(self._fresh_student(), self.recipe.compression.pruning, self.teacher)
-        if self.recipe.compression.quantization is not None:
+            check_pruning(self._fresh_student(), pruning, self.teacher, together)
+        if quantization is not None:
             from zskd_nni.compression.student_quantization import check_quantization
 
-            check_quantization(self._fresh_student(), self.recipe.compression.quantization, self.teacher)
-        if self.recipe.compression.distiller is not None:
+            check_quantization(self._fresh_student(), quantization, self.teacher, together)
+        if section.distiller is not None:
             from zskd_nni.compression.distillers import check_distiller
+            from zskd_nni.compression.quantization import quantizer_class_name
 
-            check_distiller(self._fresh_student(), self.recipe.compression.distiller, self.teacher)
+            calibrated = quantization is None or quantizer_class_name(quantization.quantizer) == "PtqQuantizer"
+            if calibrated and (pruning is None or pruning.steps == 0):
+                raise UserError(
+                    "compression.distiller teaches while NNI prunes or quantizes, and nothing is trained there: leave "
+                    "it out, give compression.pruning.steps, or take a quantizer that trains, such as QATQuantizer."
+                )
+            check_distiller(self._fresh_student(), section.distiller, self.teacher)
 
     def _tell(self, sentence: str) -> None:
         if self.team.leads:
@@ -332,6 +350,11 @@ class Run:
         if source is not None and something_to_learn:
             with self._timed(f"distillation of {name}"):
                 network = made.network.to(self.device)
+                after_step = None
+                if made.masks:
+                    from zskd_nni.compression.masks import held_at_zero
+
+                    after_step = held_at_zero(network, made.masks)
                 history = distill(
                     network,
                     self.teacher.to(self.device),
@@ -340,6 +363,7 @@ class Run:
                     seed=derive_seed(self.recipe.seed, "distillation") % 2**31,
                     checkpoint=state / f"{name}.checkpoint.safetensors",
                     label=f"distillation of {name}",
+                    after_step=after_step,
                     quiet=self.quiet,
                 )
                 pairs = feature_pairs(network, self.teacher, self.recipe.distillation.features)
@@ -349,10 +373,14 @@ class Run:
                     "features": [list(pair) for pair in pairs],
                 }
         made.network.cpu().eval()
+        if "pruning" in made.record:
+            from zskd_nni.compression.masks import share_of_zeros
+
+            made.record["pruning"]["zeros"] = share_of_zeros(made.network, made.record["pruning"]["sparsity"])
         self.team.first(lambda: self._save(made, finished))
         (state / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
         # As a later run finds it: training leaves another memory format, whose sums round otherwise.
-        return Made(load_network(finished), made.record)
+        return Made(load_network(finished), made.record, masks=made.masks)
 
     def _pruned(
         self, name: str, network: nn.Module, source: TransferSource | None, scores: TransferSource | None
@@ -380,7 +408,7 @@ class Run:
                 checkpoint=checkpoint,
                 quiet=self.quiet,
             )
-            made = Made(pruned.network, {"pruning": pruned.record})
+            made = Made(pruned.network, {"pruning": pruned.record}, masks=pruned.masks)
             self.team.first(lambda: self._save(made, finished))
             checkpoint.unlink(missing_ok=True)
         # What each of many has made by itself may differ in the last bits from one machine to the next.
@@ -409,6 +437,7 @@ class Run:
                 distiller=self.recipe.compression.distiller,
                 seed=derive_seed(self.recipe.seed, "quantization") % 2**31,
                 checkpoint=checkpoint,
+                masks=made.masks,
                 quiet=self.quiet,
             )
             made.network.cpu()
@@ -474,6 +503,10 @@ class Run:
 
     def _save(self, made: Made, description: Path, **extra: Any) -> None:
         section = self._student_section()
+        if made.masks:
+            from zskd_nni.compression.masks import save_masks
+
+            extra["masks"] = save_masks(made.masks, description)
         save_network(
             copy.deepcopy(made.network).cpu(),
             section.model,
@@ -537,21 +570,25 @@ class Run:
             "max_logit_difference": None,
             "note": "",
         }
+        section = self.recipe.compression.quantization
+        notes = []
+        if section is not None and section.fuse_batch_norm and not result["folds"]:
+            notes.append("fuse_batch_norm found nothing to fold")
         if not result["exported"]:
-            result["note"] = (
+            notes.append(
                 f"{quantization.quantizer} changes weights by more than rounding: it is simulated, and no integer "
                 "file is written"
             )
             path.unlink(missing_ok=True)
-            return result
+            return {**result, "note": "; ".join(notes)}
         export = export_quantized_onnx(quantization, self.teacher.spec, path, held_out, LEAST_AGREEMENT)
         result.update(agreement=export.agreement, max_logit_difference=export.max_logit_difference)
         if export.agreement < GOOD_AGREEMENT:
-            result["note"] = (
+            notes.append(
                 f"warning: onnxruntime and NNI's simulation agree on {export.agreement:.1%} of the held-out images "
                 f"only, less than {GOOD_AGREEMENT:.1%}"
             )
-        return result
+        return {**result, "note": "; ".join(notes)}
 
     def _integer_answers(self, made: Made, name: str) -> Callable[[Tensor], Tensor] | None:
         """What a quantized student answers: onnxruntime where there is a file of it, NNI's simulation otherwise."""
@@ -671,7 +708,7 @@ class Run:
         if name == "noise":
             return "the same student, with uniform noise in the place of the images"
         what = "the same student without distillation"
-        if pruning is not None and pruning.pruner not in ("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner"):
+        if pruning is not None and _is_data_driven(pruning):
             what += f"; {pruning.pruner} scored its channels on the same images, the weights are those from before"
         if pruning is not None and pruning.schedule is not None:
             what += "; pruned at once, without the schedule"
@@ -693,10 +730,21 @@ class Run:
 
 
 def _made(description: Path) -> Made:
-    network, record = load_network(description), read_json(description).get("record")
+    network, content = load_network(description), read_json(description)
+    record, masks = content.get("record"), content.get("masks")
     if not isinstance(record, dict):
         raise UserError(f"{description} does not tell how its network was made.")
-    return Made(network, record)
+    if masks is None:
+        return Made(network, record)
+    from zskd_nni.compression.masks import load_masks
+
+    return Made(network, record, masks=load_masks(masks, description))
+
+
+def _is_data_driven(section: PruningSection) -> bool:
+    from zskd_nni.compression.pruning import is_data_driven
+
+    return is_data_driven(section)
 
 
 def _figures(seconds: Any) -> dict[str, float]:

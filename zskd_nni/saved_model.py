@@ -1,13 +1,15 @@
 """A network on disk: weights as safetensors, and a JSON description from which it is built again.
 
 The description names the factory and its arguments, and lists every layer whose sizes differ from what the factory
-makes: a shrunken network is the factory's network with those layers put in their place. No pruning code is needed
-to load it, and nothing in either file can run code beyond the named factory.
+makes, and every module that is gone: a shrunken network is the factory's network with those layers put in their place
+and without those modules. No pruning code is needed to load it, and nothing in either file can run code beyond the
+named factory.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,19 @@ _LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 }
 
 
+def drop_modules(network: nn.Module, paths: Iterable[str]) -> None:
+    """Set submodules to None, as a forward that asks for them expects: heads that only run in training.
+
+    torchvision's networks with such heads have a flag ``aux_logits`` beside them, which promises their answers.
+    """
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        owner = network.get_submodule(parent)
+        setattr(owner, child, None)
+        if getattr(owner, "aux_logits", False):
+            owner.aux_logits = False  # type: ignore[assignment]
+
+
 def describe_layer(layer: nn.Module) -> dict[str, Any] | None:
     """Type and constructor arguments of a layer whose size can change, or None for any other module."""
     name = type(layer).__name__
@@ -122,7 +137,7 @@ def save_network(
     """Write ``weights`` (safetensors) and ``description`` (JSON).
 
     Args:
-        network: in any state; made from the factory, layers replaced at most.
+        network: in any state; made from the factory, layers replaced or modules set to None at most.
         reference: how :func:`zskd_nni.networks.build_network` names the factory.
         arguments: of the factory.
         weights: file to write.
@@ -136,12 +151,20 @@ def save_network(
         described = describe_layer(layer)
         if described is not None and (path not in original or describe_layer(original[path]) != described):
             changed[path] = described
+    dropped: list[str] = []
+    for path in original:
+        parent, _, child = path.rpartition(".")
+        if path and not any(path.startswith(f"{gone}.") for gone in dropped):
+            owner = network.get_submodule(parent)
+            if owner._modules.get(child, owner) is None:
+                dropped.append(path)
     save_tensors(weights, network.state_dict())
     content = {
         "format": FORMAT,
         "network": _seen_from(description.parent, reference, base),
         "arguments": arguments,
         "layers": changed,
+        **({"dropped": dropped} if dropped else {}),
         "weights": weights.name,
         "sha256": sha256_of_file(weights),
         **(extra or {}),
@@ -178,6 +201,11 @@ def load_network(description: str | Path) -> nn.Module:
     if sha256_of_file(weights) != content.get("sha256"):
         raise UserError(f"{weights} is not the file that {description.name} describes: its checksum differs.")
     network = build_network(content["network"], content.get("arguments"), description.parent)
+    dropped = content.get("dropped", [])
+    there = {path for path, _ in network.named_modules()} - {""}
+    if not isinstance(dropped, list) or not all(isinstance(path, str) for path in dropped) or set(dropped) - there:
+        raise UserError(f"{description}: 'dropped' must list modules of {content['network']}, not {dropped!r}.")
+    drop_modules(network, dropped)
     for path, described in content.get("layers", {}).items():
         parent, _, child = path.rpartition(".")
         try:

@@ -263,7 +263,25 @@ def test_the_users_keys_pass_through() -> None:
     entries = by_name(complete_config_list(plain(), config, IMAGE))
     assert config == given
     assert entries["conv1"] == {key: value for key, value in config[0].items() if key != "op_names"}
-    assert entries["conv2"] == {key: config[1][key] for key in ("target_names", "target_settings")}
+    # ... but a bias goes with its weight: it would keep the channel alive.
+    assert entries["conv2"] == {"target_names": ["weight", "bias"], "target_settings": config[1]["target_settings"]}
+
+
+def test_targets_of_several_entries_for_one_module_are_joined_as_nni_joins_them() -> None:
+    align = {"align": {"module_name": None, "target_name": "weight", "dims": [0]}}
+    config = [
+        {"op_names": ["conv1"], "target_names": ["weight"], "sparse_ratio": 0.25, "max_sparse_ratio": 0.3},
+        {"op_names": ["conv1"], "target_names": ["weight", "bias"], "target_settings": {"bias": align}},
+        {"op_names": ["conv2"], "sparse_ratio": 0.5},
+        {"op_names": ["conv2"], "sparse_ratio": 0.75},
+    ]
+    entries = by_name(complete_config_list(plain(), config, IMAGE))
+    weight = {"sparse_ratio": 0.25, "max_sparse_ratio": 0.3}
+    assert entries["conv1"] == {
+        "target_names": ["weight", "bias"],
+        "target_settings": {"weight": weight, "bias": align},
+    }
+    assert entries["conv2"] == {"sparse_ratio": 0.5}
 
 
 def test_the_users_groups_and_alignments_win() -> None:

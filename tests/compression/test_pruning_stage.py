@@ -12,7 +12,15 @@ from helpers import digits_network
 from torch import Tensor, nn
 
 from zskd_nni.augment import Augmentation
-from zskd_nni.compression.pruning import PrunedNetwork, check_pruning, default_arguments, one_shot_masks, prune
+from zskd_nni.compression.distillers import check_distiller
+from zskd_nni.compression.pruning import (
+    PrunedNetwork,
+    check_pruning,
+    default_arguments,
+    one_shot_masks,
+    prune,
+    shrunken_to_masks,
+)
 from zskd_nni.data import load_images
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
@@ -210,12 +218,99 @@ def test_scores_are_those_of_the_images_that_are_given(teacher, source):
         ({"pruner": "MovementPruner", "schedule": {"name": "AGPPruner", "interval": 1, "total_times": 2}}, "its own"),
         ({"config_list": [{"op_names": ["conv1"], "sparse_ration": 0.5}]}, "did you mean 'sparse_ratio'"),
         ({"config_list": [{"op_names": ["conv9"], "sparse_ratio": 0.5}]}, "conv9"),
+        ({"pruner": "TaylorPruner", "arguments": {"training_steps": "many"}}, "training_steps must be a whole number"),
+        ({"pruner": "TaylorPruner", "arguments": {"training_steps": 0}}, "at least 1, not 0"),
+        (
+            {
+                "pruner": "TaylorPruner",
+                "arguments": {"training_steps": 50},
+                "schedule": {"name": "AGPPruner", "interval": 10, "total_times": 2},
+            },
+            "schedule.interval leaves it 10",
+        ),
+        (
+            {"pruner": "MovementPruner", "steps": 40, "arguments": {"warmup_step": 4, "cooldown_begin_step": 60}},
+            "reaches the sparsity at step 60, and trains for 40 steps",
+        ),
+        (
+            {"pruner": "MovementPruner", "arguments": {"warmup_step": 9, "cooldown_begin_step": 9}},
+            "warmup_step: 9 must be less than cooldown_begin_step",
+        ),
+        ({"pruner": "MovementPruner", "steps": 1}, "at least 2 steps"),
     ],
 )
 def test_mistakes_are_told_before_the_work(teacher, section, message):
     section = PruningSection.model_validate({"config_list": HALF, **section})
     with pytest.raises(UserError, match=message):
         check_pruning(teacher.model, section, teacher)
+
+
+class Padded(nn.Module):
+    """Where the bias of a pruned convolution stays, the padding of the next one shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu, self.head = nn.ReLU(), nn.Linear(8, 10)
+        nn.init.constant_(self.conv1.bias, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.conv2(self.relu(self.conv1(x)))).mean((2, 3)))
+
+
+def test_what_cannot_be_shrunken_is_told_before_the_work():
+    teacher, weight = Teacher(Padded(), SPEC), {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "target_names": ["weight"]}
+    own = PruningSection(config_list=[{**weight, "dependency_group_id": "mine"}])
+    with pytest.raises(UserError, match=r"bias or BatchNorm .* exclude the layers in question") as refusal:
+        check_pruning(teacher.model, own, teacher)
+    assert "complete_config_list" not in str(refusal.value)
+    check_pruning(teacher.model, own.model_copy(update={"speedup": False}), teacher)  # nothing is removed then
+    check_pruning(teacher.model, PruningSection(config_list=[weight]), teacher)  # the bias goes with its weight
+
+
+def test_nni_refusing_in_the_middle_of_a_run_is_a_sentence(teacher, source, tmp_path):
+    with pytest.raises(UserError, match="NNI's TaylorPruner refuses the config"):
+        pruned(teacher, source, tmp_path, pruner="TaylorPruner", arguments={"training_steps": "many"})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"op_names": ["fc1"], "link": "nope"}, "nope"),
+        ({"op_names": ["nope"]}, "nope"),
+        ({"op_names_re": ["("]}, "unterminated"),
+        ({"op_names": ["fc1"], "target_settings": [1]}, "AttributeError"),
+    ],
+)
+def test_what_our_distiller_cannot_take_is_a_sentence(teacher, config, message):
+    with pytest.raises(UserError, match=rf"compression\.distiller: ZeroShotDistiller refuses the config .*{message}"):
+        check_distiller(teacher.model, DistillerSection(config_list=[config]), teacher)
+
+
+def test_of_a_fused_training_all_steps_count(teacher):
+    late = {"pruner": "MovementPruner", "steps": 40, "arguments": {"warmup_step": 4, "cooldown_begin_step": 60}}
+    section = PruningSection.model_validate({"config_list": HALF, **late})
+    check_pruning(teacher.model, section, teacher, steps=60)
+    with pytest.raises(UserError, match="trains for 50 steps"):
+        check_pruning(teacher.model, section, teacher, steps=50)
+
+
+def test_movement_reaches_its_sparsity_in_few_steps(teacher, source, tmp_path):
+    result = pruned(teacher, source, tmp_path, pruner="MovementPruner", steps=10)
+    assert (result.network.conv1.out_channels, result.network.conv2.out_channels) == (3, 8)
+
+
+def test_single_weights_beside_removed_channels_are_told_apart(teacher):
+    masks: dict[str, Any] = {"fc1": {"weight": torch.ones(120, 400)}, "fc2": {"weight": torch.ones(84, 120)}}
+    masks["fc1"]["weight"][:10] = 0
+    masks["fc1"]["bias"] = masks["fc1"]["weight"][:, 0].clone()
+    masks["fc2"]["weight"][::2, ::3] = 0
+    section = PruningSection(config_list=[{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    result = shrunken_to_masks(copy.deepcopy(teacher.model), masks, section, teacher, {})
+    assert result.network.fc1.out_features == 110
+    assert list(result.masks) == ["fc2"] and list(result.masks["fc2"]) == ["weight"]
+    assert torch.equal(result.masks["fc2"]["weight"], masks["fc2"]["weight"][:, 10:])
 
 
 def test_sensible_arguments_follow_from_the_steps():
@@ -229,6 +324,8 @@ def test_sensible_arguments_follow_from_the_steps():
     assert of("TaylorPruner", 50, schedule={"name": "AGPPruner", "interval": 7, "total_times": 2}) == {
         "training_steps": 7
     }
+    assert of("MovementPruner", 10)["cooldown_begin_step"] <= 10
+    assert of("MovementPruner", 0)["cooldown_begin_step"] == 20  # steps of its own, for the scores
     movement = of("MovementPruner", 300)
     assert 0 < movement["warmup_step"] < movement["cooldown_begin_step"] < 300
     assert of("L1NormPruner", 100) == {}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.compression.folding import batch_norm_folds
+from zskd_nni.compression.masks import Masks, multiply_in
 from zskd_nni.compression.quantization import simulated
-from zskd_nni.compression.quantized_export import export_quantized_onnx
+from zskd_nni.compression.quantized_export import export_quantized_onnx, integer_model
 from zskd_nni.compression.saved_quantization import calibration_file, load_quantization, save_calibration
 from zskd_nni.compression.student_quantization import (
     check_quantization,
@@ -241,11 +242,100 @@ def test_pruned_quantized_and_distilled_in_one_training(teacher, source, tmp_pat
         ({"fuse_names": [["norm1", "relu1", "conv1"]]}, "no config of config_list selects 'norm1'"),
         ({"fuse_names": [["conv1", "bn9"]]}, "refuses the config"),
         ({"quantizer": "QATQuantizer", "arguments": {"start": 3}}, "refuses the config"),
+        ({"quantizer": "QATQuantizer", "steps": 0}, "QATQuantizer quantizes while it trains and needs at least 1 step"),
+        (
+            {"quantizer": "QATQuantizer", "arguments": {"quant_start_step": 15}},
+            "at step 15 the training is over, which has 15 steps",
+        ),
+        ({"quantizer": "QATQuantizer", "arguments": {"quant_start_step": "soon"}}, "whole number, not 'soon'"),
+        ({"config_list": [{**INT8[0], "op_names_re": ["("]}]}, r"config_list\.0\.op_names_re: '\(' is no regular"),
+        ({"config_list": [{**INT8[0], "op_types": 5}]}, "op_types must be a list of words, not 5"),
+        ({"config_list": [{**INT8[0], "exclude_op_names": 5}]}, "exclude_op_names must be a list of words, not 5"),
+        ({"config_list": [{**INT8[0], "fuse_names": 5}]}, "must list folds of 2 or 3 modules"),
+        ({"config_list": [{**INT8[0], "target_settings": [1]}]}, "target_settings must map targets"),
+        ({"config_list": [{**INT8[0], "target_names": ["nope"]}], "fuse_batch_norm": True}, "refuses the config"),
+        ({"fuse_names": [[]]}, "must list folds of 2 or 3 modules"),
+        ({"config_list": [{**INT8[0], "granularity": [1]}]}, "scales of shape|refuses the config"),
+        *(
+            ({"config_list": [{**INT8[0], "quant_dtype": name}]}, "ONNX files are written with 2 to 8")
+            for name in ("int16", "int1", "int0")
+        ),
     ],
 )
 def test_mistakes_are_told_before_the_work(teacher, changes, message):
     with pytest.raises(UserError, match=message):
         check_quantization(teacher.model, section(**changes), teacher)
+
+
+def test_of_a_fused_training_all_steps_count(teacher):
+    late = section(quantizer="QATQuantizer", steps=0, arguments={"quant_start_step": 20}, fused=True)
+    check_quantization(teacher.model, late, teacher, steps=21)
+    with pytest.raises(UserError, match="the training is over, which has 20 steps"):
+        check_quantization(teacher.model, late, teacher, steps=20)
+
+
+def test_a_network_that_was_never_quantized_is_not_written_as_integers(teacher, source, tmp_path):
+    late = quantized(teacher, source, tmp_path, quantizer="QATQuantizer", arguments={"quant_start_step": 1000})
+    with pytest.raises(UserError, match="has no scale, so that QATQuantizer never quantized it"):
+        export_quantized_onnx(late, SPEC, tmp_path / "student-int8.onnx", TEST)
+    assert not (tmp_path / "student-int8.onnx").exists()
+
+
+def test_folds_are_found_where_several_entries_share_a_module_or_none_names_targets(teacher, source, tmp_path):
+    only_input = {**INT8[0], "target_names": ["_input_"]}
+    only_weight = {**INT8[0], "target_names": ["weight"]}
+    split = [{key: value for key, value in only_input.items() if key != "target_settings"}, only_weight]
+    dummy = SPEC.normalise(SPEC.midpoint(2))
+    folds = [("conv1", "norm1"), ("conv2", "norm2")]
+    assert batch_norm_folds(teacher.model, split, dummy) == folds
+    assert batch_norm_folds(teacher.model, [{"op_types": ["Conv2d"], "quant_dtype": "int8"}], dummy) == folds
+    result = quantized(teacher, source, tmp_path, quantizer="PtqQuantizer", fuse_batch_norm=True, config_list=split)
+    assert result.folds == folds and set(result.calibration["conv1"]) == {"_input_0", "weight"}
+    assert agrees(simulated(result), teacher) > 0.95
+    with_output = [*split, {"op_types": ["Conv2d"], "target_names": ["_output_"], "quant_dtype": "uint8"}]
+    section_of = section(fuse_batch_norm=True, config_list=with_output)
+    check_quantization(teacher.model, section_of, teacher)
+    assert quantization_config(teacher.model, section_of, teacher)[2]["fuse_names"] == [("conv1", "norm1", "relu1")]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "scheme", "fold"),
+    [
+        ("PtqQuantizer", "symmetric", True),
+        ("QATQuantizer", "symmetric", True),
+        ("QATQuantizer", "affine", False),
+        ("LsqQuantizer", "symmetric", False),
+        ("LsqPlusQuantizer", "affine", False),
+    ],
+)
+def test_weights_that_pruning_set_to_zero_are_zero_integers(teacher, source, tmp_path, quantizer, scheme, fold):
+    torch.manual_seed(0)
+    network = copy.deepcopy(teacher.model).requires_grad_(True)
+    masks: Masks = {name: {"weight": (torch.rand(8, 8, 3, 3) < 0.4).float()} for name in ("conv2",)}
+    masks["head"] = {"weight": (torch.rand(6, 128) < 0.4).float()}
+    multiply_in(network, masks)
+    config = copy.deepcopy(INT8)
+    config[0]["quant_scheme"] = config[0]["target_settings"]["weight"]["quant_scheme"] = scheme
+    result = quantize_student(
+        network,
+        section(quantizer=quantizer, config_list=config, fuse_batch_norm=fold, learning_rate=1e-2),
+        teacher,
+        source,
+        SETTINGS,
+        train=True,
+        masks=masks,
+        quiet=True,
+    )
+    moved = torch.equal(result.student.head.weight, network.head.weight)
+    assert moved == (quantizer == "PtqQuantizer")
+    model = integer_model(result)
+    for name, targets in masks.items():
+        gone = targets["weight"] == 0
+        assert (result.student.get_submodule(name).weight[gone] == 0).all()
+        layer = model.get_submodule(name)
+        levels = layer.parameter_levels["weight"]
+        zero = levels.zero_point.view(-1, *[1] * (gone.dim() - 1)).expand(gone.shape)
+        assert not levels.has_offset and torch.equal(layer.weight[gone], zero[gone])
 
 
 def test_folds_that_are_named_stay_and_others_are_found(teacher):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from zskd_nni.compression.pruning_config import complete_config_list
 from zskd_nni.compression.speedup import ShrinkResult, shrink
 from zskd_nni.errors import UserError
 from zskd_nni.response_norm import PrunedLocalResponseNorm
+from zskd_nni.saved_model import load_network, save_network
 from zskd_nni.zoo import alexnet, lenet5, wrn
 
 pruning = pytest.importorskip("nni.compression.pruning")
@@ -582,3 +585,51 @@ def test_only_googlenets_training_heads_are_dropped() -> None:
     assert result.model.aux1 is None and "aux1, aux2" in result.note
     assert result.model.train()(torch.rand(2, 3, 64, 64)).shape == (2, 10)
     assert model.aux1 is not None and model.aux_logits
+
+
+class WithHead(nn.Module):
+    """A head that only runs in training, as GoogLeNet's and Inception's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux_logits = True
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)
+        self.aux = nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 10))
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        x = functional.relu(self.conv1(x))
+        aux = self.aux(x) if self.aux is not None and self.training else None
+        logits = self.fc(functional.relu(self.conv2(x)).mean((2, 3)))
+        return (logits, aux) if self.training and self.aux_logits else logits
+
+
+def test_a_network_that_lost_its_training_head_loads_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, dummy = WithHead(), torch.rand(1, 1, 8, 8)
+    pruner = pruning.L1NormPruner(model, complete_config_list(model, CONVOLUTIONS, dummy))
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    small = shrink(model, masks, dummy).model
+    assert small.aux is None and small.conv1.out_channels == 4
+    description = tmp_path / "small.json"
+    save_network(small, f"{__name__}:WithHead", {}, tmp_path / "small.safetensors", description)
+    again = load_network(description)
+    assert again.aux is None and torch.equal(logits(again, dummy), logits(small, dummy))
+    assert again.train()(torch.rand(2, 1, 8, 8)).shape == (2, 10)  # it promises no answer of the head
+
+    content = json.loads(description.read_text())
+    description.write_text(json.dumps({**content, "dropped": ["nothing"]}))
+    with pytest.raises(UserError, match="'dropped' must list modules"):
+        load_network(description)
+
+
+def test_a_normalisation_over_several_dimensions_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.LayerNorm([6, 6, 6]), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model, dummy = nn.Sequential(net, nn.Flatten(), nn.Linear(16, 5)), torch.rand(1, 1, 8, 8)
+    pruner = pruning.L1NormPruner(model, complete_config_list(model, CONVOLUTIONS, dummy))
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    result = shrink(model, masks, dummy)
+    assert result.model[0][0].out_channels == 6 and result.model[0][2].out_channels == 4

@@ -11,7 +11,7 @@ from torch import nn
 
 from zskd_nni.compression.distiller import ZeroShotDistiller, default_teacher_predict
 from zskd_nni.compression.evaluator import DataFreeEvaluator
-from zskd_nni.errors import UserError
+from zskd_nni.errors import UserError, said_of
 from zskd_nni.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -42,21 +42,21 @@ def fused_distiller(
         origin_loss_lambda: weight of the evaluator's loss.
 
     Raises:
-        UserError: NNI refuses the config list.
+        UserError: the distiller refuses the config list.
     """
     name = "ZeroShotDistiller" if section is None else section.name
     config_list = [] if section is None else section.config_list
     given = evaluator if compressor.evaluator is None else None  # NNI warns of a second one
-    if name == "ZeroShotDistiller":
-        return ZeroShotDistiller.from_compressor(
-            compressor,
-            config_list,
-            teacher,
-            origin_loss_lambda=origin_loss_lambda,
-            evaluator=given,
-            temperature=temperature,
-        )
     try:
+        if name == "ZeroShotDistiller":
+            return ZeroShotDistiller.from_compressor(
+                compressor,
+                config_list,
+                teacher,
+                origin_loss_lambda=origin_loss_lambda,
+                evaluator=given,
+                temperature=temperature,
+            )
         # NNI's own two take no loss of 0 away, they weigh it: the evaluator's is 0 without pseudo labels.
         distiller = _NNIS_OWN[name].from_compressor(
             compressor,
@@ -72,8 +72,9 @@ def fused_distiller(
     except UserError:
         raise
     except Exception as error:  # NNI's schema, assertions and key errors
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"compression.distiller: NNI's {name} refuses the config ({text}).") from error
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        whose = "" if name == "ZeroShotDistiller" else "NNI's "
+        raise UserError(f"compression.distiller: {whose}{name} refuses the config ({text}).") from error
 
 
 def check_distiller(network: nn.Module, section: DistillerSection, teacher: Teacher) -> None:
@@ -89,7 +90,8 @@ def check_distiller(network: nn.Module, section: DistillerSection, teacher: Teac
     network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
     evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), quiet=True)
     carrier = LevelPruner(network, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.1}], evaluator)
-    fused_distiller(carrier, section, teacher, evaluator, 1.0).unwrap_model()
+    with said_of("compression.distiller"):
+        fused_distiller(carrier, section, teacher, evaluator, 1.0).unwrap_model()
 
 
 def _with_float_lambdas(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni.compression.fused_state import FusedState
+from zskd_nni.compression.masks import Masks, held_at_zero
 from zskd_nni.data_parallel import DataParallel
 from zskd_nni.distillation import DistillationSettings, run_fingerprint, transfer_batch
 from zskd_nni.errors import UserError
@@ -63,6 +64,7 @@ class DataFreeEvaluator(TorchEvaluator):
         optimizers: one traced optimiser in place of AdamW.
         lr_schedulers: one traced schedule of that optimiser in place of the cosine.
         dummy_input: ``(2, C, H, W)`` of mid-grey by default.
+        masks: what earlier pruning set to zero in the model, and every training is to leave at zero.
         checkpoint_every: seconds between two writes.
         label: shown beside the progress.
         quiet: no progress.
@@ -87,6 +89,7 @@ class DataFreeEvaluator(TorchEvaluator):
         optimizers: Optimizer | list[Optimizer] | None = None,
         lr_schedulers: LRScheduler | list[LRScheduler] | None = None,
         dummy_input: Tensor | None = None,
+        masks: Masks | None = None,
         checkpoint_every: float = 30.0,
         label: str = "compression",
         quiet: bool = False,
@@ -103,6 +106,7 @@ class DataFreeEvaluator(TorchEvaluator):
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.pseudo_labels, self.calibration_images = pseudo_labels, calibration_images
         self.checkpoint_every, self.label, self.quiet = checkpoint_every, label, quiet
+        self.masks = masks or {}
         self.histories: list[History] = []
         self._tmp_optimizers: list[Optimizer]  # NNI's, until the model is known
         self._own_optimizer = not given_optimizers
@@ -283,6 +287,7 @@ class DataFreeEvaluator(TorchEvaluator):
                 seed=self.seed,
                 label=self.label,
                 checkpoint=checkpoint,
+                after_step=held_at_zero(model, self.masks) if self.masks else None,
                 extra=self._compression,
                 shared=shared,
                 quiet=self.quiet,

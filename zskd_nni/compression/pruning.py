@@ -14,20 +14,21 @@ import difflib
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nni
 import torch
 from nni.compression.base.config import default_config_schema
-from torch import Tensor, nn
+from torch import nn
 
 from zskd_nni.compression.distillers import fused_distiller
 from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.compression.legacy_config import modern_config_list
+from zskd_nni.compression.masks import Masks, multiply_in, share_of_zeros
 from zskd_nni.compression.pruning_config import plan_pruning
-from zskd_nni.compression.speedup import KeptChannels, shrink
+from zskd_nni.compression.speedup import CannotShrinkError, KeptChannels, ShrinkResult, is_fine_grained, shrink
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
 from zskd_nni.teacher import Teacher
@@ -36,11 +37,11 @@ from zskd_nni.transfer import NoiseSource, TransferSource
 if TYPE_CHECKING:
     from zskd_nni.recipe import DistillerSection, PruningSection
 
-Masks = dict[str, dict[str, Tensor | None]]
-
 NORM_PRUNERS = ("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner")
 SCORING_PRUNERS = ("TaylorPruner", "SlimPruner")
 PRUNERS = (*NORM_PRUNERS, *SCORING_PRUNERS, "MovementPruner")
+# How NNI refuses what it looks at in the middle of a run only. A full memory is no refusal.
+OF_A_RUN = (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
 _NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -52,11 +53,14 @@ class PrunedNetwork:
         network: on the CPU, in ``eval()``; shrunken where the masks allow it.
         record: JSON-able: sparsity of every mask, widths of every layer, how it was checked.
         kept: which channels each module kept, for a quantizer's calibration; empty where nothing was removed.
+        masks: of ``network``'s own weights: what is zero in it and must be held there by whoever trains it further
+            (:func:`zskd_nni.compression.masks.held_at_zero`); empty where everything silenced was removed.
     """
 
     network: nn.Module
     record: dict[str, Any]
     kept: dict[str, KeptChannels]
+    masks: Masks = field(default_factory=dict)
 
 
 def is_data_driven(section: PruningSection) -> bool:
@@ -69,17 +73,94 @@ def changes_masks_while_learning(section: PruningSection) -> bool:
     return section.schedule is not None or section.pruner == "MovementPruner"
 
 
-def check_pruning(network: nn.Module, section: PruningSection, teacher: Teacher) -> None:
-    """Find out before the long work begins whether NNI takes this config for this network.
+def check_pruning(network: nn.Module, section: PruningSection, teacher: Teacher, steps: int | None = None) -> None:
+    """Find out before the long work begins whether NNI takes this config for this network, and can shrink it.
+
+    Args:
+        network: the student as it will be pruned; left as it is.
+        section: pruner and config.
+        teacher: knows the input.
+        steps: of the training under the pruner where it is fused with others; ``section.steps`` where absent.
 
     Raises:
-        UserError: an unknown pruner, a config that NNI refuses, a network that cannot be traced or, for Slim, has no
-            batch normalisation.
+        UserError: an unknown pruner, a config that NNI refuses, steps that end before the pruner does, a network that
+            cannot be traced or shrunken or, for Slim, has no batch normalisation.
     """
     network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
     source = NoiseSource(teacher.spec, 2)
+    _check_steps(section, section.steps if steps is None else steps)
     pruner, _ = make_pruner(network, section, DataFreeEvaluator(teacher, source, quiet=True), teacher)
     pruner.unwrap_model()
+    if section.speedup:
+        _try_to_shrink(network, section, teacher)
+
+
+def _check_steps(section: PruningSection, steps: int) -> None:
+    """The numbers of steps that a pruner is told, or that follow from ``steps``, must fit into the training."""
+    arguments = {**default_arguments(section), **section.arguments}
+    where = "compression.pruning.arguments"
+    if section.pruner in SCORING_PRUNERS:
+        _check_number(arguments["training_steps"], 1, f"{where}.training_steps")
+        if section.schedule is not None and arguments["training_steps"] > section.schedule.interval:
+            raise UserError(
+                f"{where}.training_steps: {section.pruner} scores on {arguments['training_steps']} steps, and "
+                f"compression.pruning.schedule.interval leaves it {section.schedule.interval}; give it at most as many."
+            )
+    if section.pruner == "MovementPruner" and section.schedule is None:
+        if 0 < steps < 2:
+            raise UserError(f"compression.pruning.steps: MovementPruner needs at least 2 steps, not {steps}.")
+        warmup, cooldown = arguments["warmup_step"], arguments["cooldown_begin_step"]
+        _check_number(warmup, 0, f"{where}.warmup_step")
+        _check_number(cooldown, 1, f"{where}.cooldown_begin_step")
+        if warmup >= cooldown:
+            raise UserError(
+                f"{where}.warmup_step: {warmup} must be less than cooldown_begin_step, which is {cooldown}."
+            )
+        if 0 < steps < cooldown:
+            raise UserError(
+                f"{where}.cooldown_begin_step: MovementPruner reaches the sparsity at step {cooldown}, and trains for "
+                f"{steps} steps; give a smaller one or more compression.pruning.steps."
+            )
+
+
+def _check_number(value: Any, least: int, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{where} must be a whole number of at least {least}, not {value!r}.")
+
+
+def _try_to_shrink(network: nn.Module, section: PruningSection, teacher: Teacher) -> None:
+    """Shrink a copy to masks of the weights' norms: which channels go differs, whether they can go does not."""
+    if section.pruner == "LevelPruner":
+        return
+    import nni.compression.pruning as nni_pruning
+
+    with refusals(section):
+        config_list, _ = _config_list(network, section, teacher)
+        settings = [
+            setting for config in config_list for setting in (config, *config.get("target_settings", {}).values())
+        ]
+        if any(setting.get("sparse_threshold") is not None for setting in settings):
+            return  # it is meant for another measure than the norm
+        for setting in settings:
+            setting.pop("global_group_id", None)  # ranked together by this measure, a layer might be left with nothing
+        pruner = nni_pruning.L1NormPruner(network, config_list)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        weights = [mask for targets in masks.values() if (mask := targets.get("weight")) is not None]
+        if all(is_fine_grained(mask) for mask in weights if not mask.all()):
+            return  # nobody asked for channels to go
+        _shrunken(network, masks, teacher)
+
+
+def _shrunken(network: nn.Module, masks: Masks, teacher: Teacher) -> ShrinkResult:
+    try:
+        return shrink(network, masks, teacher.spec.normalise(teacher.spec.midpoint(2)))
+    except CannotShrinkError as error:
+        # The config is from complete_config_list already, which the error itself would advise.
+        raise UserError(
+            f"compression.pruning: {error.reason}; exclude the layers in question from config_list "
+            f"(exclude_op_names), or set speedup to false, which leaves them in the network as zeros."
+        ) from error
 
 
 def prune(
@@ -128,7 +209,8 @@ def prune(
         top = fused_distiller(
             pruner, distiller, teacher, evaluator, distillation.temperature, float(learns_from_choices(section))
         )
-        top.compress(max_steps=section.steps, max_epochs=None)
+        with refusals(section, OF_A_RUN):
+            top.compress(max_steps=section.steps, max_epochs=None)
         masks = pruner.get_masks()
         top.unwrap_model()
         fold_slim_factors(pruner)
@@ -159,7 +241,7 @@ def started_pruner(
     import nni.compression.pruning as nni_pruning
 
     holder = "LevelPruner" if section.pruner == "LevelPruner" else "L1NormPruner"
-    with _refusals(section):
+    with refusals(section):
         config_list, _ = _config_list(network, section, teacher)
         pruner = getattr(nni_pruning, holder)(network, config_list, evaluator)
     pruner.update_masks(masks)
@@ -210,10 +292,11 @@ def one_shot_masks(
         quiet=quiet,
     )
     pruner, left_out = make_pruner(copied, unscheduled, evaluator, teacher)
-    if section.pruner == "MovementPruner":
-        _, masks = pruner.compress(max(section.steps, pruner.cooldown_begin_step), None)
-    else:
-        _, masks = pruner.compress()
+    with refusals(section, OF_A_RUN):
+        if section.pruner == "MovementPruner":
+            _, masks = pruner.compress(max(section.steps, pruner.cooldown_begin_step), None)
+        else:
+            _, masks = pruner.compress()
     pruner.unwrap_model()
     return masks, left_out
 
@@ -248,13 +331,13 @@ def shrunken_to_masks(
         "history": None if history is None else {"steps": history.steps, "losses": history.losses},
     }
     if not section.speedup:
-        _multiply_in(network, cpu_masks)
+        multiply_in(network, cpu_masks)
         record.update(
             shrunk=False, note="speedup is off: the masks are multiplied into the weights, nothing was removed"
         )
-        record["zeros"] = _zeros(network, cpu_masks)
-        return PrunedNetwork(network, record, {})
-    result = shrink(network, cpu_masks, teacher.spec.normalise(teacher.spec.midpoint(2)))
+        record["zeros"] = share_of_zeros(network, record["sparsity"])
+        return PrunedNetwork(network, record, {}, _held(network, cpu_masks))
+    result = _shrunken(network, cpu_masks, teacher)
     note = result.note
     if not result.shrunken:
         note = f"{note}; the masks are multiplied into the weights, the network is as large as before"
@@ -265,10 +348,11 @@ def shrunken_to_masks(
         criterion=result.criterion,
         max_logit_difference=result.max_logit_difference,
         note=note,
-        zeros=_zeros(result.model, cpu_masks),
+        zeros=share_of_zeros(result.model, record["sparsity"]),
         layers=[asdict(layer) for layer in result.layers],
     )
-    return PrunedNetwork(result.model, record, result.kept)
+    masks_left = _held_beside_channels(result.model, cpu_masks) if result.shrunken else _held(result.model, cpu_masks)
+    return PrunedNetwork(result.model, record, result.kept, masks_left)
 
 
 def learns_from_choices(section: PruningSection) -> bool:
@@ -308,7 +392,7 @@ def make_pruner(
         )
     # NNI ranks single weights by a view of them, which channels_last does not allow.
     network.to(memory_format=torch.contiguous_format)
-    with _refusals(section):
+    with refusals(section):
         config_list, left_out = _config_list(network, section, teacher)
         arguments = {**default_arguments(section), **section.arguments}
         pruner = getattr(nni_pruning, section.pruner)(network, config_list, evaluator, **arguments)
@@ -329,7 +413,7 @@ def default_arguments(section: PruningSection) -> dict[str, Any]:
         steps = section.schedule.interval if section.schedule is not None else max(50, min(300, section.steps))
         return {"training_steps": steps, "regular_scale": 0.1}
     if section.pruner == "MovementPruner":
-        steps = max(30, section.steps)
+        steps = section.steps or 30  # without a training of its own it still needs one for its scores
         return {"warmup_step": steps // 10, "cooldown_begin_step": steps * 2 // 3}
     return {}
 
@@ -364,7 +448,7 @@ def _config_list(
 
 
 @contextlib.contextmanager
-def _refusals(section: PruningSection) -> Iterator[None]:
+def refusals(section: PruningSection, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """NNI's schema, assertions and key errors as one sentence; its remarks on schedules are not for the user."""
     logger = logging.getLogger("nni.compression.pruning.scheduled_pruner")
     level = logger.level
@@ -375,33 +459,37 @@ def _refusals(section: PruningSection) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:
+    except kinds as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"compression.pruning: NNI's {section.pruner} refuses the config ({text}).") from error
     finally:
         logger.setLevel(level)
 
 
-def _multiply_in(network: nn.Module, masks: Masks) -> None:
-    with torch.no_grad():
-        for name, targets in masks.items():
-            for target, mask in targets.items():
-                parameter = getattr(network.get_submodule(name), target, None)
-                if mask is not None and isinstance(parameter, Tensor):
-                    parameter.mul_(mask.to(parameter.device))
+def _held(network: nn.Module, masks: Masks) -> Masks:
+    """Those of the masks that silence something in a parameter of ``network``, which is as large as before."""
+    held: Masks = {}
+    for name, targets in masks.items():
+        parameters = dict(network.get_submodule(name).named_parameters(recurse=False))
+        for target, mask in targets.items():
+            if mask is not None and target in parameters and not bool(mask.all()):
+                held.setdefault(name, {})[target] = mask.expand(parameters[target].shape).clone()
+    return held
 
 
-def _zeros(network: nn.Module, masks: Masks) -> float | None:
-    """Share of zeros in the weights that the masks cover; None without any, as where whole channels went."""
-    covered = [
-        getattr(network.get_submodule(name), target)
-        for name, targets in masks.items()
-        for target, mask in targets.items()
-        if mask is not None and isinstance(getattr(network.get_submodule(name), target, None), Tensor)
-    ]
-    count = sum(weight.numel() for weight in covered)
-    zeros = sum(int((weight == 0).sum()) for weight in covered)
-    return round(zeros / count, 6) if zeros else None
+def _held_beside_channels(network: nn.Module, masks: Masks) -> Masks:
+    """Of a network that lost whole channels: the single weights that were silenced beside them, now by its own shape.
+
+    Read off the weights: a layer pruned by single weights has no other zeros.
+    """
+    modules = dict(network.named_modules())
+    held: Masks = {}
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            parameter = getattr(modules.get(name), target, None)
+            if mask is not None and is_fine_grained(mask) and isinstance(parameter, nn.Parameter):
+                held.setdefault(name, {})[target] = (parameter.detach() != 0).to(mask.dtype)
+    return held
 
 
 def _removed_channels(masks: Masks) -> dict[str, list[int]]:

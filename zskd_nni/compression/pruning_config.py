@@ -99,7 +99,10 @@ def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_inpu
 
 
 def _entries_by_module(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The user's entry of each module, without the keys that select modules; like in NNI the first one counts."""
+    """The user's entry of each module, without the keys that select modules.
+
+    As in NNI several entries may name one module; of each target the first that names it counts.
+    """
     from nni.compression.base.config import select_modules_by_config
 
     entries: dict[str, dict[str, Any]] = {}
@@ -111,10 +114,33 @@ def _entries_by_module(model: nn.Module, config_list: list[dict[str, Any]]) -> d
         selected, public, _ = select_modules_by_config(model, config)
         if not selected:
             raise UserError(f"entry {position} of the pruning config selects no module of the model: {config}")
-        for name in selected:
-            entries.setdefault(name, deepcopy(public))
+        for name, module in selected.items():
+            known = entries.get(name)
+            entries[name] = deepcopy(public) if known is None else _joined(module, known, public)
     order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     return dict(sorted(entries.items(), key=lambda item: order[item[0]]))
+
+
+def _target_names(module: nn.Module, entry: dict[str, Any]) -> list[str]:
+    """What NNI takes an entry's targets to be: all that there are where it names none."""
+    names = list(entry.get("target_names") or [])
+    return names or [name for name in ("weight", "bias") if hasattr(module, name)]
+
+
+def _joined(module: nn.Module, first: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """``first`` with the targets of ``later`` that it has not got, each with the settings of its own entry."""
+    known = _target_names(module, first)
+    fresh = [name for name in _target_names(module, later) if name not in known]
+    if not fresh:
+        return first
+    settings = {}
+    for entry, names in ((first, known), (later, fresh)):
+        shortcuts = {key: value for key, value in entry.items() if key not in ("target_names", "target_settings")}
+        for name in names:
+            # NNI's shortcuts reach those settings of a target that it has by default: a bias has no sparsity.
+            own = {key: value for key, value in shortcuts.items() if name != "bias" or key in ("align", "apply_method")}
+            settings[name] = deepcopy({**own, **entry.get("target_settings", {}).get(name, {})})
+    return {"target_names": [*known, *fresh], "target_settings": settings}
 
 
 def _settings(entry: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -218,6 +244,8 @@ class _Planner:
     def lead(self, leaders: list[str], blocks: int) -> None:
         for name in leaders:
             entry = deepcopy(self.entries[name])
+            if entry.get("target_names") == ["weight"]:
+                entry["target_names"] = ["weight", "bias"]  # a bias that stays would keep its channel alive
             if len(leaders) > 1 or blocks > 1:
                 entry["dependency_group_id"] = f"channels of {leaders[0]}"
             if blocks > 1 and _value(entry, "internal_metric_block") is None:

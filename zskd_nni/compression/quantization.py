@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,6 +54,7 @@ _SHORT_NAMES = {
     "LSQQuantizer": "LsqQuantizer",
     "LSQPlusQuantizer": "LsqPlusQuantizer",
 }
+_SELECTION_KEYS = ("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re")
 _PER_TENSOR_KEYS = ("scale", "zero_point", "tracked_max", "tracked_min")
 
 
@@ -254,18 +257,49 @@ def with_fuse_names(
     """The config list, in the keys of NNI 3, with each of ``fuse_names`` as a tuple in its first module's config.
 
     Raises:
-        UserError: no config selects the first module of a fold, or a key is unknown.
+        UserError: no config selects the first module of a fold, or a key is unknown or not what it must be.
     """
-    result = [
-        {**config, "fuse_names": [tuple(names) for names in config["fuse_names"]]} if "fuse_names" in config else config
-        for config in modern_config_list(config_list, "quantization")
-    ]
-    for names in map(tuple, fuse_names or ()):
-        home = next((config for config in result if names[0] in select_modules_by_config(model, config)[0]), None)
-        if home is None:
+    result = modern_config_list(config_list, "quantization")
+    for number, config in enumerate(result):
+        _check_selection(config, f"compression.quantization.config_list.{number}")
+        if "fuse_names" in config:
+            config["fuse_names"] = _checked_folds(config["fuse_names"], f"config_list.{number}.fuse_names")
+    for names in _checked_folds(fuse_names or [], "fuse_names"):
+        homes = [config for config in result if names[0] in select_modules_by_config(model, config)[0]]
+        if not homes:
             raise UserError(f"fuse_names: no config of config_list selects {names[0]!r}, the first of {list(names)}.")
+        # Of several entries for one module NNI wants a ReLU folded by the one that names the output.
+        naming = [config for config in homes if "_output_" in config.get("target_names", ())]
+        home = (naming or homes)[0] if len(names) > 2 else homes[0]
         home["fuse_names"] = [*home.get("fuse_names", []), names]
     return result
+
+
+def _check_selection(config: dict, where: str) -> None:
+    for key in (*_SELECTION_KEYS, "target_names"):
+        value = config.get(key, [])
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{where}.{key} must be a list of words, not {value!r}.")
+        for pattern in value if key.endswith("_re") else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}.{key}: {pattern!r} is no regular expression ({error}).") from error
+    settings = config.get("target_settings", {})
+    if not isinstance(settings, dict) or not all(isinstance(setting, dict) for setting in settings.values()):
+        raise UserError(f"{where}.target_settings must map targets such as weight to settings, not {settings!r}.")
+
+
+def _checked_folds(folds: Any, key: str) -> list[tuple[str, ...]]:
+    listed = isinstance(folds, list | tuple)
+    for names in folds if listed else [folds]:
+        known = listed and isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        if not known or not 2 <= len(names) <= 3:
+            raise UserError(
+                f"compression.quantization.{key} must list folds of 2 or 3 modules such as [conv1, bn1, relu1], not "
+                f"{names!r}."
+            )
+    return [tuple(names) for names in folds]
 
 
 def made_quantizer(
@@ -281,15 +315,37 @@ def made_quantizer(
     Raises:
         UserError: NNI refuses the config or the options.
     """
-    try:
+    with refused_by(name):
         if on_top_of is not None:
             return QUANTIZERS[name].from_compressor(on_top_of, config_list, **options)
         return QUANTIZERS[name](model, config_list, evaluator, **options)
+
+
+@contextlib.contextmanager
+def refused_by(name: str) -> Iterator[None]:
+    """What NNI's schema, assertions and look-ups refuse, as one sentence."""
+    try:
+        yield
     except UserError:
         raise
     except (SchemaError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"NNI's {name} refuses the config ({text}).") from error
+
+
+def tried_calibration(
+    model: nn.Module, name: str, config_list: list[dict], evaluator: DataFreeEvaluator, scheme: str = "affine"
+) -> Calibration:
+    """The ranges of a copy of ``model`` on the evaluator's calibration set, whatever quantizer is to begin with them.
+
+    Raises:
+        UserError: NNI cannot calibrate what the config asks for: granularities that fit no tensor, for one.
+    """
+    probe = made_quantizer(copy.deepcopy(model), "PtqQuantizer", _with_scheme(config_list, scheme), evaluator, {})
+    with refused_by(name):
+        probe.compress(0, None)
+    probe.unwrap_model()
+    return plain_calibration(probe.get_calibration_config())
 
 
 def starting_ranges(
@@ -298,11 +354,7 @@ def starting_ranges(
     """What LSQ and LSQ+ had best begin with: the ranges of ``model`` on the calibration set. None for the others."""
     if name not in ("LsqQuantizer", "LsqPlusQuantizer"):
         return None
-    scheme = "symmetric" if name == "LsqQuantizer" else "affine"
-    probe = made_quantizer(copy.deepcopy(model), "PtqQuantizer", _with_scheme(config_list, scheme), evaluator, {})
-    probe.compress(0, None)
-    probe.unwrap_model()
-    return plain_calibration(probe.get_calibration_config())
+    return tried_calibration(model, name, config_list, evaluator, "symmetric" if name == "LsqQuantizer" else "affine")
 
 
 def _with_scheme(config_list: list[dict], scheme: str) -> list[dict]:

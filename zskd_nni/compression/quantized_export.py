@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -82,21 +81,46 @@ def export_quantized_onnx(
             f"less than {least_agreement:.1%}; the file was not written."
         )
     write_atomic(path, data)
-    return QuantizedExport(share, difference, len(data), len(stripped(onnx_bytes(quantization.student, spec))))
+    return QuantizedExport(share, difference, len(data), len(onnx_bytes(quantization.student, spec)))
 
 
 def quantized_onnx_bytes(quantization: Quantization, spec: InputSpec) -> bytes:
     """The quantized student as ONNX: input ``images (N, C, H, W)`` in the value range, output ``logits (N, K)``.
 
     Raises:
-        UserError: DoReFa's or BNN's quantization, more than 8 bits, or scales by anything but tensor or channel.
+        UserError: DoReFa's or BNN's quantization, other than 2 to 8 bits, scales by anything but tensor or channel, or
+            none at all.
     """
     if quantization.quantizer in ("DoReFaQuantizer", "BNNQuantizer"):
         raise UserError(
             f"{quantization.quantizer} changes weights by more than rounding and cannot be exported to int8; "
             "use PtqQuantizer, QATQuantizer, LsqQuantizer or LsqPlusQuantizer."
         )
-    return stripped(onnx_bytes(integer_model(quantization), spec))
+    _require_scales(quantization, spec)
+    return onnx_bytes(integer_model(quantization), spec)
+
+
+def _require_scales(quantization: Quantization, spec: InputSpec) -> None:
+    """A layer that answers and has no scales would be written as floating point, in a file said to hold integers."""
+    without = {
+        path: target
+        for path, targets in quantization.calibration.items()
+        for target, entry in targets.items()
+        if entry["scale"] is None and target in _always_there(quantization.student.get_submodule(path))
+    }
+    if not without:
+        return
+    reached: list[str] = []
+    student = copy.deepcopy(quantization.student).cpu().float().eval()
+    for path in without:
+        student.get_submodule(path).register_forward_hook(lambda *_, path=path: reached.append(path))
+    with torch.no_grad():
+        student(spec.normalise(spec.midpoint(2)))
+    if reached:
+        raise UserError(
+            f"{reached[0]}.{without[reached[0]]} has no scale, so that {quantization.quantizer} never quantized it; "
+            "train it for more steps (compression.quantization.steps), more than quant_start_step."
+        )
 
 
 def integer_model(quantization: Quantization) -> nn.Module:
@@ -116,20 +140,9 @@ def integer_model(quantization: Quantization) -> nn.Module:
     return model
 
 
-def stripped(data: bytes) -> bytes:
-    """The same ONNX model without the exporter's notes on where each node comes from.
-
-    They are longer than a small network's weights and tell the paths of the machine that exported it.
-    """
-    model = onnx.load_from_string(data)
-    model.ClearField("metadata_props")
-    graph = model.graph
-    del graph.value_info[:]
-    for entry in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        entry.ClearField("metadata_props")
-        entry.ClearField("doc_string")
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
+def _always_there(module: nn.Module) -> set[str]:
+    """Targets that every call of the module has; a second input may be optional."""
+    return {"_input_0", "_output_0", *(name for name, _ in module.named_parameters(recurse=False))}
 
 
 class _Levels(nn.Module):
@@ -151,8 +164,8 @@ class _Levels(nn.Module):
         super().__init__()
         name = entry["quant_dtype"]
         bits, unsigned = int(entry["quant_bits"]), name.startswith("uint")
-        if bits > 8:
-            raise UserError(f"{where} is quantized to {bits} bits; ONNX files are written with 8 and fewer.")
+        if not 2 <= bits <= 8:
+            raise UserError(f"{where} is quantized to {bits} bits; ONNX files are written with 2 to 8.")
         self.qmin: int = 0 if unsigned else 1 - 2 ** (bits - 1)
         self.qmax: int = 2**bits - 1 if unsigned else 2 ** (bits - 1) - 1
         self.narrow = bits < 8

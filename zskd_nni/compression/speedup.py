@@ -20,13 +20,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zskd_nni.compression.channel_flow import CONVOLUTIONS, channel_flow
 from zskd_nni.compression.constant_folding import InputRanges, bias_of_constants
 from zskd_nni.compression.graph import input_arguments, trace, unread_nodes
+from zskd_nni.compression.masks import Masks, multiply_in
 from zskd_nni.errors import UserError
 from zskd_nni.response_norm import PrunedLocalResponseNorm
-
-Masks = dict[str, dict[str, Tensor | None]]
+from zskd_nni.saved_model import drop_modules
 
 _CHECK_BATCH_SIZE = 4
+_ADVICE = "prune with a config from complete_config_list, which keeps the masks of connected layers consistent"
 _SELECTIONS = {"getitem", "chunk", "split", "narrow", "unbind", "select", "index_select"}
+
+
+class CannotShrinkError(UserError):
+    """The masks do not fit the network's graph; ``reason`` is the sentence without the advice at its end."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; {_ADVICE}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def shrink(model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 
                     and not bool(targets["weight"].any())), None)  # fmt: skip
     if emptied is not None:
         raise UserError(f"the masks leave no channel of {emptied}; prune it with a smaller sparse_ratio")
-    _multiply_in(masked, parameter_masks)
+    multiply_in(masked, parameter_masks)
     before = sum(parameter.numel() for parameter in model.parameters())
     sparsity = _sparsity(parameter_masks)
 
@@ -144,14 +153,13 @@ def shrink(model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 
         candidate.eval()  # NNI's new layers are in training mode
         difference, agreement = compare(masked, candidate, arguments)
         if not difference <= tolerance:
-            raise UserError(
+            raise CannotShrinkError(
                 f"the shrunken {type(model).__name__} differs from the masked one by {difference:.2g} relative to the "
-                f"logits, more than the tolerance {tolerance:g}, so it is refused; prune with a config from "
-                f"complete_config_list, which keeps the masks of connected layers consistent{_colon(notes)}"
+                f"logits, more than the tolerance {tolerance:g}, so it is refused{_colon(notes)}"
             )
     except UserError:
         weights = [targets["weight"] for targets in parameter_masks.values() if "weight" in targets]
-        if not all(_is_fine_grained(mask) for mask in weights if not mask.all()):
+        if not all(is_fine_grained(mask) for mask in weights if not mask.all()):
             raise
         # Masks of single weights: nobody asked for channels to go, and those that are empty by chance may stay.
         return unshrunken(
@@ -199,9 +207,8 @@ def compare(masked: nn.Module, shrunken: nn.Module, arguments: tuple[Any, ...]) 
             try:
                 actual = shrunken(*given)
             except Exception as error:
-                raise UserError(
-                    f"the shrunken {type(masked).__name__} does not run: {str(error).splitlines()[0]}; prune with a "
-                    f"config from complete_config_list, or exclude the layers before the place that fails"
+                raise CannotShrinkError(
+                    f"the shrunken {type(masked).__name__} does not run: {' '.join(str(error).splitlines()[:1])}"
                 ) from error
         left, right = tree_leaves(expected), tree_leaves(actual)
         if len(left) != len(right):
@@ -273,20 +280,13 @@ def _output_mask(name: str, module: Any, mask: Tensor) -> dict[str, Tensor]:
     return {"weight": shaped} if module.bias is None else {"weight": shaped, "bias": flat}
 
 
-def _multiply_in(model: nn.Module, masks: dict[str, dict[str, Tensor]]) -> None:
-    with torch.no_grad():
-        for name, targets in masks.items():
-            for target, mask in targets.items():
-                getattr(model.get_submodule(name), target).mul_(mask)
-
-
 def _sparsity(masks: dict[str, dict[str, Tensor]]) -> float:
     tensors = [mask for targets in masks.values() for mask in targets.values()]
     count = sum(mask.numel() for mask in tensors)
     return 1.0 - sum(mask.sum().item() for mask in tensors) / count if count else 0.0
 
 
-def _is_fine_grained(mask: Tensor) -> bool:
+def is_fine_grained(mask: Tensor) -> bool:
     """Whether the mask zeroes more than whole output and input channels."""
     if mask.dim() < 2:
         return False
@@ -302,7 +302,7 @@ def _whole_channels(targets: dict[str, Tensor]) -> dict[str, Tensor]:
     the layer in front, of which it may be a single pixel.
     """
     weight = targets.get("weight")
-    if weight is None or not _is_fine_grained(weight):
+    if weight is None or not is_fine_grained(weight):
         return targets
     rows = weight.flatten(1).any(1).to(weight.dtype)
     return {**targets, "weight": rows.view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape).clone()}
@@ -346,9 +346,8 @@ def _remove(
         raise
     except Exception as error:
         what = str(error).strip().splitlines()
-        raise UserError(
-            f"NNI cannot shrink {type(masked).__name__}: {type(error).__name__}{': ' + what[0] if what else ''}; "
-            f"prune with a config from complete_config_list, which keeps the masks of connected layers consistent"
+        raise CannotShrinkError(
+            f"NNI cannot shrink {type(masked).__name__}: {type(error).__name__}{': ' + what[0] if what else ''}"
         ) from error
     notes += _fold_constants(masked, candidate, speedup, called, arguments)
     if any(isinstance(module, PrunedLocalResponseNorm) for module in candidate.modules()):
@@ -432,7 +431,7 @@ def _model_speedup(
             whole.grad = torch.ones_like(whole)
             model_speedup.indirect_pass_grad(source, whole)
 
-    return RelativeModelSpeedup(
+    speedup = RelativeModelSpeedup(
         model,
         arguments,
         masks,
@@ -452,6 +451,10 @@ def _model_speedup(
         graph_module=graph_module,
         logger=logging.getLogger(f"{__name__}.nni"),
     )
+    # The last one is NNI's own, which is also asked for what the others have replaced.
+    own = speedup.replacers[-1]
+    own.replace_module_func_dict = {**own.replace_module_func_dict, "LayerNorm": _replace_layer_norm}
+    return speedup
 
 
 def _replace_response_norm(module: nn.LocalResponseNorm, masks: Any) -> nn.Module:
@@ -459,6 +462,15 @@ def _replace_response_norm(module: nn.LocalResponseNorm, masks: Any) -> nn.Modul
     if len(kept) == masks[0][0].shape[1]:
         return module
     return PrunedLocalResponseNorm.of(module, kept)
+
+
+def _replace_layer_norm(module: nn.LayerNorm, masks: Any) -> nn.Module:
+    # NNI's own stumbles over a normalisation of several dimensions, even where nothing in front of it is removed.
+    if all(bool(mask.all()) for mask in masks[0] if isinstance(mask, Tensor)):
+        return module
+    from nni.compression.speedup.replacement import replace_layernorm
+
+    return cast(nn.Module, replace_layernorm(module, masks))
 
 
 def _keep(module: nn.Module, masks: Any) -> nn.Module:
@@ -491,9 +503,7 @@ def _drop_auxiliary_heads(model: nn.Module, called: Counter[str]) -> list[str]:
         if next(child.parameters(), None) is not None
         and not any(target == name or target.startswith(f"{name}.") for target in called)
     ]
-    for name in unused:
-        setattr(model, name, None)
-    model.aux_logits = False  # type: ignore[assignment]
+    drop_modules(model, unused)
     return unused
 
 
@@ -540,8 +550,8 @@ def _fold_constants(
         notes.append(f"constants of removed channels are folded into the biases of {len(folded)} layers")
     if unfoldable:
         notes.append(
-            f"removed channels are not zero at the padded {', '.join(unfoldable[:3])}: the BatchNorm before it is not "
-            f"aligned with the pruned layer"
+            f"removed channels are not zero at the padded {', '.join(unfoldable[:3])}: a bias or BatchNorm before it "
+            f"is not pruned with its layer"
         )
     return notes
 

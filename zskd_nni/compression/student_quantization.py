@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from zskd_nni.compression.distillers import fused_distiller
 from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.compression.folding import batch_norm_folds
+from zskd_nni.compression.masks import Masks
 from zskd_nni.compression.pruning import (
+    OF_A_RUN,
     PrunedNetwork,
     fold_slim_factors,
     learns_from_choices,
+    refusals,
     shrunken_to_masks,
     started_pruner,
 )
@@ -29,13 +32,16 @@ from zskd_nni.compression.quantization import (
     plain_calibration,
     quantize,
     quantizer_class_name,
+    refused_by,
     simulated,
     sliced,
     starting_ranges,
+    tried_calibration,
     with_fuse_names,
 )
+from zskd_nni.compression.quantized_export import integer_model
 from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
+from zskd_nni.errors import UserError, said_of
 from zskd_nni.metrics import agreement
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.transfer import NoiseSource, TransferSource
@@ -47,11 +53,20 @@ EXPORTED = ("PtqQuantizer", "QATQuantizer", "LsqQuantizer", "LsqPlusQuantizer")
 _LEAST_AGREEMENT_AFTER_SHRINKING = 0.98
 
 
-def check_quantization(network: nn.Module, section: QuantizationSection, teacher: Teacher) -> None:
-    """Find out before the long work begins whether NNI takes this config for this network.
+def check_quantization(
+    network: nn.Module, section: QuantizationSection, teacher: Teacher, steps: int | None = None
+) -> None:
+    """Find out before the long work begins whether NNI takes this config for this network, and ONNX what comes of it.
+
+    Args:
+        network: the student as it will be quantized, or before it shrinks; left as it is.
+        section: quantizer, config, steps.
+        teacher: knows the input.
+        steps: of the training under the quantizer where it is fused with others; ``section.steps`` where absent.
 
     Raises:
-        UserError: an unknown quantizer, a config that selects nothing, or a config, fold or argument that NNI refuses.
+        UserError: an unknown quantizer, a config that selects nothing, or a config, fold or argument that NNI refuses;
+            no step to train in; types or scales that cannot be exported.
     """
     name = quantizer_class_name(section.quantizer)
     if section.fused and name == "PtqQuantizer":
@@ -59,15 +74,38 @@ def check_quantization(network: nn.Module, section: QuantizationSection, teacher
             "compression.quantization.fused: PtqQuantizer does not train, so that there is nothing to fuse; "
             "leave fused out, or take QATQuantizer."
         )
-    network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
-    evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), quiet=True)
-    config_list = quantization_config(network, section, teacher)
-    for config in config_list:
-        if not select_modules_by_config(network, config)[0]:
-            shown = {key: value for key, value in config.items() if "op_" in key}
-            raise UserError(f"the quantization config selects no module of the model by {shown}; name others")
-    quantizer = made_quantizer(network, name, config_list, evaluator, section.arguments)
-    quantizer.unwrap_model()
+    _check_steps(name, section, section.steps if steps is None else steps)
+    with said_of("compression.quantization"):
+        network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
+        evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), calibration_images=2, quiet=True)
+        config_list = quantization_config(network, section, teacher)
+        for config in config_list:
+            if not select_modules_by_config(network, config)[0]:
+                shown = {key: value for key, value in config.items() if "op_" in key}
+                raise UserError(f"the quantization config selects no module of the model by {shown}; name others")
+        quantizer = made_quantizer(network, name, config_list, evaluator, section.arguments)
+        quantizer.unwrap_model()
+        calibration = tried_calibration(network, name, config_list, evaluator)
+        if name in EXPORTED:
+            integer_model(Quantization(network, name, config_list, calibration))
+
+
+def _check_steps(name: str, section: QuantizationSection, steps: int) -> None:
+    if name == "PtqQuantizer":
+        return
+    if steps < 1:
+        raise UserError(
+            f"compression.quantization.steps: {name} quantizes while it trains and needs at least 1 step; "
+            "PtqQuantizer needs none."
+        )
+    begin = section.arguments.get("quant_start_step", 0)
+    if isinstance(begin, bool) or not isinstance(begin, int):
+        raise UserError(f"compression.quantization.arguments.quant_start_step must be a whole number, not {begin!r}.")
+    if begin >= steps:
+        raise UserError(
+            f"compression.quantization.arguments.quant_start_step: at step {begin} the training is over, which has "
+            f"{steps} steps, so that nothing would be quantized; give less than that."
+        )
 
 
 def quantization_config(
@@ -85,7 +123,8 @@ def quantization_config(
     folds = [tuple(names) for names in section.fuse_names]
     if section.fuse_batch_norm:
         dummy = teacher.spec.normalise(teacher.spec.midpoint(2)).to(next(network.parameters()).device)
-        found = batch_norm_folds(network, with_fuse_names(network, section.config_list, folds), dummy)
+        with refused_by(section.quantizer):
+            found = batch_norm_folds(network, with_fuse_names(network, section.config_list, folds), dummy)
         folds.extend(names for names in found if not any(name in masked for name in names[1:]))
     return with_fuse_names(network, section.config_list, folds)
 
@@ -101,6 +140,7 @@ def quantize_student(
     distiller: DistillerSection | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    masks: Masks | None = None,
     quiet: bool = False,
 ) -> Quantization | None:
     """Quantize a copy of a finished student.
@@ -115,6 +155,7 @@ def quantize_student(
         distiller: another than the logits' own.
         seed: names the random streams.
         checkpoint: where the training keeps its state, if anywhere.
+        masks: what pruning set to zero in ``network`` and the training leaves there.
         quiet: no progress.
 
     Returns:
@@ -132,6 +173,7 @@ def quantize_student(
         seed=seed,
         checkpoint=checkpoint,
         calibration_images=section.calibration_images,
+        masks=masks,
         label=f"{name}",
         quiet=quiet,
     )
@@ -219,7 +261,8 @@ def compress_in_one_training(
         distillation.temperature,
         float(learns_from_choices(pruning)),
     )
-    top.compress(max_steps=steps, max_epochs=None)
+    with refusals(pruning, OF_A_RUN):
+        top.compress(max_steps=steps, max_epochs=None)
     network.eval()
     probe = evaluator.calibration_set()
     before = _answers(network, probe).cpu()
