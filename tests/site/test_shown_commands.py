@@ -233,6 +233,9 @@ def check(arguments: list[str]) -> None:
 def small_changes(arguments: list[str]) -> list[str]:
     recipe = load_recipe(arguments[1]).recipe
     changes = list(SMALL)
+    if "transfer.method=zskt" in arguments:  # makes no impressions
+        changes = [change for change in changes if "synthesis" not in change]
+        changes += ["transfer.width=8", "distillation.batch=16"]
     if arguments[0] == "compress":
         changes.append("controls=[]")
     pruning, quantization = recipe.compression.pruning, recipe.compression.quantization
