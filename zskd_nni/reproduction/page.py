@@ -41,12 +41,12 @@ one run of `zskd-nni reproduce`: one cell with one seed.
   number of test images stands in each record, and is far below the 1,000 of the paper on a CPU.
 - *images*: of the set that the student learnt on; `-` for a stream. Rows marked with a dagger (†) read real
   images.
-- Every row of a pair has the same student recipe, except for what its name says; ZSKT has the one of its paper.
+- Rows of one preset share one student recipe, except for what a name says; ZSKT has the one of its paper.
 - *published* is the paper's own number with its own teacher; ours are other networks' weights, so that the distance to
   the teacher tells more than the number.
 - *target* is what we set out to reach, and whether the mean does.
-- Presets were chosen on a slice of Fashion-MNIST's training split, with teachers trained for that choice, and frozen;
-  `selected_on` stands in each record (steps and moves of MNIST's `paper` rows: on a slice of MNIST's). The shipped
+- Presets were chosen on a slice of Fashion-MNIST's training split, with teachers trained for that choice, and frozen. Where
+  it was otherwise (MNIST's steps, CIFAR's settings, ATS and ZSKT) `selected_on` of each record says how. The shipped
   teachers have seen the whole split.
 - *time* is the mean of a run on the machine of its record, a shared CPU core for most: synthesis, student, measuring.
 """
