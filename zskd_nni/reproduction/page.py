@@ -45,9 +45,9 @@ one run of `zskd-nni reproduce`: one cell with one seed.
 - *published* is the paper's own number with its own teacher; ours are other networks' weights, so that the distance to
   the teacher tells more than the number.
 - *target* is what we set out to reach, and whether the mean does.
-- Presets were chosen on a slice of Fashion-MNIST's training split, with teachers trained for that choice, and frozen. Where
-  it was otherwise (MNIST's steps, CIFAR's settings, ATS and ZSKT) `selected_on` of each record says how. The shipped
-  teachers have seen the whole split.
+- Presets were chosen on a slice of Fashion-MNIST's training split, with teachers trained for that choice, and frozen.
+  Where it was otherwise (MNIST's steps, CIFAR's settings, ATS and ZSKT) `selected_on` of each record says how. The
+  shipped teachers have seen the whole split.
 - *time* is the mean of a run on the machine of its record, a shared CPU core for most: synthesis, student, measuring.
 """
 
