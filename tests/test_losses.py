@@ -9,8 +9,10 @@ import pytest
 import torch
 from helpers import random, soft_targets
 from scipy.special import log_softmax, rel_entr, softmax
+from torch import nn
 
-from zskd_nni.losses import distillation_loss, soft_target_divergence, total_variation
+from zskd_nni.batch_statistics import batch_norms, statistics_distances
+from zskd_nni.losses import distillation_loss, soft_target_divergence, statistics_distance, total_variation
 from zskd_nni.metrics import accuracy, agreement
 
 
@@ -112,3 +114,41 @@ def test_accuracy_and_agreement() -> None:
     second = torch.tensor([[5.0, 1, 0], [0, 2, 9], [0, 1, 2], [0, 3, 0]])
     assert accuracy(first, torch.tensor([0, 1, 0, 0])) == 75
     assert agreement(first, second) == 0.5
+
+
+def test_distance_of_statistics() -> None:
+    """DeepInversion, equation 4, written out channel by channel."""
+    features = torch.randn((7, 3, 4, 5), generator=random(0)) * 2 + 1
+    mean, variance = torch.tensor([0.5, 1.0, -1.0]), torch.tensor([1.0, 4.0, 2.0])
+    of_means = of_variances = 0.0
+    for channel in range(3):
+        values = features[:, channel].double().flatten().tolist()
+        middle = sum(values) / len(values)
+        spread = sum((value - middle) ** 2 for value in values) / len(values)
+        of_means += (middle - float(mean[channel])) ** 2
+        of_variances += (spread - float(variance[channel])) ** 2
+    wanted = of_means**0.5 + of_variances**0.5
+    assert float(statistics_distance(features, mean, variance)) == pytest.approx(wanted, rel=1e-5)
+    flat = features.permute(0, 2, 3, 1).reshape(-1, 3)  # as behind a linear layer
+    assert float(statistics_distance(flat, mean, variance)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_statistics_of_every_batch_norm_that_keeps_some() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.BatchNorm2d(2, track_running_stats=False),
+        nn.Flatten(),
+        nn.LazyBatchNorm1d(),
+    ).eval()
+    images = torch.randn((5, 1, 6, 6), generator=random(1))
+    network(images)
+    assert [type(layer).__name__ for layer in batch_norms(network)] == ["BatchNorm2d", "BatchNorm1d"]
+    with torch.no_grad(), statistics_distances(network) as found:
+        network(images)
+        inner = network[0](images)
+    wanted = statistics_distance(inner, network[1].running_mean, network[1].running_var)
+    assert len(found) == 2
+    torch.testing.assert_close(found[0], wanted)
+    network(images)
+    assert len(found) == 2  # nothing is watched outside the block

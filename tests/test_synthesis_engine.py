@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import SMALL, make_store, random, small_network, small_teacher, soft_targets
-from torch import Tensor
+from torch import Tensor, nn
 
 from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
 from zskd_nni.losses import total_variation
-from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings
+from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings, synthesize
 from zskd_nni.synthesis import synthesize_shard as engine
 from zskd_nni.synthesis.settings import STARTS
 from zskd_nni.synthesis.starts import start_images
@@ -422,3 +424,55 @@ def test_hold_is_a_probability(hold: float) -> None:
     assert free is not None
     held = (free == 0).flatten(1).any(1).float().mean()
     assert float(held) == 0 if hold == 0 else float(held) > 0.8
+
+
+# What a teacher's BatchNorm layers remember.
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, TEMPERATURE), (0.3, TEMPERATURE), (0.3, 1.5)])
+def test_images_come_near_what_batch_norms_remember(weight: float, temperature: float) -> None:
+    """The weight is beside the divergence at every temperature; each image has its share of the distance."""
+    teacher, settings = small_teacher(), settings_for(batch_statistics=weight)
+    orders = orders_for(6, temperatures=torch.full((6, 1), temperature))
+    norm = teacher.model.get_submodule("norm")
+    images = orders.starts.clone().requires_grad_(True)
+    adam = torch.optim.Adam([images], lr=settings.learning_rate)
+    for _ in range(settings.max_steps):  # type: ignore[arg-type]
+        passing = teacher.model.get_submodule("conv")(images)
+        found, spread = passing.mean((0, 2, 3)), passing.var((0, 2, 3), unbiased=False)
+        distance = (found - norm.running_mean).square().sum().sqrt() + (spread - norm.running_var).square().sum().sqrt()
+        value = cross_entropy(teacher, images, orders.targets, temperature).sum() + len(images) * weight * distance
+        (images.grad,) = torch.autograd.grad(value, images)
+        adam.step()
+        images.data.clamp_(0, 1)
+    made = synthesize_shard(teacher, orders, settings)
+    torch.testing.assert_close(made.images, images.detach(), atol=2e-4, rtol=0)
+
+
+def test_a_teacher_without_batch_norms_knows_no_statistics(tmp_path: Path) -> None:
+    stores, teacher = [], Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), SMALL)
+    for weight in (0.0, 1.0):
+        stores.append(
+            synthesize(
+                teacher,
+                ZskdTargets(teacher, ZskdSettings()),
+                settings_for(batch_statistics=weight),
+                size=6,
+                seed=0,
+                folder=tmp_path / str(weight),
+                quiet=True,
+            )
+        )
+    assert stores[0].fingerprint == stores[1].fingerprint  # nor is a store of before the option refused
+    assert "batch_statistics" not in stores[0].manifest["identity"]["synthesis"]
+
+
+def test_the_option_stands_in_the_identity_where_it_has_a_part(tmp_path: Path) -> None:
+    stores = [make_store(tmp_path / str(weight), batch_statistics=weight) for weight in (0.0, 1.0)]
+    assert "batch_statistics" not in stores[0].manifest["identity"]["synthesis"]
+    assert stores[1].manifest["identity"]["synthesis"]["batch_statistics"] == 1.0
+
+
+def test_a_negative_weight_of_statistics() -> None:
+    with pytest.raises(ValueError, match=r"batch_statistics must not be negative, not -1.0"):
+        SynthesisSettings(batch_statistics=-1.0)

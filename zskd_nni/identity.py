@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from zskd_nni.errors import UserError
-from zskd_nni.files import read_json
+from zskd_nni.files import plain, read_json
+
+# Metadata of a settings field that is younger than folders and records which people have: where it has its default,
+# which changes nothing, it is left out of identities, so that those stay good.
+LATER = {"later": True}
+
+
+def settings_identity(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as JSON has it, for an identity: its fields by name, those of fields that are such too."""
+
+    def described(value: Any) -> Any:
+        if not is_dataclass(value):
+            return value
+        return {
+            field.name: described(getattr(value, field.name))
+            for field in fields(value)
+            if not (field.metadata.get("later") and getattr(value, field.name) == field.default)
+        }
+
+    return plain(described(settings))
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:

@@ -48,6 +48,17 @@ def total_variation(images: Tensor, knee: float = 0.05) -> Tensor:
     return (huber(down) + huber(right)) / knee
 
 
+def statistics_distance(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """How far a batch's channels are from a mean and a variance: ``(N, C, ...), (C,), (C,) -> scalar``.
+
+    ``|mean(features) - mean|_2 + |var(features) - variance|_2``, taken over images and positions (DeepInversion,
+    equation 4); the variance is the biased one.
+    """
+    channels = features.transpose(0, 1).flatten(1).float()
+    found, spread = channels.mean(1), channels.var(1, unbiased=False)
+    return (found - mean).norm() + (spread - variance).norm()
+
+
 def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, over: str = "elements") -> Tensor:
     """``KL(softmax(teacher / T) || softmax(student / T))``, teacher first (ZSKT, equation 1), as a scalar.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zskd_nni.augment import Augmentation
@@ -11,6 +11,7 @@ from zskd_nni.baselines.kd_at import KdAtSettings
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
 from zskd_nni.files import plain
+from zskd_nni.identity import settings_identity
 from zskd_nni.methods.registry import find_method
 from zskd_nni.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
 from zskd_nni.settings import build_settings
@@ -94,11 +95,11 @@ class Plan:
     @property
     def ingredients(self) -> dict[str, Any]:
         """Every resolved option of method and student, JSON-able; ZSKT has a student's recipe among its own."""
-        result: dict[str, Any] = {} if self.options is None else plain(asdict(self.options))
+        result: dict[str, Any] = {} if self.options is None else settings_identity(self.options)
         if self.cell.shots is not None:
             result["images_a_class"] = self.cell.shots
         if self.cell.method not in ("none", "zskt"):
-            result["student"] = plain(asdict(self.student))
+            result["student"] = settings_identity(self.student)
         return result
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from zskd_nni.files import (
     save_tensors,
     write_json,
 )
+from zskd_nni.identity import settings_identity
 from zskd_nni.methods.ats import CannotBalanceError, TransferSet
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.methods.zskt import train_zskt
@@ -169,7 +170,14 @@ def make_source(plan: Plan, bench: Bench, seed: int) -> Made:
     in_blocks = cell.method in IMPRESSIONS and getattr(plan.options.targets, "order", "interleaved") != "rows"
     block = plan.scale.block if in_blocks else plan.size
     key = fingerprint_of(
-        [teacher.fingerprint, cell.method, plain(asdict(plan.options)), seed, block, bench.place.device.split(":")[0]]
+        [
+            teacher.fingerprint,
+            cell.method,
+            settings_identity(plan.options),
+            seed,
+            block,
+            bench.place.device.split(":")[0],
+        ]
     )
     folder = bench.place.runs / "transfer" / f"{cell.pair}-{cell.method}-{key[:16]}"
     parts, prints, seconds = [], [], 0.0

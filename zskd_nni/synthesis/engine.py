@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zskd_nni import interrupt
+from zskd_nni.batch_statistics import statistics_distances
 from zskd_nni.errors import UserError
 from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.losses import soft_target_divergence, total_variation
@@ -171,12 +172,17 @@ def synthesize_shard(
         seen: AbstractContextManager[list[Tensor]] = nullcontext([])
         if term is not None:
             seen = watched(teacher.model, term.point)
-        with seen as features:
+        crowd: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if settings.batch_statistics:
+            crowd = statistics_distances(teacher.model)
+        with seen as features, crowd as distances:
             logits = teacher(images)
         fit = soft_target_divergence(logits, slots.targets, slots.temperatures)
         # A logit's pull falls with 1 / T; the factor keeps the balance with the prior alike at every temperature.
         # Adam itself does not mind the scale. A term of the method's own has its weight beside the divergence.
         own = fit if term is None else fit + term.weight * term.value(features[-1])
+        if distances:  # of all images together, each of which has its share; the weight is beside the divergence
+            own = own + settings.batch_statistics * torch.stack(distances).sum()
         objective = (own * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
         if with_prior:
             objective = objective + (slots.prior * total_variation(images / value_range)).sum()

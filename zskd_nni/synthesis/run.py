@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zskd_nni.batch_statistics import batch_norms
 from zskd_nni.errors import UserError
 from zskd_nni.files import make_folder, plain
+from zskd_nni.identity import settings_identity
 from zskd_nni.progress import Progress
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.synthesis.engine import FeatureTerm, Orders, synthesize_shard
@@ -72,11 +74,13 @@ def synthesize(
             "ask for fewer (transfer.size), or for larger shards (transfer.synthesis.shard)."
         )
     counts = [min(settings.shard, size - first) for first in range(0, size, settings.shard)]
+    if not batch_norms(teacher.model):
+        settings = dataclasses.replace(settings, batch_statistics=0.0)
     identity = {
         "teacher": teacher.fingerprint,
         "input": {**dataclasses.asdict(teacher.spec), "shape": list(teacher.spec.shape)},
         "targets": plan.identity,
-        "synthesis": dataclasses.asdict(settings),
+        "synthesis": settings_identity(settings),
         "size": size,
         "seed": seed,
     }

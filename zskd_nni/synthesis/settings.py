@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from zskd_nni.identity import LATER
 
 STARTS = ("uniform", "smooth", "shapes", "mixed")
 RANGES = ("clamp", "rescale", "free")
@@ -27,6 +29,9 @@ class SynthesisSettings:
         hold: probability that the empty background of a shape is held, in [0, 1].
         total_variation: weight of the smoothness prior beside the divergence times temperature / 20, drawn for each
             image log-uniformly between the two; (0, 0) for none.
+        batch_statistics: weight, beside the divergence, of how far the images in flight are from what the teacher's
+            BatchNorm layers remember of its training (:mod:`zskd_nni.batch_statistics`); of no meaning to a teacher
+            without such layers, 0 for none.
         range: ``clamp`` to the value range after every step; ``rescale`` the whole batch to it by its extremes
             before every step but the last, as the authors' code does; ``free``.
         warm_start: the next batch starts from the last one's images, and Adam goes on (authors' code).
@@ -51,6 +56,7 @@ class SynthesisSettings:
     warm_start: bool = False
     slots: int = 250
     shard: int = 1000
+    batch_statistics: float = field(default=0.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         coldest, hottest = self.temperatures
@@ -67,6 +73,8 @@ class SynthesisSettings:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
             raise ValueError(f"tolerance must be positive, or null to run all steps, not {self.tolerance}")
+        if not 0 <= self.batch_statistics < float("inf"):
+            raise ValueError(f"batch_statistics must not be negative, not {self.batch_statistics}")
         if self.patience < 0:
             raise ValueError(f"patience must not be negative, not {self.patience}")
         if self.start not in STARTS:
