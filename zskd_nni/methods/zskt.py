@@ -29,26 +29,39 @@ tensors must be saved, and a resumed run goes on bit by bit on the CPU.
 
 The images live in the teacher's *normalised* space and are not bounded to its value range: the last layer is a
 BatchNorm with weights of its own, without a tanh, as in the code.
+
+``best`` is what later generator methods added, beside the student's own recipe in the place of the game's:
+
+    L_G = -a D(G(z, y)) + c CE(T(G(z, y)), y) + s R(G(z, y)) + v TV(G(z, y))
+
+with a class ``y`` that each image shall be seen as (DAFL, ICCV 2019), the distance R of the images as a crowd from what
+the teacher's BatchNorm layers remember (DeepInversion, CVPR 2020), a mild smoothness prior, images bounded to the value
+range, and a memory of the images of earlier rounds, from which the student learns (CMI, IJCAI 2021), the first of them
+made before it has learnt anything. The generator's first layer is drawn anew each round, so that rounds differ (as in
+NAYER, CVPR 2024).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from zskd_nni.batch_statistics import batch_norms, statistics_distances
 from zskd_nni.distillation import check_student
 from zskd_nni.errors import UserError
 from zskd_nni.feature_points import FeaturePoint, module_at, probing, watched
 from zskd_nni.files import fingerprint_of
+from zskd_nni.identity import LATER, settings_identity
 from zskd_nni.inputs import InputSpec
-from zskd_nni.losses import attention_distance, attention_map, belief_divergence
+from zskd_nni.losses import attention_distance, attention_map, belief_divergence, total_variation
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.seeds import derive_seed, generator
 from zskd_nni.teacher import Teacher, first_tensor
@@ -80,9 +93,21 @@ class ZsktSettings:
         attention_weight: beta.
         attention_distance: ``squared-mean`` (code) or ``norm`` (paper).
         generator_range: the generator's images start out with mean 0 and deviation 1 in normalised space (``unit``,
-            the code's) or in the middle of the value range (``input``).
+            the code's) or in the middle of the value range (``input``); or they never leave that (``bounded``).
         autocast: the networks' passes in bfloat16, the losses in float32: about twice as fast with wide residual
             networks; weights and optimisers stay in float32. A live source leaves the student's own passes alone.
+        memory: images of earlier rounds that are kept, the oldest leave first; the student's are drawn from them. 0
+            for none: it sees its round's alone.
+        new_images: that a round makes for the memory; 0 for as many as a batch has.
+        filling: rounds that make images for the memory before the student's first step, without a part in the loss for
+            a student that knows nothing yet.
+        adversarial_weight: of the divergence in the generator's loss.
+        class_weight: of the cross-entropy to the class that each image is meant to be of. Above 0, the generator is
+            told the class too, and classes are dealt out in turn.
+        batch_statistics: weight of the images' distance from what the teacher's BatchNorm layers remember
+            (:mod:`zskd_nni.batch_statistics`); of no meaning to a teacher without such layers.
+        total_variation: weight of the smoothness prior, of images in units of the value range.
+        renewed: the generator's first layer is drawn anew each round, and its learning rate stays as it is.
 
     Raises:
         ValueError: a value outside its range.
@@ -107,6 +132,14 @@ class ZsktSettings:
     attention_distance: str = "squared-mean"
     generator_range: str = "unit"
     autocast: bool = False
+    memory: int = field(default=0, metadata=LATER)
+    new_images: int = field(default=0, metadata=LATER)
+    filling: int = field(default=0, metadata=LATER)
+    adversarial_weight: float = field(default=1.0, metadata=LATER)
+    class_weight: float = field(default=0.0, metadata=LATER)
+    batch_statistics: float = field(default=0.0, metadata=LATER)
+    total_variation: float = field(default=0.0, metadata=LATER)
+    renewed: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "generator_steps", "student_steps", "latent"):
@@ -119,13 +152,21 @@ class ZsktSettings:
         for name in ("generator_learning_rate", "student_learning_rate", "clip", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.attention_weight < float("inf"):
-            raise ValueError(f"attention_weight must not be negative, not {self.attention_weight}")
+        for name in (
+            *("attention_weight", "adversarial_weight", "class_weight", "batch_statistics", "total_variation"),
+            *("memory", "new_images", "filling"),
+        ):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.new_images == 1:
+            raise ValueError("new_images must be at least 2 for the generator's batch statistics, not 1")
+        if not self.memory and (self.filling or self.new_images):
+            raise ValueError("filling and new_images are of images for the memory, and memory is 0")
         for name, known in (
             ("latents", ("same", "fresh")),
             ("divergence", ("elements", "images")),
             ("attention_distance", ("squared-mean", "norm")),
-            ("generator_range", ("unit", "input")),
+            ("generator_range", ("unit", "input", "bounded")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -142,15 +183,19 @@ class Generator(nn.Module):
         spec: shape of the images; height and width are multiples of 4.
         latent: size of z.
         width: channels.
+        classes: that it can be told, behind z; 0 for a generator that knows none.
+        bounded: the images stay in the value range.
 
     Shape:
-        input ``(N, latent)``, output ``(N, C, H, W)`` in the teacher's normalised space.
+        input ``(N, latent + classes)``, output ``(N, C, H, W)`` in the teacher's normalised space.
 
     Raises:
         UserError: the image's sides are not multiples of 4.
     """
 
-    def __init__(self, spec: InputSpec, latent: int = 100, width: int = 128) -> None:
+    def __init__(
+        self, spec: InputSpec, latent: int = 100, width: int = 128, classes: int = 0, bounded: bool = False
+    ) -> None:
         super().__init__()
         channels, rows, columns = spec.shape
         if rows % 4 or columns % 4:
@@ -160,7 +205,7 @@ class Generator(nn.Module):
             )
         small = (rows // 4, columns // 4)
         self.layers = nn.Sequential(
-            nn.Linear(latent, width * small[0] * small[1]),
+            nn.Linear(latent + classes, width * small[0] * small[1]),
             nn.Unflatten(1, (width, *small)),  # (N, 128, H/4, W/4)
             nn.BatchNorm2d(width),
             nn.Upsample(scale_factor=2),
@@ -174,24 +219,37 @@ class Generator(nn.Module):
             nn.Conv2d(width // 2, channels, 3, padding=1),  # (N, C, H, W)
             nn.BatchNorm2d(channels),  # with weights of its own; no tanh
         )
+        self.bounded = bounded
+        low, high = _ends(spec)
+        self.register_buffer("middle", ((low + high) / 2).view(-1, 1, 1), persistent=False)
+        self.register_buffer("reach", ((high - low) / 2).view(-1, 1, 1), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)`` of latents ``(N, latent)``."""
-        return self.layers(z)
+        """Images ``(N, C, H, W)`` of latents, and classes one-hot behind them, ``(N, latent + classes)``."""
+        images = self.layers(z)
+        return self.middle + self.reach * images.tanh() if self.bounded else images
 
 
-def new_generator(spec: InputSpec, settings: ZsktSettings, seed: int) -> Generator:
+def _ends(spec: InputSpec) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of each channel in normalised space, ``(C,)`` each."""
+    ends = torch.tensor([spec.low, spec.high]).view(2, 1, 1, 1).expand(2, spec.shape[0], 1, 1)
+    low, high = spec.normalise(ends).flatten(1).unbind()
+    return low, high
+
+
+def new_generator(spec: InputSpec, settings: ZsktSettings, seed: int, classes: int = 0) -> Generator:
     """A fresh generator in training mode, its weights drawn from a stream of their own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "generator"))
-        network = Generator(spec, settings.latent, settings.width).train()
+        network = Generator(
+            spec, settings.latent, settings.width, classes, settings.generator_range == "bounded"
+        ).train()
     # On the CPU convolutions are half as fast again with the channels last in memory.
     network = network.to(memory_format=torch.channels_last)
     if settings.generator_range == "input":
         last = network.layers[-1]
         assert isinstance(last, nn.BatchNorm2d)
-        ends = spec.normalise(torch.tensor([spec.low, spec.high]).view(2, 1, 1, 1).expand(2, spec.shape[0], 1, 1))
-        low, high = ends.flatten(1).unbind()
+        low, high = _ends(spec)
         with torch.no_grad():
             last.bias.copy_((low + high) / 2)
             last.weight.copy_((high - low) / math.sqrt(12))  # the deviation of uniform noise over the range
@@ -228,17 +286,21 @@ class ZsktSource:
         self.teacher, self.settings, self.seed = teacher, settings, seed
         self.size: int | None = None
         self.batch_size = batch_size
-        self.fingerprint = fingerprint_of(
-            ["zskt", teacher.fingerprint, {k: str(v) for k, v in asdict(settings).items()}, batch_size, seed]
-        )
+        described = {name: str(getattr(settings, name)) for name in settings_identity(settings)}
+        self.fingerprint = fingerprint_of(["zskt", teacher.fingerprint, described, batch_size, seed])
+        self.classes = teacher.num_classes if settings.class_weight else 0
+        self.watches_statistics = bool(settings.batch_statistics and batch_norms(teacher.model))
         self._restart()
 
     def _restart(self) -> None:
-        self.generator = new_generator(self.teacher.spec, self.settings, self.seed).to(self.teacher.device)
+        made = new_generator(self.teacher.spec, self.settings, self.seed, self.classes)
+        self.generator = made.to(self.teacher.device)
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(), self.settings.generator_learning_rate, fused=True
         )
         self.images: Tensor | None = None  # of this round, normalised
+        self.memory: Tensor | None = None  # of earlier rounds, (settings.memory, C, H, W), normalised
+        self.kept, self.next_place = 0, 0  # how many it holds, and where the next one goes
         self.divergence = math.nan  # D of the last generator step
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
@@ -261,6 +323,13 @@ class ZsktSource:
         if step == 0:
             self._restart()
         turn, inner = divmod(step, self.settings.student_steps)
+        if self.settings.memory:
+            if step == 0:
+                for number in range(self.settings.filling):
+                    self._remember(self._train_generator(turn, None, ("filling", number)))
+            if inner == 0:
+                self._remember(self._train_generator(turn, student))
+            return self._remembered(random)
         if inner == 0 or self.images is None:
             self._train_generator(turn, student)
             if self.settings.latents == "same":
@@ -271,9 +340,35 @@ class ZsktSource:
         return self.images
 
     def _latents(self, turn: int, number: int) -> Tensor:
-        """``z ~ N(0, I)``, ``(batch_size, latent)``; number 0 is the generator's."""
-        shape = (self.batch_size, self.settings.latent)
-        return torch.randn(shape, generator=generator(self.seed, "latents", turn, number)).to(self.teacher.device)
+        """``z ~ N(0, I)``, ``(batch_size, latent)``, and classes one-hot behind it; number 0 is the generator's."""
+        return self._drawn(self.batch_size, generator(self.seed, "latents", turn, number))
+
+    def _drawn(self, count: int, random: torch.Generator) -> Tensor:
+        z = torch.randn((count, self.settings.latent), generator=random)
+        if self.classes:
+            first = int(torch.randint(self.classes, (), generator=random))
+            meant = (torch.arange(count) + first) % self.classes
+            z = torch.cat([z, functional.one_hot(meant, self.classes).float()], 1)
+        return z.to(self.teacher.device)
+
+    # The memory.
+
+    def _remember(self, images: Tensor) -> None:
+        """Put images into the memory, in the place of the oldest if it is full."""
+        room = self.settings.memory
+        if self.memory is None:
+            # Half precision is finer than eight bits, and a memory is large.
+            self.memory = torch.zeros((room, *images.shape[1:]), dtype=torch.float16, device=images.device)
+        places = (self.next_place + torch.arange(len(images), device=images.device)) % room
+        self.memory[places[-room:]] = images[-room:].half()
+        self.kept = min(room, self.kept + len(images))
+        self.next_place = (self.next_place + len(images)) % room
+
+    def _remembered(self, random: torch.Generator) -> Tensor:
+        assert self.memory is not None
+        return self.memory[
+            torch.randint(self.kept, (self.batch_size,), generator=random).to(self.memory.device)
+        ].float()
 
     def precision(self) -> torch.autocast:
         """The context of the networks' passes."""
@@ -285,40 +380,96 @@ class ZsktSource:
             return self.generator(z).float()
 
     def _only_images(self, random: torch.Generator) -> Tensor:
-        z = torch.randn((self.batch_size, self.settings.latent), generator=random).to(self.teacher.device)
+        if self.kept:
+            return self._remembered(random)
+        z = self._drawn(self.batch_size, random)
         kept = {name: value.clone() for name, value in self.generator.named_buffers()}
         images = self._made(z)
         for name, value in self.generator.named_buffers():
             value.copy_(kept[name])  # batch statistics serve; the running ones stay as they were
         return images
 
-    def _train_generator(self, turn: int, student: nn.Module) -> None:
-        """The generator's steps of a round on one batch of latents (equation 2)."""
+    def _train_generator(self, turn: int, student: nn.Module | None, stream: tuple[str, int] | None = None) -> Tensor:
+        """The generator's steps of a round on one batch of latents (equation 2).
+
+        Args:
+            turn: the round, which the learning rate depends on.
+            student: None where there is none to disagree with yet.
+            stream: of the random numbers, where not the round's own.
+
+        Returns:
+            The images of the same latents behind the last step, where there is a memory for them.
+        """
         self._follow_the_teacher()
-        z, settings = self._latents(turn, 0), self.settings
+        settings, name = self.settings, stream or ("latents", turn)
+        random = generator(self.seed, *name, 0)
+        z = self._drawn(settings.new_images or self.batch_size, random)
+        rate = settings.generator_learning_rate
+        if settings.renewed:
+            self._renew_first_layer(random)
+        else:
+            rate *= cosine(turn, settings.rounds)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.generator_learning_rate * cosine(turn, settings.rounds)
+            group["lr"] = rate
         weights = list(self.generator.parameters())
-        for _ in range(settings.generator_steps):
-            with self.precision():
-                x = self.generator(z)
-                with _silent_hooks(student):
-                    beliefs = first_tensor(student(x))
-                answers = self.teacher.output(self.teacher.model(x))
-            divergence = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
-            gradients = torch.autograd.grad(-divergence, weights)  # L_G; the student's gradients are left alone
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = gradient
-            norm = nn.utils.clip_grad_norm_(weights, settings.clip)
-            self.divergence = float(divergence.detach())
-            if not (math.isfinite(self.divergence) and math.isfinite(float(norm))):
-                raise DivergenceError(
-                    f"ZSKT's generator diverged: its loss or gradient is not finite in round {turn} (student step "
-                    f"{turn * settings.student_steps}). A smaller learning rate of the student or of the generator "
-                    "usually mends it."
-                )
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        with ExitStack() as stack:
+            if student is not None:
+                stack.enter_context(_silent_hooks(student))
+                if settings.memory:  # its batch statistics are those of the images it learns on
+                    stack.enter_context(_evaluating(student))
+            for _ in range(settings.generator_steps):
+                value, divergence = self._generator_loss(z, student)
+                gradients = torch.autograd.grad(value, weights)  # the student's gradients are left alone
+                for weight, gradient in zip(weights, gradients, strict=True):
+                    weight.grad = gradient
+                norm = nn.utils.clip_grad_norm_(weights, settings.clip)
+                self.divergence = float(divergence)
+                if not (math.isfinite(self.divergence) and math.isfinite(float(norm))):
+                    raise DivergenceError(
+                        f"ZSKT's generator diverged: its loss or gradient is not finite in round {turn} (student step "
+                        f"{turn * settings.student_steps}). A smaller learning rate of the student or of the generator "
+                        "usually mends it."
+                    )
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        return self._made(z) if settings.memory else z
+
+    def _generator_loss(self, z: Tensor, student: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """L_G, and the divergence D without a gradient (0 without a student)."""
+        settings, spec = self.settings, self.teacher.spec
+        crowd: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if self.watches_statistics:
+            crowd = statistics_distances(self.teacher.model)
+        with self.precision():
+            x = self.generator(z)
+            with crowd as distances:
+                answers = self.teacher.output(self.teacher.model(x)).float()
+            beliefs = None if student is None else first_tensor(student(x)).float()
+        value = answers.new_zeros(())
+        divergence = answers.new_zeros(())
+        if beliefs is not None:
+            divergence = belief_divergence(beliefs, answers, settings.temperature, settings.divergence)
+            value = value - settings.adversarial_weight * divergence  # equation 2
+        if settings.class_weight:
+            value = value + settings.class_weight * functional.cross_entropy(answers, z[:, settings.latent :])
+        if distances:
+            value = value + settings.batch_statistics * torch.stack(distances).sum()
+        if settings.total_variation:
+            low, high = _ends(spec)
+            span = (high - low).view(-1, 1, 1).to(x.device)
+            value = value + settings.total_variation * total_variation(x.float() / span).mean()
+        return value, divergence.detach()
+
+    def _renew_first_layer(self, random: torch.Generator) -> None:
+        """Draw the first layer anew, as ``nn.Linear`` begins, and forget what Adam knows of it."""
+        layer = self.generator.layers[0]
+        assert isinstance(layer, nn.Linear)
+        bound = layer.in_features**-0.5
+        with torch.no_grad():
+            for weight in layer.parameters():
+                weight.copy_((2 * torch.rand(weight.shape, generator=random) - 1) * bound)
+                for entry in self.optimizer.state.get(weight, {}).values():
+                    entry.zero_()
 
     def _follow_the_teacher(self) -> None:
         device = self.teacher.device
@@ -344,6 +495,9 @@ class ZsktSource:
             state.update({f"optimizer.{index}.{name}": value for name, value in entry.items()})
         if self.images is not None:
             state["images"] = self.images
+        if self.memory is not None:
+            state["memory"] = self.memory[: self.kept]
+            state["next_place"] = torch.tensor(self.next_place)
         return {name: value.detach().clone() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -366,6 +520,22 @@ class ZsktSource:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
         lay_out_like_parameters(self.optimizer)
         self.images = state["images"].to(self.teacher.device, copy=True) if "images" in state else None
+        if "memory" in state:
+            remembered = state["memory"].to(self.teacher.device)
+            self._remember(remembered)
+            self.next_place = int(state["next_place"])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block every module is in ``eval()``; gradients are recorded."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager
@@ -561,6 +731,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     # New latents for each student step: one to three points better in a reproduction. It costs a pass of generator and
     # teacher for each student step instead of each round.
     "fresh": {"latents": "fresh"},
+    # A memory, a class for each image, the teacher's statistics; the student keeps a recipe of its own.
+    "best": {
+        "generator_range": "bounded",
+        "divergence": "images",
+        "attention": "none",
+        "memory": 24_000,
+        "new_images": 256,
+        "filling": 10,
+        "generator_steps": 10,
+        "student_steps": 50,
+        "class_weight": 1.0,
+        "batch_statistics": 1.0,
+        "renewed": True,
+    },
 }
 
 
@@ -569,7 +753,6 @@ class Zskt:
 
     name = "zskt"
     presets = tuple(PRESETS)
-    default_preset = "fresh"
 
     def options(self, preset: str, given: Mapping[str, Any]) -> ZsktSettings:
         """The preset with the recipe's own keys over it."""

@@ -93,12 +93,17 @@ class Plan:
         return f"{self.name}-seed{seed}.json"
 
     @property
+    def plays_alone(self) -> bool:
+        """Whether the student's recipe is the method's own: ZSKT's game without a memory."""
+        return self.cell.method == "zskt" and not self.options.memory
+
+    @property
     def ingredients(self) -> dict[str, Any]:
         """Every resolved option of method and student, JSON-able; ZSKT has a student's recipe among its own."""
         result: dict[str, Any] = {} if self.options is None else settings_identity(self.options)
         if self.cell.shots is not None:
             result["images_a_class"] = self.cell.shots
-        if self.cell.method not in ("none", "zskt"):
+        if self.cell.method != "none" and not self.plays_alone:
             result["student"] = settings_identity(self.student)
         return result
 
@@ -173,7 +178,10 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
     if cell.method == "kd-at":
         return build_settings(KdAtSettings, {**pair.kd_at, **cell.options})
     if cell.method == "zskt":
-        given = {"batch": student.batch, **pair.zskt, **scale.zskt, **cell.options}
+        given: dict[str, Any] = {"batch": student.batch}
+        for changes in (pair.zskt, scale.zskt):
+            given.update(changes.get(cell.preset, changes.get("", {})))
+        given.update(cell.options)
         return find_method("zskt").options(cell.preset, given)
     if cell.method == "real-kd":
         return find_method("real").options("best", {"data": pair.recipe.data})

@@ -5,8 +5,8 @@ is the images alone. The exceptions follow the preset, and are the same for the 
 real-data row of that name. For ``paper`` and ``author-code`` the temperature is 20 and no hidden layers are matched,
 as ZSKD fixes them, and the learning rate and the augmentation, which it leaves open, are those that were chosen for
 it; for everything else they are the pair's own, chosen with ``best``. So they are for both presets of ATS, which
-differ in the balancing alone. ZSKT is the whole game of its paper, with the student's optimiser in it, and so is
-few-shot KD+AT where networks have BatchNorm.
+differ in the balancing alone. ZSKT's ``paper`` and ``fresh`` are the whole game of its paper, with the student's
+optimiser in it, and so is few-shot KD+AT where networks have BatchNorm; ZSKT's ``best`` has the pair's recipe.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Scale:
         steps: of the student.
         block: impressions are made in blocks of so many, so that a larger set begins with the smaller one.
         synthesis: keys put over those of a preset, by preset; ``""`` for all.
-        zskt: keys put over those of a ZSKT preset.
+        zskt: keys put over those of a ZSKT preset, by preset; ``""`` for presets that are not named.
         batch: images a step, instead of the pair's.
         mte_images: agreed test images on which the mean transition error is measured (the paper: 1,000).
         mte_steps: K (the paper: 100).
@@ -68,7 +68,7 @@ class Scale:
     steps: int
     block: int = 12000
     synthesis: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    zskt: Mapping[str, Any] = field(default_factory=dict)
+    zskt: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     batch: int | None = None
     mte_images: int = 500
     mte_steps: int = 100
@@ -91,7 +91,7 @@ class Pair:
         scales: by name.
         unrelated: a set of natural images that are not the teacher's, for ATS.
         training_images: of the whole training split, which fractions are meant of.
-        zskt: keys put over those of a ZSKT preset at every scale.
+        zskt: keys put over those of a ZSKT preset at every scale, as there.
         sts: keys of STS's targets put over those of a preset.
         kd_at: keys of KD+AT.
         published_student: keys of the student's recipe that were chosen for the presets of :data:`PUBLISHED_STUDENT`;
@@ -107,7 +107,7 @@ class Pair:
     scales: Mapping[str, Scale]
     unrelated: str
     training_images: int
-    zskt: Mapping[str, Any] = field(default_factory=dict)
+    zskt: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sts: Mapping[str, Any] = field(default_factory=dict)
     kd_at: Mapping[str, Any] = field(default_factory=dict)
     published_student: Mapping[str, Any] = field(default_factory=dict)
@@ -141,7 +141,10 @@ _SMOKE = Scale(
     steps=12,
     block=20,
     synthesis={"": {"max_steps": 3}},
-    zskt={"rounds": 2, "student_steps": 3, "width": 4, "batch": 16},
+    zskt={
+        "": {"rounds": 2, "student_steps": 3, "width": 4, "batch": 16},
+        "best": {**dict.fromkeys(("generator_steps", "filling"), 2), "student_steps": 3, "width": 4, "new_images": 8},
+    },
     batch=16,
     mte_images=3,
     mte_steps=5,
@@ -149,7 +152,10 @@ _SMOKE = Scale(
 )
 # With LeNet-5 the generator is by far the dearest part of ZSKT; a quarter of its width costs a tenth. Where its images
 # start and what the divergence is averaged over was chosen on the slice: 57.6, 65.7 and 68.7 after 250 rounds.
-_LENET_ZSKT = {"width": 32, "rounds": 1000, "generator_range": "input", "divergence": "images"}
+_LENET_ZSKT: dict[str, dict[str, Any]] = {
+    "": {"width": 32, "rounds": 1000, "generator_range": "input", "divergence": "images"},
+    "best": {"width": 32},
+}
 # SGD at 0.1 is for networks with BatchNorm.
 _LENET_KD_AT = {"optimizer": "student"}
 _LENET_PUBLISHED: dict[str, Any] = {"learning_rate": 0.01, "augmentation": {"contrast": 0.3}}
@@ -178,7 +184,7 @@ _WRN_CPU = Scale(
     steps=1500,
     block=250,
     synthesis={"paper": {**_SMALL_STEPS, "shard": 50, "slots": 50}, "best": {"shard": 50, "slots": 50}},
-    zskt={"rounds": 150, "width": 32, "batch": 32},
+    zskt={"": {"rounds": 150, "width": 32, "batch": 32}, "best": {"width": 32, "memory": 2000, "new_images": 64}},
     batch=32,
     mte_images=5,
 )
@@ -193,7 +199,7 @@ PAIRS: dict[str, Pair] = {
         scales={
             # 24,000 is the paper's headline for MNIST; the schedule of best's student is Fashion-MNIST's.
             "full": Scale(sizes={"": 24000}, steps=12000, published_steps=48000),
-            "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"rounds": 300}),
+            "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"": {"rounds": 300}, "best": {}}),
             "smoke": _SMOKE,
         },
         unrelated="fashion-mnist",
@@ -222,7 +228,7 @@ PAIRS: dict[str, Pair] = {
         scales={
             # 48,000 is the paper's headline for Fashion-MNIST.
             "full": Scale(sizes={"": 24000, "paper": 48000, "author-code": 48000}, steps=12000),
-            "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"rounds": 300}),
+            "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"": {"rounds": 300}, "best": {}}),
             "smoke": _SMOKE,
         },
         unrelated="mnist",
@@ -239,7 +245,13 @@ PAIRS: dict[str, Pair] = {
             temperature=4, batch=64, learning_rate=0.005, features="auto", feature_weight=3, augmentation=_SMALL_MOVES
         ),
         scales={
-            "full": Scale(sizes={"": 1500}, steps=1500, block=500, zskt={"rounds": 150}, mte_images=50),
+            "full": Scale(
+                sizes={"": 1500},
+                steps=1500,
+                block=500,
+                zskt={"": {"rounds": 150}, "best": {"memory": 1500}},
+                mte_images=50,
+            ),
             "smoke": _SMOKE,
         },
         unrelated="digits",
@@ -267,7 +279,7 @@ PAIRS: dict[str, Pair] = {
                 steps=3000,
                 block=1000,
                 synthesis={"paper": {**_SMALL_STEPS, "shard": 100, "slots": 100}, "best": {"shard": 100, "slots": 100}},
-                zskt={"rounds": 200, "width": 32, "batch": 64},
+                zskt={"": {"rounds": 200, "width": 32, "batch": 64}, "best": {"width": 32, "memory": 4000}},
                 batch=64,
                 mte_images=30,
             ),
@@ -332,7 +344,7 @@ PAIRS: dict[str, Pair] = {
                 steps=40000,
                 block=40000,
                 synthesis={"paper": _SMALL_STEPS},
-                zskt={"rounds": 50000},
+                zskt={"": {"rounds": 50000}, "best": {}},
                 mte_images=1000,
             ),
             "cpu": _WRN_CPU,

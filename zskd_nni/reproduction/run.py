@@ -35,7 +35,7 @@ from zskd_nni.files import (
 from zskd_nni.identity import settings_identity
 from zskd_nni.methods.ats import CannotBalanceError, TransferSet
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
-from zskd_nni.methods.zskt import train_zskt
+from zskd_nni.methods.zskt import ZsktSource, train_zskt
 from zskd_nni.metrics import accuracy, agreement, expected_calibration_error, mean_transition_error
 from zskd_nni.networks import build_network, load_into
 from zskd_nni.provenance import provenance
@@ -296,7 +296,7 @@ def train_student(plan: Plan, bench: Bench, seed: int, source: TransferSource | 
     common: dict[str, Any] = {"checkpoint": checkpoint, "label": f"{plan.name} seed {seed}", "quiet": bench.place.quiet}
     if cell.method == "none":
         return Taught(student.eval(), History(), None)
-    if cell.method == "zskt":
+    if plan.plays_alone:
         return Taught(student, train_zskt(student, teacher, plan.options, seed=drawn, **common), None)
     if cell.method == "real-labels":
         data = bench.training(plan.scale.training_images)
@@ -308,6 +308,8 @@ def train_student(plan: Plan, bench: Bench, seed: int, source: TransferSource | 
         few = few_of_each(data, cell.shots, teacher.num_classes, seed)
         history = train_kd_at(student, teacher, few, plan.options, plan.student, seed=drawn, **common)
         return Taught(student, history, len(few))
+    if cell.method == "zskt":  # with a memory the student has the recipe of all others
+        source = ZsktSource(teacher, plan.options, plan.student.batch, drawn)
     assert source is not None
     return Taught(student, distill(student, teacher, source, plan.student, seed=drawn, **common), source.size)
 
@@ -490,8 +492,12 @@ def estimate(plan: Plan) -> float:
         plan.scale.mte_images * plan.scale.mte_steps * (classes - 1) / synthesis if plan.cell.transition else 0.0
     )
     if plan.cell.method == "zskt":
-        width = plan.options.width / 32
-        return plan.options.rounds / rounds * max(0.6, width**2) * plan.options.batch / 128 + transition
+        game, width = plan.options, plan.options.width / 32
+        if plan.plays_alone:
+            return game.rounds / rounds * max(0.6, width**2) * game.batch / 128 + transition
+        turns = plan.student.steps / game.student_steps + game.filling
+        made = turns * game.generator_steps / rounds * max(0.6, width**2) * (game.new_images or game.batch) / 128 / 4
+        return made + plan.student.steps * plan.student.batch / 128 / student + transition
     made = 0.0
     if plan.cell.method in IMPRESSIONS and plan.size is not None:
         low, high = plan.options.synthesis.step_limits
@@ -510,7 +516,7 @@ def describe(plan: Plan) -> str:
     """Size and schedule in a few words."""
     if plan.cell.method == "none":
         return "untaught"
-    if plan.cell.method == "zskt":
+    if plan.plays_alone:
         return f"{plan.options.rounds:,} rounds"
     images = "" if plan.size is None else f"{plan.size:,} images, "
     shots = "" if plan.cell.shots is None else f"{plan.cell.shots} a class, "
