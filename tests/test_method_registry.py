@@ -163,7 +163,7 @@ def test_mistakes_in_that_call_are_told(digits_teacher, tmp_path, options, messa
 
 @pytest.mark.parametrize(
     ("method", "preset"),
-    [("zskd", "best"), ("sts", "best"), ("class-impressions", "best"), ("ats", "paper"), ("zskt", "fresh")],
+    [("zskd", "best"), ("sts", "best"), ("class-impressions", "best"), ("ats", "paper"), ("zskt", "best")],
 )
 def test_a_recipe_without_a_preset_gets_the_default_of_its_method(method: str, preset: str) -> None:
     assert default_preset(find_method(method)) == preset

@@ -518,7 +518,7 @@ def test_hundred_classes() -> None:
 
 def test_presets_and_settings() -> None:
     method = find_method("zskt")
-    assert method.presets == ("paper", "fresh")
+    assert method.presets == ("paper", "fresh", "best")
     paper, fresh = method.options("paper", {}), method.options("fresh", {})
     assert (paper.latents, fresh.latents) == ("same", "fresh")
     assert (paper.generator_steps, paper.student_steps, paper.batch, paper.latent) == (1, 10, 128, 100)
@@ -529,8 +529,8 @@ def test_presets_and_settings() -> None:
     assert (pairs.attention, pairs.rounds) == ((("a", "b"), ("c", "d")), 7)
     with pytest.raises(ValueError, match=r"unknown key 'round'; did you mean 'rounds'"):
         method.options("paper", {"round": 3})
-    with pytest.raises(ValueError, match="zskt has paper, fresh, not 'best'"):
-        method.options("best", {})
+    with pytest.raises(ValueError, match="zskt has paper, fresh, best, not 'worst'"):
+        method.options("worst", {})
 
 
 @pytest.mark.parametrize(
