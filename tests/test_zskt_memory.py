@@ -22,6 +22,7 @@ from zskd_nni.losses import total_variation
 from zskd_nni.methods.registry import TransferRequest, default_preset, find_method
 from zskd_nni.methods.zskt import Generator, ZsktSettings, ZsktSource, new_generator, train_zskt
 from zskd_nni.seeds import generator
+from zskd_nni.synthesis.starts import start_images
 from zskd_nni.teacher import Teacher
 from zskd_nni.training import fit
 
@@ -163,6 +164,24 @@ def test_a_round_larger_than_the_memory_leaves_its_last_images() -> None:
     batch = source.batch(1, random(0), student)
     assert len(batch) == 16
     assert len({tuple(row.flatten().tolist()) for row in batch}) <= 10
+
+
+def test_figures_stay_in_the_memory() -> None:
+    teacher = Teacher(small_network(), SHIFTED)
+    source, student = source_of(teacher, batch=200, figures=30, memory=40), small_network(1).train()
+    drawn, _ = start_images("mixed", 30, SHIFTED, generator(0, "figures"))
+    figures = SHIFTED.normalise(drawn).half()
+    for step, room in ((0, 30), (3, 40), (9, 40)):
+        batch = source.normalised(step, random(step), student)
+        assert source.memory is not None
+        assert torch.equal(source.memory[40:], figures)
+        rows = {tuple(row.flatten().tolist()) for row in torch.cat([source.memory[:room], figures]).float()}
+        seen = {tuple(row.flatten().tolist()) for row in batch}
+        assert seen <= rows
+        assert 0.3 < len(seen & {tuple(row.flatten().tolist()) for row in figures.float()}) / len(seen) < 0.7
+    taken_up = source_of(teacher, batch=200, figures=30, memory=40)
+    taken_up.load_state_dict(source.state_dict())
+    assert torch.equal(source.normalised(10, random(10), student), taken_up.normalised(10, random(10), student))
 
 
 def test_terms_change_the_images() -> None:
@@ -315,6 +334,7 @@ def test_step_zero_begins_anew() -> None:
         ({"memory": 10, "new_images": 1}, "new_images must be at least 2"),
         ({"filling": 3}, "of images for the memory, and memory is 0"),
         ({"new_images": 30}, "of images for the memory, and memory is 0"),
+        ({"figures": 30}, "of images for the memory, and memory is 0"),
         ({"class_weight": float("nan")}, "class_weight must not be negative"),
         ({"adversarial_weight": -0.5}, "adversarial_weight must not be negative"),
         ({"generator_range": "clamp"}, "generator_range is one of unit, input, bounded"),

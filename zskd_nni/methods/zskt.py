@@ -64,6 +64,7 @@ from zskd_nni.inputs import InputSpec
 from zskd_nni.losses import attention_distance, attention_map, belief_divergence, total_variation
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.seeds import derive_seed, generator
+from zskd_nni.synthesis.starts import start_images
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import Checkpoint, DivergenceError, History, fit, lay_out_like_parameters, training_mode
 
@@ -101,6 +102,8 @@ class ZsktSettings:
         new_images: that a round makes for the memory; 0 for as many as a batch has.
         filling: rounds that make images for the memory before the student's first step, without a part in the loss for
             a student that knows nothing yet.
+        figures: procedural images (``mixed`` of :mod:`zskd_nni.synthesis.starts`) that the memory holds besides, from
+            before the first round to the last.
         adversarial_weight: of the divergence in the generator's loss.
         class_weight: of the cross-entropy to the class that each image is meant to be of. Above 0, the generator is
             told the class too, and classes are dealt out in turn.
@@ -135,6 +138,7 @@ class ZsktSettings:
     memory: int = field(default=0, metadata=LATER)
     new_images: int = field(default=0, metadata=LATER)
     filling: int = field(default=0, metadata=LATER)
+    figures: int = field(default=0, metadata=LATER)
     adversarial_weight: float = field(default=1.0, metadata=LATER)
     class_weight: float = field(default=0.0, metadata=LATER)
     batch_statistics: float = field(default=0.0, metadata=LATER)
@@ -154,14 +158,14 @@ class ZsktSettings:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         for name in (
             *("attention_weight", "adversarial_weight", "class_weight", "batch_statistics", "total_variation"),
-            *("memory", "new_images", "filling"),
+            *("memory", "new_images", "filling", "figures"),
         ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.new_images == 1:
             raise ValueError("new_images must be at least 2 for the generator's batch statistics, not 1")
-        if not self.memory and (self.filling or self.new_images):
-            raise ValueError("filling and new_images are of images for the memory, and memory is 0")
+        if not self.memory and (self.filling or self.new_images or self.figures):
+            raise ValueError("filling, new_images and figures are of images for the memory, and memory is 0")
         for name, known in (
             ("latents", ("same", "fresh")),
             ("divergence", ("elements", "images")),
@@ -299,8 +303,8 @@ class ZsktSource:
             self.generator.parameters(), self.settings.generator_learning_rate, fused=True
         )
         self.images: Tensor | None = None  # of this round, normalised
-        self.memory: Tensor | None = None  # of earlier rounds, (settings.memory, C, H, W), normalised
-        self.kept, self.next_place = 0, 0  # how many it holds, and where the next one goes
+        self.memory: Tensor | None = None  # of earlier rounds, (settings.memory, C, H, W), normalised; then the figures
+        self.kept, self.next_place = 0, 0  # how many of earlier rounds it holds, and where the next one goes
         self.divergence = math.nan  # D of the last generator step
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
@@ -355,20 +359,30 @@ class ZsktSource:
 
     def _remember(self, images: Tensor) -> None:
         """Put images into the memory, in the place of the oldest if it is full."""
-        room = self.settings.memory
         if self.memory is None:
-            # Half precision is finer than eight bits, and a memory is large.
-            self.memory = torch.zeros((room, *images.shape[1:]), dtype=torch.float16, device=images.device)
+            self.memory = self._empty_memory()
+        room = self.settings.memory
         places = (self.next_place + torch.arange(len(images), device=images.device)) % room
         self.memory[places[-room:]] = images[-room:].half()
         self.kept = min(room, self.kept + len(images))
         self.next_place = (self.next_place + len(images)) % room
 
+    def _empty_memory(self) -> Tensor:
+        """Room for images of rounds, and behind it the figures."""
+        spec, room = self.teacher.spec, self.settings.memory
+        # Half precision is finer than eight bits, and a memory is large.
+        memory = torch.zeros((room + self.settings.figures, *spec.shape), dtype=torch.float16)
+        if self.settings.figures:
+            figures, _ = start_images("mixed", self.settings.figures, spec, generator(self.seed, "figures"))
+            memory[room:] = spec.normalise(figures).half()
+        return memory.to(self.teacher.device)
+
     def _remembered(self, random: torch.Generator) -> Tensor:
+        """A batch of what the memory holds, every image as likely as any other."""
         assert self.memory is not None
-        return self.memory[
-            torch.randint(self.kept, (self.batch_size,), generator=random).to(self.memory.device)
-        ].float()
+        places = torch.randint(self.kept + self.settings.figures, (self.batch_size,), generator=random)
+        places = torch.where(places < self.kept, places, places - self.kept + self.settings.memory)
+        return self.memory[places.to(self.memory.device)].float()
 
     def precision(self) -> torch.autocast:
         """The context of the networks' passes."""
