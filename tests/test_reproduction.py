@@ -227,7 +227,9 @@ def test_best_is_the_packaged_recipe(pair: str) -> None:
     assert recipe.student is not None
     assert plan.size == recipe.transfer.size
     assert plan.student == recipe.distillation
-    assert plan.options == recipe.transfer.options()
+    options = recipe.transfer.options()
+    assert options.synthesis.batch_statistics > 0  # of no meaning to these teachers
+    assert plan.options == replace(options, synthesis=replace(options.synthesis, batch_statistics=0.0))
     assert plan.network == (recipe.student.model, recipe.student.arguments)
     assert recipe.teacher.weights == f"zoo:{PAIRS[pair].teacher}"
     assert PAIRS[pair].recipe.spec == recipe.teacher.input
@@ -242,6 +244,16 @@ def test_real_data_rows_have_the_students_recipe_of_the_data_free_ones(pair: str
         assert len(set(students.values())) == 1
     labels = resolve(Cell(pair, "real-labels"), "full").student
     assert labels == resolve(Cell(pair, "zskd", "best"), "full").student
+
+
+@pytest.mark.parametrize(("pair", "weight"), [("fashion-mnist", 0.0), ("digits", 0.0), ("cifar10-alexnet", 0.1)])
+def test_batch_statistics_are_of_teachers_that_have_some(pair: str, weight: float) -> None:
+    for method in ("zskd", "sts", "class-impressions"):
+        plan = resolve(Cell(pair, method, "best"), "full")
+        assert plan.options.synthesis.batch_statistics == weight
+        assert plan.ingredients["synthesis"].get("batch_statistics", 0.0) == weight
+        assert resolve(Cell(pair, method, "paper"), "full").options.synthesis.batch_statistics == 0.0
+    assert (resolve(Cell(pair, "zskt", "best"), "full").options.batch_statistics > 0) == (weight > 0)
 
 
 def test_balanced_and_unbalanced_differ_in_the_balancing_alone() -> None:

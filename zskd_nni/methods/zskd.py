@@ -196,6 +196,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 0.05,
             "max_steps": (10, 60),
             "total_variation": (3e-5, 3e-3),
+            # Of meaning to a teacher with BatchNorm; docs/methods/zskd.md has the measurement.
+            "batch_statistics": 0.1,
         },
     },
 }

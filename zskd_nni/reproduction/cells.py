@@ -182,6 +182,8 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
         for changes in (pair.zskt, scale.zskt):
             given.update(changes.get(cell.preset, changes.get("", {})))
         given.update(cell.options)
+        if not pair.remembers:
+            given["batch_statistics"] = 0.0
         return find_method("zskt").options(cell.preset, given)
     if cell.method == "real-kd":
         return find_method("real").options("best", {"data": pair.recipe.data})
@@ -191,6 +193,8 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
     if cell.method in IMPRESSIONS:
         smaller = {**scale.synthesis.get("", {}), **scale.synthesis.get(cell.preset, {})}
         given["synthesis"] = {**smaller, **given.get("synthesis", {})}
+        if not pair.remembers:  # said as it is: the term has no part in these rows
+            given["synthesis"]["batch_statistics"] = 0.0
         if cell.method == "sts":
             given["targets"] = {**pair.sts, **given.get("targets", {})}
     return find_method(SOURCES[cell.method]).options(cell.preset, given)

@@ -11,13 +11,16 @@ optimiser in it, and so is few-shot KD+AT where networks have BatchNorm; ZSKT's 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zskd_nni.augment import Augmentation
+from zskd_nni.batch_statistics import batch_norms
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
+from zskd_nni.networks import build_network
 from zskd_nni.train_teacher import TEACHERS, TeacherRecipe
 
 _PUBLISHED: dict[str, Any] = {"temperature": 20.0, "features": "none"}
@@ -113,6 +116,11 @@ class Pair:
     published_student: Mapping[str, Any] = field(default_factory=dict)
     selected_on: Mapping[str, str] = field(default_factory=dict)
     speed: tuple[float, float, float] = (3000.0, 40.0, 1.5)
+
+    @functools.cached_property
+    def remembers(self) -> bool:
+        """Whether the teacher has BatchNorm layers, which remember statistics of its training."""
+        return bool(batch_norms(build_network(self.recipe.network, self.recipe.arguments)))
 
     @property
     def recipe(self) -> TeacherRecipe:

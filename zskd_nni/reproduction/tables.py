@@ -114,7 +114,7 @@ def _ablation(pair: str) -> list[Cell]:
     ingredients = {name: keys for name, keys in INGREDIENTS.items() if all(key in best for key in keys)}
     named = {key for keys in INGREDIENTS.values() for key in keys}
     for key in best:
-        if key not in named and best[key] != published[key]:
+        if key not in named and best[key] != published[key] and (key != "batch_statistics" or PAIRS[pair].remembers):
             ingredients[key.replace("_", "-")] = (key,)
 
     def alone(
