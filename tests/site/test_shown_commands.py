@@ -235,7 +235,7 @@ def small_changes(arguments: list[str]) -> list[str]:
     changes = list(SMALL)
     if "transfer.method=zskt" in arguments:  # makes no impressions
         changes = [change for change in changes if "synthesis" not in change]
-        changes += ["transfer.width=8", "distillation.batch=16"]
+        changes += ["transfer.width=8", "transfer.figures=20", "distillation.batch=16"]
     if arguments[0] == "compress":
         changes.append("controls=[]")
     pruning, quantization = recipe.compression.pruning, recipe.compression.quantization
