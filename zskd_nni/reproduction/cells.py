@@ -111,7 +111,7 @@ class Plan:
     def selected_on(self) -> str:
         """Where the settings were chosen."""
         chosen = {**SELECTED_ON, **PAIRS[self.cell.pair].selected_on}
-        names = (self.cell.method, self.cell.preset, "")
+        names = (f"{self.cell.method}-{self.cell.preset}", self.cell.method, self.cell.preset, "")
         return next(chosen[name] for name in names if name in chosen)
 
     def identity(self, teacher: str) -> dict[str, Any]:

@@ -27,13 +27,14 @@ _PUBLISHED: dict[str, Any] = {"temperature": 20.0, "features": "none"}
 # Keys of the student's recipe that a preset fixes.
 PUBLISHED_STUDENT = {"paper": _PUBLISHED, "author-code": _PUBLISHED}
 CHOSEN = "the last 5,000 images of Fashion-MNIST's training split"
-# By method or else by preset; "" for the rest.
+# By method and preset, or else by method, or else by preset; "" for the rest.
 SELECTED_ON = {
     "": CHOSEN,
     "paper": f"the paper's settings; what it leaves open on {CHOSEN}",
     "author-code": f"the released code's settings; what it leaves open on {CHOSEN}",
     "ats": f"our reading of a paper whose settings are not known; the student's recipe on {CHOSEN}",
     "zskt": "the settings of the paper and its released code",
+    "zskt-best": CHOSEN,
     "kd-at": f"the settings of ZSKT's released code; the schedule on {CHOSEN}",
 }
 _LENET_SELECTED_ON = {
@@ -42,7 +43,9 @@ _LENET_SELECTED_ON = {
 }
 _NOT_SELECTED = "not chosen yet"
 _COLOUR_SELECTED_ON = {
-    "": f"{_NOT_SELECTED}; the settings are those of Fashion-MNIST, schedule and augmentation usual ones",
+    "": f"{_NOT_SELECTED}; the settings are those of Fashion-MNIST, schedule and augmentation usual ones; the weight "
+    "of BatchNorm statistics on training images of CIFAR-10, with an AlexNet that has seen them",
+    "zskt-best": f"{_NOT_SELECTED}; the settings are those of Fashion-MNIST",
     "paper": f"the paper's settings; what it leaves open is {_NOT_SELECTED}",
     "author-code": f"the released code's settings; what it leaves open is {_NOT_SELECTED}",
     "ats": f"our reading of a paper whose settings are not known; the student's recipe is {_NOT_SELECTED}",
@@ -151,7 +154,13 @@ _SMOKE = Scale(
     synthesis={"": {"max_steps": 3}},
     zskt={
         "": {"rounds": 2, "student_steps": 3, "width": 4, "batch": 16},
-        "best": {**dict.fromkeys(("generator_steps", "filling"), 2), "student_steps": 3, "width": 4, "new_images": 8},
+        "best": {
+            **dict.fromkeys(("generator_steps", "filling"), 2),
+            "student_steps": 3,
+            "width": 4,
+            "new_images": 8,
+            "figures": 9,
+        },
     },
     batch=16,
     mte_images=3,
@@ -192,7 +201,10 @@ _WRN_CPU = Scale(
     steps=1500,
     block=250,
     synthesis={"paper": {**_SMALL_STEPS, "shard": 50, "slots": 50}, "best": {"shard": 50, "slots": 50}},
-    zskt={"": {"rounds": 150, "width": 32, "batch": 32}, "best": {"width": 32, "memory": 2000, "new_images": 64}},
+    zskt={
+        "": {"rounds": 150, "width": 32, "batch": 32},
+        "best": {"width": 32, "memory": 2000, "new_images": 64, "figures": 0},
+    },
     batch=32,
     mte_images=5,
 )
@@ -257,7 +269,7 @@ PAIRS: dict[str, Pair] = {
                 sizes={"": 1500},
                 steps=1500,
                 block=500,
-                zskt={"": {"rounds": 150}, "best": {"memory": 1500}},
+                zskt={"": {"rounds": 150}, "best": {"memory": 1500, "figures": 750}},
                 mte_images=50,
             ),
             "smoke": _SMOKE,
@@ -287,7 +299,10 @@ PAIRS: dict[str, Pair] = {
                 steps=3000,
                 block=1000,
                 synthesis={"paper": {**_SMALL_STEPS, "shard": 100, "slots": 100}, "best": {"shard": 100, "slots": 100}},
-                zskt={"": {"rounds": 200, "width": 32, "batch": 64}, "best": {"width": 32, "memory": 4000}},
+                zskt={
+                    "": {"rounds": 200, "width": 32, "batch": 64},
+                    "best": {"width": 32, "memory": 4000, "figures": 2000},
+                },
                 batch=64,
                 mte_images=30,
             ),
