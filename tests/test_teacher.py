@@ -416,3 +416,10 @@ def test_large_images_are_answered_in_smaller_batches() -> None:
     assert InputSpec((1, 32, 32)).measuring_batch == InputSpec((3, 32, 32)).measuring_batch == 1000
     assert InputSpec((3, 224, 224)).measuring_batch == 20
     assert InputSpec((3, 4000, 4000)).measuring_batch == 1
+
+
+def test_a_batch_norm_that_remembers_nothing() -> None:
+    network = small_network()
+    network.norm = torch.nn.BatchNorm2d(6, track_running_stats=False)
+    with pytest.raises(UserError, match=r"'norm' is a BatchNorm without running statistics"):
+        Teacher(network, SMALL)

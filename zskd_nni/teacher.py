@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
@@ -55,7 +56,8 @@ class Teacher:
         fingerprint: SHA-256 over weights, classifier path and input description.
 
     Raises:
-        UserError: weights that are not finite, an input the model cannot take, a classifier that cannot be found.
+        UserError: weights that are not finite, BatchNorm that remembers nothing, an input the model cannot take, a
+            classifier that cannot be found.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Teacher:
         output: OutputAdapter | None = None,
     ) -> None:
         check_finite(model.state_dict())
+        _check_answers_do_not_depend_on_the_batch(model)
         self.spec = spec
         self.output = output or first_tensor
         frozen = copy.deepcopy(model).float().eval().requires_grad_(False)
@@ -184,6 +187,16 @@ def check_finite(weights: dict[str, Tensor]) -> None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             kind = "NaN" if torch.isnan(tensor).any() else "infinity"
             raise UserError(f"The weights hold {kind} in {name!r}; a network with such weights cannot teach.")
+
+
+def _check_answers_do_not_depend_on_the_batch(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise UserError(
+                f"The teacher's {path!r} is a BatchNorm without running statistics (track_running_stats=False): its "
+                "answer to an image depends on the images beside it. A teacher must answer each image by itself; give "
+                "the layer running statistics."
+            )
 
 
 @contextmanager
