@@ -203,6 +203,17 @@ def test_terms_change_the_images() -> None:
     assert float(sure[1].mean()) > float(sure[0].mean())
 
 
+def test_filling_without_a_term_is_an_untrained_generators() -> None:
+    source = source_of(class_weight=0.0, batch_statistics=0.0, total_variation=0.0)
+    untrained = copy.deepcopy(source.generator)
+    source.batch(0, random(0), small_network(1))
+    z = torch.randn((15, 10), generator=generator(0, "filling", 0, 0))
+    assert source.memory is not None
+    with torch.no_grad():
+        assert torch.equal(source.memory[:15], untrained(z).half())
+    assert not torch.equal(source.generator.layers[0].weight, untrained.layers[0].weight)
+
+
 def test_a_teacher_without_batch_norms() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -330,9 +330,9 @@ class ZsktSource:
         if self.settings.memory:
             if step == 0:
                 for number in range(self.settings.filling):
-                    self._remember(self._train_generator(turn, None, ("filling", number)))
+                    self._remember(self._made(self._train_generator(turn, None, ("filling", number))))
             if inner == 0:
-                self._remember(self._train_generator(turn, student))
+                self._remember(self._made(self._train_generator(turn, student)))
             return self._remembered(random)
         if inner == 0 or self.images is None:
             self._train_generator(turn, student)
@@ -412,7 +412,7 @@ class ZsktSource:
             stream: of the random numbers, where not the round's own.
 
         Returns:
-            The images of the same latents behind the last step, where there is a memory for them.
+            The latents.
         """
         self._follow_the_teacher()
         settings, name = self.settings, stream or ("latents", turn)
@@ -433,6 +433,8 @@ class ZsktSource:
                     stack.enter_context(_evaluating(student))
             for _ in range(settings.generator_steps):
                 value, divergence = self._generator_loss(z, student)
+                if not value.requires_grad:  # there is nothing to learn yet: no student, no class, no statistics
+                    break
                 gradients = torch.autograd.grad(value, weights)  # the student's gradients are left alone
                 for weight, gradient in zip(weights, gradients, strict=True):
                     weight.grad = gradient
@@ -446,7 +448,7 @@ class ZsktSource:
                     )
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-        return self._made(z) if settings.memory else z
+        return z
 
     def _generator_loss(self, z: Tensor, student: nn.Module | None) -> tuple[Tensor, Tensor]:
         """L_G, and the divergence D without a gradient (0 without a student)."""
