@@ -458,13 +458,19 @@ def test_step_zero_begins_anew() -> None:
 
 
 @pytest.mark.parametrize("stop", [4, 7])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"memory": 40, "new_images": 15, "filling": 1, "figures": 8, "class_weight": 0.3, "renewed": True}],
+    ids=["images of the round", "a memory"],
+)
 def test_distillation_on_a_live_source_resumes_bit_by_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, more: dict[str, Any]
 ) -> None:
     from zskd_nni import distillation
 
     def taught(checkpoint: Path | None) -> nn.Module:
-        source = ZsktSource(small_teacher(), ZsktSettings(latent=10, width=16, student_steps=3, rounds=4), 16, 0)
+        settings = ZsktSettings(latent=10, width=16, student_steps=3, rounds=4, **more)
+        source = ZsktSource(small_teacher(), settings, 16, 0)
         student = small_network(3, dropout=0.3)
         distill(
             student,
@@ -489,6 +495,7 @@ def test_distillation_on_a_live_source_resumes_bit_by_bit(
         patch.setattr(distillation, "fit", stopping)
         with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
             taught(file)
+    assert any(name.endswith("memory") for name in load_tensors(file)[0]) == bool(more)
     assert same_weights(taught(file), undisturbed)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,7 @@ from helpers import SMALL, random, small_network, small_teacher
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni import distillation, interrupt
 from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.files import load_tensors
 from zskd_nni.inputs import InputSpec
 from zskd_nni.losses import total_variation
 from zskd_nni.methods.registry import TransferRequest, default_preset, find_method
@@ -24,7 +20,6 @@ from zskd_nni.methods.zskt import Generator, ZsktSettings, ZsktSource, new_gener
 from zskd_nni.seeds import generator
 from zskd_nni.synthesis.starts import start_images
 from zskd_nni.teacher import Teacher
-from zskd_nni.training import fit
 
 SHIFTED = InputSpec((1, 8, 8), mean=(0.3,), std=(0.5,))
 SHORT: dict[str, Any] = {
@@ -298,34 +293,6 @@ def test_its_state_goes_on_where_it_was(steps: int) -> None:
     for step in range(steps, steps + 9):
         ours, theirs = (source.batch(step, random(step), student) for source in (first, second))
         assert torch.equal(ours, theirs), step
-
-
-@pytest.mark.parametrize("stop", [2, 8])
-def test_distillation_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    def taught(checkpoint: Path | None) -> nn.Module:
-        student = small_network(3, dropout=0.3)
-        settings = DistillationSettings(steps=12, batch=16)
-        distill(student, small_teacher(), source_of(renewed=True), settings, checkpoint=checkpoint, quiet=True)
-        return student
-
-    undisturbed, file = taught(None), tmp_path / "d.safetensors"
-
-    def stopping(*arguments: Any, **options: Any) -> Any:
-        def after_step(done: int) -> None:
-            if done == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return fit(*arguments, **{**options, "after_step": after_step})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distillation, "fit", stopping)
-        with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
-            taught(file)
-    assert any(name.endswith("memory") for name in load_tensors(file)[0])
-    resumed = taught(file)
-    assert all(
-        torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), undisturbed.state_dict().values(), strict=True)
-    )
 
 
 def test_step_zero_begins_anew() -> None:
