@@ -36,9 +36,9 @@ BatchNorm with weights of its own, without a tanh, as in the code.
 
 with a class ``y`` that each image shall be seen as (DAFL, ICCV 2019), the distance R of the images as a crowd from what
 the teacher's BatchNorm layers remember (DeepInversion, CVPR 2020), a smoothness prior (off), images bounded to the
-value range, and a memory of the images of earlier rounds, from which the student learns (CMI, IJCAI 2021), the first of them
-made before it has learnt anything. The generator's first layer is drawn anew each round, so that rounds differ (as in
-NAYER, CVPR 2024).
+value range, and a memory of the images of earlier rounds, from which the student learns (CMI, IJCAI 2021), the first of
+them made before it has learnt anything, beside procedural figures. The generator's first layer is drawn anew each
+round, so that rounds differ (as in NAYER, CVPR 2024).
 """
 
 from __future__ import annotations
