@@ -41,7 +41,8 @@ one run of `zskd-nni reproduce`: one cell with one seed.
   number of test images stands in each record, and is far below the 1,000 of the paper on a CPU.
 - *images*: of the set that the student learnt on; `-` for a stream. Rows marked with a dagger (†) read real
   images.
-- Rows of one preset share one student recipe, except for what a name says; ZSKT has the one of its paper.
+- Rows of one preset share one student recipe, except for what a name says; ZSKT's `paper` and `fresh` have the one of
+  its paper.
 - *published* is the paper's own number with its own teacher; ours are other networks' weights, so that the distance to
   the teacher tells more than the number.
 - *target* is what we set out to reach, and whether the mean does.
