@@ -88,6 +88,13 @@ def soft_targets(count: int, classes: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(drawn).float()
 
 
+def apart(teacher: Teacher, student: nn.Module, probe: Tensor) -> float:
+    """KL from the teacher's beliefs to the student's on images, mean over these; leaves the student in ``eval()``."""
+    with torch.no_grad():
+        p, log_q = teacher(probe).softmax(1), student.eval()(probe).log_softmax(1)
+    return float((p * (p.log() - log_q)).sum(1).mean())
+
+
 # Stores.
 
 STORE_SETTINGS: dict[str, Any] = {"max_steps": 6, "shard": 20, "slots": 10}

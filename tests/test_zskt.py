@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, SmallNet, random, small_network, small_teacher
+from helpers import SMALL, SmallNet, apart, random, small_network, small_teacher
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -217,16 +217,10 @@ def test_options_change_the_game() -> None:
 def test_the_student_learns_and_the_generator_looks_for_trouble() -> None:
     teacher, student = small_teacher(), small_network(3)
     probe = torch.randn((500, *SMALL.shape), generator=random(1))
-
-    def apart() -> float:
-        with torch.no_grad():
-            p, log_q = teacher(probe).softmax(1), student.eval()(probe).log_softmax(1)
-        return float((p * (p.log() - log_q)).sum(1).mean())
-
-    before = apart()
+    before = apart(teacher, student, probe)
     settings = ZsktSettings(rounds=60, batch=32, latent=10, width=16, student_steps=5, attention="none")
     train_zskt(student, teacher, settings, seed=0, quiet=True)
-    assert apart() < 0.5 * before
+    assert apart(teacher, student, probe) < 0.5 * before
     # Against a student that stands still, the generator's images become worse and worse.
     source = ZsktSource(teacher, ZsktSettings(rounds=10**6, latent=10, width=16, student_steps=1), 32, 0)
     still, seen = small_network(9), []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, random, small_network, small_teacher
+from helpers import SMALL, apart, random, small_network, small_teacher
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -259,16 +259,10 @@ def test_images_are_in_the_value_range_of_a_normalising_teacher() -> None:
 def test_a_student_learns_on_it() -> None:
     teacher, student = small_teacher(), small_network(3)
     probe = torch.rand((500, *SMALL.shape), generator=random(1))
-
-    def apart() -> float:
-        with torch.no_grad():
-            p, log_q = teacher(probe).softmax(1), student.eval()(probe).log_softmax(1)
-        return float((p * (p.log() - log_q)).sum(1).mean())
-
-    before = apart()
+    before = apart(teacher, student, probe)
     source = source_of(batch=32, memory=400, new_images=32, filling=3, student_steps=5)
     distill(student, teacher, source, DistillationSettings(steps=200, batch=32, temperature=2), quiet=True)
-    assert apart() < 0.5 * before
+    assert apart(teacher, student, probe) < 0.5 * before
 
 
 def test_the_papers_game_may_have_a_memory_too() -> None:
