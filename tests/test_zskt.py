@@ -20,15 +20,15 @@ from zskd_nni import interrupt
 from zskd_nni.distillation import DistillationSettings, distill
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_tensors
+from zskd_nni.image_generator import new_generator
 from zskd_nni.inputs import InputSpec
 from zskd_nni.methods import zskt
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.methods.zskt import Generator, ZsktSettings, ZsktSource, attention_pairs, new_generator, train_zskt
+from zskd_nni.methods.zskt import ZsktSettings, ZsktSource, train_zskt
 from zskd_nni.seeds import generator
 from zskd_nni.teacher import Teacher
 from zskd_nni.training import fit
 from zskd_nni.transfer import TransferSource
-from zskd_nni.zoo import lenet5, lenet5_half, wrn
 
 SHIFTED = InputSpec((1, 8, 8), mean=(0.3,), std=(0.5,))
 SHORT: dict[str, Any] = {"rounds": 6, "batch": 16, "latent": 10, "width": 16, "student_steps": 4}
@@ -56,61 +56,9 @@ def test_in_bfloat16_the_game_goes_the_same_way() -> None:
     assert all(value.dtype == torch.float32 for value in students[1].parameters())
 
 
-# The generator.
-
-
-def test_the_generator_has_the_papers_layers() -> None:
-    network = Generator(InputSpec((3, 32, 32)))
-    kinds = [type(layer).__name__ for layer in network.layers]
-    assert kinds == [
-        *("Linear", "Unflatten", "BatchNorm2d", "Upsample", "Conv2d", "BatchNorm2d", "LeakyReLU"),
-        *("Upsample", "Conv2d", "BatchNorm2d", "LeakyReLU", "Conv2d", "BatchNorm2d"),
-    ]
-    weights = {name: tuple(value.shape) for name, value in network.named_parameters()}
-    # Linear 100 -> 8192, BN 128, conv 128 -> 128, BN 128, conv 128 -> 64, BN 64, conv 64 -> 3, BN 3 with weights
-    assert list(weights.values()) == [
-        *((8192, 100), (8192,), (128,), (128,), (128, 128, 3, 3), (128,), (128,), (128,)),
-        *((64, 128, 3, 3), (64,), (64,), (64,), (3, 64, 3, 3), (3,), (3,), (3,)),
-    ]
-    assert network.layers[6].negative_slope == network.layers[10].negative_slope == 0.2
-    assert network.layers[3].mode == "nearest"
-    sizes = []
-    z = torch.randn(2, 100)
-    for layer in network.layers:
-        z = layer(z)
-        sizes.append(tuple(z.shape[1:]))
-    assert [sizes[1], sizes[3], sizes[7], sizes[12]] == [(128, 8, 8), (128, 16, 16), (128, 32, 32), (3, 32, 32)]
-    # the output is normalised by its last layer and has no bound
-    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(z.square().mean((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
-    assert float(z.detach().abs().max()) > 2
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 8, 16), (2, 64, 32)])
-def test_other_sizes_and_channels(shape: tuple[int, int, int]) -> None:
-    assert Generator(InputSpec(shape), 7)(torch.randn(3, 7)).shape == (3, *shape)
-
-
-def test_a_narrower_generator() -> None:
-    network = new_generator(SMALL, ZsktSettings(width=8, latent=5), 0)
-    shapes = [tuple(value.shape) for value in network.parameters() if value.ndim > 1]
-    assert shapes == [(32, 5), (8, 8, 3, 3), (4, 8, 3, 3), (1, 4, 3, 3)]
+def test_settings_out_of_range() -> None:
     with pytest.raises(ValueError, match="even number of channels, not 7"):
         ZsktSettings(width=7)
-
-
-def test_sides_that_do_not_fit() -> None:
-    with pytest.raises(UserError, match=r"multiples of 4, not 30 x 32"):
-        Generator(InputSpec((1, 30, 32)))
-
-
-def test_images_may_start_in_the_middle_of_the_value_range() -> None:
-    spec = InputSpec((3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
-    with torch.no_grad():
-        x = new_generator(spec, ZsktSettings(generator_range="input"), 0)(torch.randn(64, 100, generator=random(0)))
-    pixels = x * torch.tensor(spec.std).view(3, 1, 1) + torch.tensor(spec.mean).view(3, 1, 1)
-    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.full((3,), 0.5), atol=1e-3, rtol=0)
-    torch.testing.assert_close(pixels.std((0, 2, 3)), torch.full((3,), 12**-0.5), atol=1e-3, rtol=0)
 
 
 # The game, against the released code's loop.
@@ -119,7 +67,7 @@ def test_images_may_start_in_the_middle_of_the_value_range() -> None:
 def reference(settings: ZsktSettings, pairs: list[tuple[str, str]], fresh: bool) -> tuple[nn.Module, nn.Module]:
     """``solver.py`` of the released code, in its own words, with the package's random streams."""
     teacher, student = small_teacher().model, small_network(3).train()
-    make = new_generator(SMALL, settings, 5)
+    make = new_generator(SMALL, 5, latent=settings.latent, width=settings.width)
     opt_g = torch.optim.Adam(make.parameters(), lr=1e-3)
     opt_s = torch.optim.Adam(student.parameters(), lr=2e-3)
     n = settings.rounds
@@ -330,20 +278,8 @@ def test_a_gradient_that_is_not_finite_is_divergence_too(tmp_path: Path) -> None
 # Attention layers.
 
 
-def test_layers_of_the_papers_networks_are_found() -> None:
-    spec = InputSpec((3, 32, 32))
-    groups = (("group1", "group1"), ("group2", "group2"), ("group3", "group3"))
-    assert attention_pairs(wrn(10, 1), Teacher(wrn(16, 2), spec), ZsktSettings()) == groups
-    grey = Teacher(lenet5(), InputSpec((1, 32, 32)))
-    found = attention_pairs(lenet5_half(), grey, ZsktSettings())
-    assert found == (("relu1", "relu1"), ("pool1", "pool1"), ("relu2", "relu2"), ("pool2", "pool2"))
-    assert attention_pairs(lenet5_half(), grey, ZsktSettings(attention="none")) == ()
-    assert attention_pairs(lenet5_half(), grey, ZsktSettings(attention_weight=0)) == ()
-
-
 def test_networks_without_a_common_size_go_without() -> None:
     other = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
-    assert attention_pairs(other, small_teacher(), ZsktSettings()) == ()
     train_zskt(other, small_teacher(), ZsktSettings(**{**SHORT, "rounds": 1}), quiet=True)
 
 

@@ -58,6 +58,12 @@ class InputSpec:
         std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
         return (images - mean) / std
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value of each channel as the network sees it, ``(C,)`` each."""
+        ends = torch.tensor([self.low, self.high]).view(2, 1, 1, 1).expand(2, self.shape[0], 1, 1)
+        low, high = self.normalise(ends).flatten(1).unbind()
+        return low, high
+
     @property
     def measuring_batch(self) -> int:
         """How many images are answered at once where no gradients are needed: 1,000, fewer of large ones."""

@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from zskd_nni.attention_transfer import Pairs, attention_pairs
 from zskd_nni.augment import augment
 from zskd_nni.baselines.labelled import LabelledBatches
 from zskd_nni.data import LabelledImages
@@ -34,7 +35,6 @@ from zskd_nni.distillation import DistillationSettings, check_student, student_s
 from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.files import fingerprint_of
 from zskd_nni.losses import attention_loss, belief_divergence
-from zskd_nni.methods.zskt import Pairs, ZsktSettings, attention_pairs
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import Checkpoint, History, fit, training_mode
 
@@ -125,9 +125,7 @@ def train_kd_at(
         UserError: networks or attention layers that do not fit, divergence, a checkpoint of another run.
     """
     check_student(student, teacher)
-    pairs = attention_pairs(
-        student, teacher, ZsktSettings(attention=settings.attention, attention_weight=settings.attention_weight)
-    )
+    pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
     student.to(memory_format=torch.channels_last)
     optimizer, scheduler = _optimizer(student, settings, schedule)
     spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, seed)

@@ -23,9 +23,9 @@ presets follow:
 behind the generator's step, and the student takes its ten steps on them. ``fresh`` draws new latents for each student
 step, which a reproduction (Ferles et al.) found one to three points better.
 
-What we chose: sizes other than 32x32, as multiples of 4; attention layers found by themselves (see
-:func:`attention_pairs`); all random numbers come from streams named after seed, round and step, so that nothing but
-tensors must be saved, and a resumed run goes on bit by bit on the CPU.
+What we chose: sizes other than 32x32, as multiples of 4; attention layers found by themselves
+(:func:`zskd_nni.attention_transfer.attention_pairs`); all random numbers come from streams named after seed, round and
+step, so that nothing but tensors must be saved, and a resumed run goes on bit by bit on the CPU.
 
 The images live in the teacher's *normalised* space and are not bounded to its value range: the last layer is a
 BatchNorm with weights of its own, without a tanh, as in the code.
@@ -54,21 +54,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zskd_nni.attention_transfer import Pairs, attention_pairs
 from zskd_nni.batch_statistics import batch_norms, statistics_distances
 from zskd_nni.distillation import check_student
 from zskd_nni.errors import UserError
-from zskd_nni.feature_points import FeaturePoint, module_at, probing, watched
+from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.files import fingerprint_of
 from zskd_nni.identity import LATER, settings_identity
-from zskd_nni.inputs import InputSpec
+from zskd_nni.image_generator import RANGES, new_generator
+from zskd_nni.image_memory import ImageMemory
 from zskd_nni.losses import attention_distance, attention_map, belief_divergence, total_variation
 from zskd_nni.methods.registry import TransferRequest, preset_options
-from zskd_nni.seeds import derive_seed, generator
+from zskd_nni.seeds import generator
 from zskd_nni.synthesis.starts import start_images
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import Checkpoint, DivergenceError, History, fit, lay_out_like_parameters, training_mode
-
-Pairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class ZsktSettings:
             ("latents", ("same", "fresh")),
             ("divergence", ("elements", "images")),
             ("attention_distance", ("squared-mean", "norm")),
-            ("generator_range", ("unit", "input", "bounded")),
+            ("generator_range", RANGES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -178,86 +178,6 @@ class ZsktSettings:
             raise ValueError(
                 f"attention is auto, none, or pairs of [teacher path, student path], not {self.attention!r}"
             )
-
-
-class Generator(nn.Module):
-    """ZSKT's generator: a linear layer, two enlargements, three convolutions, BatchNorm at the end.
-
-    Args:
-        spec: shape of the images; height and width are multiples of 4.
-        latent: size of z.
-        width: channels.
-        classes: that it can be told, behind z; 0 for a generator that knows none.
-        bounded: the images stay in the value range.
-
-    Shape:
-        input ``(N, latent + classes)``, output ``(N, C, H, W)`` in the teacher's normalised space.
-
-    Raises:
-        UserError: the image's sides are not multiples of 4.
-    """
-
-    def __init__(
-        self, spec: InputSpec, latent: int = 100, width: int = 128, classes: int = 0, bounded: bool = False
-    ) -> None:
-        super().__init__()
-        channels, rows, columns = spec.shape
-        if rows % 4 or columns % 4:
-            raise UserError(
-                f"ZSKT's generator makes images whose sides are multiples of 4, not {rows} x {columns}; pad the "
-                "network's input, or use another method."
-            )
-        small = (rows // 4, columns // 4)
-        self.layers = nn.Sequential(
-            nn.Linear(latent + classes, width * small[0] * small[1]),
-            nn.Unflatten(1, (width, *small)),  # (N, 128, H/4, W/4)
-            nn.BatchNorm2d(width),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, width, 3, padding=1),  # (N, 128, H/2, W/2)
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, width // 2, 3, padding=1),  # (N, 64, H, W)
-            nn.BatchNorm2d(width // 2),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width // 2, channels, 3, padding=1),  # (N, C, H, W)
-            nn.BatchNorm2d(channels),  # with weights of its own; no tanh
-        )
-        self.bounded = bounded
-        low, high = _ends(spec)
-        self.register_buffer("middle", ((low + high) / 2).view(-1, 1, 1), persistent=False)
-        self.register_buffer("reach", ((high - low) / 2).view(-1, 1, 1), persistent=False)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)`` of latents, and classes one-hot behind them, ``(N, latent + classes)``."""
-        images = self.layers(z)
-        return self.middle + self.reach * images.tanh() if self.bounded else images
-
-
-def _ends(spec: InputSpec) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value of each channel in normalised space, ``(C,)`` each."""
-    ends = torch.tensor([spec.low, spec.high]).view(2, 1, 1, 1).expand(2, spec.shape[0], 1, 1)
-    low, high = spec.normalise(ends).flatten(1).unbind()
-    return low, high
-
-
-def new_generator(spec: InputSpec, settings: ZsktSettings, seed: int, classes: int = 0) -> Generator:
-    """A fresh generator in training mode, its weights drawn from a stream of their own."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "generator"))
-        network = Generator(
-            spec, settings.latent, settings.width, classes, settings.generator_range == "bounded"
-        ).train()
-    # On the CPU convolutions are half as fast again with the channels last in memory.
-    network = network.to(memory_format=torch.channels_last)
-    if settings.generator_range == "input":
-        last = network.layers[-1]
-        assert isinstance(last, nn.BatchNorm2d)
-        low, high = _ends(spec)
-        with torch.no_grad():
-            last.bias.copy_((low + high) / 2)
-            last.weight.copy_((high - low) / math.sqrt(12))  # the deviation of uniform noise over the range
-    return network
 
 
 def cosine(done: int, total: int) -> float:
@@ -297,14 +217,19 @@ class ZsktSource:
         self._restart()
 
     def _restart(self) -> None:
-        made = new_generator(self.teacher.spec, self.settings, self.seed, self.classes)
-        self.generator = made.to(self.teacher.device)
-        self.optimizer = torch.optim.Adam(
-            self.generator.parameters(), self.settings.generator_learning_rate, fused=True
+        settings = self.settings
+        made = new_generator(
+            self.teacher.spec,
+            self.seed,
+            latent=settings.latent,
+            width=settings.width,
+            classes=self.classes,
+            output_range=settings.generator_range,
         )
+        self.generator = made.to(self.teacher.device)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), settings.generator_learning_rate, fused=True)
         self.images: Tensor | None = None  # of this round, normalised
-        self.memory: Tensor | None = None  # of earlier rounds, (settings.memory, C, H, W), normalised; then the figures
-        self.kept, self.next_place = 0, 0  # how many of earlier rounds it holds, and where the next one goes
+        self.memory: ImageMemory | None = None  # of earlier rounds and the figures, normalised
         self.divergence = math.nan  # D of the last generator step
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
@@ -328,12 +253,13 @@ class ZsktSource:
             self._restart()
         turn, inner = divmod(step, self.settings.student_steps)
         if self.settings.memory:
+            memory = self._memory()
             if step == 0:
                 for number in range(self.settings.filling):
-                    self._remember(self._made(self._train_generator(turn, None, ("filling", number))))
+                    memory.put(self._made(self._train_generator(turn, None, ("filling", number))))
             if inner == 0:
-                self._remember(self._made(self._train_generator(turn, student)))
-            return self._remembered(random)
+                memory.put(self._made(self._train_generator(turn, student)))
+            return memory.draw(self.batch_size, random)
         if inner == 0 or self.images is None:
             self._train_generator(turn, student)
             if self.settings.latents == "same":
@@ -355,34 +281,15 @@ class ZsktSource:
             z = torch.cat([z, functional.one_hot(meant, self.classes).float()], 1)
         return z.to(self.teacher.device)
 
-    # The memory.
-
-    def _remember(self, images: Tensor) -> None:
-        """Put images into the memory, in the place of the oldest if it is full."""
+    def _memory(self) -> ImageMemory:
+        """The memory; before its first use it is made, with the figures in it."""
         if self.memory is None:
-            self.memory = self._empty_memory()
-        room = self.settings.memory
-        places = (self.next_place + torch.arange(len(images), device=images.device)) % room
-        self.memory[places[-room:]] = images[-room:].half()
-        self.kept = min(room, self.kept + len(images))
-        self.next_place = (self.next_place + len(images)) % room
-
-    def _empty_memory(self) -> Tensor:
-        """Room for images of rounds, and behind it the figures."""
-        spec, room = self.teacher.spec, self.settings.memory
-        # Half precision is finer than eight bits, and a memory is large.
-        memory = torch.zeros((room + self.settings.figures, *spec.shape), dtype=torch.float16)
-        if self.settings.figures:
-            figures, _ = start_images("mixed", self.settings.figures, spec, generator(self.seed, "figures"))
-            memory[room:] = spec.normalise(figures).half()
-        return memory.to(self.teacher.device)
-
-    def _remembered(self, random: torch.Generator) -> Tensor:
-        """A batch of what the memory holds, every image as likely as any other."""
-        assert self.memory is not None
-        places = torch.randint(self.kept + self.settings.figures, (self.batch_size,), generator=random)
-        places = torch.where(places < self.kept, places, places - self.kept + self.settings.memory)
-        return self.memory[places.to(self.memory.device)].float()
+            spec, count = self.teacher.spec, self.settings.figures
+            figures = torch.zeros((0, *spec.shape))
+            if count:
+                figures, _ = start_images("mixed", count, spec, generator(self.seed, "figures"))
+            self.memory = ImageMemory(self.settings.memory, spec.normalise(figures).to(self.teacher.device))
+        return self.memory
 
     def precision(self) -> torch.autocast:
         """The context of the networks' passes."""
@@ -394,8 +301,8 @@ class ZsktSource:
             return self.generator(z).float()
 
     def _only_images(self, random: torch.Generator) -> Tensor:
-        if self.kept:
-            return self._remembered(random)
+        if self.memory is not None and self.memory.kept:
+            return self.memory.draw(self.batch_size, random)
         z = self._drawn(self.batch_size, random)
         kept = {name: value.clone() for name, value in self.generator.named_buffers()}
         images = self._made(z)
@@ -471,7 +378,7 @@ class ZsktSource:
         if distances:
             value = value + settings.batch_statistics * torch.stack(distances).sum()
         if settings.total_variation:
-            low, high = _ends(spec)
+            low, high = spec.ends()
             span = (high - low).view(-1, 1, 1).to(x.device)
             value = value + settings.total_variation * total_variation(x.float() / span).mean()
         return value, divergence.detach()
@@ -512,8 +419,7 @@ class ZsktSource:
         if self.images is not None:
             state["images"] = self.images
         if self.memory is not None:
-            state["memory"] = self.memory[: self.kept]
-            state["next_place"] = torch.tensor(self.next_place)
+            state.update(self.memory.state_dict())
         return {name: value.detach().clone() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -537,9 +443,7 @@ class ZsktSource:
         lay_out_like_parameters(self.optimizer)
         self.images = state["images"].to(self.teacher.device, copy=True) if "images" in state else None
         if "memory" in state:
-            remembered = state["memory"].to(self.teacher.device)
-            self._remember(remembered)
-            self.next_place = int(state["next_place"])
+            self._memory().load_state_dict(state)
 
 
 @contextmanager
@@ -565,74 +469,6 @@ def _silent_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for module, hooks in kept:
             module._forward_hooks = hooks
-
-
-# Attention transfer.
-
-
-def attention_pairs(student: nn.Module, teacher: Teacher, settings: ZsktSettings) -> Pairs:
-    """Paths ``(teacher's, student's)`` of the layers whose attention maps are compared.
-
-    By themselves, for each spatial size that both networks have: the last module of that size with modules in it (a
-    group of a wide residual network, a stage of a ResNet, as in the paper), or the last layer where a network has
-    none. Sizes of one pixel hold no attention. There may be no common size: then there is no attention transfer.
-
-    Raises:
-        UserError: a named module is not there, gives no ``(N, C, H, W)``, or the two sizes differ.
-    """
-    if settings.attention == "none" or settings.attention_weight == 0:
-        return ()
-    probe = teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device)
-    if isinstance(settings.attention, str):
-        sizes = [_last_of_each_size(network, probe) for network in (teacher.model, student)]
-        return tuple((sizes[0][size], sizes[1][size]) for size in sizes[0] if size in sizes[1])
-    for ours, theirs in settings.attention:
-        shapes = [
-            _size_at(network, path, probe, whose)
-            for network, path, whose in ((teacher.model, ours, "The teacher"), (student, theirs, "The student"))
-        ]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"Attention cannot be compared between the teacher's {ours!r} ({shapes[0][0]} x {shapes[0][1]}) and "
-                f"the student's {theirs!r} ({shapes[1][0]} x {shapes[1][1]}): choose layers of the same height and "
-                "width, attention: auto finds such, or set attention: none."
-            )
-    return settings.attention
-
-
-def _size_at(model: nn.Module, path: str, probe: Tensor, whose: str) -> tuple[int, int]:
-    module_at(model, path, whose)
-    with watched(model, FeaturePoint(path)) as seen, probing(model):
-        model(probe)
-    if not seen or not isinstance(seen[-1], Tensor) or seen[-1].ndim != 4:
-        shape = list(seen[-1].shape) if seen and isinstance(seen[-1], Tensor) else "nothing"
-        raise UserError(
-            f"{whose}'s layer {path!r} has no attention map: it gives {shape}, not (N, channels, height, width)."
-        )
-    return seen[-1].shape[2], seen[-1].shape[3]
-
-
-def _last_of_each_size(model: nn.Module, probe: Tensor) -> dict[tuple[int, int], str]:
-    groups: dict[tuple[int, int], str] = {}
-    layers: dict[tuple[int, int], str] = {}
-
-    def note(module: nn.Module, _inputs: Any, output: Any, path: str = "") -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-            has_modules = next(module.children(), None) is not None
-            (groups if has_modules else layers)[output.shape[2], output.shape[3]] = path
-
-    hooks = [
-        module.register_forward_hook(lambda m, i, o, path=path: note(m, i, o, path))
-        for path, module in model.named_modules()
-        if path
-    ]
-    try:
-        with probing(model):
-            model(probe)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {**layers, **groups}
 
 
 # The whole game.
@@ -672,7 +508,7 @@ def train_zskt(
     settings = settings or ZsktSettings()
     check_student(student, teacher)
     student.to(memory_format=torch.channels_last)
-    pairs = attention_pairs(student, teacher, settings)
+    pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
     source = ZsktSource(teacher, settings, settings.batch, seed)
     optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
