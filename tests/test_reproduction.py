@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +315,39 @@ def test_each_ingredient_is_alone() -> None:
     assert changed(best.ingredients, cells["without-augmentation"].ingredients) == {"student.augmentation"}
     alone = set().union(*(changed(base.ingredients, p.ingredients) for v, p in cells.items() if v.startswith("only-")))
     assert changed(base.ingredients, best.ingredients) <= alone
+
+
+@pytest.mark.parametrize("pair", ["fashion-mnist", "cifar10-wrn"])
+def test_each_ingredient_of_zskt_is_alone(pair: str) -> None:
+    table = TABLES["zskt-ablation"].cells
+    plans = {cell.variant: resolve(cell, "full") for cell in table if cell.pair == pair}
+    assert not any(plan.plays_alone for plan in plans.values())
+    assert len({repr(plan.student) for plan in plans.values()}) == 1
+
+    def apart(one: str, other: str) -> set[str]:
+        first, second = asdict(plans[one].options), asdict(plans[other].options)
+        return {key for key in first if first[key] != second[key]}
+
+    memory = {"memory", "new_images", "filling", "latents"}
+    assert apart("base", "only-classes") == apart("", "without-classes") == {"class_weight"}
+    assert apart("base", "only-rhythm") == apart("", "without-rhythm") == {"generator_steps", "student_steps"}
+    assert apart("base", "only-memory") == memory
+    assert apart("base", "only-memory-and-figures") == apart("", "without-memory") == {*memory, "figures"}
+    assert apart("", "without-figures") == {"figures"}
+    assert apart("", "without-adversary") == {"adversarial_weight"}
+    alone = set().union(*(apart("base", variant) for variant in plans if variant.startswith("only-")))
+    taken = set().union(*(apart("", variant) for variant in plans if variant.startswith("without-")))
+    assert alone == apart("base", "")
+    assert taken == {*alone, "adversarial_weight"}
+    assert ("batch_statistics" in alone) == (pair == "cifar10-wrn") == ("divergence" in alone)
+
+
+def test_a_cell_that_names_the_students_recipe_does_not_play_the_papers_game() -> None:
+    game, source = Cell("digits", "zskt", "fresh"), Cell("digits", "zskt", "fresh", "source", student={"steps": 9})
+    assert resolve(game, "smoke").plays_alone
+    assert "student" not in resolve(game, "smoke").ingredients
+    assert not resolve(source, "smoke").plays_alone
+    assert resolve(source, "smoke").ingredients["student"]["steps"] == 9
 
 
 def test_published_numbers_and_targets_are_of_rows() -> None:

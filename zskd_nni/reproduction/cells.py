@@ -36,7 +36,8 @@ class Cell:
             None for the own preset's.
         options: the method's own keys over the preset's.
         student: keys over the pair's student recipe; ``augmentation`` None takes it away, ``temperature``,
-            ``features``, ``learning_rate`` and ``steps`` None are the pair's own whatever the preset.
+            ``features``, ``learning_rate`` and ``steps`` None are the pair's own whatever the preset. With ZSKT any
+            key makes its generator a source of images for a student of the pair's recipe.
         network: which of the pair's students; ``""`` for the first.
         shots: M, images a class (few-shot KD+AT).
         transition: whether the mean transition error is measured.
@@ -94,8 +95,8 @@ class Plan:
 
     @property
     def plays_alone(self) -> bool:
-        """Whether the student's recipe is the method's own: ZSKT's game without a memory."""
-        return self.cell.method == "zskt" and not self.options.memory
+        """Whether the student's recipe is the method's own: ZSKT's, without a memory and where the cell names none."""
+        return self.cell.method == "zskt" and not self.options.memory and not self.cell.student
 
     @property
     def ingredients(self) -> dict[str, Any]:

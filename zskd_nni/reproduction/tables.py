@@ -172,6 +172,53 @@ def _zskt(pair: str) -> list[Cell]:
     return cells
 
 
+# Ingredients of ZSKT's best by name: its keys, and what the game has without them. A generator that is not renewed
+# keeps its learning rate here, too.
+ZSKT_INGREDIENTS: dict[str, dict[str, Any]] = {
+    "rhythm": {"generator_steps": 1, "student_steps": 10},
+    "classes": {"class_weight": 0.0},
+    "batch-statistics": {"batch_statistics": 0.0},
+    "renewed-layer": {"renewed": False},
+    "memory": {"memory": 0, "new_images": 0, "filling": 0, "figures": 0, "latents": "fresh"},
+    "figures": {"figures": 0},
+}
+
+
+def _zskt_ablation(pair: str) -> list[Cell]:
+    """Each ingredient of ZSKT's best alone, and best without each; all students have the pair's recipe."""
+    ingredients = dict(ZSKT_INGREDIENTS)
+    published = PAIRS[pair].zskt.get("", {})
+    for name, key in (("bounded-images", "generator_range"), ("mean-over-images", "divergence")):
+        plain = published.get(key, getattr(zskt.ZsktSettings(), key))
+        if zskt.PRESETS["best"].get(key, plain) != plain:
+            ingredients[name] = {key: plain}
+    if not PAIRS[pair].remembers:
+        del ingredients["batch-statistics"]
+
+    def cell(variant: str, options: Mapping[str, Any]) -> Cell:
+        # Named, the student's recipe is the pair's even where there is no memory.
+        return Cell(pair, "zskt", "best", variant, options=options, student={"steps": None})
+
+    nothing: dict[str, Any] = {}
+    for keys in ingredients.values():
+        nothing.update(keys)
+    cells = [cell("base", nothing)]
+    for name, keys in ingredients.items():
+        # Figures lie in a memory; without them it is a memory still.
+        kept = (
+            {**keys, **ingredients["memory"]}
+            if name == "figures"
+            else {k: v for k, v in keys.items() if k != "figures"}
+        )
+        shown = "only-memory-and-figures" if name == "figures" else f"only-{name}"
+        cells.append(cell(shown, {key: value for key, value in nothing.items() if key not in kept}))
+    cells.append(_cell(pair, "zskt", "best"))
+    cells += [cell(f"without-{name}", keys) for name, keys in ingredients.items()]
+    cells.append(cell("without-adversary", {"adversarial_weight": 0.0}))
+    cells.append(cell("without-filling", {"filling": 0}))
+    return cells
+
+
 def _over(pairs: Sequence[str], make: Callable[[str], list[Cell]]) -> tuple[Cell, ...]:
     return tuple(cell for pair in pairs for cell in make(pair))
 
@@ -212,6 +259,13 @@ TABLES: dict[str, Table] = {
         "`base` is the preset `paper` at size and steps of `best`, without augmentation. Each ingredient is added to "
         "it alone, and taken out of `best` alone.",
         _over(LENETS, _ablation),
+    ),
+    "zskt-ablation": Table(
+        "What makes up ZSKT's `best`",
+        "`base` is a game of fresh latents at the generator's unchanging learning rate, against a student that has the "
+        "recipe and the number of steps of the pair's other students. Each ingredient is added to it alone, and taken "
+        "out of `best` alone.",
+        _over(("fashion-mnist", "cifar10-wrn"), _zskt_ablation),
     ),
     "ats-balance": Table(
         "Arbitrary transfer sets, balanced and not",
