@@ -11,7 +11,7 @@ from helpers import random, soft_targets
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 
-from zskd_nni.batch_statistics import batch_norms, statistics_distances
+from zskd_nni.batch_statistics import Crowd, Moments, batch_norms, statistics_distances
 from zskd_nni.losses import distillation_loss, soft_target_divergence, statistics_distance, total_variation
 from zskd_nni.metrics import accuracy, agreement
 
@@ -131,6 +131,34 @@ def test_distance_of_statistics() -> None:
     assert float(statistics_distance(features, mean, variance)) == pytest.approx(wanted, rel=1e-5)
     flat = features.permute(0, 2, 3, 1).reshape(-1, 3)  # as behind a linear layer
     assert float(statistics_distance(flat, mean, variance)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_moments_of_two_groups_are_those_of_all() -> None:
+    features = torch.randn((9, 3, 4, 5), generator=random(0)) * 2 + torch.arange(3).view(3, 1, 1)
+    joined = Moments.of(features[:2]).joined(Moments.of(features[2:]))
+    assert joined.count == 9
+    torch.testing.assert_close(joined.mean, features.mean((0, 2, 3)))
+    torch.testing.assert_close(joined.variance, features.var((0, 2, 3), unbiased=False))
+
+
+def test_a_crowd_remembers_who_left() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.LazyBatchNorm1d()).eval()
+    images = torch.randn((6, 1, 6, 6), generator=random(1))
+    network(images)
+    with torch.no_grad():
+        with statistics_distances(network) as whole:
+            network(images)
+        crowd, rest = Crowd(network), torch.arange(6)
+        for gone in ([4], [0, 2]):
+            with crowd.watching() as found:
+                network(images[rest])
+            torch.testing.assert_close(found, whole)
+            crowd.leave(torch.tensor([rest.tolist().index(row) for row in gone]))
+            rest = torch.tensor([row for row in rest.tolist() if row not in gone])
+        with crowd.watching() as found:
+            network(images[rest])
+    torch.testing.assert_close(found, whole)
+    assert (crowd.left, rest.tolist()) == (3, [1, 3, 5])
 
 
 def test_statistics_of_every_batch_norm_that_keeps_some() -> None:

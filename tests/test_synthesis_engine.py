@@ -449,6 +449,37 @@ def test_images_come_near_what_batch_norms_remember(weight: float, temperature: 
     torch.testing.assert_close(made.images, images.detach(), atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("slots", [6, 3, 9])
+def test_images_that_have_left_stay_in_the_crowd(slots: int) -> None:
+    """Fresh images take the places of those that left; who leaves without a successor stays as they were."""
+    teacher, settings = small_teacher(), settings_for(batch_statistics=0.3, max_steps=(1, 99), slots=slots)
+    limits = torch.tensor([2.0, 5, 9, 9, 3, 12])
+    orders = orders_for(6, limits=limits)
+    norm = teacher.model.get_submodule("norm")
+    rows = [image.clone().requires_grad_(True) for image in orders.starts]
+    adams = [torch.optim.Adam([row], lr=settings.learning_rate) for row in rows]
+    taken = [0] * 6
+    crowd, waiting = list(range(min(slots, 6))), list(range(min(slots, 6), 6))
+    while any(taken[index] < limits[index] for index in crowd):
+        members = torch.stack([rows[index] for index in crowd])
+        passing = teacher.model.get_submodule("conv")(members)
+        found, spread = passing.mean((0, 2, 3)), passing.var((0, 2, 3), unbiased=False)
+        distance = (found - norm.running_mean).square().sum().sqrt() + (spread - norm.running_var).square().sum().sqrt()
+        value = cross_entropy(teacher, members, orders.targets[crowd], TEMPERATURE).sum() + len(crowd) * 0.3 * distance
+        gradients = torch.autograd.grad(value, [rows[index] for index in crowd])
+        for place, (index, gradient) in enumerate(zip(list(crowd), gradients, strict=True)):
+            if taken[index] < limits[index]:
+                rows[index].grad = gradient
+                adams[index].step()
+                rows[index].data.clamp_(0, 1)
+                taken[index] += 1
+            elif waiting:
+                crowd[place] = waiting.pop(0)
+    made = synthesize_shard(teacher, orders, settings)
+    assert made.steps.tolist() == limits.tolist()
+    torch.testing.assert_close(made.images, torch.stack(rows).detach(), atol=2e-4, rtol=0)
+
+
 def test_a_teacher_without_batch_norms_knows_no_statistics(tmp_path: Path) -> None:
     stores, teacher = [], Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), SMALL)
     for weight in (0.0, 1.0):
@@ -471,6 +502,8 @@ def test_the_option_stands_in_the_identity_where_it_has_a_part(tmp_path: Path) -
     stores = [make_store(tmp_path / str(weight), batch_statistics=weight) for weight in (0.0, 1.0)]
     assert "batch_statistics" not in stores[0].manifest["identity"]["synthesis"]
     assert stores[1].manifest["identity"]["synthesis"]["batch_statistics"] == 1.0
+    # in meaning 1 images that had left were forgotten; what was begun so is not gone on with
+    assert stores[1].manifest["identity"]["synthesis"]["batch_statistics_meaning"] == 2
 
 
 def test_a_negative_weight_of_statistics() -> None:

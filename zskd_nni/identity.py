@@ -12,6 +12,9 @@ from zskd_nni.files import plain, read_json
 # Metadata of a settings field that is younger than folders and records which people have: where it has its default,
 # which changes nothing, it is left out of identities, so that those stay good.
 LATER = {"later": True}
+# Metadata of a field behind whose values the mathematics has changed: a number that stands beside them in identities,
+# so that what was begun with the older one is not gone on with. It begins with 2, and rises.
+MEANING = "meaning"
 
 
 def settings_identity(settings: Any) -> dict[str, Any]:
@@ -20,11 +23,14 @@ def settings_identity(settings: Any) -> dict[str, Any]:
     def described(value: Any) -> Any:
         if not is_dataclass(value):
             return value
-        return {
-            field.name: described(getattr(value, field.name))
-            for field in fields(value)
-            if not (field.metadata.get("later") and getattr(value, field.name) == field.default)
-        }
+        found: dict[str, Any] = {}
+        for field in fields(value):
+            if field.metadata.get("later") and getattr(value, field.name) == field.default:
+                continue
+            found[field.name] = described(getattr(value, field.name))
+            if MEANING in field.metadata:
+                found[f"{field.name}_{MEANING}"] = field.metadata[MEANING]
+        return found
 
     return plain(described(settings))
 

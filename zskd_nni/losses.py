@@ -48,16 +48,22 @@ def total_variation(images: Tensor, knee: float = 0.05) -> Tensor:
     return (huber(down) + huber(right)) / knee
 
 
+def channel_moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, over images and positions: ``(N, C, ...) -> (C,), (C,)`` float32."""
+    features, over = features.float(), [0, *range(2, features.ndim)]
+    mean = features.mean(over, keepdim=True)
+    variance = (features - mean).square().mean(over)  # on a CPU in two thirds of what var() takes with its gradient
+    return mean.flatten(), variance
+
+
 def statistics_distance(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """How far a batch's channels are from a mean and a variance: ``(N, C, ...), (C,), (C,) -> scalar``.
 
     ``|mean(features) - mean|_2 + |var(features) - variance|_2``, taken over images and positions (DeepInversion,
     equation 4); the variance is the biased one.
     """
-    features, over = features.float(), [0, *range(2, features.ndim)]
-    found = features.mean(over, keepdim=True)
-    spread = (features - found).square().mean(over)  # on a CPU in two thirds of what var() takes with its gradient
-    return (found.flatten() - mean).norm() + (spread - variance).norm()
+    found, spread = channel_moments(features)
+    return (found - mean).norm() + (spread - variance).norm()
 
 
 def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, over: str = "elements") -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zskd_nni import interrupt
-from zskd_nni.batch_statistics import statistics_distances
+from zskd_nni.batch_statistics import Crowd, batch_norms
 from zskd_nni.errors import UserError
 from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.losses import soft_target_divergence, total_variation
@@ -86,20 +86,23 @@ class FeatureTerm:
 
 
 class _Slots:
-    """The state of the images in flight; every tensor has one row a slot."""
+    """The state of the images in flight; every tensor has one row a slot, on the device but for ``index`` and ``due``.
 
-    _ORDERED = ("targets", "temperatures", "prior", "limits")
+    Which images leave by their step limit is known beforehand, so that no step has to wait for the device to tell.
+    """
+
+    _ORDERED = ("targets", "temperatures", "prior")
     _ROWS = ("images", *_ORDERED, "first", "second", "age", "adam_step", "best", "best_age")
 
     def __init__(self, count: int, device: torch.device, orders: Orders) -> None:
-        self.device = device
-        self.index = torch.arange(count)  # which image of the shard (CPU)
-        self.images = orders.starts[:count].to(device, copy=True)  # the caller's stay as they are
-        self.targets = orders.targets[:count].to(device, copy=True)
-        self.temperatures = orders.temperatures[:count].to(device, copy=True)
-        self.prior = orders.prior[:count].to(device, copy=True)
-        self.limits = orders.limits[:count].to(device, copy=True)
-        self.free = None if orders.free is None else orders.free[:count].to(device, copy=True)
+        self.device, self.orders = device, orders  # which lie on the device but for the limits
+        self.index = torch.arange(count)  # which image of the shard
+        self.due = orders.limits[:count].long()  # at which turn of the engine each leaves at the latest
+        self.images = orders.starts[:count].clone()  # the caller's stay as they are
+        self.targets = orders.targets[:count].clone()
+        self.temperatures = orders.temperatures[:count].clone()
+        self.prior = orders.prior[:count].clone()
+        self.free = None if orders.free is None else orders.free[:count].clone()
         self.first = torch.zeros_like(self.images)  # Adam's moments
         self.second = torch.zeros_like(self.images)
         self.age = torch.zeros(count, device=device)  # steps of this image
@@ -107,29 +110,54 @@ class _Slots:
         self.best = torch.full((count,), float("inf"), device=device)
         self.best_age = torch.zeros(count, device=device)
 
-    def refill(self, rows: Tensor, index: Tensor, orders: Orders, warm: bool) -> None:
-        on_device = rows.to(self.device)
+    def refill(self, rows: Tensor, index: Tensor, warm: bool, turn: int) -> None:
+        """Put images ``index`` of the shard into these rows; ``turn`` is that of their first step."""
+        orders = self.orders
         self.index[rows] = index
+        self.due[rows] = turn + orders.limits[index].long()
+        rows, index = _sent(rows, self.device), _sent(index, self.device)
         for name in self._ORDERED:
-            getattr(self, name)[on_device] = getattr(orders, name)[index].to(self.device)
+            getattr(self, name)[rows] = getattr(orders, name)[index]
         if self.free is not None and orders.free is not None:
-            self.free[on_device] = orders.free[index].to(self.device)
-        self.age[on_device] = 0
-        self.best[on_device] = float("inf")
-        self.best_age[on_device] = 0
+            self.free[rows] = orders.free[index]
+        self.age[rows] = 0
+        self.best[rows] = float("inf")
+        self.best_age[rows] = 0
         if not warm:
-            self.images[on_device] = orders.starts[index].to(self.device)
-            self.first[on_device] = 0
-            self.second[on_device] = 0
-            self.adam_step[on_device] = 0
+            self.images[rows] = orders.starts[index]
+            self.first[rows] = 0
+            self.second[rows] = 0
+            self.adam_step[rows] = 0
 
     def keep(self, rows: Tensor) -> None:
-        on_device = rows.to(self.device)
-        self.index = self.index[rows]
+        self.index, self.due = self.index[rows], self.due[rows]
+        rows = _sent(rows, self.device)
         for name in self._ROWS:
-            setattr(self, name, getattr(self, name)[on_device])
+            setattr(self, name, getattr(self, name)[rows])
         if self.free is not None:
-            self.free = self.free[on_device]
+            self.free = self.free[rows]
+
+
+class _Results:
+    """What has left, in the order of the shard, on the device: nothing waits for it to be copied."""
+
+    def __init__(self, orders: Orders, device: torch.device) -> None:
+        count = len(orders.targets)
+        self.images, self.logits = torch.zeros_like(orders.starts), torch.zeros_like(orders.targets)
+        self.fit, self.steps = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.int32, device=device)
+
+    def require_finite(self, learning_rate: float) -> None:
+        """Refuse what has diverged; waits for the device."""
+        if not torch.isfinite(self.fit).all() or not torch.isfinite(self.images).all():
+            raise UserError(
+                f"Synthesis diverged: the teacher's answer is not finite after {int(self.steps.max())} steps. A "
+                f"smaller synthesis.learning_rate (now {learning_rate}) usually mends it."
+            )
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """A few numbers for the device, without waiting for what it is at."""
+    return rows.to(device, non_blocking=True)
 
 
 def synthesize_shard(
@@ -151,38 +179,45 @@ def synthesize_shard(
     Raises:
         UserError: the teacher's answer or its gradient is not finite.
     """
-    spec, device, starts, targets = teacher.spec, teacher.device, orders.starts, orders.targets
-    count = len(targets)
-    result_images = torch.empty_like(starts)
-    result_logits = torch.empty(count, targets.shape[1])
-    result_fit, result_steps = torch.empty(count), torch.zeros(count, dtype=torch.int32)
+    spec, device, count, asked = teacher.spec, teacher.device, len(orders.targets), orders.targets
+    orders = Orders(
+        targets=asked.to(device),
+        starts=orders.starts.to(device),
+        temperatures=orders.temperatures.to(device),
+        prior=orders.prior.to(device),
+        limits=orders.limits,
+        free=None if orders.free is None else orders.free.to(device),
+    )
+    results = _Results(orders, device)
     slots = _Slots(min(settings.slots, count), device, orders)
     following = len(slots.index)  # the next image of the shard that waits for a slot
-    # Without a reason to leave early all images of a batch leave together, and one of them tells when.
-    smallest, largest = settings.step_limits
-    together = settings.tolerance is None and not settings.patience and smallest == largest
+    early = settings.tolerance is not None or bool(settings.patience)
+    turn = 0
     with_prior = settings.total_variation != (0.0, 0.0)
     value_range = spec.high - spec.low
+    crowd = Crowd(teacher.model) if settings.batch_statistics and batch_norms(teacher.model) else None
 
     while len(slots.index):
         interrupt.check()
-        if settings.range == "rescale":
-            slots.images = _rescaled(slots.images, slots.age, largest, spec.low, spec.high)
+        # The authors' code leaves the rescaling out before the last step and the final answer.
+        if settings.range == "rescale" and int(slots.due[0]) - turn > 1:
+            slots.images = _rescaled(slots.images, spec.low, spec.high)
         images = slots.images.requires_grad_(True)
         seen: AbstractContextManager[list[Tensor]] = nullcontext([])
         if term is not None:
             seen = watched(teacher.model, term.point)
-        crowd: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if settings.batch_statistics:
-            crowd = statistics_distances(teacher.model)
-        with seen as features, crowd as distances:
+        watching: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if crowd is not None:
+            watching = crowd.watching()
+        with seen as features, watching as distances:
             logits = teacher(images)
         fit = soft_target_divergence(logits, slots.targets, slots.temperatures)
         # A logit's pull falls with 1 / T; the factor keeps the balance with the prior alike at every temperature.
         # Adam itself does not mind the scale. A term of the method's own has its weight beside the divergence.
         own = fit if term is None else fit + term.weight * term.value(features[-1])
-        if distances:  # of all images together, each of which has its share; the weight is beside the divergence
-            own = own + settings.batch_statistics * torch.stack(distances).sum()
+        if crowd is not None:  # of all images together, each of which has its share, whoever else is in flight
+            share = (len(own) + crowd.left) / len(own)
+            own = own + settings.batch_statistics * share * torch.stack(distances).sum()
         objective = (own * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
         if with_prior:
             objective = objective + (slots.prior * total_variation(images / value_range)).sum()
@@ -192,30 +227,19 @@ def synthesize_shard(
         slots.images = images.detach()
         fit, logits = fit.detach(), logits.detach()
 
-        leaving = slots.age >= slots.limits
-        if settings.tolerance is not None:
-            leaving |= fit <= settings.tolerance
-        if settings.patience:
-            better = fit < slots.best * _STANDSTILL
-            slots.best = torch.where(better, fit, slots.best)
-            slots.best_age = torch.where(better, slots.age, slots.best_age)
-            leaving |= slots.age - slots.best_age >= settings.patience
-        if together and not bool(slots.age[0] >= slots.limits[0]):
-            rows = torch.empty(0, dtype=torch.long)
-        else:
-            rows = leaving.nonzero().flatten().cpu()
+        leaving = slots.due <= turn
+        if early:
+            leaving |= _satisfied(slots, fit, settings).cpu()
+        rows = leaving.nonzero().flatten()
 
         if len(rows):
-            done, on_device = slots.index[rows], rows.to(device)
-            result_images[done] = slots.images[on_device].cpu()
-            result_logits[done] = logits[on_device].float().cpu()
-            result_fit[done] = fit[on_device].float().cpu()
-            result_steps[done] = slots.age[on_device].to(torch.int32).cpu()
-            if not torch.isfinite(result_fit[done]).all() or not torch.isfinite(result_images[done]).all():
-                raise UserError(
-                    f"Synthesis diverged: the teacher's answer is not finite after {int(result_steps[done].max())} "
-                    f"steps. A smaller synthesis.learning_rate (now {settings.learning_rate}) usually mends it."
-                )
+            done, on_device = _sent(slots.index[rows], device), _sent(rows, device)
+            results.images[done] = slots.images[on_device]
+            results.logits[done] = logits[on_device].float()
+            results.fit[done] = fit[on_device].float()
+            results.steps[done] = slots.age[on_device].to(torch.int32)
+            if device.type == "cpu":  # elsewhere at the end of the shard
+                results.require_finite(settings.learning_rate)
             if on_finished is not None:
                 on_finished(len(rows))
 
@@ -227,12 +251,30 @@ def synthesize_shard(
             fresh = torch.arange(following, min(count, following + len(rows)))
             following += len(fresh)
             if len(fresh):
-                slots.refill(rows[: len(fresh)], fresh, orders, settings.warm_start)
+                slots.refill(rows[: len(fresh)], fresh, settings.warm_start, turn + 1)
             if len(fresh) < len(rows):
                 stay = torch.ones(len(slots.index), dtype=torch.bool)
                 stay[rows[len(fresh) :]] = False
+                if crowd is not None:
+                    crowd.leave(_sent(rows[len(fresh) :], device))
                 slots.keep(stay.nonzero().flatten())
-    return Impressions(result_images, targets, result_logits, result_fit, result_steps)
+        turn += 1
+    results.require_finite(settings.learning_rate)
+    made = (values.cpu() for values in (results.logits, results.fit, results.steps))
+    return Impressions(results.images.cpu(), asked, *made)
+
+
+def _satisfied(slots: _Slots, fit: Tensor, settings: SynthesisSettings) -> Tensor:
+    """``(slots,)`` which images have reached their target, or have come to a standstill."""
+    leaving = torch.zeros_like(fit, dtype=torch.bool)
+    if settings.tolerance is not None:
+        leaving |= fit <= settings.tolerance
+    if settings.patience:
+        better = fit < slots.best * _STANDSTILL
+        slots.best = torch.where(better, fit, slots.best)
+        slots.best_age = torch.where(better, slots.age, slots.best_age)
+        leaving |= slots.age - slots.best_age >= settings.patience
+    return leaving
 
 
 def _adam_step(slots: _Slots, gradient: Tensor, learning_rate: float) -> None:
@@ -247,9 +289,7 @@ def _adam_step(slots: _Slots, gradient: Tensor, learning_rate: float) -> None:
     slots.images.sub_(slots.first / denominator * (learning_rate / correction1))
 
 
-def _rescaled(images: Tensor, age: Tensor, max_steps: int, low: float, high: float) -> Tensor:
-    """The authors' whole-batch rescaling by the extremes, left out before the last step and the final answer."""
-    if bool(age[0] >= max_steps - 1):
-        return images
+def _rescaled(images: Tensor, low: float, high: float) -> Tensor:
+    """The authors' rescaling of a whole batch by its extremes."""
     smallest, largest = images.min(), images.max()
     return low + (images - smallest) / (largest - smallest).clamp_min(1e-12) * (high - low)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zskd_nni.identity import LATER
+from zskd_nni.identity import LATER, MEANING
 
 STARTS = ("uniform", "smooth", "shapes", "mixed")
 RANGES = ("clamp", "rescale", "free")
@@ -29,9 +29,10 @@ class SynthesisSettings:
         hold: probability that the empty background of a shape is held, in [0, 1].
         total_variation: weight of the smoothness prior beside the divergence times temperature / 20, drawn for each
             image log-uniformly between the two; (0, 0) for none.
-        batch_statistics: weight, beside the divergence, of how far the images in flight are from what the teacher's
+        batch_statistics: weight, beside the divergence, of how far a crowd of images is from what the teacher's
             BatchNorm layers remember of its training (:mod:`zskd_nni.batch_statistics`); of no meaning to a teacher
-            without such layers, 0 for none.
+            without such layers, 0 for none. The crowd are the images in flight, ``slots`` of them, and those that left
+            without a successor in their shard.
         range: ``clamp`` to the value range after every step; ``rescale`` the whole batch to it by its extremes
             before every step but the last, as the authors' code does; ``free``.
         warm_start: the next batch starts from the last one's images, and Adam goes on (authors' code).
@@ -56,7 +57,8 @@ class SynthesisSettings:
     warm_start: bool = False
     slots: int = 250
     shard: int = 1000
-    batch_statistics: float = field(default=0.0, metadata=LATER)
+    # In meaning 1 images that had left were forgotten, so that the crowd shrank to the last of them.
+    batch_statistics: float = field(default=0.0, metadata={**LATER, MEANING: 2})
 
     def __post_init__(self) -> None:
         coldest, hottest = self.temperatures
