@@ -346,3 +346,39 @@ def test_the_users_own_network_from_a_file(tmp_path):
     network = load_network(tmp_path / "out" / "student.json")
     assert network.features[0].out_channels == 4
     assert np.isfinite(network(torch.rand(2, 1, 20, 20)).detach().numpy()).all()
+
+
+LIVE = (
+    "transfer.method=zskt",
+    "transfer.width=4",
+    "transfer.student_steps=5",
+    "transfer.generator_steps=1",
+    "transfer.memory=200",
+    "transfer.new_images=64",
+    "transfer.figures=40",
+    "transfer.filling=2",
+    "compression.pruning.pruner=TaylorPruner",
+    "controls=[none]",
+)
+
+
+def test_a_live_source_is_what_it_had_become_when_later_stages_are_run_again(tmp_path: Path) -> None:
+    """Calibration and scores see its images: those of the trained generator, whichever process asks for them."""
+    changes = [*(change for change in SMALL if "synthesis" not in change), *LIVE]
+
+    def live_run(out: Path) -> None:
+        Run(load_recipe("digits-prune50", changes), out, quiet=True).compress()
+
+    live_run(tmp_path / "whole")
+
+    def bytes_of(out: Path) -> dict[str, str]:
+        paths = [*out.glob("state/*.safetensors"), out / "student-int8.onnx", out / "student.onnx"]
+        return {path.name: sha256_of_file(path) for path in paths}
+
+    expected = bytes_of(tmp_path / "whole")
+    for stage in ("student-quantized", "control-none"):
+        out = Path(shutil.copytree(tmp_path / "whole", tmp_path / stage))
+        for name in ("student-int8.onnx", "report.json", f"state/{stage}.json"):
+            (out / name).unlink()
+        live_run(out)
+        assert bytes_of(out) == expected, stage

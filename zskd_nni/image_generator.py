@@ -15,6 +15,7 @@ from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
 from zskd_nni.seeds import derive_seed
 
+LAYOUT = torch.channels_last  # on the CPU convolutions are half as fast again with the channels last in memory
 RANGES = ("unit", "input", "bounded")
 
 
@@ -89,8 +90,7 @@ def new_generator(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "generator"))
         network = ImageGenerator(spec, latent, width, classes, output_range == "bounded").train()
-    # On the CPU convolutions are half as fast again with the channels last in memory.
-    network = network.to(memory_format=torch.channels_last)
+    network = network.to(memory_format=LAYOUT)
     if output_range == "input":
         last = network.layers[-1]
         assert isinstance(last, nn.BatchNorm2d)

@@ -31,10 +31,12 @@ from zskd_nni.export import export_onnx, run_onnx
 from zskd_nni.feature_matching import check_paths, feature_pairs
 from zskd_nni.files import (
     fingerprint_of,
+    load_sealed,
     make_folder,
     plain,
     read_json,
     remove_leftovers,
+    save_sealed,
     save_tensors,
     write_json,
 )
@@ -339,7 +341,7 @@ class Run:
         """Pruned and distilled, in floating point."""
         state = self.out / "state"
         finished = state / f"{name}.json"
-        known = self._load(finished)
+        known = self._load(finished, source)
         if known is not None:
             return known
         made = Made(self._fresh_student())
@@ -377,7 +379,7 @@ class Run:
             from zskd_nni.compression.masks import share_of_zeros
 
             made.record["pruning"]["zeros"] = share_of_zeros(made.network, made.record["pruning"]["sparsity"])
-        self.team.first(lambda: self._save(made, finished))
+        self.team.first(lambda: self._save_stage(made, finished, source))
         (state / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
         # As a later run finds it: training leaves another memory format, whose sums round otherwise.
         return Made(load_network(finished), made.record, masks=made.masks)
@@ -389,7 +391,7 @@ class Run:
         from zskd_nni.compression.pruning import prune
 
         finished = self.out / "state" / f"{name}-pruned.json"
-        known = self._load(finished)
+        known = self._load(finished, source)
         if known is not None:
             return known
         section = self.recipe.compression.pruning
@@ -409,7 +411,7 @@ class Run:
                 quiet=self.quiet,
             )
             made = Made(pruned.network, {"pruning": pruned.record}, masks=pruned.masks)
-            self.team.first(lambda: self._save(made, finished))
+            self.team.first(lambda: self._save_stage(made, finished, source))
             checkpoint.unlink(missing_ok=True)
         # What each of many has made by itself may differ in the last bits from one machine to the next.
         return made if self.team.alone else _made(finished)
@@ -420,7 +422,14 @@ class Run:
         from zskd_nni.compression.student_quantization import quantize_student
 
         finished = self.out / "state" / f"{name}-quantized.json"
-        known = self._reload(load_quantization, finished)
+        live = images if train else None
+
+        def load(description: Path) -> Quantization:
+            known = load_quantization(description)
+            self._put_back(live, description)
+            return known
+
+        known = self._reload(load, finished)
         if known is not None:
             return known
         section = self.recipe.compression.quantization
@@ -442,7 +451,7 @@ class Run:
             )
             made.network.cpu()
             if quantization is not None:
-                self.team.first(lambda: self._save_quantized(quantization, finished))
+                self.team.first(lambda: self._save_quantized(quantization, finished, live))
             checkpoint.unlink(missing_ok=True)
         return quantization
 
@@ -453,7 +462,7 @@ class Run:
 
         state = self.out / "state"
         finished, quantized = state / f"{name}.json", state / f"{name}-quantized.json"
-        known, known_quantization = self._load(finished), self._reload(load_quantization, quantized)
+        known, known_quantization = self._load(finished, source), self._reload(load_quantization, quantized)
         if known is not None and known_quantization is not None:
             known.quantization = known_quantization
             return known
@@ -476,13 +485,36 @@ class Run:
             record = {"pruning": pruned.record, "distillation": pruned.record["history"]}
             made = Made(pruned.network.cpu().eval(), record, quantization)
             self.team.first(lambda: self._save_quantized(quantization, quantized))
-            self.team.first(lambda: self._save(made, finished))
+            self.team.first(lambda: self._save_stage(made, finished, source))
             checkpoint.unlink(missing_ok=True)
         return made
 
-    def _load(self, description: Path) -> Made | None:
-        """A finished stage's network; None where the stage is to be run, because it never was or its files are bad."""
-        return self._reload(_made, description)
+    def _load(self, description: Path, source: TransferSource | None = None) -> Made | None:
+        """A finished stage's network; None where the stage is to be run, because it never was or its files are bad.
+
+        A live source is put back as the stage left it.
+        """
+
+        def load(description: Path) -> Made:
+            made = _made(description)
+            self._put_back(source, description)
+            return made
+
+        return self._reload(load, description)
+
+    def _save_stage(self, made: Made, description: Path, source: TransferSource | None) -> None:
+        self._keep(source, description)
+        self._save(made, description)
+
+    def _keep(self, source: TransferSource | None, description: Path) -> None:
+        """Write what a live source has become: later stages score and calibrate on its images."""
+        state = {} if source is None else source.state_dict()
+        if state:
+            save_sealed(_source_of(description), state, {})
+
+    def _put_back(self, source: TransferSource | None, description: Path) -> None:
+        if source is not None and source.state_dict():
+            source.load_state_dict(load_sealed(_source_of(description))[0])
 
     def _reload(self, load: Callable[[Path], T], description: Path) -> T | None:
         if not self.team.first(description.exists):
@@ -495,9 +527,12 @@ class Run:
         # Together, or not at all; and nobody writes these files anew while another reads them.
         return loaded if all(self.team.collect(loaded is not None)) else None
 
-    def _save_quantized(self, quantization: Quantization, description: Path) -> None:
+    def _save_quantized(
+        self, quantization: Quantization, description: Path, source: TransferSource | None = None
+    ) -> None:
         from zskd_nni.compression.saved_quantization import save_calibration
 
+        self._keep(source, description)
         made = Made(quantization.student)
         self._save(made, description, quantization=plain(save_calibration(quantization, description)))
 
@@ -727,6 +762,10 @@ class Run:
             self.out / "impressions.png",
             title="Data impressions, with the class and confidence the teacher sees",
         )
+
+
+def _source_of(description: Path) -> Path:
+    return description.with_suffix(".source.safetensors")
 
 
 def _made(description: Path) -> Made:

@@ -61,7 +61,7 @@ from zskd_nni.errors import UserError
 from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.files import fingerprint_of
 from zskd_nni.identity import LATER, settings_identity
-from zskd_nni.image_generator import RANGES, new_generator
+from zskd_nni.image_generator import LAYOUT, RANGES, new_generator
 from zskd_nni.image_memory import ImageMemory
 from zskd_nni.losses import attention_distance, attention_map, belief_divergence, total_variation
 from zskd_nni.methods.registry import TransferRequest, preset_options
@@ -234,12 +234,7 @@ class ZsktSource:
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
         """Images ``(batch_size, C, H, W)`` such that the spec's normalisation gives the generator's own output."""
-        spec = self.teacher.spec
-        images = self.normalised(step, random, student)
-        if spec.mean == (0.0,) and spec.std == (1.0,):
-            return images
-        mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
-        return images * std + mean
+        return self.teacher.spec.denormalise(self.normalised(step, random, student))
 
     def normalised(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
         """Images ``(batch_size, C, H, W)`` of a step in the teacher's normalised space.
@@ -441,7 +436,11 @@ class ZsktSource:
                 entries.setdefault(int(index), {})[key] = value.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
         lay_out_like_parameters(self.optimizer)
-        self.images = state["images"].to(self.teacher.device, copy=True) if "images" in state else None
+        self.images = None
+        if "images" in state:  # in the generator's own layout, which a file does not keep and sums depend on
+            layout = LAYOUT if state["images"].shape[1] > 1 else torch.contiguous_format
+            self.images = torch.empty_like(state["images"], device=self.teacher.device, memory_format=layout)
+            self.images.copy_(state["images"])
         if "memory" in state:
             self._memory().load_state_dict(state)
 
