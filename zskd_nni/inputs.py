@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def _on_device(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    first, second = (torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1) for values in (mean, std))
+    return first, second
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """What the network expects at its input.
@@ -54,9 +61,26 @@ class InputSpec:
         """``(N, C, H, W)`` images in [low, high] to what the network sees."""
         if self.mean == (0.0,) and self.std == (1.0,):
             return images
-        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+        mean, std = self.mean_and_std(images)
         return (images - mean) / std
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """The reverse of :meth:`normalise`."""
+        if self.mean == (0.0,) and self.std == (1.0,):
+            return images
+        mean, std = self.mean_and_std(images)
+        return images * std + mean
+
+    def mean_and_std(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """``(1, C or 1, 1, 1)`` each, of the type and on the device of these images."""
+        if not images.is_cuda or type(images) is not Tensor:
+            return _on_device(self.mean, self.std, images.dtype, images.device)
+        # Kept there: a copy from the CPU would make it wait for the device each time.
+        key = (self, images.dtype, images.device)
+        if key not in _KEPT:
+            with torch.inference_mode(False):
+                _KEPT[key] = _on_device(self.mean, self.std, images.dtype, images.device)
+        return _KEPT[key]
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value of each channel as the network sees it, ``(C,)`` each."""
@@ -73,3 +97,6 @@ class InputSpec:
     def midpoint(self, count: int = 1) -> Tensor:
         """``(count, C, H, W)`` images of the middle of the value range: a harmless probe."""
         return torch.full((count, *self.shape), (self.low + self.high) / 2)
+
+
+_KEPT: dict[tuple[InputSpec, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}

@@ -92,7 +92,10 @@ class StoredSource(_Stateless):
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
-        """Images ``(batch_size, C, H, W)``, every one of the set once an epoch."""
+        """Images ``(batch_size, C, H, W)``, none of the set twice an epoch.
+
+        What is left of an epoch's order and fills no batch is not shown in it: less than a batch, others each time.
+        """
         epoch, position = divmod(step, self._per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch)))

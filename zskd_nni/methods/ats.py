@@ -92,8 +92,8 @@ class AtsSettings:
         sources: names of procedural sources, data sets or paths; they take turns.
         split: of named data sets.
         balanced: as many images of each class; else as they come.
-        candidates: how many procedural candidates are looked at for each image of the set, at most; real ones are
-            looked at once.
+        candidates: how many candidates of each procedural source are looked at for each image of the set, at most;
+            real ones are looked at once.
         fill: ``augment``, ``confidence`` or ``none``: how scarce classes are filled.
         repeats: how each repeat is moved and changed.
         tries: rounds of repeats; in each as many are made as are missing.

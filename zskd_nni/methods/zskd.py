@@ -84,7 +84,7 @@ def row_min_max(matrix: Tensor) -> Tensor:
     smallest = matrix.min(1, keepdim=True).values
     spread = matrix.max(1, keepdim=True).values - smallest
     scaled = (matrix - smallest) / spread.clamp_min(1e-12)
-    return torch.where(spread > 1e-12, scaled, torch.eye(len(matrix), dtype=matrix.dtype))
+    return torch.where(spread > 1e-12, scaled, torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
 
 
 def concentrations(similarity: Tensor, beta: float, settings: ZskdSettings | None = None) -> Tensor:
