@@ -25,7 +25,7 @@ from zskd_nni.reproduction.page import mean_and_deviation, render_page
 from zskd_nni.reproduction.pairs import PAIRS, PUBLISHED_STUDENT
 from zskd_nni.reproduction.published import PUBLISHED, TARGETS
 from zskd_nni.reproduction.records import NEEDED, read_record, read_records
-from zskd_nni.reproduction.run import Bench, Place, make_source, run_cell
+from zskd_nni.reproduction.run import Bench, Place, make_source, run_cell, status
 from zskd_nni.reproduction.session import run_table
 from zskd_nni.reproduction.tables import TABLES, Table, choose_cells, find_table
 from zskd_nni.teacher import Teacher
@@ -512,6 +512,7 @@ def altered(
     names = {"cell": cell.name, "pair": cell.pair, "method": cell.method, "preset": cell.preset or None}
     changed.update(names, variant=cell.variant or None, seed=seed, scale="full")
     changed["accuracy"] = {"teacher": teacher, "student": student}
+    changed["fingerprint"] = resolve(cell, "full").fingerprint(changed["provenance"]["teacher"], seed)
     return changed
 
 
@@ -542,12 +543,17 @@ def test_means_targets_and_published_numbers(a_record: dict[str, Any]) -> None:
     assert mean_and_deviation([]) == "-"
 
 
+def balance_cell(preset: str, variant: str) -> Cell:
+    (cell,) = choose_cells(TABLES["ats-balance"], [f"mnist-ats-{preset}-{variant}"])
+    return cell
+
+
 def test_balanced_beside_unbalanced_by_seed(a_record: dict[str, Any]) -> None:
     values = {"paper": {0: 80.0, 1: 82.0, 2: 81.0, 3: None}, "unbalanced": {0: 70.0, 1: 73.0, 2: 70.0, 3: 60.0, 4: 1.0}}
     records = []
     for preset, by_seed in values.items():
         for seed, value in by_seed.items():
-            record = altered(a_record, Cell("mnist", "ats", preset, "uniform"), seed, value)
+            record = altered(a_record, balance_cell(preset, "uniform"), seed, value)
             record["ingredients"] = {"sources": ["noise-uniform"]}
             record["transfer"] = {"counts": {"candidates": [9], "own": [3, 4], "repeats": [1, 0], "nearest": [0, 0]}}
             records.append(record)
@@ -559,7 +565,8 @@ def test_balanced_beside_unbalanced_by_seed(a_record: dict[str, Any]) -> None:
 
 
 def test_records_of_cells_that_are_gone_are_named(a_record: dict[str, Any]) -> None:
-    assert "`mnist-zskd-old`" in render_page([altered(a_record, Cell("mnist", "zskd", "old"), 0, 1.0)])
+    gone = {**altered(a_record, Cell("mnist", "zskd", "best"), 0, 1.0), "cell": "mnist-zskd-old"}
+    assert "`mnist-zskd-old`" in render_page([gone])
 
 
 def test_nothing_is_scored_on_test_data_before_the_student_is_there(
@@ -581,7 +588,7 @@ def test_nothing_is_scored_on_test_data_before_the_student_is_there(
 def test_counts_of_a_source_that_only_some_seeds_balance(a_record: dict[str, Any]) -> None:
     records = []
     for seed, value in ((0, 80.0), (1, None)):
-        record = altered(a_record, Cell("mnist", "ats", "paper", "uniform"), seed, value)
+        record = altered(a_record, balance_cell("paper", "uniform"), seed, value)
         record["ingredients"] = {"sources": ["noise-uniform"]}
         made = {"own": [3, 4], "repeats": [1, 0], "nearest": [0, 0]} if value else {}
         record["transfer"] = {"counts": {"candidates": [9], **made}}
@@ -593,12 +600,63 @@ def test_counts_of_a_source_that_only_some_seeds_balance(a_record: dict[str, Any
 def test_records_of_older_settings_do_not_count_beside_newer_ones(a_record: dict[str, Any]) -> None:
     cell = Cell("mnist", "zskd", "best")
     records = [altered(a_record, cell, seed, 90.0 + seed) for seed in (0, 1, 2)]
-    wanted = resolve(cell, "full").ingredients
-    for record in records[:2]:
-        record["ingredients"] = wanted
+    older = Cell("mnist", "zskd", "best", student={"steps": 11})
+    records[2]["fingerprint"] = altered(a_record, older, 2, 0.0)["fingerprint"]
     page = render_page(records)
     assert f"**{statistics.mean([90.0, 91.0]):.2f}" in line_of(page, "| zskd | best | - |")
     assert "`mnist-zskd-best (full) seed 2`" in page
+
+
+def test_a_cell_whose_records_are_all_older_has_no_row(a_record: dict[str, Any]) -> None:
+    cell = Cell("mnist", "zskd", "best")
+    records = [altered(a_record, cell, seed, 90.0 + seed) for seed in (0, 1)]
+    for record, steps in zip(records, (11, 12), strict=True):
+        changed = Cell("mnist", "zskd", "best", student={"steps": steps})
+        record["fingerprint"] = altered(a_record, changed, record["seed"], 0.0)["fingerprint"]
+    page = render_page(records)
+    assert "| zskd | best |" not in page
+    assert "`mnist-zskd-best (full) seed 0`, `mnist-zskd-best (full) seed 1`" in page
+
+
+def test_records_of_another_teacher_do_not_count(a_record: dict[str, Any]) -> None:
+    records = [altered(a_record, Cell("mnist", "zskd", "best"), seed, 90.0 + seed) for seed in (0, 1)]
+    other = copy.deepcopy(a_record)
+    other["provenance"]["teacher"] = "0" * 64
+    records.append(altered(other, Cell("mnist", "zskd", "best"), 2, 50.0))
+    records.append(altered(other, Cell("mnist", "sts", "best"), 0, 50.0))
+    page = render_page([*records, altered(a_record, Cell("mnist", "zskd", "paper"), 0, 80.0)])
+    assert f"**{statistics.mean([90.0, 91.0]):.2f}" in line_of(page, "| zskd | best | - |")
+    assert "`mnist-zskd-best (full) seed 2`" in page
+    assert "`mnist-sts-best (full) seed 0`" in page
+
+
+def test_a_mean_says_which_seeds_have_no_student(a_record: dict[str, Any]) -> None:
+    cell = Cell("mnist", "ats", "paper")
+    records = [altered(a_record, cell, seed, value) for seed, value in ((0, 80.0), (1, None), (2, 82.0))]
+    row = line_of(render_page(records), "| ats | paper |")
+    assert "**81.00 ± 1.41**" in row
+    assert "| 0, (1), 2 |" in row
+
+
+def test_a_transition_error_that_is_asked_for_later_is_measured(tmp_path: Path) -> None:
+    bench = Bench("digits", place_in(tmp_path))
+    plan = resolve(Cell("digits", "noise"), "smoke")
+    assert run_cell(plan, bench, SEED) is not None
+    with_error = resolve(Cell("digits", "noise", transition=True), "smoke")
+    assert [status(one, bench, SEED) for one in (plan, with_error)] == ["finished", "begun"]
+    record = run_cell(with_error, bench, SEED)
+    assert record is not None
+    assert record["mte_asked"] == {"images": 3, "steps": 5}
+    assert [status(one, bench, SEED) for one in (plan, with_error)] == ["finished", "finished"]
+    longer = replace(with_error, scale=replace(with_error.scale, mte_steps=6))
+    assert status(longer, bench, SEED) == "begun"
+
+
+def test_what_was_begun_on_another_device_is_not_gone_on_with(tmp_path: Path) -> None:
+    place, plan = place_in(tmp_path), resolve(Cell("digits", "noise"), "smoke")
+    on_cpu = running._home(plan, Bench("digits", place), 0, "f" * 64)
+    elsewhere = running._home(plan, Bench("digits", replace(place, device="cuda:0")), 0, "f" * 64)
+    assert elsewhere == on_cpu.with_name(f"{on_cpu.name}-cuda")
 
 
 def test_all_tables_at_a_scale_that_some_pairs_lack(tmp_path: Path) -> None:

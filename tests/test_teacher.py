@@ -385,6 +385,25 @@ def test_fingerprint_says_which_teacher_it_is() -> None:
     assert len(set(prints.values())) == len(prints)
 
 
+def test_fingerprint_says_what_the_modules_do() -> None:
+    def network(layer: nn.Module, **settings: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(
+                nn.Conv2d(1, 4, 3, **settings), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+            )
+
+    layers = [nn.ReLU(), nn.Tanh(), nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)]
+    layers += [nn.LocalResponseNorm(2, k=1), nn.LocalResponseNorm(2, k=2)]
+    networks = [*map(network, layers), network(nn.ReLU(), stride=2), network(nn.ReLU(), padding=1)]
+    weights = networks[0].state_dict()
+    prints = [Teacher(one, SMALL).fingerprint for one in networks]
+    prints.append(Teacher(networks[0], SMALL, output=lambda logits: logits / 10).fingerprint)
+    prints.append(Teacher(networks[0], SMALL, code="0" * 64).fingerprint)
+    assert all(torch.equal(value, weights[name]) for one in networks for name, value in one.state_dict().items())
+    assert len(set(prints)) == len(prints)
+
+
 def test_fingerprint_does_not_depend_on_training_mode_or_memory_layout() -> None:
     network = small_network()
     plain = Teacher(network.eval(), SMALL).fingerprint

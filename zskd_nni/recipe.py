@@ -26,7 +26,7 @@ from zskd_nni.files import load_weights
 from zskd_nni.inputs import InputSpec
 from zskd_nni.key_paths import set_at
 from zskd_nni.methods.registry import default_preset, find_method
-from zskd_nni.networks import FORMS, build_network, load_into
+from zskd_nni.networks import FORMS, build_network, code_fingerprint, load_into
 from zskd_nni.search_space import check_space
 from zskd_nni.settings import describe_validation
 from zskd_nni.teacher import Teacher
@@ -392,7 +392,8 @@ class LoadedRecipe:
                 f"teacher.weights is missing: {section.model} starts at random, and an untrained network has nothing "
                 "to teach. Name a .safetensors file, or zoo:NAME for a shipped teacher."
             )
-        return Teacher(self.network(section), section.input, section.classifier)
+        code = code_fingerprint(section.model, self.base)
+        return Teacher(self.network(section), section.input, section.classifier, code=code)
 
     def data_name(self) -> str | None:
         """The evaluation data: a known name, or a path from the recipe's folder; None without."""

@@ -48,12 +48,14 @@ class Teacher:
         classifier: path of the layer that makes the logits (``nn.Linear`` or a 1x1 convolution). Found by
             watching a forward pass where absent.
         output: takes what the model returns and gives the logits; see :func:`first_tensor`.
+        code: a digest of the code that the model is made of, where that may change; part of the fingerprint.
 
     Attributes:
         model: the copy.
         classifier_path: path of the classifier layer.
         num_classes: number of logits.
-        fingerprint: SHA-256 over weights, classifier path and input description.
+        fingerprint: SHA-256 over weights, modules and their plain settings, classifier path, input description,
+            the name of a given ``output`` and ``code``. What stands in a ``forward`` alone is not in it.
 
     Raises:
         UserError: weights that are not finite, BatchNorm that remembers nothing, an input the model cannot take, a
@@ -66,6 +68,7 @@ class Teacher:
         spec: InputSpec,
         classifier: str | None = None,
         output: OutputAdapter | None = None,
+        code: str | None = None,
     ) -> None:
         check_finite(model.state_dict())
         _check_answers_do_not_depend_on_the_batch(model)
@@ -76,7 +79,7 @@ class Teacher:
         self.model = frozen.to(memory_format=torch.channels_last)
         self._has_response_norms = any(isinstance(m, nn.LocalResponseNorm) for m in frozen.modules())
         self.classifier_path, self.num_classes = self._find_classifier(classifier)
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = self._fingerprint(code)
 
     @property
     def device(self) -> torch.device:
@@ -162,12 +165,24 @@ class Teacher:
             "name it (recipe: teacher.classifier, Python: classifier=)."
         )
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((self.spec, self.classifier_path, type(self.model).__qualname__)).encode())
+    def _fingerprint(self, code: str | None) -> str:
+        adapter = None if self.output is first_tensor else getattr(self.output, "__qualname__", type(self.output))
+        digest = hashlib.sha256(repr((self.spec, self.classifier_path, adapter, code)).encode())
+        for path, module in self.model.named_modules():
+            settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+            settings = {name: settings[name] for name in sorted(settings) if _is_plain(settings[name])}
+            settings.pop("training", None)
+            digest.update(repr((path, type(module).__qualname__, settings)).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def classifier_candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:

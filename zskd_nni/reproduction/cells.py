@@ -10,7 +10,7 @@ from zskd_nni.augment import Augmentation
 from zskd_nni.baselines.kd_at import KdAtSettings
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
-from zskd_nni.files import plain
+from zskd_nni.files import fingerprint_of, plain
 from zskd_nni.identity import settings_identity
 from zskd_nni.methods.registry import find_method
 from zskd_nni.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
@@ -114,6 +114,10 @@ class Plan:
         chosen = {**SELECTED_ON, **PAIRS[self.cell.pair].selected_on}
         names = (f"{self.cell.method}-{self.cell.preset}", self.cell.method, self.cell.preset, "")
         return next(chosen[name] for name in names if name in chosen)
+
+    def fingerprint(self, teacher: str, seed: int) -> str:
+        """Of a run with the teacher of that fingerprint."""
+        return fingerprint_of([self.identity(teacher), seed])
 
     def identity(self, teacher: str) -> dict[str, Any]:
         """What a record must match to count as this run's; ``teacher`` is the teacher's fingerprint."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from zskd_nni.reproduction.cells import Cell, resolve
+from zskd_nni.reproduction.cells import Cell, Plan, resolve
 from zskd_nni.reproduction.pairs import PAIRS
 from zskd_nni.reproduction.published import PUBLISHED, TARGETS, Published, Target
 from zskd_nni.reproduction.tables import TABLES, Table
@@ -35,7 +36,7 @@ This page is made from the records in `results/reproduce` by `zskd-nni results`;
 one run of `zskd-nni reproduce`: one cell with one seed.
 
 - Accuracy is measured on the whole test split, once a run, for the student of the last step. A number with a standard
-  deviation is the mean over the seeds that the column *seeds* lists.
+  deviation is the mean over the seeds that the column *seeds* lists; one in brackets has no student.
 - *agreement*: share of test images on which student and teacher choose the same class. *ECE*: the student's expected
   calibration error in 15 bins. *MTE*: mean transition error with K = 100 and step 1, followed on the student; its
   number of test images stands in each record, and is far below the 1,000 of the paper on a CPU.
@@ -103,24 +104,38 @@ def render_page(records: Iterable[Record]) -> str:
         )
     if stale:
         parts.append(
-            "## Older records\n\nOf settings that have changed since, while other seeds of their cell have been run "
-            "anew; they count nowhere above: " + ", ".join(f"`{name}`" for name in stale) + ".\n"
+            "## Older records\n\nOf settings or a teacher that have changed since; they count nowhere above: "
+            + ", ".join(f"`{name}`" for name in stale)
+            + ".\n"
         )
     return "\n".join([*parts, RECIPES])
 
 
 def _take_out_older(groups: dict[tuple[str, str], Group]) -> list[str]:
-    """Of groups whose seeds differ in their settings keep those of the present ones; names what was taken out."""
+    """Keep the records of present settings, and of the teacher that most of a pair's have; names what was taken out."""
     cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
+    plans = {key: resolve(cells[key[0]], key[1]) for key in groups if key[0] in cells}
+    present = {key: [record for record in groups[key] if _is_of(record, plan)] for key, plan in plans.items()}
+    teachers: dict[str, Counter[str]] = {}
+    for key, group in present.items():
+        teachers.setdefault(plans[key].cell.pair, Counter()).update(_teacher_of(record) for record in group)
     taken = []
-    for (name, scale), group in groups.items():
-        if name not in cells or all(record["ingredients"] == group[0]["ingredients"] for record in group):
-            continue
-        wanted = resolve(cells[name], scale).ingredients
-        older = [record for record in group if record["ingredients"] != wanted]
-        taken += [f"{name} ({scale}) seed {record['seed']}" for record in older]
-        groups[name, scale] = [record for record in group if record["ingredients"] == wanted]
+    for key, group in present.items():
+        usual = teachers[plans[key].cell.pair].most_common(1)
+        kept = [record for record in group if _teacher_of(record) == usual[0][0]]
+        taken += [f"{key[0]} ({key[1]}) seed {record['seed']}" for record in groups[key] if record not in kept]
+        groups[key] = kept
+        if not kept:
+            del groups[key]
     return taken
+
+
+def _is_of(record: Record, plan: Plan) -> bool:
+    return record["fingerprint"] == plan.fingerprint(_teacher_of(record), record["seed"])
+
+
+def _teacher_of(record: Record) -> str:
+    return str(record["provenance"]["teacher"])
 
 
 def _pairs(table: Table) -> list[str]:
@@ -171,10 +186,16 @@ def _row(cell: Cell, group: Group, scale: str, groups: dict[tuple[str, str], Gro
         mean_and_deviation(_values(group, lambda record: record["mte"]), 3),
         _published(cell),
         _target(cell, group, scale, groups),
-        ", ".join(str(record["seed"]) for record in group),
+        _seeds(group),
         _time(statistics.mean(record["seconds"]["total"] for record in group)),
     ]
     return "| " + " | ".join(fields) + " |"
+
+
+def _seeds(group: Group) -> str:
+    """The seeds of a mean; those that have no student stand in brackets."""
+    learnt = [record for record in group if record["accuracy"]["student"] is not None]
+    return ", ".join(str(r["seed"]) if r in learnt or not learnt else f"({r['seed']})" for r in group)
 
 
 def _time(seconds: float) -> str:

@@ -319,7 +319,7 @@ def train_student(plan: Plan, bench: Bench, seed: int, source: TransferSource | 
 
 def run_identity(plan: Plan, bench: Bench, seed: int) -> str:
     """Fingerprint of everything that shapes a run."""
-    return fingerprint_of([plan.identity(bench.teacher.fingerprint), seed])
+    return plan.fingerprint(bench.teacher.fingerprint, seed)
 
 
 def run_cell(plan: Plan, bench: Bench, seed: int) -> dict[str, Any] | None:
@@ -330,13 +330,13 @@ def run_cell(plan: Plan, bench: Bench, seed: int) -> dict[str, Any] | None:
     """
     place = bench.place
     identity = run_identity(plan, bench, seed)
-    home = make_folder(place.runs / "students" / f"{plan.name}-seed{seed}-{identity[:12]}")
+    home = make_folder(_home(plan, bench, seed, identity))
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(only_writer(home))
         except FolderInUseError:
             return None
-        if _finished(place.results / plan.record_name(seed), identity):  # by another process, a moment ago
+        if _finished(place.results / plan.record_name(seed), identity, plan):  # by another process, a moment ago
             return None
         record = _record(plan, bench, seed, home)
         record["fingerprint"] = identity
@@ -452,6 +452,8 @@ def _measured(plan: Plan, bench: Bench, student: nn.Module) -> dict[str, Any]:
             "student": round(expected_calibration_error(logits, test.labels), 6),
         },
     }
+    if plan.cell.transition:
+        result["mte_asked"] = {"images": plan.scale.mte_images, "steps": plan.scale.mte_steps}
     if plan.cell.transition and agreement(logits, bench.answers) > 0:
         agreed = (logits.argmax(1) == bench.answers.argmax(1)).nonzero().flatten()[: plan.scale.mte_images]
         images = spec.normalise(test.pixels(agreed, spec).to(device))
@@ -461,10 +463,22 @@ def _measured(plan: Plan, bench: Bench, student: nn.Module) -> dict[str, Any]:
     return result
 
 
-def _finished(path: Path, identity: str) -> bool:
-    """Whether the record at ``path`` is this run's."""
+def _finished(path: Path, identity: str, plan: Plan) -> bool:
+    """Whether the record at ``path`` is this run's, and measured as it is to be."""
     record = read_json(path) if path.exists() else None
-    return isinstance(record, dict) and record.get("fingerprint") == identity
+    if not isinstance(record, dict) or record.get("fingerprint") != identity:
+        return False
+    if not plan.cell.transition or record.get("accuracy", {}).get("student") is None:
+        return True
+    asked = record.get("mte_asked") or record.get("mte_measured_on") or {}
+    return (asked.get("images"), asked.get("steps")) == (plan.scale.mte_images, plan.scale.mte_steps)
+
+
+def _home(plan: Plan, bench: Bench, seed: int, identity: str) -> Path:
+    """Where a run keeps its student; what was begun on another kind of device is not gone on with."""
+    kind = bench.place.device.split(":")[0]
+    name = f"{plan.name}-seed{seed}-{identity[:12]}" + ("" if kind == "cpu" else f"-{kind}")
+    return bench.place.runs / "students" / name
 
 
 def status(plan: Plan, bench: Bench, seed: int) -> str:
@@ -474,9 +488,9 @@ def status(plan: Plan, bench: Bench, seed: int) -> str:
         identity = run_identity(plan, bench, seed)
     except UserError:
         return "no teacher"
-    if _finished(path, identity):
+    if _finished(path, identity, plan):
         return "finished"
-    home = bench.place.runs / "students" / f"{plan.name}-seed{seed}-{identity[:12]}"
+    home = _home(plan, bench, seed, identity)
     if any((home / name).exists() for name in ("checkpoint.safetensors", "student.json")):
         return "begun"
     return "other settings" if path.exists() else "not run"
