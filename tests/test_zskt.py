@@ -174,7 +174,7 @@ def test_the_student_learns_and_the_generator_looks_for_trouble() -> None:
     still, seen = small_network(9), []
     for step in range(40):
         source.batch(step, random(0), still)
-        seen.append(source.divergence)
+        seen.append(float(source.divergence))
     assert sum(seen[-5:]) > 1.5 * sum(seen[:5])
 
 

@@ -66,6 +66,14 @@ class DataParallel:
             torch.manual_seed(derive_seed(torch.initial_seed(), "rank", self.team.rank))
         return _NormOfWholeBatches(self.team)
 
+    def same(self, images: Tensor) -> Tensor:
+        """The first process's images; a generator that each process trains may drift apart in its last bits."""
+        if not self.divided:
+            return images
+        held = images.detach().contiguous()
+        self.team.take_from_first(held)
+        return held
+
     def variance(self, values: Tensor) -> Tensor | None:
         """Of everybody's ``values`` ``(n, ...)`` over all images, averaged: a scalar; None without a division."""
         if not self.divided:

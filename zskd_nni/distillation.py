@@ -167,6 +167,8 @@ def distill(
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         whole = transfer_batch(source, teacher, settings, step, random, student)
+        if source.size is None:
+            whole = shared.same(whole)
         images = shared.part(whole)
         with torch.no_grad(), record_features(teacher.model, asked) as wanted:
             answers = teacher(images)

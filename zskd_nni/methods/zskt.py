@@ -230,7 +230,7 @@ class ZsktSource:
         self.optimizer = torch.optim.Adam(self.generator.parameters(), settings.generator_learning_rate, fused=True)
         self.images: Tensor | None = None  # of this round, normalised
         self.memory: ImageMemory | None = None  # of earlier rounds and the figures, normalised
-        self.divergence = math.nan  # D of the last generator step
+        self.divergence = torch.tensor(math.nan)  # D of the last generator step
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
         """Images ``(batch_size, C, H, W)`` such that the spec's normalisation gives the generator's own output."""
@@ -341,8 +341,8 @@ class ZsktSource:
                 for weight, gradient in zip(weights, gradients, strict=True):
                     weight.grad = gradient
                 norm = nn.utils.clip_grad_norm_(weights, settings.clip)
-                self.divergence = float(divergence)
-                if not (math.isfinite(self.divergence) and math.isfinite(float(norm))):
+                self.divergence = divergence
+                if not _is_finite(divergence, norm):
                     raise DivergenceError(
                         f"ZSKT's generator diverged: its loss or gradient is not finite in round {turn} (student step "
                         f"{turn * settings.student_steps}). A smaller learning rate of the student or of the generator "
@@ -445,6 +445,15 @@ class ZsktSource:
             self._memory().load_state_dict(state)
 
 
+def _is_finite(*values: Tensor) -> bool:
+    """Whether scalars are finite, as far as that is known without waiting for a GPU.
+
+    There nothing is asked in a step: :func:`~zskd_nni.training.fit` looks at the losses every few dozen steps, and at
+    all weights before a checkpoint is written.
+    """
+    return all(value.is_cuda or math.isfinite(float(value)) for value in values)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block every module is in ``eval()``; gradients are recorded."""
@@ -516,7 +525,7 @@ def train_zskt(
 
     def clip(*_: Any) -> None:
         norm = nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
-        if not math.isfinite(float(norm)):
+        if not _is_finite(norm):
             raise DivergenceError("ZSKT diverged: the student's gradient is not finite in step {step}.")
 
     answered: tuple[Tensor, Tensor, list[Tensor]] | None = None
@@ -546,7 +555,7 @@ def train_zskt(
         for ours, theirs in zip(seen, attended, strict=True):
             distance = attention_distance(attention_map(ours[-1].float()), theirs, settings.attention_distance)
             value = value + settings.attention_weight * distance
-        if not math.isfinite(float(value.detach())):
+        if not _is_finite(value.detach()):
             raise DivergenceError("ZSKT diverged: the student's loss is not finite in step {step}.")
         return value
 
