@@ -8,7 +8,7 @@ from helpers import random
 from torch import Tensor
 
 from zskd_nni.errors import UserError
-from zskd_nni.image_memory import ImageMemory
+from zskd_nni.image_memory import ImageMemory, that_fit
 
 
 def numbered(*numbers: int) -> Tensor:
@@ -43,6 +43,12 @@ def test_each_image_is_as_likely_as_any_other() -> None:
     counts = torch.bincount(values)[[1, 2, 100, 101]]
     assert int(counts.sum()) == 8000
     assert bool(((counts - 2000).abs() < 200).all())  # five standard deviations
+
+
+def test_large_images_are_fewer() -> None:
+    assert that_fit(24_000, (3, 32, 32)) == 24_000
+    assert that_fit(24_000, (3, 224, 224)) == 3566
+    assert that_fit(100, (3, 224, 224)) == 100
 
 
 def test_put_back_it_goes_on_alike() -> None:

@@ -6,10 +6,19 @@ A generator that is trained against a student forgets what it made before, and a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
+
+MOST_BYTES = 2**30
+
+
+def that_fit(count: int, shape: tuple[int, int, int]) -> int:
+    """So many of ``count`` images ``(C, H, W)`` as a GiB holds in half precision; they are in every checkpoint, too."""
+    return min(count, MOST_BYTES // (2 * math.prod(shape)))
 
 
 class ImageMemory:

@@ -62,7 +62,7 @@ from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.files import fingerprint_of
 from zskd_nni.identity import LATER, settings_identity
 from zskd_nni.image_generator import LAYOUT, RANGES, new_generator
-from zskd_nni.image_memory import ImageMemory
+from zskd_nni.image_memory import ImageMemory, that_fit
 from zskd_nni.losses import attention_distance, attention_map, belief_divergence, total_variation
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.seeds import generator
@@ -98,7 +98,8 @@ class ZsktSettings:
         autocast: the networks' passes in bfloat16, the losses in float32: about twice as fast with wide residual
             networks; weights and optimisers stay in float32. A live source leaves the student's own passes alone.
         memory: images of earlier rounds that are kept, the oldest leave first; the student's are drawn from them. 0
-            for none: it sees its round's alone.
+            for none: it sees its round's alone. No more of either these or the figures are kept than a GiB holds: some
+            3,500 of 3 x 224 x 224.
         new_images: that a round makes for the memory; 0 for as many as a batch has.
         filling: rounds that make images for the memory before the student's first step, without a part in the loss for
             a student that knows nothing yet.
@@ -279,11 +280,12 @@ class ZsktSource:
     def _memory(self) -> ImageMemory:
         """The memory; before its first use it is made, with the figures in it."""
         if self.memory is None:
-            spec, count = self.teacher.spec, self.settings.figures
+            spec = self.teacher.spec
+            room, count = (that_fit(n, spec.shape) for n in (self.settings.memory, self.settings.figures))
             figures = torch.zeros((0, *spec.shape))
             if count:
                 figures, _ = start_images("mixed", count, spec, generator(self.seed, "figures"))
-            self.memory = ImageMemory(self.settings.memory, spec.normalise(figures).to(self.teacher.device))
+            self.memory = ImageMemory(room, spec.normalise(figures).to(self.teacher.device))
         return self.memory
 
     def precision(self) -> torch.autocast:
