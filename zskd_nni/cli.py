@@ -126,8 +126,8 @@ def _input_of(content: Any, path: Path) -> Any:
     from zskd_nni.settings import build_settings
 
     try:
-        return build_settings(InputSpec, content.get("input") or {}, "input")
-    except ValueError as error:
+        return build_settings(InputSpec, dict(content.get("input") or {}), "input")
+    except (AttributeError, TypeError, ValueError) as error:  # what somebody wrote may be anything
         raise UserError(f"{path} does not describe the network's input: {error}.") from error
 
 

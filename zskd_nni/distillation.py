@@ -18,6 +18,7 @@ from zskd_nni.errors import UserError
 from zskd_nni.feature_matching import Pairs, feature_pairs
 from zskd_nni.files import fingerprint_of
 from zskd_nni.losses import distillation_loss, feature_loss
+from zskd_nni.memory_layout import lay_out
 from zskd_nni.teacher import Teacher, first_tensor, record_features
 from zskd_nni.training import Checkpoint, History, cosine_schedule, fit, training_mode
 from zskd_nni.transfer import TransferSource
@@ -158,7 +159,7 @@ def distill(
             f"The transfer source gives batches of {source.batch_size} images, the settings ask for {settings.batch} "
             "(DistillationSettings.batch); make them the same."
         )
-    student.to(memory_format=torch.channels_last)
+    lay_out(student, teacher.spec.normalise(teacher.spec.midpoint(2)).to(_device_of(student)))
     optimizer, scheduler = student_schedule(student, settings)
     pairs = feature_pairs(student, teacher, settings.features) if settings.feature_weight else ()
     asked, answering = [path for path, _ in pairs], [path for _, path in pairs]

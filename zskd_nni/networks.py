@@ -21,6 +21,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from zskd_nni import zoo
 from zskd_nni.errors import UserError
@@ -49,6 +50,12 @@ def build_network(reference: str, arguments: Mapping[str, Any] | None = None, ba
         ) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{reference!r} made a {type(network).__name__}; a factory must return an nn.Module.")
+    for path, module in network.named_modules():
+        if any(isinstance(value, UninitializedParameter) for value in module.parameters(recurse=False)):
+            raise UserError(
+                f"{reference!r} has a layer {path!r} of which only a first pass tells the size "
+                f"({type(module).__name__}); let the factory call the network once on an input of its size."
+            )
     return network
 
 
@@ -119,11 +126,15 @@ def _import_file(path: Path, base: Path | None) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    before = list(sys.path)
+    sys.path.insert(0, str(path.resolve().parent))  # it may import what lies beside it, as when python runs it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"{path} cannot be imported: {error}") from error
+    finally:
+        sys.path[:] = before
     return module
 
 

@@ -170,6 +170,11 @@ class Run:
     def _check_compression(self) -> None:
         section = self.recipe.compression
         pruning, quantization = section.pruning, section.quantization
+        if quantization is not None and quantization.fused and self.recipe.distillation.features != "none":
+            raise UserError(
+                "distillation.features: hidden layers are matched where a finished student is distilled, and with "
+                "compression.quantization.fused there is no such training; leave the key out, or fused."
+            )
         together = None  # the steps of the one training, where it is one
         if pruning is not None and quantization is not None and quantization.fused:
             together = pruning.steps + self.recipe.distillation.steps + quantization.steps
@@ -285,7 +290,21 @@ class Run:
                 base=self.loaded.base,
                 reserved=section.held_out,
             )
-            return find_method(section.method).source(self.teacher, request)
+            source = find_method(section.method).source(self.teacher, request)
+            self.team.first(lambda: self._require_same_images(source))
+            return source
+
+    def _require_same_images(self, source: TransferSource) -> None:
+        """What a finished stage learnt on cannot be told from its files, if real images have changed since."""
+        path = make_folder(self.out / "state") / "transfer.json"
+        known = read_json(path) if path.exists() else None
+        if isinstance(known, dict) and known.get("fingerprint") != source.fingerprint:
+            raise UserError(
+                f"transfer: the images are others than when {self.out} was begun, and what is finished there learnt on "
+                "those. Use another output folder, or put the images back."
+            )
+        if known is None:
+            write_json(path, {"fingerprint": source.fingerprint})
 
     def held_out(self) -> Tensor:
         """Images ``(N, C, H, W)`` of another seed, on which agreement is measured and the export checked."""
@@ -650,7 +669,8 @@ class Run:
             on_held_out = {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
         accuracies: dict[str, float | None] = dict.fromkeys(networks)
         agreements = {name: agreement(logits, on_held_out["teacher"]) for name, logits in on_held_out.items()}
-        agreement_on = "held-out impressions of another seed"
+        data_free = is_data_free(find_method(self.recipe.transfer.method), self.recipe.transfer.options())
+        agreement_on = f"held-out {'impressions of another seed' if data_free else 'images that no student learnt on'}"
         agreements_test: dict[str, float] | None = None
         if self.measured:
             data = self._test_data()
@@ -727,9 +747,13 @@ class Run:
     def _learnt_on_what_is_measured(self, options: Any) -> bool:
         """Whether real images that a student learns on are those that it is measured on."""
         section = self.recipe.evaluation
-        if section is None or not self.measured or section.data not in str(getattr(options, "data", "")).split(", "):
+        if section is None or not self.measured:
             return False
-        return section.data not in NAMED_SETS or section.split == getattr(options, "split", "train")
+        names = [*str(getattr(options, "data", "")).split(", "), *getattr(options, "sources", ())]
+        if section.data in NAMED_SETS:
+            return section.data in names and section.split == getattr(options, "split", "train")
+        measured = self.loaded.path(section.data).resolve()
+        return any(name and name not in NAMED_SETS and self.loaded.path(name).resolve() == measured for name in names)
 
     def _label_of_a_control(self, name: str) -> str:
         if name == "none":

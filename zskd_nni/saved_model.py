@@ -162,6 +162,7 @@ def save_network(
     content = {
         "format": FORMAT,
         "network": _seen_from(description.parent, reference, base),
+        **_found_from(description.parent, reference, base),
         "arguments": arguments,
         "layers": changed,
         **({"dropped": dropped} if dropped else {}),
@@ -178,6 +179,14 @@ def _seen_from(folder: Path, reference: str, base: Path | None) -> str:
     if not source.endswith(".py") or Path(source).is_absolute():
         return reference
     return f"{os.path.relpath((base or Path.cwd()) / source, folder)}:{name}"
+
+
+def _found_from(folder: Path, reference: str, base: Path | None) -> dict[str, str]:
+    """Where a module beside the recipe is looked for, as seen from the description."""
+    source = reference.rpartition(":")[0]
+    if base is None or source.endswith(".py") or source in ("zoo", "torchvision"):
+        return {}
+    return {"base": os.path.relpath(base, folder)}
 
 
 def load_network(description: str | Path) -> nn.Module:
@@ -200,7 +209,10 @@ def load_network(description: str | Path) -> nn.Module:
     tensors, _ = load_tensors(weights)
     if sha256_of_file(weights) != content.get("sha256"):
         raise UserError(f"{weights} is not the file that {description.name} describes: its checksum differs.")
-    network = build_network(content["network"], content.get("arguments"), description.parent)
+    base = content.get("base", "")
+    if not isinstance(base, str):
+        raise UserError(f"{description}: 'base' must be the name of a folder, not {base!r}.")
+    network = build_network(content["network"], content.get("arguments"), description.parent / base)
     dropped = content.get("dropped", [])
     there = {path for path, _ in network.named_modules()} - {""}
     if not isinstance(dropped, list) or not all(isinstance(path, str) for path in dropped) or set(dropped) - there:

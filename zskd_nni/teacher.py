@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
+from zskd_nni.memory_layout import lay_out
 from zskd_nni.response_norm import fast_response_norms
 
 OutputAdapter = Callable[[Any], Tensor]
@@ -58,8 +59,8 @@ class Teacher:
             the name of a given ``output`` and ``code``. What stands in a ``forward`` alone is not in it.
 
     Raises:
-        UserError: weights that are not finite, BatchNorm that remembers nothing, an input the model cannot take, a
-            classifier that cannot be found.
+        UserError: a model that cannot be copied, weights that are not finite, BatchNorm that remembers nothing, an
+            input the model cannot take, a classifier that cannot be found.
     """
 
     def __init__(
@@ -74,9 +75,15 @@ class Teacher:
         _check_answers_do_not_depend_on_the_batch(model)
         self.spec = spec
         self.output = output or first_tensor
-        frozen = copy.deepcopy(model).float().eval().requires_grad_(False)
-        # On the CPU, pooling and small convolutions are up to twice as fast with the channels last in memory.
-        self.model = frozen.to(memory_format=torch.channels_last)
+        try:
+            frozen = copy.deepcopy(model).float().eval().requires_grad_(False)
+        except Exception as error:  # such as of torch.nn.utils.weight_norm
+            raise UserError(
+                f"The teacher cannot be copied ({error}); remove what its layers carry besides their weights, such as "
+                "by torch.nn.utils.remove_weight_norm."
+            ) from error
+        device = next((p.device for p in frozen.parameters()), torch.device("cpu"))
+        self.model = lay_out(frozen, spec.normalise(spec.midpoint(2)).to(device))
         self._has_response_norms = any(isinstance(m, nn.LocalResponseNorm) for m in frozen.modules())
         self.classifier_path, self.num_classes = self._find_classifier(classifier)
         self.fingerprint = self._fingerprint(code)

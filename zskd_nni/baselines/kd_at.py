@@ -35,6 +35,7 @@ from zskd_nni.distillation import DistillationSettings, check_student, student_s
 from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.files import fingerprint_of
 from zskd_nni.losses import attention_loss, belief_divergence
+from zskd_nni.memory_layout import lay_out
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import Checkpoint, History, fit, training_mode
 
@@ -126,7 +127,7 @@ def train_kd_at(
     """
     check_student(student, teacher)
     pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
-    student.to(memory_format=torch.channels_last)
+    lay_out(student, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
     optimizer, scheduler = _optimizer(student, settings, schedule)
     spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, seed)
 

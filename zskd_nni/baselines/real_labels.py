@@ -19,6 +19,7 @@ from zskd_nni.data import LabelledImages
 from zskd_nni.distillation import DistillationSettings, student_schedule
 from zskd_nni.files import fingerprint_of
 from zskd_nni.inputs import InputSpec
+from zskd_nni.memory_layout import lay_out
 from zskd_nni.teacher import first_tensor
 from zskd_nni.training import Checkpoint, History, fit, training_mode
 
@@ -48,7 +49,7 @@ def train_on_labels(
         label: shown beside the progress.
         quiet: no progress.
     """
-    student.to(device).to(memory_format=torch.channels_last)
+    lay_out(student.to(device), spec.normalise(spec.midpoint(2)).to(device))
     optimizer, scheduler = student_schedule(student, settings)
     batches = LabelledBatches(data, spec, settings.batch, seed)
 

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from zskd_nni.compression.quantization import Quantization, simulated
 from zskd_nni.errors import UserError
-from zskd_nni.export import onnx_bytes, run_onnx
+from zskd_nni.export import checking_batch, onnx_bytes, run_onnx
 from zskd_nni.files import write_atomic
 from zskd_nni.inputs import InputSpec
 from zskd_nni.metrics import agreement
@@ -70,7 +70,7 @@ def export_quantized_onnx(
     data = quantized_onnx_bytes(quantization, spec)
     simulation = simulated(quantization).cpu().float()
     with torch.no_grad():
-        parts = [first_tensor(simulation(spec.normalise(part))) for part in images.cpu().split(500)]
+        parts = [first_tensor(simulation(spec.normalise(part))) for part in images.cpu().split(checking_batch(images))]
     expected = torch.cat(parts)
     answered = run_onnx(data, images.cpu())
     share = agreement(answered, expected)

@@ -64,6 +64,7 @@ from zskd_nni.identity import LATER, settings_identity
 from zskd_nni.image_generator import LAYOUT, RANGES, new_generator
 from zskd_nni.image_memory import ImageMemory, that_fit
 from zskd_nni.losses import attention_distance, attention_map, belief_divergence, total_variation
+from zskd_nni.memory_layout import lay_out
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.seeds import generator
 from zskd_nni.synthesis.starts import start_images
@@ -235,7 +236,7 @@ class ZsktSource:
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
         """Images ``(batch_size, C, H, W)`` such that the spec's normalisation gives the generator's own output."""
-        return self.teacher.spec.denormalise(self.normalised(step, random, student))
+        return self.teacher.spec.denormalise(self.normalised(step, random, student)).contiguous()
 
     def normalised(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
         """Images ``(batch_size, C, H, W)`` of a step in the teacher's normalised space.
@@ -517,7 +518,7 @@ def train_zskt(
     """
     settings = settings or ZsktSettings()
     check_student(student, teacher)
-    student.to(memory_format=torch.channels_last)
+    lay_out(student, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
     pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
     source = ZsktSource(teacher, settings, settings.batch, seed)
     optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate, fused=True)
