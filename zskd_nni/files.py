@@ -313,7 +313,7 @@ def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:
     if not allow_pt:
         raise UserError(
             f"{path} is not a .safetensors file. PyTorch's own format is read only where you allow it "
-            "(allow_pt: true beside weights in the recipe, or --set teacher.allow_pt=true, student.allow_pt=true)."
+            "(teacher.allow_pt: true in the recipe, or --set teacher.allow_pt=true; student.allow_pt for a student's)."
         )
     try:
         with warnings.catch_warnings():
