@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -414,6 +415,33 @@ def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:
     assert is_one_sentence(plain.stderr)
     assert "has no search section" in plain.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tuner_of_ones_own_is_looked_for_from_the_recipes_folder(tmp_path: Path) -> None:
+    (tmp_path / "tuners").mkdir()
+    section = load(tmp_path, tuner={"class_name": "mine.Tuner", "code_directory": "tuners"}).recipe.search
+    assert section is not None
+    assert tuner_config(section, 0, tmp_path)["codeDirectory"] == str(tmp_path / "tuners")
+    with pytest.raises(UserError, match="code_directory names no folder"):
+        tuner_config(section, 0, tmp_path / "tuners")
+
+
+def test_a_search_knows_its_students_code(tmp_path: Path) -> None:
+    content = {**tiny(), "student": {"model": "nets_of_mine.py:net"}}
+    content["search"]["space"] = {"distillation.temperature": {"_type": "choice", "_value": [2, 4]}}
+    code = """
+    from zskd_nni.zoo import lenet5, lenet5_half  # {}
+
+    def net():
+        return {}()
+    """
+    prints = []
+    for number, kind in enumerate(("lenet5", "lenet5", "lenet5_half")):
+        (tmp_path / "nets_of_mine.py").write_text(textwrap.dedent(code.format(number, kind)))
+        search = Search(load_recipe(write(tmp_path, content)), tmp_path / "out", quiet=True)
+        prints.append((search.identity["student"], search.identity["code"]))
+    assert prints[0][0] == prints[1][0] != prints[2][0]
+    assert len({code for _, code in prints}) == 3
 
 
 def test_unknown_search_keys_name_the_nearest(tmp_path: Path) -> None:

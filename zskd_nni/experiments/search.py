@@ -8,6 +8,7 @@ them. All of them are judged by the same images, :mod:`zskd_nni.experiments.prob
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from zskd_nni import interrupt
@@ -28,6 +30,7 @@ from zskd_nni.experiments.search_job import check_carried, relocated
 from zskd_nni.experiments.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
 from zskd_nni.files import make_folder, only_writer, read_json, write_atomic, write_json
 from zskd_nni.identity import taken_over
+from zskd_nni.networks import code_fingerprint, network_fingerprint
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import LoadedRecipe, Recipe, check_recipe
 from zskd_nni.search_space import corners, pairs, with_parameters
@@ -79,7 +82,7 @@ class Search:
         self.teacher = loaded.teacher()
         self.job = self.out / "job"
         self._check_reachable()
-        check_config(self.section, tuner_config(self.section, self.seed))
+        check_config(self.section, tuner_config(self.section, self.seed, loaded.base))
         if not is_local(self.section):
             check_carried(self._handed())
         self._check_objective()
@@ -93,6 +96,21 @@ class Search:
             "teacher": self.teacher.fingerprint,
             "folder": str(self.out),
         }
+        self.identity.update(self._student_identity())
+
+    def _student_identity(self) -> dict[str, str]:
+        """The student's weights and code, which may change while the recipe stays."""
+        section = self.loaded.recipe.student
+        if section is None:
+            return {}
+        found: dict[str, str] = {}
+        with torch.random.fork_rng(devices=[]), contextlib.suppress(UserError):  # the space may give what it lacks
+            torch.manual_seed(self.seed)
+            found["student"] = network_fingerprint(self.loaded.network(section))
+            code = code_fingerprint(section.model, self.loaded.base)
+            if code is not None:
+                found["code"] = code
+        return found
 
     # What can be known beforehand.
 
@@ -227,7 +245,7 @@ class Search:
         """Run NNI for the trials that are missing."""
         folder = make_folder(self.out / "nni")
         folder.chmod(0o700)  # the logs name the portal's address
-        tuner = tuner_config(self.section, self.seed + len(before))
+        tuner = tuner_config(self.section, self.seed + len(before), self.loaded.base)
         tuner = remembering(tuner, folder, *self._history(before), self.out / PROPOSED)
         config = experiment_config(self.section, self.job, tuner, self.section.trials - len(before))
         paths = [] if self.loaded.base is None else [str(self.loaded.base)]

@@ -76,8 +76,13 @@ def is_local(section: SearchSection) -> bool:
     return section.training_service.get("platform") == "local"
 
 
-def tuner_config(section: SearchSection, seed: int) -> dict[str, Any]:
+def tuner_config(section: SearchSection, seed: int, base: Path | None = None) -> dict[str, Any]:
     """NNI's mapping of the tuner, which is told to maximise and given the seed, where it takes one.
+
+    Args:
+        section: names the tuner.
+        seed: of its random numbers.
+        base: the recipe's folder, which a relative ``code_directory`` is meant from.
 
     Raises:
         UserError: there is no such tuner, it lacks a package, or it refuses its arguments or the space.
@@ -88,7 +93,8 @@ def tuner_config(section: SearchSection, seed: int) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise UserError(f"search.tuner: class_args is a mapping, not {arguments!r}.")
     if own:  # somebody's own; what it takes is its own affair
-        folder = Path(given.get("code_directory") or given.get("codeDirectory") or ".").resolve()
+        named = given.get("code_directory") or given.get("codeDirectory") or "."
+        folder = ((base or Path.cwd()) / str(named)).resolve()
         if not folder.is_dir():
             raise UserError(f"search.tuner: code_directory names no folder; there is no {folder}.")
         return {"className": own, "codeDirectory": str(folder), "classArgs": arguments}
