@@ -12,7 +12,13 @@ from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 
 from zskd_nni.batch_statistics import Crowd, Moments, batch_norms, statistics_distances
-from zskd_nni.losses import distillation_loss, soft_target_divergence, statistics_distance, total_variation
+from zskd_nni.losses import (
+    channel_moments,
+    distillation_loss,
+    soft_target_divergence,
+    statistics_distance,
+    total_variation,
+)
 from zskd_nni.metrics import accuracy, agreement
 
 
@@ -128,9 +134,9 @@ def test_distance_of_statistics() -> None:
         of_means += (middle - float(mean[channel])) ** 2
         of_variances += (spread - float(variance[channel])) ** 2
     wanted = of_means**0.5 + of_variances**0.5
-    assert float(statistics_distance(features, mean, variance)) == pytest.approx(wanted, rel=1e-5)
+    assert float(statistics_distance(*channel_moments(features), mean, variance)) == pytest.approx(wanted, rel=1e-5)
     flat = features.permute(0, 2, 3, 1).reshape(-1, 3)  # as behind a linear layer
-    assert float(statistics_distance(flat, mean, variance)) == pytest.approx(wanted, rel=1e-5)
+    assert float(statistics_distance(*channel_moments(flat), mean, variance)) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_moments_of_two_groups_are_those_of_all() -> None:
@@ -175,7 +181,7 @@ def test_statistics_of_every_batch_norm_that_keeps_some() -> None:
     with torch.no_grad(), statistics_distances(network) as found:
         network(images)
         inner = network[0](images)
-    wanted = statistics_distance(inner, network[1].running_mean, network[1].running_var)
+    wanted = statistics_distance(*channel_moments(inner), network[1].running_mean, network[1].running_var)
     assert len(found) == 2
     torch.testing.assert_close(found[0], wanted)
     network(images)

@@ -181,6 +181,18 @@ def test_a_saved_network_with_a_wrong_base(project: Path, tmp_path: Path) -> Non
         load_network(path)
 
 
+def test_what_a_file_puts_on_the_path_stays_and_what_we_put_there_does_not(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (project / "elsewhere").mkdir()
+    file = project / "nets_of_mine.py"
+    file.write_text(f"import sys\nsys.path.append({str(project / 'elsewhere')!r})\n{file.read_text()}")
+    build_network("nets_of_mine.py:net", base=project)
+    assert str(project / "elsewhere") in sys.path
+    assert str(project) not in sys.path
+
+
 def test_lazy_layers_are_named(project: Path) -> None:
     with pytest.raises(UserError, match=r"a layer '1' of which only a first pass tells the size \(LazyLinear\)"):
         build_network("nets_of_mine.py:lazy", base=project)

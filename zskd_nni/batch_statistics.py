@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zskd_nni.losses import channel_moments
+from zskd_nni.losses import channel_moments, statistics_distance
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -83,7 +83,7 @@ class Crowd:
             assert _keeps_statistics(module) and module.running_mean is not None and module.running_var is not None
             past = self._past[len(distances)] if self._past else None
             found = Moments.of(inputs[0]).joined(past)
-            distances.append((found.mean - module.running_mean).norm() + (found.variance - module.running_var).norm())
+            distances.append(statistics_distance(found.mean, found.variance, module.running_mean, module.running_var))
             self._passing.append(inputs[0].detach())
 
         hooks = [module.register_forward_pre_hook(note) for module in self.layers]

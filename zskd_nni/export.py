@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zskd_nni.errors import UserError
 from zskd_nni.files import write_atomic
-from zskd_nni.inputs import InputSpec
+from zskd_nni.inputs import InputSpec, images_at_once
 
 OPSET = 18
 
@@ -99,7 +99,7 @@ def _quiet():  # type: ignore[no-untyped-def]
 
 def checking_batch(images: Tensor) -> int:
     """How many images are answered at once where an export is checked: 500, fewer of large ones."""
-    return max(1, min(500, 1000 * 3 * 32 * 32 // max(1, images[0].numel())))
+    return min(500, images_at_once(images[0].numel()))
 
 
 def run_onnx(model: bytes | str | Path, images: Tensor) -> Tensor:

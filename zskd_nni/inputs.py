@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def images_at_once(numbers: int) -> int:
+    """Of images of so many numbers where no gradients are needed: 1,000, fewer of large ones."""
+    return max(1, min(1000, 1000 * 3 * 32 * 32 // numbers))
+
+
 def _on_device(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -91,8 +96,7 @@ class InputSpec:
     @property
     def measuring_batch(self) -> int:
         """How many images are answered at once where no gradients are needed: 1,000, fewer of large ones."""
-        channels, height, width = self.shape
-        return max(1, min(1000, 1000 * 3 * 32 * 32 // (channels * height * width)))
+        return images_at_once(math.prod(self.shape))
 
     def midpoint(self, count: int = 1) -> Tensor:
         """``(count, C, H, W)`` images of the middle of the value range: a harmless probe."""

@@ -56,13 +56,11 @@ def channel_moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean.flatten(), variance
 
 
-def statistics_distance(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """How far a batch's channels are from a mean and a variance: ``(N, C, ...), (C,), (C,) -> scalar``.
+def statistics_distance(found: Tensor, spread: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """How far the channels' means and variances of some images are from others: ``(C,)`` each ``-> scalar``.
 
-    ``|mean(features) - mean|_2 + |var(features) - variance|_2``, taken over images and positions (DeepInversion,
-    equation 4); the variance is the biased one.
+    ``|found - mean|_2 + |spread - variance|_2`` (DeepInversion, equation 4); the variances are the biased ones.
     """
-    found, spread = channel_moments(features)
     return (found - mean).norm() + (spread - variance).norm()
 
 

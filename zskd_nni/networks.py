@@ -126,15 +126,16 @@ def _import_file(path: Path, base: Path | None) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    before = list(sys.path)
-    sys.path.insert(0, str(path.resolve().parent))  # it may import what lies beside it, as when python runs it
+    beside = str(path.resolve().parent)
+    sys.path.insert(0, beside)  # it may import what lies beside it, as when python runs it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"{path} cannot be imported: {error}") from error
     finally:
-        sys.path[:] = before
+        if beside in sys.path:  # what the file itself has put there stays
+            sys.path.remove(beside)
     return module
 
 
