@@ -27,7 +27,7 @@ from zskd_nni.experiments.nni_manager import lives
 from zskd_nni.experiments.probe import load_probe, make_probe, save_probe
 from zskd_nni.experiments.search import BEST, SEARCH, Search, render_trials
 from zskd_nni.experiments.search_config import experiment_config, tuner_config
-from zskd_nni.experiments.search_job import check_carried, relocated
+from zskd_nni.experiments.search_job import check_carried, chosen_files, relocated, relocated_choices
 from zskd_nni.experiments.search_trial import JOB, PROBE, RECIPE, measure, run_trial
 from zskd_nni.experiments.search_tuner import RememberingTuner
 from zskd_nni.files import load_tensors, read_json, write_json
@@ -568,6 +568,7 @@ def test_a_trial_measures_its_deployable_file(tmp_path: Path, digits_teacher: Te
     (job / RECIPE).write_text(yaml.safe_dump(relocated(loaded, job)))
     settings: dict[str, Any] = {
         "space": {},
+        "choices": [],
         "objective": "agreement",
         "device": "cpu",
         "threads": 1,
@@ -593,8 +594,10 @@ def job_of(folder: Path, content: dict[str, Any], teacher: Teacher, probe: int =
     job = folder / "job"
     job.mkdir()
     save_probe(job / PROBE, teacher, probe, 0)
-    (job / RECIPE).write_text(yaml.safe_dump(relocated(load_recipe(write(folder, content)), job)))
+    loaded = load_recipe(write(folder, content))
+    (job / RECIPE).write_text(yaml.safe_dump(relocated(loaded, job)))
     settings: dict[str, Any] = {
+        "choices": relocated_choices(loaded, content["search"]["space"], job),
         "objective": "agreement",
         "device": "cpu",
         "threads": 1,
@@ -784,7 +787,7 @@ def test_carried_files_keep_apart(tmp_path: Path) -> None:
     loaded, job = load_recipe(write(tmp_path, content)), tmp_path / "job"
     job.mkdir()
     (job / PROBE).write_text("the probe set")
-    check_carried(loaded)
+    check_carried(loaded, {})
     carried = relocated(loaded, job, carry=True)
     file, _, factory = carried["teacher"]["model"].rpartition(":")
     assert factory == "make"
@@ -799,11 +802,99 @@ def test_carried_files_keep_apart(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in (job / "files").iterdir()) == sorted(Path(place).name for place in places)
 
 
+NETWORKS = """from torch import nn
+
+
+def narrow():
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 10))
+"""
+
+
+def test_choices_may_name_files_beside_the_recipe(tmp_path: Path, digits_teacher: Teacher) -> None:
+    """They hold in trials, whose recipe lies elsewhere, and in the recipe that the search leaves."""
+    (tmp_path / "nets.py").write_text(NETWORKS)
+    content = tiny(trials=2, max_bytes=None)
+    del content["compression"]
+    content["student"] = {"model": "zoo:lenet5_half"}
+    choices = ["nets.py:narrow", "nets.py:wide", "zoo:lenet5_half"]
+    content["search"]["space"] = {"student.model": {"_type": "choice", "_value": choices}}
+    job, settings = job_of(tmp_path, content, digits_teacher)
+    assert settings["choices"] == [
+        {"path": "student.model", "value": name, "moved": f"../{name}"} for name in choices[:2]
+    ]
+    sizes = [measure(job, settings, {"student.model": name})["bytes"] for name in choices]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 3
+
+
+def test_a_search_over_files_leaves_a_recipe_that_finds_them(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETWORKS)
+    content = tiny(trials=2, max_bytes=None)
+    del content["compression"]
+    content["student"] = {"model": "zoo:lenet5_half"}
+    space = {"student.model": {"_type": "choice", "_value": ["nets.py:narrow", "nets.py:wide"]}}
+    content["search"]["space"] = space
+    out = tmp_path / "elsewhere" / "out"
+    search = Search(load_recipe(write(tmp_path, content)), out, quiet=True)
+    rows = [
+        {"number": number, "status": "done", "parameters": {"student.model": name}, "objective": 50.0 + number}
+        for number, name in enumerate(("nets.py:narrow", "nets.py:wide"), 1)
+    ]
+    out.mkdir(parents=True)
+    search._conclude(search._table([{**row, "bytes": 1000, "data_free": True} for row in rows]))
+    best = load_recipe(str(out / BEST))
+    assert best.recipe.student is not None
+    assert best.recipe.student.model == "../../nets.py:wide"
+    assert sum(parameter.numel() for parameter in best.network(best.recipe.student).parameters()) == 16570
+    # What a choice brings is part of what is searched.
+    known = search.identity["files"]
+    assert list(known) == [str(tmp_path / "nets.py")]
+    (tmp_path / "nets.py").write_text(NETWORKS.replace("16", "12"))
+    assert Search(load_recipe(write(tmp_path, content)), out, quiet=True).identity["files"] != known
+
+
+def test_files_of_choices_are_carried(tmp_path: Path) -> None:
+    content = tiny()
+    for name in ("a.safetensors", "b.npz"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "images").mkdir()
+    space = {
+        "transfer": {
+            "_type": "choice",
+            "_value": [
+                {"_name": {"method": "ats", "size": 40, "held_out": 20}, **sources(["shapes", "b.npz"], ["shapes"])}
+            ],
+        },
+        "student.weights": {"_type": "choice", "_value": ["a.safetensors", "zoo:lenet5-digits"]},
+    }
+    loaded, job = load_recipe(write(tmp_path, content)), tmp_path / "job"
+    check_carried(loaded, space)
+    first, second = relocated_choices(loaded, space, job, carry=True)
+    assert first["path"] == "transfer.sources"
+    assert first["moved"][0] == "shapes"
+    assert (job / first["moved"][1]).read_text() == "b.npz"
+    assert (second["path"], second["value"]) == ("student.weights", "a.safetensors")
+    assert (job / second["moved"]).read_text() == "a.safetensors"
+    assert [Path(name).name for name in chosen_files(loaded, space)] == ["a.safetensors", "b.npz"]
+    space = sources(["images"])
+    with pytest.raises(UserError, match=r"transfer\.sources\.0: .*images is a folder.*nothing but files"):
+        check_carried(loaded, space)
+
+
+def sources(*choices: list[str]) -> dict[str, Any]:
+    """A space over the sources of an arbitrary transfer set."""
+    return {"transfer.sources": {"_type": "choice", "_value": list(choices)}}
+
+
 def test_folders_are_not_carried(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     content = {**tiny(training_service=remote(tmp_path)), "evaluation": {"data": "images"}}
     loaded = load_recipe(write(tmp_path, content))
-    for refuse in (lambda: check_carried(loaded), lambda: relocated(loaded, tmp_path / "out", carry=True)):
+    for refuse in (lambda: check_carried(loaded, {}), lambda: relocated(loaded, tmp_path / "out", carry=True)):
         with pytest.raises(UserError, match=r"evaluation\.data: .*images is a folder.*nothing but files.*\.npz"):
             refuse()
     assert relocated(loaded, tmp_path / "out")["evaluation"]["data"] == "../images"

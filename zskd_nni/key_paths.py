@@ -35,3 +35,10 @@ def set_at(content: dict[str, Any], path: str, value: Any) -> None:
                 place = place[key]
         else:
             raise ValueError(f"{'.'.join(keys[:depth])} is {place!r}, which has no keys")
+
+
+def get_at(content: Any, path: str) -> Any:
+    """What lies at a path where :func:`set_at` has put something."""
+    for key in path.split("."):
+        content = content[int(key)] if isinstance(content, list) else content[key]
+    return content

@@ -26,7 +26,7 @@ from zskd_nni.errors import UserError
 from zskd_nni.experiments.nni_manager import LOOPBACK, Manager
 from zskd_nni.experiments.probe import save_probe
 from zskd_nni.experiments.search_config import check_config, experiment_config, is_local, remembering, tuner_config
-from zskd_nni.experiments.search_job import check_carried, relocated
+from zskd_nni.experiments.search_job import check_carried, chosen_files, relocated, relocated_choices
 from zskd_nni.experiments.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
 from zskd_nni.files import make_folder, only_writer, read_json, write_atomic, write_json
 from zskd_nni.identity import taken_over
@@ -83,11 +83,11 @@ class Search:
         self.job = self.out / "job"
         self._check_reachable()
         check_config(self.section, tuner_config(self.section, self.seed, loaded.base))
-        if not is_local(self.section):
-            check_carried(self._handed())
         self._check_objective()
         self._check_space()
         self._check_pairs()
+        if not is_local(self.section):
+            check_carried(self._handed(), self.section.space)
         # Where trials run and how many is no part of what is searched; so a search may move to other machines.
         search = self.section.model_dump(mode="json", exclude={"trials", "concurrency", "training_service"})
         self.identity = {
@@ -97,6 +97,9 @@ class Search:
             "folder": str(self.out),
         }
         self.identity.update(self._student_identity())
+        brought = chosen_files(self._handed(), self.section.space)
+        if brought:
+            self.identity["files"] = brought
 
     def _student_identity(self) -> dict[str, str]:
         """The student's weights and code, which may change while the recipe stays."""
@@ -224,6 +227,7 @@ class Search:
         write_atomic(self.job / RECIPE, yaml.safe_dump(source, sort_keys=False))
         job = {
             "space": self.section.space,
+            "choices": relocated_choices(self._handed(), self.section.space, self.job, carry=not local),
             "objective": self.section.objective,
             "max_bytes": self.section.max_bytes,
             "device": self.device,
@@ -412,7 +416,8 @@ class Search:
             first = f" The first: {failed[0]['reason']}" if failed else ""
             raise UserError(f"No trial came to a result; all are in {self.out / TRIALS}.{first}")
         row = table["trials"][table["best"] - 1]
-        source = with_parameters(relocated(self.loaded, self.out), row["parameters"])
+        chosen = replace(self.loaded, source=with_parameters(self.loaded.source, row["parameters"]))
+        source = relocated(chosen, self.out)
         count, objective = len(table["trials"]), self.section.objective
         source["selected_on"] = (
             f"a search over {count} trial{'' if count == 1 else 's'}: {objective} on {self._measured_on()}"

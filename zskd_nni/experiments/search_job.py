@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zskd_nni.data import NAMED_SETS
 from zskd_nni.errors import UserError
 from zskd_nni.files import make_folder, sha256_of_bytes, write_atomic
+from zskd_nni.key_paths import get_at
 from zskd_nni.methods.ats import PROCEDURAL
 from zskd_nni.recipe import LoadedRecipe
+from zskd_nni.search_space import corners, with_parameters
 from zskd_nni.zoo.trained import MADE_HERE, trained_names
 
 FILES = "files"
@@ -39,14 +42,54 @@ def relocated(loaded: LoadedRecipe, folder: Path, carry: bool = False) -> dict[s
     return source
 
 
-def check_carried(loaded: LoadedRecipe) -> None:
-    """Refuse beforehand what :func:`relocated` cannot carry.
+def relocated_choices(
+    loaded: LoadedRecipe, space: Mapping[str, Any], folder: Path, carry: bool = False
+) -> list[dict[str, Any]]:
+    """What a search space offers that names files, beside what it becomes in ``folder``.
+
+    Args:
+        loaded: the recipe that is searched.
+        space: the search space.
+        folder: where trials look.
+        carry: copy the files, as :func:`relocated` does.
+
+    Returns:
+        ``path`` in the recipe, ``value`` as the space has it and ``moved`` of every such choice.
 
     Raises:
-        UserError: a recipe names a folder, or something else that is no file.
+        UserError: as :func:`relocated`.
     """
-    for where, _, _, path in _named(_plain(loaded), loaded.base):
-        _require_file(where, path)
+    choices = []
+    for path, value, chosen in _choices(loaded, space):
+        moved = get_at(relocated(chosen, folder, carry), path)
+        if moved != value:
+            choices.append({"path": path, "value": value, "moved": moved})
+    return choices
+
+
+def chosen_files(loaded: LoadedRecipe, space: Mapping[str, Any]) -> dict[str, str]:
+    """The files that choices of a search space bring, and hashes of their content; folders are left out."""
+    own = {path for *_, path in _named(_plain(loaded), loaded.base)}
+    brought = {path for *_, chosen in _choices(loaded, space) for *_, path in _named(_plain(chosen), chosen.base)}
+    return {str(path): sha256_of_bytes(path.read_bytes()) for path in sorted(brought - own) if path.is_file()}
+
+
+def check_carried(loaded: LoadedRecipe, space: Mapping[str, Any]) -> None:
+    """Refuse beforehand what :func:`relocated` and :func:`relocated_choices` cannot carry.
+
+    Raises:
+        UserError: a recipe, or a choice of the space, names a folder or something else that is no file.
+    """
+    for chosen in (loaded, *(chosen for *_, chosen in _choices(loaded, space))):
+        for where, _, _, path in _named(_plain(chosen), chosen.base):
+            _require_file(where, path)
+
+
+def _choices(loaded: LoadedRecipe, space: Mapping[str, Any]) -> Iterator[tuple[str, Any, LoadedRecipe]]:
+    """What can be tried of a space: key path, value, and the recipe with it but without what is nested in it."""
+    for path, value, flat in corners(space):
+        source = with_parameters(loaded.source, flat)
+        yield path, value, replace(loaded, source=with_parameters(source, {path: value}))
 
 
 def _require_file(where: str, path: Path) -> None:

@@ -139,7 +139,7 @@ def run_trial(job_folder: Path) -> None:
     flat = flat_parameters(job["space"], given)
     told: dict[str, Any] = {"default": 0.0, "parameters": flat, "given": given}
     with contextlib.suppress(UserError):  # it is said below; and what makes no recipe reads no image
-        told["data_free"] = learns_data_free(recipe_with(job_folder, flat).recipe)
+        told["data_free"] = learns_data_free(recipe_with(job_folder, job, flat).recipe)
     nni.report_intermediate_result(told)
     try:
         result = measure(job_folder, job, flat)
@@ -162,7 +162,7 @@ def measure(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> dict
         ``default`` (what NNI's tuner maximises), ``objective`` (in percent), ``bytes``, ``file``, ``status``,
         ``data_free`` (of what the student learnt on), ``note`` (what the bytes do not tell, or None).
     """
-    loaded = recipe_with(job_folder, flat)
+    loaded = recipe_with(job_folder, job, flat)
     out = Path(job["trials"] or os.environ["NNI_OUTPUT_DIR"]) / fingerprint_of(flat)[:12]
     shared = None if job["shared"] is None else Path(job["shared"])
     root = None if job["root"] is None else Path(job["root"])
@@ -199,15 +199,16 @@ def learns_data_free(recipe: Recipe) -> bool:
     return is_data_free(find_method(recipe.transfer.method), recipe.transfer.options())
 
 
-def recipe_with(job_folder: Path, flat: dict[str, Any]) -> LoadedRecipe:
-    """The job's recipe with parameters in their places.
+def recipe_with(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> LoadedRecipe:
+    """The job's recipe with parameters in their places; files that they name are meant from the job's folder.
 
     Raises:
         UserError: together they make no recipe.
     """
     source = yaml.safe_load((job_folder / RECIPE).read_text())
+    moved = {(one["path"], repr(one["value"])): one["moved"] for one in job["choices"]}
     try:
-        changed = with_parameters(source, flat)
+        changed = with_parameters(source, {path: moved.get((path, repr(one)), one) for path, one in flat.items()})
     except ValueError as error:
         raise UserError(f"{error}.") from error
     return LoadedRecipe(check_recipe(changed, "the trial's recipe"), job_folder, changed)
