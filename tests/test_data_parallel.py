@@ -319,11 +319,11 @@ def recipe(folder: str) -> None:
 def recipe_without_export(folder: str) -> None:
     """As far as the students, which are what takes long."""
     run = Run(load_recipe("digits-prune50", TINY), Path(folder) / "out", quiet=True)
-    with run._owned():
+    with run.owned():
         source = run.transfer()
         run.held_out()
-        run.student("student", source)
-        run.student("control-none", None, scores=source)
+        run.students.make("student", source)
+        run.students.make("control-none", None, scores=source)
 
 
 @pytest.mark.slow

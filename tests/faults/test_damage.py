@@ -303,11 +303,11 @@ def test_a_recipes_folder_survives_damage_to_any_of_its_files(
 )
 def test_edited_times_do_no_harm(tmp_path: Path, seconds: object) -> None:
     opened = Run(load_recipe("digits-prune50", TINY), tmp_path, quiet=True)
-    with opened._owned():
+    with opened.owned():
         pass
     known = read_json(tmp_path / "run.json")
     (tmp_path / "run.json").write_text(json.dumps({**known, "seconds": seconds}))
-    with opened._owned():
+    with opened.owned():
         assert opened.seconds == {}
 
 
@@ -352,7 +352,7 @@ def test_another_student_or_other_code_is_another_run(tmp_path: Path) -> None:
     (tmp_path / "mine.yml").write_text(json.dumps(recipe))
 
     def begin() -> None:
-        with Run(load_recipe(str(tmp_path / "mine.yml")), tmp_path / "out", quiet=True)._owned():
+        with Run(load_recipe(str(tmp_path / "mine.yml")), tmp_path / "out", quiet=True).owned():
             pass
 
     begin()

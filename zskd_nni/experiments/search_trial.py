@@ -29,7 +29,8 @@ from zskd_nni.export import export_onnx, run_onnx
 from zskd_nni.files import fingerprint_of, make_folder, read_json
 from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.metrics import accuracy
-from zskd_nni.pipeline import Made, Run
+from zskd_nni.pipeline import Run
+from zskd_nni.pipeline.student_export import INTEGERS, STUDENT, export_integers, integer_answers
 from zskd_nni.recipe import LoadedRecipe, Recipe, check_recipe
 from zskd_nni.search_space import flat_parameters, with_parameters
 from zskd_nni.transfer import TransferSource
@@ -74,20 +75,20 @@ class StudentRun(Run):
         quantizer is judged by NNI's simulation: there is no file that answers so.
         """
         make_folder(self.out)
-        with _alone(self.out.with_suffix(".lock")), self._owned():
-            made = self.student("student", self.transfer())
+        spec, plain = self.teacher.spec, self.out / STUDENT
+        with _alone(self.out.with_suffix(".lock")), self.owned():
+            made = self.students.make("student", self.transfer())
             self.teacher.to("cpu")
-            self._save(Made(made.network), self.out / "student.json", recipe=self.recipe.name)
-            integers, plain = self.out / "student-int8.onnx", self.out / "student.onnx"
-            written = self._export_integers(made.quantization, images, integers)
-            if written is not None and written["exported"]:
-                return Deployable(integers, lambda batch: run_onnx(integers, batch))
-            export_onnx(made.network, self.teacher.spec, plain, images)
-            simulation = self._integer_answers(made, "student")
-            if simulation is None or written is None:
+            self.save_student(made)
+            if made.quantization is None:
+                export_onnx(made.network, spec, plain, images)
                 return Deployable(plain, lambda batch: run_onnx(plain, batch))
-            note = f"{written['quantizer']} is simulated, the bytes are those of the fp32 file"
-            return Deployable(plain, simulation, note)
+            integers = self.out / INTEGERS
+            if export_integers(made.quantization, spec, integers, images)["exported"]:
+                return Deployable(integers, lambda batch: run_onnx(integers, batch))
+            export_onnx(made.network, spec, plain, images)
+            note = f"{made.quantization.quantizer} is simulated, the bytes are those of the fp32 file"
+            return Deployable(plain, integer_answers(made.quantization, spec), note)
 
     def transfer(self) -> TransferSource:
         """The transfer source; of trials that want the same set, the first makes it and the others wait for it."""

@@ -1,0 +1,12 @@
+"""A recipe from its teacher to its report: stages that are taken up where they stopped.
+
+    teacher -> impressions -> student (pruned under NNI, distilled, shrunk, distilled) -> quantized student
+            -> export, figures, report
+
+Everything a stage leaves lies in the output folder; a stage whose result is there is not run again.
+"""
+
+from zskd_nni.pipeline.run import Run
+from zskd_nni.pipeline.students import Made, Students
+
+__all__ = ["Made", "Run", "Students"]
