@@ -15,14 +15,16 @@ from helpers import SMALL, prepare_torch, random, small_teacher, start_process, 
 from PIL import Image
 from torch import Tensor, nn
 
-from zskd_nni import interrupt
+from zskd_nni import candidate_images, interrupt
+from zskd_nni.candidate_images import PROCEDURAL, Candidates, procedural_images
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_tensors
 from zskd_nni.inputs import InputSpec
 from zskd_nni.methods import ats
-from zskd_nni.methods.ats import AtsSettings, Candidates, TransferSet, make_transfer_set, procedural_images
+from zskd_nni.methods.ats import AtsSettings, make_transfer_set
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.teacher import Teacher
+from zskd_nni.transfer_set import TransferSet
 
 SIZE = 200
 
@@ -52,13 +54,13 @@ def by_mean(images: Tensor, classes: int = 5) -> list[int]:
 
 
 def pool(settings: AtsSettings, size: int = SIZE, seed: int = 0) -> Tensor:
-    candidates = Candidates(settings, SMALL, settings.candidates * size, seed)
+    candidates = Candidates(settings.sources, SMALL, settings.candidates * size, seed)
     return torch.cat([candidates.block(number) for number in range(len(candidates))])
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ats, "_BLOCK", 150)
+    monkeypatch.setattr(candidate_images, "_BLOCK", 150)
 
 
 def bundle(found: TransferSet) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +117,7 @@ def test_the_teacher_decides_not_the_labels_that_came_along(tmp_path: Path) -> N
 
 
 def test_sources_take_turns(tmp_path: Path) -> None:
-    candidates = Candidates(AtsSettings(sources=("noise-uniform", "digits", "shapes")), SMALL, 400, 0)
+    candidates = Candidates(("noise-uniform", "digits", "shapes"), SMALL, 400, 0)
     names = [name for name, _, _ in candidates.plan]
     assert names[:4] == ["noise-uniform", "digits", "shapes", "noise-uniform"]
     assert names[-1] == "digits"
@@ -171,7 +173,7 @@ def test_confidence_takes_what_was_not_taken_in_the_order_of_the_teachers_probab
     assert found.counts["repeats"] == [0] * 5
     assert found.counts["nearest"] == [0, 0, 0, 14, 20]
     # The loop: what is left over behind the quotas, by the probability of the class.
-    candidates = Candidates(AtsSettings(sources=(source,)), SMALL, 0, 0)
+    candidates = Candidates((source,), SMALL, 0, 0)
     everything = torch.cat([candidates.block(number) for number in range(len(candidates))]).half()
     labels, left, taken = by_mean(everything), [], [0] * 5
     for number, k in enumerate(labels):
@@ -208,7 +210,7 @@ def test_a_teacher_that_puts_everything_into_one_class(tmp_path: Path, source: s
 # Sources.
 
 
-@pytest.mark.parametrize("kind", ats.PROCEDURAL)
+@pytest.mark.parametrize("kind", PROCEDURAL)
 def test_procedural_sources(kind: str) -> None:
     spec = InputSpec((3, 16, 16), low=-1, high=3)
     images = procedural_images(kind, 300, spec, random(0), 0.25)

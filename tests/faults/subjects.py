@@ -183,10 +183,11 @@ def fused(folder: Path) -> None:
 
 
 def arbitrary_set(folder: Path) -> None:
+    from zskd_nni import candidate_images
     from zskd_nni.methods import ats
 
     prepare_torch()
-    ats._BLOCK = 50
+    candidate_images._BLOCK = 50
     settings = ats.AtsSettings(sources=("noise-uniform", "shapes"), candidates=8, tries=2)
     ats.make_transfer_set(
         small_teacher(), settings, size=100, seed=1, folder=folder / "set", save_every=0.0, quiet=True

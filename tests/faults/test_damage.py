@@ -15,13 +15,14 @@ from amounts import amount, only_long
 from helpers import make_store, manifest_of, same_store, shard_hashes, train
 from subjects import TINY
 
-from zskd_nni import interrupt
+from zskd_nni import candidate_images, interrupt
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_sealed, load_tensors, read_json, save_sealed, save_tensors, sha256_of_file
 from zskd_nni.methods import ats
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import load_recipe
 from zskd_nni.synthesis import ImpressionStore
+from zskd_nni.transfer_set import DESCRIPTION, IMAGES
 
 SIZE, SHARDS = 60, 6
 
@@ -229,7 +230,7 @@ def test_forged_checkpoints_are_refused_or_run(checkpointed: Path, tmp_path: Pat
 def test_a_damaged_progress_of_a_transfer_set_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from subjects import arbitrary_set
 
-    monkeypatch.setattr(ats, "_BLOCK", 50)
+    monkeypatch.setattr(candidate_images, "_BLOCK", 50)
     arbitrary_set(tmp_path / "whole")
     calls = [0]
 
@@ -250,12 +251,12 @@ def test_a_damaged_progress_of_a_transfer_set_is_refused(tmp_path: Path, monkeyp
             arbitrary_set(tmp_path / "stopped")
     progress.write_bytes(content)
     arbitrary_set(tmp_path / "stopped")
-    for name in (ats.IMAGES, ats.DESCRIPTION):
+    for name in (IMAGES, DESCRIPTION):
         assert sha256_of_file(tmp_path / "stopped" / "set" / name) == sha256_of_file(tmp_path / "whole" / "set" / name)
-    images = tmp_path / "whole" / "set" / ats.IMAGES
+    images = tmp_path / "whole" / "set" / IMAGES
     images.write_bytes(harmed(images.read_bytes(), 5))
     arbitrary_set(tmp_path / "whole")
-    assert sha256_of_file(images) == sha256_of_file(tmp_path / "stopped" / "set" / ats.IMAGES)
+    assert sha256_of_file(images) == sha256_of_file(tmp_path / "stopped" / "set" / IMAGES)
 
 
 # A recipe's folder.

@@ -106,7 +106,7 @@ def test_pickles_as_weights(tmp_path: Path, canary: Path, maker: str, way: str) 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_pickles_as_everything_that_is_read(tmp_path: Path, canary: Path, maker: str) -> None:
     """In the place of shards, checkpoints, masks of transfer sets, descriptions, manifests and data."""
-    from zskd_nni.methods.ats import TransferSet
+    from zskd_nni.transfer_set import TransferSet
 
     content = MAKERS[maker](Canary(canary))
     path = tmp_path / "file"

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from zskd_nni.candidate_images import PROCEDURAL
 from zskd_nni.data import NAMED_SETS
 from zskd_nni.errors import UserError
 from zskd_nni.files import make_folder, sha256_of_bytes, write_atomic
 from zskd_nni.key_paths import get_at
-from zskd_nni.methods.ats import PROCEDURAL
 from zskd_nni.recipe import LoadedRecipe
 from zskd_nni.search_space import corners, with_parameters
 from zskd_nni.zoo.trained import MADE_HERE, trained_names

@@ -20,9 +20,8 @@ Two classes can be short of the quota in very different ways, so the store says 
 own, how many repeats, and how many only the nearest. A teacher that puts everything into one class cannot balance a
 source at all: that is an error which gives the counts.
 
-Sources: ``noise-uniform``, ``noise-gaussian``, ``structured`` (smooth noise of random coarseness), ``shapes`` and
-``mixed`` (procedural figures, :mod:`zskd_nni.synthesis.starts`), or real images by name or path as
-:func:`zskd_nni.data.load_images` takes them. Only the last read an image. Several sources take turns.
+Sources are those of :mod:`zskd_nni.candidate_images`: procedural ones, or real images by name or path. Only the last
+read an image. Several sources take turns.
 """
 
 from __future__ import annotations
@@ -38,38 +37,30 @@ from torch import Tensor
 
 from zskd_nni import interrupt
 from zskd_nni.augment import Augmentation, augment
-from zskd_nni.data import NAMED_SETS, LabelledImages, load_images
+from zskd_nni.candidate_images import PROCEDURAL, Candidates, Whereabouts
 from zskd_nni.errors import UserError
 from zskd_nni.files import (
     fingerprint_of,
     load_sealed,
-    load_tensors,
     make_folder,
     only_writer,
     plain,
-    read_json,
     save_sealed,
     save_tensors,
-    sha256_of_bytes,
-    sha256_of_file,
     write_json,
 )
 from zskd_nni.identity import describe_difference
-from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.progress import Progress
 from zskd_nni.seeds import generator
-from zskd_nni.synthesis.starts import start_images
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
+from zskd_nni.transfer_set import DESCRIPTION, FORMAT, IMAGES, TransferSet
 from zskd_nni.workers import team
 
-PROCEDURAL = ("noise-uniform", "noise-gaussian", "structured", "shapes", "mixed")
-DESCRIPTION, IMAGES, PROGRESS = "set.json", "set.safetensors", "progress.safetensors"
-FORMAT = "zskd_nni transfer set 1"
+PROGRESS = "progress.safetensors"
 OWN, REPEAT, NEAREST = 0, 1, 2
 ORIGINS = ("own", "repeats", "nearest")
-_BLOCK = 1000
 
 
 class CannotBalanceError(UserError):
@@ -138,109 +129,6 @@ class AtsSettings:
     def data(self) -> str:
         """The sources of real images, for reports."""
         return ", ".join(name for name in self.sources if name not in PROCEDURAL)
-
-
-@dataclass(frozen=True)
-class Whereabouts:
-    """Where real images are, and which of them are meant.
-
-    Attributes:
-        root: folder of named data sets; the variable ``ZSKD_NNI_DATA`` where absent.
-        download: let torchvision fetch them there.
-        base: the folder that a relative path is meant from.
-        part: ``all`` images, the ``held-out`` tenth (the same for every seed), or the ``other`` nine.
-    """
-
-    root: Path | None = None
-    download: bool = False
-    base: Path | None = None
-    part: str = "all"
-
-
-# Candidates.
-
-
-def procedural_images(kind: str, count: int, spec: InputSpec, random: torch.Generator, deviation: float) -> Tensor:
-    """``(count, C, H, W)`` images of a procedural source, in the value range."""
-    if kind == "noise-gaussian":
-        middle, width = (spec.low + spec.high) / 2, deviation * (spec.high - spec.low)
-        noise = torch.randn((count, *spec.shape), generator=random)
-        return noise.mul_(width).add_(middle).clamp_(spec.low, spec.high)
-    name = {"noise-uniform": "uniform", "structured": "smooth"}.get(kind, kind)
-    return start_images(name, count, spec, random)[0]
-
-
-class Candidates:
-    """The candidates of all sources, in blocks that depend on the seed and their number alone.
-
-    Args:
-        settings: sources.
-        spec: shape and value range.
-        limit: procedural candidates of each source, at most.
-        seed: names the random streams; real images come in an order drawn from it.
-        where: real images are.
-
-    Attributes:
-        data: fingerprints of the real images, by source.
-
-    Raises:
-        UserError: a data set cannot be read.
-    """
-
-    def __init__(
-        self, settings: AtsSettings, spec: InputSpec, limit: int, seed: int, where: Whereabouts | None = None
-    ) -> None:
-        self.settings, self.spec, self.seed = settings, spec, seed
-        self._real: dict[str, LabelledImages] = {}
-        self.data: dict[str, str] = {}
-        blocks: list[list[tuple[str, int, int]]] = []
-        for name in dict.fromkeys(settings.sources):
-            count = limit
-            if name not in PROCEDURAL:
-                images = self._part_of(self._read(name, where or Whereabouts()), name, where or Whereabouts())
-                order = torch.randperm(len(images), generator=generator(seed, "order of candidates", name))
-                self.data[name] = sha256_of_bytes(images.images.contiguous().numpy().tobytes())
-                self._real[name] = images.subset(order)
-                count = len(images)
-            blocks.append([(name, first, min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)])
-        longest = max(map(len, blocks))
-        self.plan = [entries[turn] for turn in range(longest) for entries in blocks if turn < len(entries)]
-
-    def _read(self, name: str, where: Whereabouts) -> LabelledImages:
-        path = name if name in NAMED_SETS or where.base is None else str(where.base / name)
-        if name not in NAMED_SETS and not Path(path).exists():
-            raise UserError(
-                f"ATS has no source {name!r}: name one of {', '.join((*PROCEDURAL, *NAMED_SETS))}, an .npz "
-                "file or a folder of images."
-            )
-        return load_images(path, self.settings.split, where.root, where.download)
-
-    @staticmethod
-    def _part_of(images: LabelledImages, name: str, where: Whereabouts) -> LabelledImages:
-        if where.part == "all":
-            return images
-        order = torch.randperm(len(images), generator=generator(0, "held-out candidates", len(images)))
-        held_out = -(-len(images) // 10)
-        if held_out == len(images):
-            raise UserError(f"The source {name} has too few images ({held_out}) to hold some out.")
-        return images.subset(order[:held_out] if where.part == "held-out" else order[held_out:])
-
-    def __len__(self) -> int:
-        """How many blocks there are."""
-        return len(self.plan)
-
-    @property
-    def total(self) -> int:
-        """How many images there are in all blocks."""
-        return sum(count for _, _, count in self.plan)
-
-    def block(self, number: int) -> Tensor:
-        """Images ``(n, C, H, W)`` of a block, in the value range."""
-        name, first, count = self.plan[number]
-        if name in self._real:
-            return self._real[name].pixels(slice(first, first + count), self.spec)
-        random = generator(self.seed, "candidates", name, first)
-        return procedural_images(name, count, self.spec, random, self.settings.deviation)
 
 
 # Balancing.
@@ -388,69 +276,6 @@ def _listed(counts: Tensor) -> str:
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
-# The store.
-
-
-class TransferSet:
-    """A finished set in its folder: ``set.json`` and ``set.safetensors``.
-
-    Attributes:
-        folder: where it is.
-        description: the content of ``set.json``: identity, counts by class, checksum.
-    """
-
-    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
-        self.folder, self.description = folder, description
-
-    @classmethod
-    def open(cls, folder: str | Path) -> TransferSet:
-        """Read a set's description.
-
-        Raises:
-            UserError: there is none, or it is not sound.
-        """
-        path = Path(folder) / DESCRIPTION
-        if not path.is_file():
-            raise UserError(f"{folder} is not a transfer set: it has no {DESCRIPTION}.")
-        description = read_json(path)
-        sound = isinstance(description, dict) and description.get("format") == FORMAT
-        if (
-            not sound
-            or not isinstance(description.get("identity"), dict)
-            or not isinstance(description.get("sha256"), str)
-            or not isinstance(description.get("counts"), dict)
-            or description.get("fingerprint") != fingerprint_of(description["identity"])
-        ):
-            raise UserError(f"{path} is not sound. Remove the folder to make the set anew.")
-        return cls(Path(folder), description)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what this set is."""
-        return self.description["fingerprint"]
-
-    @property
-    def counts(self) -> dict[str, list[int]]:
-        """By class: ``candidates`` seen, and images ``own``, ``repeats`` and ``nearest`` in the set."""
-        return self.description["counts"]
-
-    def whole(self) -> bool:
-        """Whether the images are there, as their checksum says."""
-        path = self.folder / IMAGES
-        return path.is_file() and sha256_of_file(path) == self.description["sha256"]
-
-    def images(self) -> Tensor:
-        """All images ``(N, C, H, W)``, float16.
-
-        Raises:
-            UserError: they are missing or damaged.
-        """
-        if not self.whole():
-            raise UserError(f"{self.folder / IMAGES} is not as written; run the same command again to make it anew.")
-        # A copy: what was read is a window on the file, which somebody may damage meanwhile.
-        return load_tensors(self.folder / IMAGES)[0]["images"].clone()
-
-
 def make_transfer_set(
     teacher: Teacher,
     settings: AtsSettings,
@@ -507,7 +332,10 @@ def _make(
     save_every: float,
     quiet: bool,
 ) -> TransferSet:
-    candidates = Candidates(settings, teacher.spec, settings.candidates * size, seed, where)
+    limit = settings.candidates * size
+    candidates = Candidates(
+        settings.sources, teacher.spec, limit, seed, where, split=settings.split, deviation=settings.deviation
+    )
     identity = {
         "method": "ats",
         "teacher": teacher.fingerprint,

@@ -33,7 +33,7 @@ from zskd_nni.files import (
     write_json,
 )
 from zskd_nni.identity import settings_identity
-from zskd_nni.methods.ats import CannotBalanceError, TransferSet
+from zskd_nni.methods.ats import CannotBalanceError
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.methods.zskt import ZsktSource, train_zskt
 from zskd_nni.metrics import accuracy, agreement, expected_calibration_error, mean_transition_error
@@ -48,6 +48,7 @@ from zskd_nni.synthesis.stored_images import StoredImages, joined
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import History
 from zskd_nni.transfer import Images, NoiseSource, StoredSource, TransferSource
+from zskd_nni.transfer_set import TransferSet
 from zskd_nni.zoo.trained import trained_weights
 
 
