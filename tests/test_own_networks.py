@@ -124,6 +124,15 @@ NETWORK = """
 
     def lazy():
         return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+    class Shifted(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            self.in_place, self.conv, self.head = in_place, nn.Conv2d(1, 8, 5, stride=3), nn.Linear(8 * 100, 10)
+
+        def forward(self, x):
+            x = x.sub_(0.5) if self.in_place else x - 0.5
+            return self.head(self.conv(x).relu().flatten(1))
 """
 LAYERS = """
     from torch import nn
@@ -196,6 +205,33 @@ def test_what_a_file_puts_on_the_path_stays_and_what_we_put_there_does_not(
 def test_lazy_layers_are_named(project: Path) -> None:
     with pytest.raises(UserError, match=r"a layer '1' of which only a first pass tells the size \(LazyLinear\)"):
         build_network("nets_of_mine.py:lazy", base=project)
+
+
+def test_a_student_may_change_its_input_in_place(project: Path, tmp_path: Path) -> None:
+    """Pruned, shrunken, quantized, exported and measured as if it did not."""
+    quantized = "{op_types: [Conv2d, Linear], target_names: [_input_, weight], quant_dtype: int8, quant_scheme: affine}"
+    changes = [
+        "transfer.synthesis.max_steps=3",
+        "student.model=nets_of_mine.py:Shifted",
+        "compression.pruning={steps: 2, config_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]}",
+        f"compression.quantization={{quantizer: QATQuantizer, steps: 3, config_list: [{quantized}]}}",
+        "controls=[none]",
+    ]
+    reports = []
+    for in_place in (False, True):
+        arguments = f"student.arguments={{in_place: {str(in_place).lower()}}}"
+        loaded = load_recipe(str(recipe(project, "nets_of_mine.py")), [*changes, arguments])
+        reports.append(Run(loaded, tmp_path / str(in_place), quiet=True).compress())
+    for key in (
+        "accuracy",
+        "agreement",
+        "agreement_int8",
+        "agreement_held_out",
+        "agreement_onnx",
+        "controls",
+        "history",
+    ):
+        assert reports[0][key] == reports[1][key], key
 
 
 # Real images that change.

@@ -141,7 +141,8 @@ def export_onnx(network: nn.Module, spec: InputSpec, path: Path, images: Tensor,
     with torch.no_grad():
         plain = copy.deepcopy(network).cpu().float().eval()
         expected = torch.cat(
-            [_WithNormalisation(plain, spec).eval()(part) for part in images.split(checking_batch(images))]
+            # Copies: the network may change its input in place, and onnxruntime is asked about the same images.
+            [_WithNormalisation(plain, spec).eval()(part.clone()) for part in images.split(checking_batch(images))]
         )
     answered = run_onnx(data, images)
     difference = float((answered - expected).abs().max() / expected.abs().max().clamp_min(1))

@@ -38,7 +38,7 @@ def lay_out(model: nn.Module, probe: Tensor) -> nn.Module:
     except Exception:  # whatever else is wrong is told where it is asked for
         pass
     if shown._version != begun_with:
-        _hook(model, _copies)
+        _hook(model, copied_images)
     return model
 
 
@@ -47,7 +47,8 @@ def _hook(model: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...]], tuple[A
         model.register_forward_pre_hook(hook)
 
 
-def _copies(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def copied_images(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: the network gets copies of its tensors, and may change them."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
 
 

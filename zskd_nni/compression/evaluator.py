@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from zskd_nni.compression.fused_state import FusedState
 from zskd_nni.compression.masks import Masks, held_at_zero
@@ -24,6 +25,7 @@ from zskd_nni.data_parallel import DataParallel
 from zskd_nni.distillation import DistillationSettings, run_fingerprint, transfer_batch
 from zskd_nni.errors import UserError
 from zskd_nni.files import fingerprint_of
+from zskd_nni.memory_layout import copied_images
 from zskd_nni.metrics import agreement
 from zskd_nni.seeds import generator
 from zskd_nni.teacher import Teacher, first_tensor
@@ -112,6 +114,7 @@ class DataFreeEvaluator(TorchEvaluator):
         self._own_optimizer = not given_optimizers
         self._compression = FusedState(source)
         self._calibration_set: Tensor | None = None
+        self._own_images: RemovableHandle | None = None
         if dummy_input is None:
             dummy_input = teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device)
         super().__init__(
@@ -138,9 +141,21 @@ class DataFreeEvaluator(TorchEvaluator):
         super()._init_optimizer_helpers(pure_model)
 
     def bind_model(self, model: nn.Module, param_names_map: dict[str, str] | None = None) -> None:
-        """NNI's, and a fresh record of what the fused compressors count with."""
+        """NNI's, and a fresh record of what the fused compressors count with.
+
+        While bound, the model gets copies of the batches: it may change its input in place, and the teacher is asked
+        about the same images.
+        """
         super().bind_model(model, param_names_map)
         self._compression = FusedState(self.source, model)
+        self._own_images = model.register_forward_pre_hook(copied_images)
+
+    def unbind_model(self) -> None:
+        """NNI's."""
+        if self._own_images is not None:
+            self._own_images.remove()
+            self._own_images = None
+        super().unbind_model()
 
     def patch_loss(self, patch: Callable[[Tensor, Any], Tensor]) -> None:
         """NNI's; the compressor behind ``patch`` is noted for the checkpoint."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, Tracer
+from torch.utils._pytree import tree_map
 
 from zskd_nni.errors import UserError
 
@@ -48,7 +49,7 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
             ) from error
         try:
             with torch.no_grad():
-                _ShapePropagation(graph_module).run(*input_arguments(dummy_input, graph_module))
+                _ShapePropagation(graph_module).run(*copied(input_arguments(dummy_input, graph_module)))
         except UserError:
             raise
         except Exception as error:
@@ -61,6 +62,11 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
             module.training = training
     graph_module.training = False
     return graph_module
+
+
+def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies of the tensors among a network's arguments, for networks that change their input in place."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, arguments)
 
 
 def input_arguments(dummy_input: Any, graph_module: GraphModule | None = None) -> tuple[Any, ...]:

@@ -70,7 +70,8 @@ def export_quantized_onnx(
     data = quantized_onnx_bytes(quantization, spec)
     simulation = simulated(quantization).cpu().float()
     with torch.no_grad():
-        parts = [first_tensor(simulation(spec.normalise(part))) for part in images.cpu().split(checking_batch(images))]
+        copies = images.cpu().clone()  # the network may change its input in place
+        parts = [first_tensor(simulation(spec.normalise(part))) for part in copies.split(checking_batch(images))]
     expected = torch.cat(parts)
     answered = run_onnx(data, images.cpu())
     share = agreement(answered, expected)

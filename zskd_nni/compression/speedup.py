@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from zskd_nni.compression.channel_flow import CONVOLUTIONS, channel_flow
 from zskd_nni.compression.constant_folding import InputRanges, bias_of_constants
-from zskd_nni.compression.graph import input_arguments, trace, unread_nodes
+from zskd_nni.compression.graph import copied, input_arguments, trace, unread_nodes
 from zskd_nni.compression.masks import Masks, multiply_in
 from zskd_nni.errors import UserError
 from zskd_nni.response_norm import PrunedLocalResponseNorm
@@ -203,9 +203,9 @@ def compare(masked: nn.Module, shrunken: nn.Module, arguments: tuple[Any, ...]) 
     generator = torch.Generator().manual_seed(0)
     for given in (arguments, *(_random_like(arguments, generator, flat) for flat in (False, False, True))):
         with torch.no_grad():
-            expected = masked(*given)
+            expected = masked(*copied(given))
             try:
-                actual = shrunken(*given)
+                actual = shrunken(*copied(given))
             except Exception as error:
                 raise CannotShrinkError(
                     f"the shrunken {type(masked).__name__} does not run: {' '.join(str(error).splitlines()[:1])}"
@@ -433,7 +433,7 @@ def _model_speedup(
 
     speedup = RelativeModelSpeedup(
         model,
-        arguments,
+        copied(arguments),
         masks,
         customized_mask_updaters=[
             NoChangeMaskUpdater((nn.LocalResponseNorm, nn.Dropout, nn.Dropout2d, nn.Identity)),

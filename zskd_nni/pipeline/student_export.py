@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zskd_nni.export import export_onnx, run_onnx
 from zskd_nni.files import save_tensors
@@ -119,7 +119,7 @@ def export_integers(
 
 def answers_of(made: Made, spec: InputSpec) -> Callable[[Tensor], Tensor]:
     """What a student's network answers to images ``(N, C, H, W)``, in floating point."""
-    return lambda images: first_tensor(made.network(spec.normalise(images)))
+    return _answering(made.network, spec)
 
 
 def integer_answers(
@@ -130,5 +130,9 @@ def integer_answers(
         return lambda images: run_onnx(exported, images)
     from zskd_nni.compression.quantization import simulated
 
-    network = simulated(quantization)
-    return lambda images: first_tensor(network(spec.normalise(images)))
+    return _answering(simulated(quantization), spec)
+
+
+def _answering(network: nn.Module, spec: InputSpec) -> Callable[[Tensor], Tensor]:
+    # Copies: a network may change its input in place, and others are asked about the same images.
+    return lambda images: first_tensor(network(spec.normalise(images.clone())))

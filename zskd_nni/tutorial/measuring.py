@@ -66,7 +66,7 @@ def measure(
         if not isinstance(network, nn.Module):
             return network
         network = network.eval().to(device)
-        return lambda images: first_tensor(network(spec.normalise(images)))
+        return lambda images: first_tensor(network(spec.normalise(images.clone())))
 
     teachers = None if data is None else logits_on(teacher, data, spec, device)
     expected = teacher.predict(held_out.float())
