@@ -170,9 +170,10 @@ class _NormOfWholeBatches(TorchFunctionMode):
             return functional.batch_norm(values, running_mean, running_var, weight, bias, False, momentum, eps)
         dims = [dim for dim in range(values.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(values.ndim)]
-        own = values.new_tensor([values.numel() // values.shape[1]])
-        *sums, count = _Sum.apply(torch.cat([values.sum(dims), own]), self.team).split([values.shape[1], 1])
-        if int(count) < 2:
+        own = values.numel() // values.shape[1]
+        counted = torch.cat([values.sum(dims), values.new_full((1,), own)])
+        *sums, count = _Sum.apply(counted, self.team).split([values.shape[1], 1])
+        if own < 2 and int(count) < 2:  # the device is waited for only where there may be too few
             raise ValueError("Expected more than 1 value per channel when training")
         mean = sums[0] / count
         centred = values - mean.view(shape)

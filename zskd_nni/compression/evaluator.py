@@ -217,6 +217,11 @@ class DataFreeEvaluator(TorchEvaluator):
             transfer_batch(self.source, self.teacher, self.settings, step, random, model)
         )
 
+    @property
+    def calibration_batch(self) -> int:
+        """How many images a quantizer is calibrated on at once: 256, fewer of large ones."""
+        return min(_CALIBRATION_BATCH, self.teacher.spec.measuring_batch)
+
     @torch.no_grad()
     def calibration_set(self) -> Tensor:
         """The first ``calibration_images`` images of the source as the networks see them, without augmentation."""
@@ -243,7 +248,7 @@ class DataFreeEvaluator(TorchEvaluator):
         model.eval()
         try:
             with torch.no_grad():
-                parts = self.calibration_set().split(_CALIBRATION_BATCH)
+                parts = self.calibration_set().split(self.calibration_batch)
                 student = torch.cat([first_tensor(model(part)) for part in parts])
                 teacher = torch.cat([self.teacher.output(self.teacher.model(part)) for part in parts])
         finally:

@@ -42,6 +42,7 @@ from zskd_nni.compression.quantization import (
 from zskd_nni.compression.quantized_export import integer_model
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError, said_of
+from zskd_nni.inputs import images_at_once
 from zskd_nni.metrics import agreement
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.transfer import NoiseSource, TransferSource
@@ -285,4 +286,5 @@ def compress_in_one_training(
 
 @torch.no_grad()
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([first_tensor(model(part)) for part in images.split(256)])
+    at_once = images_at_once(images[0].numel())
+    return torch.cat([first_tensor(model(part)) for part in images.split(at_once)])
