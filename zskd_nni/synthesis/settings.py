@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from zskd_nni.identity import LATER, MEANING
 
-STARTS = ("uniform", "smooth", "shapes", "mixed")
+STARTS = ("uniform", "black", "smooth", "shapes", "mixed")
 RANGES = ("clamp", "rescale", "free")
 
 
@@ -24,8 +24,8 @@ class SynthesisSettings:
             ``max_steps``, as published.
         patience: an image also leaves when its divergence has not fallen by a hundredth of itself in that many
             steps; 0 never gives up.
-        start: ``uniform`` noise over the value range (the paper's), ``smooth`` noise, ``shapes`` or ``mixed``; see
-            :mod:`zskd_nni.synthesis.starts`.
+        start: ``uniform`` noise over the value range (ZSKD's paper), ``black``, ``smooth`` noise, ``shapes`` or
+            ``mixed``; see :mod:`zskd_nni.synthesis.starts`.
         hold: probability that the empty background of a shape is held, in [0, 1].
         total_variation: weight of the smoothness prior beside the divergence times temperature / 20, drawn for each
             image log-uniformly between the two; (0, 0) for none.

@@ -1,9 +1,10 @@
 """What an image is before its first step, and which of its pixels may change.
 
-``uniform`` noise is the paper's. ``smooth`` noise has a random coarseness, brightness and contrast. ``shapes`` are
-random figures (boxes, ellipses, polygons, blobs, bands, joined and cut, half of them mirror-symmetric) filled with
-smooth noise on an empty background that is held as it is, as most of a black background is in a set of centred
-objects. ``mixed`` deals out ``shapes`` and ``smooth`` by chance. All of it is procedural: no image is involved.
+``uniform`` noise is that of ZSKD's paper. ``black`` is the lowest value everywhere, so that only their targets tell
+images apart, and what no target asks for stays empty. ``smooth`` noise has a random coarseness, brightness and
+contrast. ``shapes`` are random figures (boxes, ellipses, polygons, blobs, bands, joined and cut, half of them
+mirror-symmetric) filled with smooth noise on an empty background that is held as it is, as most of a black background
+is in a set of centred objects. ``mixed`` deals out ``shapes`` and ``smooth`` by chance. All of it is procedural: no image is involved.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def start_images(
     free: Tensor | None = None
     if kind == "uniform":
         unit = torch.rand((count, *spec.shape), generator=random)
+    elif kind == "black":
+        unit = torch.zeros(count, *spec.shape)
     elif kind == "smooth":
         unit = torch.cat([draw.smooth(size) for size in _blocks(count)])
     else:
