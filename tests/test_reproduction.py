@@ -505,14 +505,19 @@ def test_damaged_records_are_named(content: str, message: str, tmp_path: Path) -
 
 
 def altered(
-    record: dict[str, Any], cell: Cell, seed: int, student: float | None, teacher: float = 99.34
+    record: dict[str, Any],
+    cell: Cell,
+    seed: int,
+    student: float | None,
+    teacher: float = 99.34,
+    scale: str = "full",
 ) -> dict[str, Any]:
     """A real record under another name, with another accuracy."""
     changed = copy.deepcopy(record)
     names = {"cell": cell.name, "pair": cell.pair, "method": cell.method, "preset": cell.preset or None}
-    changed.update(names, variant=cell.variant or None, seed=seed, scale="full")
+    changed.update(names, variant=cell.variant or None, seed=seed, scale=scale)
     changed["accuracy"] = {"teacher": teacher, "student": student}
-    changed["fingerprint"] = resolve(cell, "full").fingerprint(changed["provenance"]["teacher"], seed)
+    changed["fingerprint"] = resolve(cell, scale).fingerprint(changed["provenance"]["teacher"], seed)
     return changed
 
 
@@ -540,6 +545,8 @@ def test_means_targets_and_published_numbers(a_record: dict[str, Any]) -> None:
     assert "98.90: met; 99.10 (real KD - 0.2): missed by 0.13" in line_of(page, "| zskd | best | - |")
     assert "98.95 (teacher - 0.39): met" in line_of(page, "| real-kd | best | - |")
     assert "2 of 18 cells, 4 of 54 runs." in page
+    smaller = line_of(render_page([altered(a_record, best, 0, 98.8, scale="cpu")]), "| zskd | best | - |")
+    assert "98.90" not in smaller, "targets are those of full size"
     assert mean_and_deviation([]) == "-"
 
 

@@ -46,7 +46,7 @@ one run of `zskd-nni reproduce`: one cell with one seed.
   its paper.
 - *published* is the paper's own number with its own teacher; ours are other networks' weights, so that the distance to
   the teacher tells more than the number.
-- *target* is what we set out to reach, and whether the mean does.
+- *target* is what we set out to reach at full size, and whether the mean does.
 - Presets were chosen on a slice of Fashion-MNIST's training split, with teachers trained for that choice, and frozen.
   Where it was otherwise (MNIST's steps, CIFAR's settings, ATS and ZSKT) `selected_on` of each record says how. The
   shipped teachers have seen the whole split.
@@ -233,7 +233,7 @@ def _sources(cells: Sequence[Cell]) -> str:
 
 def _target(cell: Cell, group: Group, scale: str, groups: dict[tuple[str, str], Group]) -> str:
     target = None if cell.variant or cell.network else TARGETS.get((cell.pair, cell.method, cell.preset))
-    if target is None or not _students(group):
+    if target is None or scale != "full" or not _students(group):
         return "-"
     mean, shown = statistics.mean(_students(group)), []
     for name, least in _parts(target, cell.pair, group, scale, groups):
