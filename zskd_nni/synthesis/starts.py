@@ -4,7 +4,8 @@
 images apart, and what no target asks for stays empty. ``smooth`` noise has a random coarseness, brightness and
 contrast. ``shapes`` are random figures (boxes, ellipses, polygons, blobs, bands, joined and cut, half of them
 mirror-symmetric) filled with smooth noise on an empty background that is held as it is, as most of a black background
-is in a set of centred objects. ``mixed`` deals out ``shapes`` and ``smooth`` by chance. All of it is procedural: no image is involved.
+is in a set of centred objects. ``mixed`` deals out ``shapes`` and ``smooth`` by chance. All of it is procedural: no
+image is involved.
 """
 
 from __future__ import annotations
