@@ -306,7 +306,8 @@ def test_presets() -> None:
     assert (paper.targets.temperature, paper.synthesis.temperature) == (1, 1)
     assert best.synthesis == find_method("zskd").options("best", {}).synthesis
     published = find_method("zskd").options("paper", {}).synthesis
-    assert paper.synthesis == replace(published, temperature=1.0, learning_rate=0.05, max_steps=100)
+    chosen = {"temperature": 1.0, "learning_rate": 0.05, "max_steps": 100, "start": "black"}
+    assert paper.synthesis == replace(published, **chosen)
     changed = method.options("paper", {"targets": {"sigma": 2}, "synthesis": {"max_steps": 3}})
     assert (changed.targets.sigma, changed.targets.activation_weight, changed.synthesis.max_steps) == (2, 0.05, 3)
     assert zskd.PRESETS["paper"]["synthesis"]["max_steps"] == 30, "a change must not stick to the preset"

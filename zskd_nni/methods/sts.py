@@ -300,6 +300,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "targets": {"sigma": 1.5, "activation_weight": 0.05, "temperature": 1.0, "clamp": "none"},
         "synthesis": {
             **zskd.PRESETS["paper"]["synthesis"],
+            "start": "black",
             "temperature": 1.0,
             "learning_rate": 0.05,
             "max_steps": 100,
