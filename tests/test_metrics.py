@@ -215,6 +215,25 @@ def test_a_hundred_classes() -> None:
     assert result.error == pytest.approx(expected, abs=1e-5)
 
 
+class ShiftsItsInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(0.5)
+
+
+def test_networks_that_change_their_input_in_place() -> None:
+    student, teacher = soft_network(1), soft_network(2)
+    plain = mean_transition_error(nn.Sequential(Shift(), student), teacher, images := gaussian_images(10), steps=5)
+    before = images.clone()
+    changing = mean_transition_error(nn.Sequential(ShiftsItsInput(), student), teacher, images, steps=5)
+    assert changing.error == plain.error > 0
+    assert torch.equal(images, before)
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5
+
+
 def test_networks_that_agree_nowhere() -> None:
     network = soft_network(1)
     shifted = nn.Sequential(network, Roll())

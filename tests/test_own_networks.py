@@ -207,7 +207,8 @@ def test_lazy_layers_are_named(project: Path) -> None:
         build_network("nets_of_mine.py:lazy", base=project)
 
 
-def test_a_student_may_change_its_input_in_place(project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_student_may_change_its_input_in_place(project: Path, tmp_path: Path, fused: bool) -> None:
     """Pruned, shrunken, quantized, exported and measured as if it did not."""
     quantized = "{op_types: [Conv2d, Linear], target_names: [_input_, weight], quant_dtype: int8, quant_scheme: affine}"
     changes = [
@@ -215,6 +216,7 @@ def test_a_student_may_change_its_input_in_place(project: Path, tmp_path: Path) 
         "student.model=nets_of_mine.py:Shifted",
         "compression.pruning={steps: 2, config_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]}",
         f"compression.quantization={{quantizer: QATQuantizer, steps: 3, config_list: [{quantized}]}}",
+        f"compression.quantization.fused={str(fused).lower()}",
         "controls=[none]",
     ]
     reports = []

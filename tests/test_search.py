@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from zskd_nni.experiments.nni_manager import lives
 from zskd_nni.experiments.probe import load_probe, make_probe, save_probe
 from zskd_nni.experiments.search import BEST, SEARCH, Search, render_trials
 from zskd_nni.experiments.search_config import experiment_config, tuner_config
-from zskd_nni.experiments.search_job import check_carried, chosen_files, relocated, relocated_choices
+from zskd_nni.experiments.search_job import check_carried, named_files, relocated, relocated_choices
 from zskd_nni.experiments.search_trial import JOB, PROBE, RECIPE, measure, run_trial
 from zskd_nni.experiments.search_tuner import RememberingTuner
 from zskd_nni.files import load_tensors, read_json, write_json
@@ -852,9 +853,79 @@ def test_a_search_over_files_leaves_a_recipe_that_finds_them(tmp_path: Path) -> 
     assert sum(parameter.numel() for parameter in best.network(best.recipe.student).parameters()) == 16570
     # What a choice brings is part of what is searched.
     known = search.identity["files"]
-    assert list(known) == [str(tmp_path / "nets.py")]
+    assert list(known) == ["nets.py:narrow", "nets.py:wide"]
     (tmp_path / "nets.py").write_text(NETWORKS.replace("16", "12"))
-    assert Search(load_recipe(write(tmp_path, content)), out, quiet=True).identity["files"] != known
+    again = Search(load_recipe(write(tmp_path, content)), out, quiet=True)
+    assert again.identity["files"] != known
+    write_json(out / SEARCH, {"identity": search.identity})
+    with pytest.raises(UserError, match=r"belongs to another search \(files\.nets\.py:narrow is"):
+        again._claim()
+    earlier = {key: value for key, value in again.identity.items() if key != "files"}
+    write_json(out / SEARCH, {"identity": earlier})  # of a version that did not note them
+    again._claim()
+    assert read_json(out / SEARCH)["identity"] == again.identity
+
+
+def test_a_search_knows_the_files_that_its_trials_read(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETWORKS + "\n\ndef made(width):\n    return wide()\n")
+    for name in ("a.npz", "b.npz"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_text("one")
+    content = tiny()
+    del content["compression"]
+    content["student"] = {"model": "nets.py:made"}
+    content["transfer"] = {"method": "ats", "size": 40, "held_out": 20, "sources": ["a.npz"]}
+    content["search"]["space"] = {
+        "student.arguments.width": {"_type": "choice", "_value": [4, 8]},  # without it there is no network
+        **sources(["a.npz"], ["b.npz", "images"]),
+    }
+
+    def identity(folder: Path) -> dict[str, Any]:
+        return Search(load_recipe(write(folder, content)), tmp_path / "out", quiet=True).identity
+
+    seen = [identity(tmp_path)]
+    assert list(seen[0]["files"]) == ["a.npz", "b.npz", "images", "nets.py:made"]
+    for name in ("a.npz", "images/1.png", "nets.py"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+        seen.append(identity(tmp_path))
+        assert seen[-1]["files"] != seen[-2]["files"], name
+    assert seen[-1]["code"] != seen[0]["code"]
+    shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=lambda *_: ["elsewhere"])
+    assert identity(tmp_path / "elsewhere") == seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("controls.0", "trials make no controls"),
+        ("search.trials", "a trial searches nothing itself"),
+        ("scales.cpu", "before it is searched"),
+        ("evaluation.data", "no trial opens a real image"),
+    ],
+)
+def test_what_trials_do_not_have_is_not_searched(tmp_path: Path, path: str, reason: str) -> None:
+    content = tiny()
+    content["search"]["space"] = {path: {"_type": "choice", "_value": ["digits", "mnist"]}}
+    with pytest.raises(UserError, match=rf"search\.space\.{path} makes no difference to any trial: .*{reason}"):
+        Search(load_recipe(write(tmp_path, content)), tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("transfer", "space"),
+    [
+        ({"method": "ats"}, {"transfer.sources": [["shapes"], ["typo.npz"]]}),
+        ({"method": "real", "data": "digits"}, {"transfer.data": ["digits", "typo.npz"]}),
+        ({"method": "real", "data": "typo.npz"}, {"distillation.batch": [20, 30]}),
+    ],
+)
+def test_images_that_are_not_there_are_refused_beforehand(
+    tmp_path: Path, transfer: dict[str, Any], space: dict[str, list[Any]]
+) -> None:
+    content = {**tiny(), "transfer": {**transfer, "size": 40, "held_out": 20}}
+    content["search"]["space"] = {path: {"_type": "choice", "_value": values} for path, values in space.items()}
+    with pytest.raises(UserError, match=r"transfer\.(data|sources\.0): there is no file or folder typo\.npz"):
+        Search(load_recipe(write(tmp_path, content)), tmp_path / "out", quiet=True)
 
 
 def test_files_of_choices_are_carried(tmp_path: Path) -> None:
@@ -879,7 +950,7 @@ def test_files_of_choices_are_carried(tmp_path: Path) -> None:
     assert (job / first["moved"][1]).read_text() == "b.npz"
     assert (second["path"], second["value"]) == ("student.weights", "a.safetensors")
     assert (job / second["moved"]).read_text() == "a.safetensors"
-    assert [Path(name).name for name in chosen_files(loaded, space)] == ["a.safetensors", "b.npz"]
+    assert list(named_files(loaded, space)) == ["a.safetensors", "b.npz"]
     space = sources(["images"])
     with pytest.raises(UserError, match=r"transfer\.sources\.0: .*images is a folder.*nothing but files"):
         check_carried(loaded, space)

@@ -67,7 +67,8 @@ class Candidates:
         sources: names of procedural sources, data sets or paths; they take turns.
         spec: shape and value range.
         limit: procedural candidates of each source, at most.
-        seed: names the random streams; real images come in an order drawn from it.
+        seed: names the random streams; real images come in an order drawn from it and, where they are no named data
+            set, from their content.
         where: real images are.
         split: of named data sets.
         deviation: of ``noise-gaussian``, as :func:`procedural_images` takes it.
@@ -98,8 +99,10 @@ class Candidates:
             count = limit
             if name not in PROCEDURAL:
                 images = self._part_of(self._read(name, where or Whereabouts()), name, where or Whereabouts())
-                order = torch.randperm(len(images), generator=generator(seed, "order of candidates", name))
                 self.data[name] = sha256_of_bytes(images.images.contiguous().numpy().tobytes())
+                # By content: a file is spelt otherwise from another folder, and is to give the same set there.
+                stream = name if name in NAMED_SETS else self.data[name]
+                order = torch.randperm(len(images), generator=generator(seed, "order of candidates", stream))
                 self._real[name] = images.subset(order)
                 count = len(images)
             blocks.append([(name, first, min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)])

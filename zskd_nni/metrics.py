@@ -58,7 +58,8 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
 
 
 def _answer(network: Network | Teacher, images: Tensor) -> Tensor:
-    """Logits of normalised images."""
+    """Logits of normalised images, which stay as they are where a network changes its input in place."""
+    images = images.clone()
     if isinstance(network, Teacher):  # called itself it would normalise once more
         return network.output(network.model(images))
     return first_tensor(network(images))

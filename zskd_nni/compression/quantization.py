@@ -152,7 +152,7 @@ def quantize(
     student.eval()
     probe_input = evaluator.get_dummy_input() if dummy_input is None else dummy_input
     with torch.no_grad():
-        answer = first_tensor(student(probe_input))
+        answer = first_tensor(student(probe_input.clone()))  # it may change its input in place
     top.unwrap_model()
     if not torch.isfinite(answer).all():
         raise UserError(f"The network quantized by {name} answers with values that are not finite; train it with less.")

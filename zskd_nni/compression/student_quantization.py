@@ -287,4 +287,5 @@ def compress_in_one_training(
 @torch.no_grad()
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
     at_once = images_at_once(images[0].numel())
-    return torch.cat([first_tensor(model(part)) for part in images.split(at_once)])
+    # copies: a network may change its input in place, and the same images are asked about again
+    return torch.cat([first_tensor(model(part.clone())) for part in images.split(at_once)])

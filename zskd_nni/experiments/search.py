@@ -26,14 +26,14 @@ from zskd_nni.errors import UserError
 from zskd_nni.experiments.nni_manager import LOOPBACK, Manager
 from zskd_nni.experiments.probe import save_probe
 from zskd_nni.experiments.search_config import check_config, experiment_config, is_local, remembering, tuner_config
-from zskd_nni.experiments.search_job import check_carried, chosen_files, relocated, relocated_choices
+from zskd_nni.experiments.search_job import check_carried, check_there, named_files, relocated, relocated_choices
 from zskd_nni.experiments.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
 from zskd_nni.files import make_folder, only_writer, read_json, write_atomic, write_json
 from zskd_nni.identity import taken_over
 from zskd_nni.networks import code_fingerprint, network_fingerprint
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import LoadedRecipe, Recipe, check_recipe
-from zskd_nni.search_space import corners, pairs, with_parameters
+from zskd_nni.search_space import corners, dimensions, pairs, with_parameters
 
 SEARCH, TRIALS, BEST, PROPOSED = "search.json", "trials.json", "best.yml", "proposed.jsonl"
 _POLL = 0.5
@@ -97,9 +97,10 @@ class Search:
             "folder": str(self.out),
         }
         self.identity.update(self._student_identity())
-        brought = chosen_files(self._handed(), self.section.space)
-        if brought:
-            self.identity["files"] = brought
+        known = ("teacher", "student") if "student" in self.identity else ("teacher",)
+        files = named_files(self._handed(), self.section.space, known)
+        if files:
+            self.identity["files"] = files
 
     def _student_identity(self) -> dict[str, str]:
         """The student's weights and code, which may change while the recipe stays."""
@@ -107,12 +108,14 @@ class Search:
         if section is None:
             return {}
         found: dict[str, str] = {}
-        with torch.random.fork_rng(devices=[]), contextlib.suppress(UserError):  # the space may give what it lacks
-            torch.manual_seed(self.seed)
-            found["student"] = network_fingerprint(self.loaded.network(section))
+        # The space may give what it lacks; without a factory there is no code, without its arguments no network.
+        with contextlib.suppress(UserError):
             code = code_fingerprint(section.model, self.loaded.base)
             if code is not None:
                 found["code"] = code
+        with torch.random.fork_rng(devices=[]), contextlib.suppress(UserError):
+            torch.manual_seed(self.seed)
+            found["student"] = network_fingerprint(self.loaded.network(section))
         return found
 
     # What can be known beforehand.
@@ -143,14 +146,30 @@ class Search:
 
     def _check_space(self) -> None:
         """Every choice and both ends of every range, each alone, must make a recipe that can begin."""
+        for one in dimensions(self.section.space):
+            self._check_is_tried(one.path)
         for path, value, flat in corners(self.section.space):
             try:
                 source, recipe = self._with(flat)
+                check_there(LoadedRecipe(recipe, self.loaded.base, source))
                 if path.split(".")[0] in ("compression", "student", "teacher"):
                     plain = recipe.model_copy(update={"evaluation": None})
                     Run(LoadedRecipe(plain, self.loaded.base, source), self.out, quiet=True)
             except (ValueError, UserError) as error:
                 raise UserError(f"search.space.{path}: with {value!r}, {error}") from error
+
+    def _check_is_tried(self, path: str) -> None:
+        """Refuse to search what trials do not have."""
+        first = path.split(".")[0]
+        reasons = {
+            "controls": "trials make no controls",
+            "search": "a trial searches nothing itself",
+            "scales": "a scale is put over a recipe before it is searched (--scale)",
+        }
+        if self.section.objective == "agreement":
+            reasons["evaluation"] = "agreement is measured on the probe set, and no trial opens a real image"
+        if first in reasons:
+            raise UserError(f"search.space.{path} makes no difference to any trial: {reasons[first]}. Leave it out.")
 
     def _check_pairs(self) -> None:
         """A value must make a recipe with some value of every other key, or all trials that draw it fail.
@@ -210,8 +229,16 @@ class Search:
         return self._conclude(table)
 
     def _claim(self) -> None:
-        taken_over(self.out, SEARCH, "search", self.identity)
+        taken_over(self.out, SEARCH, "search", self._comparable())
         write_json(self.out / SEARCH, {"identity": self.identity})
+
+    def _comparable(self) -> dict[str, Any]:
+        """The identity; without what an earlier version did not note down, where one began this search."""
+        path = self.out / SEARCH
+        known = read_json(path).get("identity") if path.exists() else None
+        if not isinstance(known, dict) or "files" in known:
+            return self.identity
+        return {key: value for key, value in self.identity.items() if key != "files"}
 
     def _known_table(self) -> dict[str, Any]:
         path = self.out / TRIALS

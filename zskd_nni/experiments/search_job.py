@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from zskd_nni.candidate_images import PROCEDURAL
 from zskd_nni.data import NAMED_SETS
 from zskd_nni.errors import UserError
-from zskd_nni.files import make_folder, sha256_of_bytes, write_atomic
+from zskd_nni.files import fingerprint_of, make_folder, sha256_of_bytes, sha256_of_file, write_atomic
 from zskd_nni.key_paths import get_at
 from zskd_nni.recipe import LoadedRecipe
 from zskd_nni.search_space import corners, with_parameters
@@ -23,19 +23,22 @@ FILES = "files"
 _NOT_FILES = (*NAMED_SETS, *PROCEDURAL)
 
 
-def relocated(loaded: LoadedRecipe, folder: Path, carry: bool = False) -> dict[str, Any]:
+def relocated(loaded: LoadedRecipe, folder: Path, carry: bool = False, under: str = "") -> dict[str, Any]:
     """A recipe's plain mapping for a file in ``folder``, without its ``search`` section.
 
     Args:
         loaded: the recipe.
         folder: where it shall hold.
         carry: copy the files it names into ``folder / "files"``, so that the folder can go to another machine.
+        under: leave alone what does not stand at or below this key path.
 
     Raises:
         UserError: what is to be carried is a folder, or cannot be read.
     """
     source = _plain(loaded)
     for where, place, key, path in _named(source, loaded.base):
+        if under and not f"{where}.".startswith(f"{under}."):
+            continue
         moved = f"{FILES}/{_carried(where, path, folder / FILES)}" if carry else os.path.relpath(path, folder)
         _, colon, name = place[key].rpartition(":") if key == "model" else ("", "", "")
         place[key] = f"{moved}{colon}{name}"
@@ -61,17 +64,49 @@ def relocated_choices(
     """
     choices = []
     for path, value, chosen in _choices(loaded, space):
-        moved = get_at(relocated(chosen, folder, carry), path)
+        moved = get_at(relocated(chosen, folder, carry, path), path)
         if moved != value:
             choices.append({"path": path, "value": value, "moved": moved})
     return choices
 
 
-def chosen_files(loaded: LoadedRecipe, space: Mapping[str, Any]) -> dict[str, str]:
-    """The files that choices of a search space bring, and hashes of their content; folders are left out."""
-    own = {path for *_, path in _named(_plain(loaded), loaded.base)}
-    brought = {path for *_, chosen in _choices(loaded, space) for *_, path in _named(_plain(chosen), chosen.base)}
-    return {str(path): sha256_of_bytes(path.read_bytes()) for path in sorted(brought - own) if path.is_file()}
+def named_files(loaded: LoadedRecipe, space: Mapping[str, Any], known: Sequence[str] = ()) -> dict[str, str]:
+    """The files and folders that a recipe and the choices of a search space name, and hashes of their content.
+
+    Args:
+        loaded: the recipe that is searched.
+        space: the search space.
+        known: sections of the recipe whose own files are left out.
+
+    Returns:
+        Hashes by what the recipe calls the files.
+    """
+    own = [entry for entry in _named(_plain(loaded), loaded.base) if entry[0].split(".")[0] not in known]
+    passed = {path for *_, path in _named(_plain(loaded), loaded.base)} - {path for *_, path in own}
+    brought = [entry for *_, chosen in _choices(loaded, space) for entry in _named(_plain(chosen), chosen.base)]
+    found = {str(place[key]): path for _, place, key, path in (*own, *brought) if path not in passed}
+    hashes = {path: _content_hash(path) for path in set(found.values())}
+    return {text: hashes[path] for text, path in sorted(found.items())}
+
+
+def check_there(loaded: LoadedRecipe) -> None:
+    """Refuse a recipe whose transfer images are neither a known set nor something that is there.
+
+    Raises:
+        UserError: the file or folder is missing.
+    """
+    source = _plain(loaded)
+    there = {where for where, *_ in _named(source, loaded.base)}
+    for where, place, key in _places(source):
+        if where.startswith("transfer.") and where not in there:
+            raise UserError(f"{where}: there is no file or folder {place[key]}, and no set of images is called so.")
+
+
+def _content_hash(path: Path) -> str:
+    if path.is_file():
+        return sha256_of_file(path)
+    inside = sorted(entry for entry in path.rglob("*") if entry.is_file())
+    return fingerprint_of([[entry.relative_to(path).as_posix(), sha256_of_file(entry)] for entry in inside])
 
 
 def check_carried(loaded: LoadedRecipe, space: Mapping[str, Any]) -> None:
@@ -114,7 +149,8 @@ def _carried(where: str, path: Path, folder: Path) -> str:
         raise UserError(f"{where}: {path} cannot be read ({error.strerror}).") from error
     stem = re.sub(r"\W", "_", path.stem, flags=re.ASCII)
     name = f"{'_' if stem[:1].isdigit() else ''}{stem}_{sha256_of_bytes(content)[:12]}{path.suffix}"
-    write_atomic(make_folder(folder) / name, content)
+    if not (folder / name).exists():
+        write_atomic(make_folder(folder) / name, content)
     return name
 
 

@@ -352,10 +352,12 @@ def _make(
         if finished.whole():
             return finished
     classes = _Classes(teacher.num_classes, size // teacher.num_classes, teacher.spec.shape, settings.balanced)
-    progress_path, fingerprint = folder / PROGRESS, fingerprint_of(identity)
+    fingerprint = fingerprint_of(identity)
+    # What was begun when files were ordered by their names is begun anew.
+    progress_path, begun = folder / PROGRESS, f"{fingerprint}, by content"
     if progress_path.exists():
         state, metadata = load_sealed(progress_path)
-        if metadata.get("fingerprint") == fingerprint and set(state) == set(_Classes._NAMES):
+        if metadata.get("fingerprint") == begun and set(state) == set(_Classes._NAMES):
             classes.restore(state)
     saved = time.monotonic()
 
@@ -364,10 +366,10 @@ def _make(
         try:
             interrupt.check()
         except interrupt.Interrupted:
-            save_sealed(progress_path, classes.state(), {"fingerprint": fingerprint})
+            save_sealed(progress_path, classes.state(), {"fingerprint": begun})
             raise
         if time.monotonic() - saved >= save_every:
-            save_sealed(progress_path, classes.state(), {"fingerprint": fingerprint})
+            save_sealed(progress_path, classes.state(), {"fingerprint": begun})
             saved = time.monotonic()
 
     done = sum(count for _, _, count in candidates.plan[: int(classes.block)])
