@@ -166,7 +166,7 @@ def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
     if cell.method in SOURCES and cell.method != "ats" and cell.preset in PUBLISHED_STUDENT:
         published = {**PUBLISHED_STUDENT[cell.preset], **pair.published_student}
         published["augmentation"] = replace(student.augmentation, **published.get("augmentation", {}))
-        published["steps"] = scale.published_steps or scale.steps
+        published["batch"] = scale.published_batch or student.batch
         student = replace(student, **published)
     changes = dict(cell.student)
     if "augmentation" in changes:
@@ -174,8 +174,9 @@ def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
     for key in ("temperature", "features", "learning_rate"):
         if key in changes and changes[key] is None:
             changes[key] = getattr(pair.student, key)
-    if "steps" in changes and changes["steps"] is None:
-        changes["steps"] = scale.steps
+    for key, own in (("steps", scale.steps), ("batch", scale.batch or pair.student.batch)):
+        if key in changes and changes[key] is None:
+            changes[key] = own
     return replace(student, **changes)
 
 

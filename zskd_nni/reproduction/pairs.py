@@ -67,7 +67,7 @@ class Scale:
         mte_images: agreed test images on which the mean transition error is measured (the paper: 1,000).
         mte_steps: K (the paper: 100).
         training_images: of the training split at most so many are read; None for all.
-        published_steps: of a student of the presets of :data:`PUBLISHED_STUDENT`, where not ``steps``.
+        published_batch: images a step of a student of the presets of :data:`PUBLISHED_STUDENT`, instead of ``batch``.
     """
 
     sizes: Mapping[str, int]
@@ -79,7 +79,7 @@ class Scale:
     mte_images: int = 500
     mte_steps: int = 100
     training_images: int | None = None
-    published_steps: int | None = None
+    published_batch: int | None = None
 
     def size(self, preset: str) -> int:
         """Images of a preset's transfer set."""
@@ -218,7 +218,7 @@ PAIRS: dict[str, Pair] = {
         ),
         scales={
             # 24,000 is the paper's headline for MNIST; the schedule of best's student is Fashion-MNIST's.
-            "full": Scale(sizes={"": 24000}, steps=12000, published_steps=48000),
+            "full": Scale(sizes={"": 24000}, steps=12000, published_batch=512),
             "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"": {"rounds": 300}, "best": {}}),
             "smoke": _SMOKE,
         },
@@ -247,7 +247,7 @@ PAIRS: dict[str, Pair] = {
         ),
         scales={
             # 48,000 is the paper's headline for Fashion-MNIST.
-            "full": Scale(sizes={"": 24000, "paper": 48000, "author-code": 48000}, steps=12000),
+            "full": Scale(sizes={"": 24000, "paper": 48000, "author-code": 48000}, steps=12000, published_batch=512),
             "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"": {"rounds": 300}, "best": {}}),
             "smoke": _SMOKE,
         },

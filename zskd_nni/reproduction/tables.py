@@ -122,7 +122,7 @@ def _ablation(pair: str) -> list[Cell]:
     ) -> Cell:
         # As large as best and taught as long, so that these are no ingredients; the student as plain as may be.
         options = {"synthesis": synthesis} if synthesis else {}
-        student = {**(NOT_AUGMENTED if student is None else student), "steps": None}
+        student = {**(NOT_AUGMENTED if student is None else student), "batch": None}
         return _cell(pair, "zskd", "paper", variant, size="best", options=options, student=student)
 
     cells = [alone("base")]
