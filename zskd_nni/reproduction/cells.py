@@ -166,6 +166,7 @@ def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
     if cell.method in SOURCES and cell.method != "ats" and cell.preset in PUBLISHED_STUDENT:
         published = {**PUBLISHED_STUDENT[cell.preset], **pair.published_student}
         published["augmentation"] = replace(student.augmentation, **published.get("augmentation", {}))
+        published["steps"] = scale.published_steps or scale.steps
         published["batch"] = scale.published_batch or student.batch
         student = replace(student, **published)
     changes = dict(cell.student)
