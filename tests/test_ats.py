@@ -116,6 +116,14 @@ def test_the_teacher_decides_not_the_labels_that_came_along(tmp_path: Path) -> N
     assert not torch.equal(other.images(), found.images()), "the order is drawn from the seed"
 
 
+def test_a_file_gives_one_set_by_any_of_its_names(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    names = [scarce_pool(tmp_path, (60, 60, 60, 40, 50)), f"{tmp_path}/folder/../scarce.npz"]
+    sets = [made(tmp_path / str(number), sources=(name,)) for number, name in enumerate(names)]
+    for one, other in zip(*map(bundle, sets), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_sources_take_turns(tmp_path: Path) -> None:
     candidates = Candidates(("noise-uniform", "digits", "shapes"), SMALL, 400, 0)
     names = [name for name, _, _ in candidates.plan]

@@ -185,7 +185,7 @@ _MNIST_PUBLISHED: dict[str, Any] = {
     "learning_rate": 0.01,
     "augmentation": {"contrast": 0.3, "rotation": 16, "translation": 0.1, "scale": (0.8, 1.2), "shear": 6},
 }
-# Students without hidden layers to match lie far apart from seed to seed: on the slice 83.4 and 76.1 (128 images a step),
+# Students without hidden layers to match lie far apart from seed to seed: on the slice 83.4 and 76.1 (128 a step),
 # 79.4 with images moved less. Batches of 512 bring them nearer to each other and further (Scale.published_batch).
 _FASHION_PUBLISHED: dict[str, Any] = {
     "learning_rate": 0.01,
