@@ -26,11 +26,12 @@ from zskd_nni.errors import UserError
 from zskd_nni.experiments import search as search_module
 from zskd_nni.experiments.nni_manager import lives
 from zskd_nni.experiments.probe import load_probe, make_probe, save_probe
-from zskd_nni.experiments.search import BEST, SEARCH, Search, render_trials
+from zskd_nni.experiments.search import BEST, SEARCH, Search
 from zskd_nni.experiments.search_config import experiment_config, tuner_config
 from zskd_nni.experiments.search_job import check_carried, named_files, relocated, relocated_choices
 from zskd_nni.experiments.search_trial import JOB, PROBE, RECIPE, measure, run_trial
 from zskd_nni.experiments.search_tuner import RememberingTuner
+from zskd_nni.experiments.trial_table import render_trials
 from zskd_nni.files import load_tensors, read_json, write_json
 from zskd_nni.metrics import accuracy
 from zskd_nni.pipeline import Run

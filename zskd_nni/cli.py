@@ -266,7 +266,8 @@ def search(
 ) -> None:
     """Search a recipe's settings by an NNI experiment, without data; docs/experiments.md."""
     from zskd_nni.data import data_root as find_root
-    from zskd_nni.experiments.search import BEST, Search, render_trials
+    from zskd_nni.experiments.search import BEST, Search
+    from zskd_nni.experiments.trial_table import render_trials
     from zskd_nni.recipe import load_recipe
 
     loaded = load_recipe(recipe, changes or (), seed, scale)

@@ -28,6 +28,7 @@ from zskd_nni.experiments.probe import save_probe
 from zskd_nni.experiments.search_config import check_config, experiment_config, is_local, remembering, tuner_config
 from zskd_nni.experiments.search_job import check_carried, check_there, named_files, relocated, relocated_choices
 from zskd_nni.experiments.search_trial import JOB, OVER_BUDGET, PROBE, RECIPE
+from zskd_nni.experiments.trial_table import on_real_images, remarks, say_real
 from zskd_nni.files import make_folder, only_writer, read_json, write_atomic, write_json
 from zskd_nni.identity import taken_over
 from zskd_nni.networks import code_fingerprint, network_fingerprint
@@ -407,7 +408,7 @@ class Search:
             "objective_on": f"the probe set ({self.section.probe:,} images made from the teacher)"
             if agreement
             else f"real images ({self._measured_on()}): NOT data-free",
-            "data_free": agreement and not _on_real_images(numbered),
+            "data_free": agreement and not on_real_images(numbered),
             "max_bytes": self.section.max_bytes,
             "best": None if best is None else best["number"],
             "trials": numbered,
@@ -425,7 +426,7 @@ class Search:
             return
         what = f"{self.section.objective} {row['objective']:.2f} %, {row['bytes']:,} bytes" if row["bytes"] else ""
         reason = row["reason"] if row["status"] == "failed" else ""
-        text = ", ".join(filter(None, (row["status"], what, reason, *_remarks(row))))
+        text = ", ".join(filter(None, (row["status"], what, reason, *remarks(row))))
         given = ", ".join(f"{path} {value}" for path, value in row["parameters"].items())
         print(f"trial {row['number']} of {self.section.trials}: {text} ({given})", file=sys.stderr, flush=True)
 
@@ -457,76 +458,14 @@ class Search:
         )
         if row.get("note"):
             head += f"# {row['note']}.\n"
-        real = _on_real_images(table["trials"])
+        real = on_real_images(table["trials"])
         if row["number"] in real:
             head += "# It reads real images: NOT data-free.\n"
         elif real:
-            head += f"# {_real(real)}, this one does not: the search is NOT data-free.\n"
+            head += f"# {say_real(real)}, this one does not: the search is NOT data-free.\n"
         write_atomic(self.out / BEST, head + yaml.safe_dump(source, sort_keys=False))
         return table
 
 
 def _final(metrics: list[Any]) -> dict[str, Any] | None:
     return next((metric.data for metric in metrics if metric.type == "FINAL"), None)
-
-
-def render_trials(table: dict[str, Any]) -> str:
-    """The table of all trials as plain text, the best first."""
-    paths = list(dict.fromkeys(path for row in table["trials"] for path in row["parameters"]))
-    short = _short_names(paths)
-
-    def rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
-        return row["number"] != table["best"], row["status"] != "done", -(row["objective"] or 0)
-
-    head = ["trial", *short, table["objective"], "bytes", "seconds", "status"]
-    lines = [head]
-    for row in sorted(table["trials"], key=rank):
-        lines.append(
-            [
-                f"{row['number']}{' *' if row['number'] == table['best'] else ''}",
-                *(_value(row["parameters"].get(path, "")) for path in paths),
-                "" if row["objective"] is None else f"{row['objective']:.2f} %",
-                "" if row["bytes"] is None else f"{row['bytes']:,}",
-                "" if row["seconds"] is None else f"{row['seconds']:.1f}",
-                "; ".join([row["status"] + (f": {row['reason']}" if row["reason"] else ""), *_remarks(row)]),
-            ]
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "-" * min(max(map(len, text)), 160))
-    text += ["", f"{table['objective']} is measured on {table['objective_on']}"]
-    real = _on_real_images(table["trials"])
-    return "\n".join([*text, f"{_real(real)}: NOT data-free"] if real else text)
-
-
-def _on_real_images(rows: list[dict[str, Any]]) -> list[int]:
-    """Numbers of the trials whose method reads real images; one that came to no recipe has none."""
-    return [row["number"] for row in rows if row.get("data_free") is False]
-
-
-def _real(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return f"trial {numbers[0]} reads real images"
-    return f"trials {', '.join(map(str, numbers))} read real images"
-
-
-def _remarks(row: dict[str, Any]) -> list[str]:
-    """What a reader of a row should know besides its figures."""
-    return [*filter(None, [row.get("note")]), *(["reads real images"] if row.get("data_free") is False else [])]
-
-
-def _short_names(paths: list[str]) -> list[str]:
-    """The ends of key paths, as long as is needed to tell them apart."""
-    short = []
-    for path in paths:
-        keys = path.split(".")
-        for length in range(1, len(keys) + 1):
-            end = ".".join(keys[-length:])
-            if sum(other == path or other.endswith(f".{end}") for other in paths) == 1 and not keys[-length].isdigit():
-                break
-        short.append(end)
-    return short
-
-
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

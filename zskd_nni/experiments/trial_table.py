@@ -1,0 +1,68 @@
+"""The table of a search's trials as text, and what a reader must be told beside its figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def render_trials(table: dict[str, Any]) -> str:
+    """The table of all trials as plain text, the best first."""
+    paths = list(dict.fromkeys(path for row in table["trials"] for path in row["parameters"]))
+    short = _short_names(paths)
+
+    def rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
+        return row["number"] != table["best"], row["status"] != "done", -(row["objective"] or 0)
+
+    head = ["trial", *short, table["objective"], "bytes", "seconds", "status"]
+    lines = [head]
+    for row in sorted(table["trials"], key=rank):
+        lines.append(
+            [
+                f"{row['number']}{' *' if row['number'] == table['best'] else ''}",
+                *(_value(row["parameters"].get(path, "")) for path in paths),
+                "" if row["objective"] is None else f"{row['objective']:.2f} %",
+                "" if row["bytes"] is None else f"{row['bytes']:,}",
+                "" if row["seconds"] is None else f"{row['seconds']:.1f}",
+                "; ".join([row["status"] + (f": {row['reason']}" if row["reason"] else ""), *remarks(row)]),
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "-" * min(max(map(len, text)), 160))
+    text += ["", f"{table['objective']} is measured on {table['objective_on']}"]
+    real = on_real_images(table["trials"])
+    return "\n".join([*text, f"{say_real(real)}: NOT data-free"] if real else text)
+
+
+def on_real_images(rows: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the trials whose method reads real images; one that came to no recipe has none."""
+    return [row["number"] for row in rows if row.get("data_free") is False]
+
+
+def say_real(numbers: list[int]) -> str:
+    """Those numbers as the beginning of a sentence."""
+    if len(numbers) == 1:
+        return f"trial {numbers[0]} reads real images"
+    return f"trials {', '.join(map(str, numbers))} read real images"
+
+
+def remarks(row: dict[str, Any]) -> list[str]:
+    """What a reader of a row should know besides its figures."""
+    return [*filter(None, [row.get("note")]), *(["reads real images"] if row.get("data_free") is False else [])]
+
+
+def _short_names(paths: list[str]) -> list[str]:
+    """The ends of key paths, as long as is needed to tell them apart."""
+    short = []
+    for path in paths:
+        keys = path.split(".")
+        for length in range(1, len(keys) + 1):
+            end = ".".join(keys[-length:])
+            if sum(other == path or other.endswith(f".{end}") for other in paths) == 1 and not keys[-length].isdigit():
+                break
+        short.append(end)
+    return short
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
