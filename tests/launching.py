@@ -2,11 +2,12 @@
 
 What costs seconds in a launch is that every process imports torch. :func:`start_launch` runs torchrun's own agent
 (``torch.distributed.launcher``, with its rendezvous, restarts and signals) in a process that has torch already, and
-lets it fork its workers.
+takes its workers from a server that imports it once a launch.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -73,13 +74,14 @@ def _agent(count: int, restarts: int, function: Callable[..., Any], arguments: t
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
-        # A number: a worker that is forked while a thread of the agent asks for a name waits for that thread's lock,
-        # which torchrun, whose workers are no forks, does not know.
         local_addr="127.0.0.1",
         max_restarts=restarts,
         monitor_interval=0.05,
-        start_method="fork",
+        # No forks of the agent: it has threads, and a worker that is forked while one of them holds a lock waits for
+        # ever. A server of this launch, which has none, imports torch once for all of its workers.
+        start_method="forkserver",
     )
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch._dynamo", "helpers"])
     try:
         elastic_launch(config, _worker)(function, arguments)
     except ChildFailedError as error:

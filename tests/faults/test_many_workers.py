@@ -16,7 +16,7 @@ from helpers import finished_shards, is_one_sentence, make_store, run_cli, same_
 from launching import append, children, launch, start_launch, start_torchrun
 
 from zskd_nni.errors import UserError
-from zskd_nni.files import FolderInUseError, one_of_the_writers, only_writer
+from zskd_nni.files import FolderInUseError, one_of_the_writers, only_writer, read_json, write_json
 from zskd_nni.synthesis import ImpressionStore, store
 from zskd_nni.workers import team
 
@@ -29,19 +29,24 @@ COMMAND = (
 )
 
 
-def worker(folder: str, log: str, seconds: float) -> None:
-    """In each process: writes down who it is and which shards it made, each of which takes some time."""
+def worker(folder: str, log: str, seconds: float, limit: str) -> None:
+    """In each process: writes down who it is and which shards it made, each of which takes some time.
+
+    It waits where the group has made as many shards as the file ``limit`` says: however slow the machine is, whoever
+    kills some of them finds them at work.
+    """
     append(log, f"{os.getpid()} started")
     real = store.ImpressionStore.write
 
     def write(self, index, *more, **options):
         time.sleep(seconds)
+        wait_for(lambda: not Path(limit).exists() or of_this_start(Path(log)) < read_json(Path(limit)), 300)
         real(self, index, *more, **options)
         append(log, f"{os.getpid()} {index}")
 
     store.ImpressionStore.write = write
-    made = make_store(folder, **SIZE)
-    assert made.missing() == [], "whoever comes back has the whole store"
+    whole = make_store(folder, **SIZE)
+    assert whole.missing() == [], "whoever comes back has the whole store"
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +65,22 @@ def made(log: Path) -> list[int]:
     return [int(line.split()[1]) for line in log.read_text().splitlines() if not line.endswith("started")]
 
 
+def of_this_start(log: Path) -> int:
+    """Shards made since the first of the last four processes started."""
+    lines = log.read_text().splitlines()
+    starts = [place for place, line in enumerate(lines) if line.endswith("started")]
+    first = starts[(len(starts) - 1) // 4 * 4]
+    return sum(not line.endswith("started") for line in lines[first:])
+
+
 def notes(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("shard-*.json")) if folder.exists() else []
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_as_many_as_there_are_make_the_same_store(count: int, tmp_path: Path, whole: Path) -> None:
-    log, folder = tmp_path / "log", tmp_path / "store"
-    launch(count, worker, str(folder), str(log), 0.0)
+    log, folder, limit = tmp_path / "log", tmp_path / "store", tmp_path / "limit"
+    launch(count, worker, str(folder), str(log), 0.0, str(limit))
     assert len(set(started(log))) == count
     assert sorted(made(log)) == list(range(SHARDS))
     assert same_store(whole, folder)
@@ -90,9 +103,10 @@ def wait_for_group(log: Path, number: int, shards: int) -> list[int]:
 def test_four_workers_of_which_two_die(number: int, tmp_path: Path, whole: Path) -> None:
     """At once or one after the other; the launcher starts the group anew, which divides what is missing."""
     chance = random.Random(number)
-    log, folder = tmp_path / "log", tmp_path / "store"
+    log, folder, limit = tmp_path / "log", tmp_path / "store", tmp_path / "limit"
     dying = [2] if number % 2 else [1, 1]
-    launcher = start_launch(4, worker, str(folder), str(log), 0.03, restarts=len(dying))
+    write_json(limit, 6)
+    launcher = start_launch(4, worker, str(folder), str(log), 0.03, str(limit), restarts=len(dying))
     for start, count in enumerate(dying, 1):
         group = wait_for_group(log, start, chance.randint(1, 5))
         with pytest.raises(FolderInUseError):
@@ -100,6 +114,7 @@ def test_four_workers_of_which_two_die(number: int, tmp_path: Path, whole: Path)
         for pid in chance.sample(group, count):
             os.kill(pid, signal.SIGKILL)
         assert len(made(log)) < SHARDS - 4, "they were killed in the middle of the work"
+    limit.unlink()
     launcher.join()
     assert launcher.exitcode == 0
     assert len(started(log)) == 4 * (1 + len(dying))
@@ -110,8 +125,9 @@ def test_four_workers_of_which_two_die(number: int, tmp_path: Path, whole: Path)
 
 
 def test_one_process_takes_up_what_a_dead_launch_left(tmp_path: Path, whole: Path) -> None:
-    log, folder = tmp_path / "log", tmp_path / "store"
-    launcher = start_launch(4, worker, str(folder), str(log), 0.03)
+    log, folder, limit = tmp_path / "log", tmp_path / "store", tmp_path / "limit"
+    write_json(limit, 12)
+    launcher = start_launch(4, worker, str(folder), str(log), 0.03, str(limit))
     victim, *others = wait_for_group(log, 1, 6)
     os.kill(victim, signal.SIGKILL)
     launcher.join()
