@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,15 @@ def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
             assert program is not None
             return _stripped(program.model_proto)
     except Exception as error:  # the exporter raises anything
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"The network cannot be exported to ONNX: {first_line}") from error
+        raise UserError(f"The network cannot be exported to ONNX: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what the exporter met, without the colours of a terminal: its own error tells of its steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _stripped(model: Any) -> bytes:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zskd_nni.errors import UserError
 from zskd_nni.files import load_tensors, read_json, save_tensors, sha256_of_file, write_json
+from zskd_nni.module_names import same_under_all_names, second_names
 from zskd_nni.networks import build_network, load_into
 from zskd_nni.response_norm import PrunedLocalResponseNorm
 
@@ -218,6 +219,7 @@ def load_network(description: str | Path) -> nn.Module:
     if not isinstance(dropped, list) or not all(isinstance(path, str) for path in dropped) or set(dropped) - there:
         raise UserError(f"{description}: 'dropped' must list modules of {content['network']}, not {dropped!r}.")
     drop_modules(network, dropped)
+    names = second_names(network)
     for path, described in content.get("layers", {}).items():
         parent, _, child = path.rpartition(".")
         try:
@@ -229,5 +231,6 @@ def load_network(description: str | Path) -> nn.Module:
             raise UserError(f"{description}: the layer {path!r} is not described.")
         _check_size(described, path, tensors, description)
         owner.register_module(child, _build_layer(described, path, description))
+    same_under_all_names(network, names)
     load_into(network, tensors, str(weights))
     return network.eval()

@@ -214,9 +214,12 @@ class _Analysis:
         if flow is not None and flow.raw:
             self.read_raw.update(flow.labels.tolist())
 
-    def kept(self, node: Node, flow: Flow, constant: bool | None = None) -> Flow | None:
-        """The same channels in the node's output, provided that its shape has them where they were."""
-        before, after = node_shape(_first(node)), node_shape(node)
+    def kept(self, node: Node, flow: Flow, constant: bool | None = None, tensor: Node | None = None) -> Flow | None:
+        """The same channels in the node's output, provided that its shape has them where they were in ``tensor``.
+
+        That is what the node reads first where it is not given.
+        """
+        before, after = node_shape(_first(node) if tensor is None else tensor), node_shape(node)
         if before is None or after is None or before[: flow.dim + 1] != after[: flow.dim + 1]:
             self.freeze_flow(flow, f"they pass `{_label(node)}`, which moves the channel dimension")
             return None
@@ -403,7 +406,7 @@ class _Analysis:
             if name in _QUOTIENTS and not scaled:
                 self.give_up(node, f"they are a divisor in `{_label(node)}`")
                 return None
-            return self.kept(node, flows[0], flows[0].constant or not (scaled or number == 0))
+            return self.kept(node, flows[0], flows[0].constant or not (scaled or number == 0), tensors[0])
         if len(tensors) != 2 or len(flows) != 2 or name in _QUOTIENTS:
             self.give_up(node, f"they enter `{_label(node)}` with a tensor whose channels stay")
             return None

@@ -169,7 +169,11 @@ class DataFreeEvaluator(TorchEvaluator):
         super().patch_optimizer_step(before_step_tasks, after_step_tasks)
 
     def patch_optim_param_group(self, module_name_param_dict: dict[str, list[Tensor]]) -> None:
-        """NNI's, but no parameter enters the optimiser twice, as the bias of a folded convolution would."""
+        """As NNI's: into the group of the module's other parameters, or the first.
+
+        But no parameter enters the optimiser twice, as the bias of a folded convolution would, and a network may have
+        parameters of its own beside its modules' (a class token), over which NNI stumbles.
+        """
         known = {
             id(weight)
             for optimizer in self._optimizers or []
@@ -182,7 +186,19 @@ class DataFreeEvaluator(TorchEvaluator):
         }
         if self._own_optimizer:
             self._add_scales(fresh)
-        super().patch_optim_param_group(fresh)
+        for path, weights in fresh.items():
+            self._group_of(path)["params"].extend(weights)
+
+    def _group_of(self, path: str) -> dict[str, Any]:
+        """The optimisers' group that holds a parameter of the module ``path``; the first where none does."""
+        assert self.model is not None and self._optimizers
+        owners = {
+            id(weight): name.rpartition(".")[0].removesuffix("._nni_wrapper")
+            for name, weight in self.model.named_parameters()
+        }
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        holding = (group for group in groups if any(owners.get(id(weight)) == path for weight in group["params"]))
+        return next(holding, groups[0])
 
     def _add_scales(self, weights_by_path: dict[str, list[Tensor]]) -> None:
         # A step of Adam is as long as its learning rate, whatever the gradient: at the weights' rate it would throw

@@ -13,7 +13,7 @@ import copy
 import difflib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import nni
 import torch
 from nni.compression.base.config import default_config_schema
-from torch import nn
+from torch import Tensor, nn
 
 from zskd_nni.compression.distillers import fused_distiller
 from zskd_nni.compression.evaluator import DataFreeEvaluator
@@ -30,7 +30,8 @@ from zskd_nni.compression.masks import Masks, multiply_in, share_of_zeros
 from zskd_nni.compression.pruning_config import plan_pruning
 from zskd_nni.compression.speedup import CannotShrinkError, KeptChannels, ShrinkResult, is_fine_grained, shrink
 from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
+from zskd_nni.errors import UserError, said_of
+from zskd_nni.module_names import check_layers
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import NoiseSource, TransferSource
 
@@ -89,6 +90,8 @@ def check_pruning(network: nn.Module, section: PruningSection, teacher: Teacher,
     network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
     source = NoiseSource(teacher.spec, 2)
     _check_steps(section, section.steps if steps is None else steps)
+    with said_of("compression.pruning"):
+        check_layers(network, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
     pruner, _ = make_pruner(network, section, DataFreeEvaluator(teacher, source, quiet=True), teacher)
     pruner.unwrap_model()
     if section.speedup:
@@ -351,7 +354,10 @@ def shrunken_to_masks(
         zeros=share_of_zeros(result.model, record["sparsity"]),
         layers=[asdict(layer) for layer in result.layers],
     )
-    masks_left = _held_beside_channels(result.model, cpu_masks) if result.shrunken else _held(result.model, cpu_masks)
+    if result.shrunken:
+        masks_left = _held_beside_channels(result.model, cpu_masks, result.kept)
+    else:
+        masks_left = _held(result.model, cpu_masks)
     return PrunedNetwork(result.model, record, result.kept, masks_left)
 
 
@@ -477,19 +483,33 @@ def _held(network: nn.Module, masks: Masks) -> Masks:
     return held
 
 
-def _held_beside_channels(network: nn.Module, masks: Masks) -> Masks:
-    """Of a network that lost whole channels: the single weights that were silenced beside them, now by its own shape.
+def _held_beside_channels(network: nn.Module, masks: Masks, kept: Mapping[str, KeptChannels]) -> Masks:
+    """Of a network that lost whole channels: what was silenced beside them and is still there, by its own shape.
 
-    Read off the weights: a layer pruned by single weights has no other zeros.
+    Single weights, or channels that could not be removed. What a folded constant has taken from zero is free.
     """
     modules = dict(network.named_modules())
     held: Masks = {}
     for name, targets in masks.items():
         for target, mask in targets.items():
             parameter = getattr(modules.get(name), target, None)
-            if mask is not None and is_fine_grained(mask) and isinstance(parameter, nn.Parameter):
-                held.setdefault(name, {})[target] = (parameter.detach() != 0).to(mask.dtype)
+            if mask is None or bool(mask.all()) or not isinstance(parameter, nn.Parameter):
+                continue
+            silenced = parameter.detach() == 0
+            cut = _cut_as(mask, parameter, kept.get(name))
+            if cut is not None:
+                silenced &= cut == 0
+            if bool(silenced.any()):
+                held.setdefault(name, {})[target] = (~silenced).to(mask.dtype)
     return held
+
+
+def _cut_as(mask: Tensor, parameter: Tensor, kept: KeptChannels | None) -> Tensor | None:
+    """The mask of what is left of a parameter; None where it cannot be told, as of a grouped convolution's inputs."""
+    for axis, positions in enumerate(() if kept is None else (kept.outputs, kept.inputs)):
+        if axis < mask.ndim and mask.shape[axis] != parameter.shape[axis] and int(positions.max()) < mask.shape[axis]:
+            mask = mask.index_select(axis, positions)
+    return mask if mask.shape == parameter.shape else None
 
 
 def _removed_channels(masks: Masks) -> dict[str, list[int]]:

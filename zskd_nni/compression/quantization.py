@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from zskd_nni.compression.distillers import fused_distiller
 from zskd_nni.compression.evaluator import DataFreeEvaluator
+from zskd_nni.compression.folding import check_folds
 from zskd_nni.compression.legacy_config import modern_config_list
 from zskd_nni.errors import UserError
 from zskd_nni.teacher import first_tensor
@@ -78,7 +79,7 @@ class Quantization:
     @property
     def folds(self) -> list[tuple[str, ...]]:
         """Which modules act as one: a convolution or linear layer, its BatchNorm, its ReLU."""
-        return [tuple(names) for config in self.config_list for names in config.get("fuse_names", ())]
+        return folds_of(self.config_list)
 
 
 class Kept(Protocol):
@@ -132,10 +133,12 @@ def quantize(
         **options: for the quantizer: ``quant_start_step`` (QAT), ``is_bias_correction`` (PTQ).
 
     Raises:
-        UserError: an unknown quantizer, a config that NNI refuses, a quantized network whose answers are not finite.
+        UserError: an unknown quantizer, a config that NNI refuses, modules that cannot act as one, a quantized network
+            whose answers are not finite.
     """
     name = quantizer_class_name(quantizer_name)
     config_list = with_fuse_names(student, config_list, fuse_names)
+    check_folds(student, folds_of(config_list), evaluator.teacher.spec)
     ranges = starting_ranges(student, name, config_list, evaluator) if ranges_first else None
     quantizer = made_quantizer(student, name, config_list, evaluator, options)
     if ranges is not None:
@@ -231,6 +234,11 @@ def sliced(quantization: Quantization, student: nn.Module, masks_or_kept_channel
     result = replace(quantization, student=student, calibration=calibration)
     simulated(result)
     return result
+
+
+def folds_of(config_list: list[dict]) -> list[tuple[str, ...]]:
+    """The folds that a config list names."""
+    return [tuple(names) for config in config_list for names in config.get("fuse_names", ())]
 
 
 def quantizer_class_name(name: str) -> str:

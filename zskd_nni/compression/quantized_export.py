@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zskd_nni.compression.folding import folded_parameters
 from zskd_nni.compression.quantization import Quantization, simulated
 from zskd_nni.errors import UserError
 from zskd_nni.export import checking_batch, onnx_bytes, run_onnx
 from zskd_nni.files import write_atomic
 from zskd_nni.inputs import InputSpec
 from zskd_nni.metrics import agreement
+from zskd_nni.module_names import set_module
 from zskd_nni.teacher import first_tensor
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -135,9 +137,9 @@ def integer_model(quantization: Quantization) -> nn.Module:
     folds = {names[0]: names[1:] for names in quantization.folds}
     for path, targets in quantization.calibration.items():
         followers = [modules[name] for name in folds.get(path, ())]
-        _replace(model, path, _Quantized(modules[path], targets, followers, path))
+        set_module(model, path, _Quantized(modules[path], targets, followers, path))
         for name in folds.get(path, ()):
-            _replace(model, name, nn.Identity())
+            set_module(model, name, nn.Identity())
     return model
 
 
@@ -247,7 +249,7 @@ class _Quantized(nn.Module):
         self.inputs = nn.ModuleDict()
         self.outputs = nn.ModuleDict()
         self.parameter_levels = nn.ModuleDict()
-        parameters = _folded_parameters(module, followers, path)
+        parameters = folded_parameters(module, followers, path)
         self.relu = any(isinstance(follower, nn.ReLU) for follower in followers)
         self.stored = type(module) in (*_CONVOLUTIONS, nn.Linear)
         for target, entry in targets.items():
@@ -263,27 +265,37 @@ class _Quantized(nn.Module):
             integers = levels.integers(parameters[target])
             if self.stored:
                 self.parameter_levels[target] = levels
-                self.register_buffer(target, integers)
+                self.register_buffer(f"{target}_", integers)
             else:
                 scale, zero = levels._nni
                 parameters[target] = (integers - zero) * scale
         self.module = module
         for name, value in parameters.items():
             if self.stored and name not in self.parameter_levels:
-                self.register_buffer(name, value)
+                self.register_buffer(f"{name}_", value)
             elif not self.stored:
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if self.stored:
             for name in ("weight", "bias"):  # the float weights must not end up in the file
                 setattr(module, name, None)
 
-    def forward(self, *arguments: Any) -> Any:
+    @property
+    def weight(self) -> Tensor | None:
+        """As the network may read it beside calling the module: in floating point."""
+        return self._parameter("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As ``weight``."""
+        return self._parameter("bias")
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
         """The module's, with every quantized tensor passed through its integers."""
         taken = [
             self.inputs[str(place)](argument) if str(place) in self.inputs else argument
             for place, argument in enumerate(arguments)
         ]
-        output = self._computed(*taken)
+        output = self._computed(*taken, **named)
         if self.relu:
             output = functional.relu(output)
         if isinstance(output, Tensor):
@@ -293,41 +305,21 @@ class _Quantized(nn.Module):
             for place, entry in enumerate(output)
         )
 
-    def _computed(self, *arguments: Any) -> Any:
+    def _computed(self, *arguments: Any, **named: Any) -> Any:
         if not self.stored:
-            return self.module(*arguments)
-        weight, bias = self._parameter("weight"), self._parameter("bias")
+            return self.module(*arguments, **named)
+        weight, bias = self.weight, self.bias
         assert weight is not None
+        given = arguments[0] if arguments else named["input"]
         if isinstance(self.module, nn.Linear):
-            return functional.linear(arguments[0], weight, bias)
+            return functional.linear(given, weight, bias)
         assert isinstance(self.module, _CONVOLUTIONS)
-        return self.module._conv_forward(arguments[0], weight, bias)
+        return self.module._conv_forward(given, weight, bias)
 
     def _parameter(self, name: str) -> Tensor | None:
-        value: Tensor | None = getattr(self, name, None)
+        if not self.stored:
+            return getattr(self.module, name, None)
+        value: Tensor | None = getattr(self, f"{name}_", None)
         if value is None or name not in self.parameter_levels:
             return value
         return cast(_Levels, self.parameter_levels[name]).restored(value)
-
-
-def _folded_parameters(module: nn.Module, followers: list[nn.Module], path: str) -> dict[str, Tensor]:
-    parameters = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False)}
-    for norm in followers:
-        if not isinstance(norm, _NORMALISATIONS):
-            continue
-        mean, variance = norm.running_mean, norm.running_var
-        if mean is None or variance is None:
-            raise UserError(f"{path} is folded with a BatchNorm that keeps no running statistics.")
-        factor = torch.rsqrt(variance + norm.eps)
-        gain = norm.weight.detach() if norm.affine else torch.ones_like(mean)
-        shift = norm.bias.detach() if norm.affine else torch.zeros_like(mean)
-        weight = parameters["weight"]
-        bias = parameters.get("bias", torch.zeros_like(mean))
-        parameters["weight"] = weight * (gain * factor).reshape(-1, *[1] * (weight.ndim - 1))
-        parameters["bias"] = (bias - mean) * factor * gain + shift
-    return parameters
-
-
-def _replace(model: nn.Module, path: str, replacement: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, replacement)

@@ -22,6 +22,7 @@ from zskd_nni.compression.constant_folding import InputRanges, bias_of_constants
 from zskd_nni.compression.graph import copied, input_arguments, trace, unread_nodes
 from zskd_nni.compression.masks import Masks, multiply_in
 from zskd_nni.errors import UserError
+from zskd_nni.module_names import same_under_all_names, second_names
 from zskd_nni.response_norm import PrunedLocalResponseNorm
 from zskd_nni.saved_model import drop_modules
 
@@ -167,6 +168,7 @@ def shrink(model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 
         )
     shrunken = _dressed_like(candidate, model, device, dtype)
     after = sum(parameter.numel() for parameter in shrunken.parameters())
+    layers = _widths(model, shrunken)
     criterion = f"logits within {tolerance:g} of the masked network's, relative to max(1, |logit|)"
     return ShrinkResult(
         shrunken,
@@ -175,10 +177,13 @@ def shrink(model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 
         max_logit_difference=difference,
         argmax_agreement=agreement,
         criterion=criterion,
-        layers=_widths(model, shrunken),
+        layers=layers,
         kept=kept,
         sparsity=sparsity,
-        shrunken=after < before,
+        # Not by their number: folded constants may bring more biases than there were weights to remove.
+        shrunken=any(
+            layer.inputs_after < layer.inputs_before or layer.outputs_after < layer.outputs_before for layer in layers
+        ),
         note="; ".join(notes),
     )
 
@@ -334,6 +339,7 @@ def _remove(
     dropped = _drop_auxiliary_heads(candidate, called)
     if dropped:
         notes.append(f"{', '.join(dropped)}, which only run in training, are dropped")
+    names = second_names(candidate)
     # NNI looks its masks up in the graph, and changes them in place.
     in_graph = {name: {k: v.clone() for k, v in targets.items()} for name, targets in masks.items() if name in called}
     _spread_norm_masks(candidate, in_graph, graph_module)
@@ -350,6 +356,7 @@ def _remove(
             f"NNI cannot shrink {type(masked).__name__}: {type(error).__name__}{': ' + what[0] if what else ''}"
         ) from error
     notes += _fold_constants(masked, candidate, speedup, called, arguments)
+    same_under_all_names(candidate, names)
     if any(isinstance(module, PrunedLocalResponseNorm) for module in candidate.modules()):
         notes.append("local response normalisation keeps the neighbourhoods of the original channels")
     return candidate, _kept_channels(speedup), notes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zskd_nni.compression.distillers import fused_distiller
 from zskd_nni.compression.evaluator import DataFreeEvaluator
-from zskd_nni.compression.folding import batch_norm_folds
+from zskd_nni.compression.folding import batch_norm_folds, check_folds
 from zskd_nni.compression.masks import Masks
 from zskd_nni.compression.pruning import (
     OF_A_RUN,
@@ -28,6 +28,7 @@ from zskd_nni.compression.pruning import (
 from zskd_nni.compression.quantization import (
     Quantization,
     begin_with,
+    folds_of,
     made_quantizer,
     plain_calibration,
     quantize,
@@ -44,6 +45,7 @@ from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError, said_of
 from zskd_nni.inputs import images_at_once
 from zskd_nni.metrics import agreement
+from zskd_nni.module_names import called_names, check_layers
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.transfer import NoiseSource, TransferSource
 
@@ -79,7 +81,9 @@ def check_quantization(
     with said_of("compression.quantization"):
         network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
         evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), calibration_images=2, quiet=True)
+        check_layers(network, evaluator.calibration_set())
         config_list = quantization_config(network, section, teacher)
+        check_folds(network, folds_of(config_list), teacher.spec)
         for config in config_list:
             if not select_modules_by_config(network, config)[0]:
                 shown = {key: value for key, value in config.items() if "op_" in key}
@@ -122,12 +126,38 @@ def quantization_config(
             that such folds are not looked for.
     """
     folds = [tuple(names) for names in section.fuse_names]
+    dummy = teacher.spec.normalise(teacher.spec.midpoint(2)).to(next(network.parameters()).device)
+    called = called_names(network, dummy)
     if section.fuse_batch_norm:
-        dummy = teacher.spec.normalise(teacher.spec.midpoint(2)).to(next(network.parameters()).device)
         with refused_by(section.quantizer):
             found = batch_norm_folds(network, with_fuse_names(network, section.config_list, folds), dummy)
-        folds.extend(names for names in found if not any(name in masked for name in names[1:]))
-    return with_fuse_names(network, section.config_list, folds)
+        folds.extend(names for names in found if _can_fold(network, names, masked))
+    return [_of_called(network, config, called) for config in with_fuse_names(network, section.config_list, folds)]
+
+
+def _can_fold(network: nn.Module, names: tuple[str, ...], masked: Container[str]) -> bool:
+    # A pruner that masks a layer without a bias leaves NNI nothing to fold the normalisation's shift into.
+    without_bias = names[0] in masked and getattr(network.get_submodule(names[0]), "bias", None) is None
+    return not without_bias and not any(name in masked for name in names[1:])
+
+
+def _of_called(network: nn.Module, config: dict, called: set[str]) -> dict:
+    """The config without layers that ``forward`` never calls in ``eval()``, over which NNI stumbles.
+
+    Such as an auxiliary head, which only runs in training.
+    """
+    idle = [
+        name
+        for name in select_modules_by_config(network, config)[0]
+        if name not in called and next(network.get_submodule(name).parameters(recurse=False), None) is not None
+    ]
+    named = [name for name in idle if name in config.get("op_names", ())]
+    if named:
+        raise UserError(
+            f"the quantization config names {named[0]!r}, which forward never calls when the network is evaluated: "
+            "there is nothing to calibrate it on; leave it out"
+        )
+    return {**config, "exclude_op_names": [*config.get("exclude_op_names", ()), *idle]} if idle else config
 
 
 def quantize_student(

@@ -105,13 +105,20 @@ class Students:
         self.team.first(lambda: remove_leftovers(make_folder(self.folder)))
         section = self.recipe.compression.quantization
         if section is not None and section.fused and source is not None:
-            return self._in_one_training(name, source)
-        made = self._taught(name, source, scores)
-        if section is not None:
-            images = scores if source is None else source
-            assert images is not None
-            made.quantization = self._quantized(name, made, images, train=source is not None)
+            made = self._in_one_training(name, source)
+        else:
+            made = self._taught(name, source, scores)
+            if section is not None:
+                images = scores if source is None else source
+                assert images is not None
+                made.quantization = self._quantized(name, made, images, train=source is not None)
+        # Here, where a run that was killed after a stage comes by as well.
+        for stage in ("", "-pruning", "-quantization"):
+            self._checkpoint(name + stage).unlink(missing_ok=True)
         return made
+
+    def _checkpoint(self, stage: str) -> Path:
+        return self.folder / f"{stage}.checkpoint.safetensors"
 
     def _taught(self, name: str, source: TransferSource | None, scores: TransferSource | None) -> Made:
         """Pruned and distilled, in floating point."""
@@ -122,7 +129,7 @@ class Students:
         made = Made(self.fresh())
         if self.recipe.compression.pruning is not None:
             made = self._pruned(name, made.network, source, scores)
-        checkpoint = self.folder / f"{name}.checkpoint.safetensors"
+        checkpoint = self._checkpoint(name)
         # The teacher itself, not pruned, has nothing to learn from itself before it is quantized.
         something_to_learn = self.recipe.student is not None or self.recipe.compression.pruning is not None
         if source is not None and something_to_learn:
@@ -134,7 +141,6 @@ class Students:
 
             made.record["pruning"]["zeros"] = share_of_zeros(made.network, made.record["pruning"]["sparsity"])
         self.team.first(lambda: self._save_stage(made, finished, source))
-        checkpoint.unlink(missing_ok=True)
         # As a later run finds it: training leaves another memory format, whose sums round otherwise.
         return Made(load_network(finished), made.record, masks=made.masks)
 
@@ -176,7 +182,7 @@ class Students:
             return known
         section = self.recipe.compression.pruning
         assert section is not None
-        checkpoint = self.folder / f"{name}-pruning.checkpoint.safetensors"
+        checkpoint = self._checkpoint(f"{name}-pruning")
         with self.timed(f"pruning of {name}"):
             pruned = prune(
                 network.to(self.device),
@@ -192,7 +198,6 @@ class Students:
             )
             made = Made(pruned.network, {"pruning": pruned.record}, masks=pruned.masks)
             self.team.first(lambda: self._save_stage(made, finished, source))
-            checkpoint.unlink(missing_ok=True)
         # What each of many has made by itself may differ in the last bits from one machine to the next.
         return made if self.team.alone else _made(finished)
 
@@ -214,7 +219,7 @@ class Students:
             return known
         section = self.recipe.compression.quantization
         assert section is not None
-        checkpoint = self.folder / f"{name}-quantization.checkpoint.safetensors"
+        checkpoint = self._checkpoint(f"{name}-quantization")
         with self.timed(f"quantization of {name}"):
             quantization = quantize_student(
                 made.network.to(self.device),
@@ -232,7 +237,6 @@ class Students:
             made.network.cpu()
             if quantization is not None:
                 self.team.first(lambda: self._save_quantized(quantization, finished, live))
-            checkpoint.unlink(missing_ok=True)
         return quantization
 
     def _in_one_training(self, name: str, source: TransferSource) -> Made:
@@ -247,7 +251,7 @@ class Students:
             return known
         compression = self.recipe.compression
         assert compression.pruning is not None and compression.quantization is not None
-        checkpoint = self.folder / f"{name}.checkpoint.safetensors"
+        checkpoint = self._checkpoint(name)
         with self.timed(f"pruning, quantization and distillation of {name}"):
             pruned, quantization = compress_in_one_training(
                 self.fresh().to(self.device),
@@ -265,7 +269,6 @@ class Students:
             made = Made(pruned.network.cpu().eval(), record, quantization)
             self.team.first(lambda: self._save_quantized(quantization, quantized))
             self.team.first(lambda: self._save_stage(made, finished, source))
-            checkpoint.unlink(missing_ok=True)
         return made
 
     def _load(self, description: Path, source: TransferSource | None = None) -> Made | None:
