@@ -226,7 +226,7 @@ def test_search_finds_the_distiller(browser: Any, address: str) -> None:
     page, wrong = watched(browser, address, viewport=DESKTOP)
     page.goto(address)
     page.click("label.md-search__icon[for=__search]", force=True)
-    page.fill("input.md-search__input", "ZeroShotDistiller")
+    page.locator("input.md-search__input").press_sequentially("ZeroShotDistiller")  # the page listens for keys
     results = page.locator(".md-search-result__link")
     results.first.wait_for(timeout=60_000)
     links = [results.nth(index).get_attribute("href") for index in range(results.count())]
