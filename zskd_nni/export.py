@@ -22,6 +22,9 @@ from zskd_nni.inputs import InputSpec, images_at_once
 OPSET = 18
 
 
+_ANY_NUMBER_OF_IMAGES = ({0: torch.export.Dim("N")},)
+
+
 class _WithNormalisation(nn.Module):
     """A network together with its input's normalisation, so that a deployment feeds plain pixel values."""
 
@@ -47,8 +50,7 @@ def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
     Raises:
         UserError: the network cannot be exported.
     """
-    plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
-    whole = _WithNormalisation(plain, spec).eval()
+    whole = _whole(network, spec)
     example = spec.midpoint(2)
     try:
         with _quiet():
@@ -57,7 +59,7 @@ def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
                 (example,),
                 input_names=["images"],
                 output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("N")},),
+                dynamic_shapes=_ANY_NUMBER_OF_IMAGES,
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -65,7 +67,36 @@ def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
             assert program is not None
             return _stripped(program.model_proto)
     except Exception as error:  # the exporter raises anything
-        raise UserError(f"The network cannot be exported to ONNX: {_reason(error)}") from error
+        raise _refusal(error) from error
+
+
+def check_exportable(network: nn.Module, spec: InputSpec) -> None:
+    """Find out before the long work what :func:`onnx_bytes` would say after it, in a fraction of its time.
+
+    The exporter's first step alone, which reads the network; that ONNX has the operators is seen at the end.
+
+    Raises:
+        UserError: the network cannot be exported.
+    """
+    whole = _whole(network, spec)
+    for strict in (False, True):  # what the exporter tries
+        try:
+            with _quiet():
+                torch.export.export(whole, (spec.midpoint(2),), dynamic_shapes=_ANY_NUMBER_OF_IMAGES, strict=strict)
+            return
+        except Exception as error:  # it raises anything
+            refusal = _refusal(error)
+            refusal.__cause__ = error
+    raise refusal
+
+
+def _whole(network: nn.Module, spec: InputSpec) -> nn.Module:
+    plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    return _WithNormalisation(plain, spec).eval()
+
+
+def _refusal(error: Exception) -> UserError:
+    return UserError(f"The network cannot be exported to ONNX: {_reason(error)}")
 
 
 def _reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from zskd_nni.compression.student_quantization import (
 )
 from zskd_nni.distillation import DistillationSettings, distill
 from zskd_nni.errors import UserError
-from zskd_nni.export import onnx_bytes, run_onnx
+from zskd_nni.export import check_exportable, onnx_bytes, run_onnx
 from zskd_nni.inputs import InputSpec
 from zskd_nni.module_names import called_names, second_names
 from zskd_nni.recipe import PruningSection, QuantizationSection
@@ -248,9 +248,11 @@ def test_why_a_network_cannot_be_exported() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x if float(x.sum()) > 0 else -x)
 
-    with pytest.raises(UserError) as refused:
-        onnx_bytes(Chooses().eval(), SPEC)
-    assert "\x1b" not in str(refused.value) and "torch.export" not in str(refused.value)
+    for attempt in (onnx_bytes, check_exportable):
+        with pytest.raises(UserError, match="cannot be exported to ONNX") as refused:
+            attempt(Chooses().eval(), SPEC)
+        assert "\x1b" not in str(refused.value) and "torch.export" not in str(refused.value)
+    check_exportable(Plain(), SPEC)
 
 
 def test_a_number_in_front_of_a_branch_does_not_hold_its_channels() -> None:

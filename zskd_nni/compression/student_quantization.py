@@ -43,6 +43,7 @@ from zskd_nni.compression.quantization import (
 from zskd_nni.compression.quantized_export import integer_model
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError, said_of
+from zskd_nni.export import check_exportable
 from zskd_nni.inputs import images_at_once
 from zskd_nni.metrics import agreement
 from zskd_nni.module_names import called_names, check_layers
@@ -92,7 +93,7 @@ def check_quantization(
         quantizer.unwrap_model()
         calibration = tried_calibration(network, name, config_list, evaluator)
         if name in EXPORTED:
-            integer_model(Quantization(network, name, config_list, calibration))
+            check_exportable(integer_model(Quantization(network, name, config_list, calibration)), teacher.spec)
 
 
 def _check_steps(name: str, section: QuantizationSection, steps: int) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from zskd_nni.distillation import check_student
 from zskd_nni.errors import UserError
+from zskd_nni.export import check_exportable
 from zskd_nni.feature_matching import check_paths, feature_pairs
 from zskd_nni.recipe import Recipe
 from zskd_nni.teacher import Teacher
@@ -25,6 +26,8 @@ def check_work(recipe: Recipe, fresh: Callable[[], nn.Module], teacher: Teacher)
         UserError: one sentence that names the key.
     """
     check_student(fresh(), teacher)
+    for network in (teacher.model,) if recipe.student is None else (teacher.model, fresh()):
+        check_exportable(network, teacher.spec)
     features = recipe.distillation.features
     if recipe.compression.pruning is None:
         feature_pairs(fresh(), teacher, features)
