@@ -123,6 +123,19 @@ class Gated(Plain):
         return x + self.alpha * functional.relu(self.second(x))
 
 
+class SqueezeAndExcitation(Plain):
+    """Its channels are weighed by numbers that are indexed into the image's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.first(x))
+        weights = torch.sigmoid(self.up(functional.relu(self.down(x.mean((2, 3))))))
+        return functional.relu(self.second(x * weights[:, :, None, None]))
+
+
 class Block(Plain):
     """As torchvision's: one ReLU, called twice."""
 
@@ -260,6 +273,13 @@ def test_a_number_in_front_of_a_branch_does_not_hold_its_channels() -> None:
     assert not set(flow.frozen) & {int(label) for name in ("first", "second") for label in flow.sources[name]}
     result = pruned(Gated())
     assert result.record["shrunk"] and result.network.second.out_channels == 4
+
+
+def test_a_layer_that_weighs_channels_shrinks_with_them() -> None:
+    everything = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
+    network = pruned(SqueezeAndExcitation(), config_list=everything).network
+    assert network.first.out_channels == network.up.out_features == network.down.in_features == 4
+    assert network.down.out_features == 2
 
 
 @pytest.mark.parametrize(

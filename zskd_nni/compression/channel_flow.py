@@ -465,7 +465,8 @@ class _Analysis:
     def getitem(self, node: Node, flow: Flow) -> Flow | None:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         whole = slice(None)
-        if all(isinstance(entry, slice) for entry in index) and all(entry == whole for entry in index[: flow.dim + 1]):
+        picked = all(entry is None or isinstance(entry, slice) for entry in index)
+        if picked and all(entry == whole for entry in index[: flow.dim + 1]):
             return self.kept(node, flow)
         self.freeze_flow(flow, f"they pass `{_label(node)}`, which picks some of them")
         return None
