@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, prepare_torch, random, small_teacher, start_process, wait_for
+from helpers import SMALL, make_store, prepare_torch, random, small_teacher, start_process, wait_for
 from PIL import Image
 from torch import Tensor, nn
 
@@ -334,6 +334,20 @@ def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(found.images(), whole.images())
     assert found.description == whole.description
     assert not (tmp_path / "cut" / "progress.safetensors").exists()
+
+
+def test_damaged_progress_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "progress.safetensors").write_bytes(b"damaged")
+    assert torch.equal(made(tmp_path).images(), made(tmp_path.with_name("whole")).images())
+
+
+def test_sets_and_impressions_do_not_share_a_folder(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", size=20)
+    with pytest.raises(UserError, match=r"store holds data impressions\. Use another folder"):
+        made(tmp_path / "store")
+    made(tmp_path / "set")
+    with pytest.raises(UserError, match=r"set holds an arbitrary transfer set\. Use another folder"):
+        make_store(tmp_path / "set", size=20)
 
 
 def make_and_wait(folder: str) -> None:

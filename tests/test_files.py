@@ -26,6 +26,7 @@ from zskd_nni.files import (
     load_weights,
     make_folder,
     read_json,
+    remove_leftovers,
     save_tensors,
     sha256_of_bytes,
     sha256_of_file,
@@ -118,6 +119,16 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
     write_atomic(tmp_path / "link", "new")
     assert (tmp_path / "target").read_text() == "mine"
     assert (tmp_path / "link").read_text() == "new"
+
+
+def test_leftovers_of_a_longer_name_are_anothers(tmp_path: Path) -> None:
+    ours, other = tmp_path / ".wrn-cifar10.safetensors.12.tmp", tmp_path / ".wrn-cifar100.safetensors.12.tmp"
+    for path in (ours, other):
+        path.touch()
+    remove_leftovers(tmp_path, "wrn-cifar10")
+    assert not ours.exists() and other.exists()
+    remove_leftovers(tmp_path)
+    assert not other.exists()
 
 
 def test_make_folder(tmp_path: Path) -> None:

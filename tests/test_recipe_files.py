@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError
 from zskd_nni.files import save_tensors
+from zskd_nni.inputs import InputSpec
 from zskd_nni.recipe import LoadedRecipe, load_recipe, packaged_names, recipe_text
 from zskd_nni.settings import build_settings
 from zskd_nni.synthesis import SynthesisSettings
@@ -119,6 +120,14 @@ def test_keys_like_nothing_list_what_is_known() -> None:
         ("transfer.preset=bset", "preset: zskd has paper, author-code, best, not 'bset'"),
         ("transfer.synthesis=3", "transfer: synthesis: input should be"),
         ("transfer.synthesis.temperature=0", "transfer: synthesis: temperature must be positive"),
+        ("transfer.synthesis.temperature=1.0e+300", "temperature must be positive .from 1e-06 to 1e.06"),
+        ("transfer.synthesis.max_steps=99999999999999999999", "max_steps must be at least 1 and at most 10,000,000"),
+        ("transfer.targets.floor=1.0e-320", "floor must be positive .at least 1e-30"),
+        ("transfer={method: ats, candidates: 99999999999999}", "candidates must be at least 1 and at most 10,000"),
+        ("teacher.input={shape: [1, 32, 32], low: 0, high: 65535}", "teacher.input: .*half precision.*other units"),
+        ("teacher.input={shape: [1, 32, 32], low: 1000, high: 1001}", "teacher.input: .*half precision"),
+        ("teacher.input={shape: [1, 32, 32], low: 0, high: 1.0e-9}", "teacher.input: .*half precision"),
+        ("teacher.input={shape: [1, 32, 32], low: 1.0e+300, high: 1.0e+301}", "teacher.input: .*half precision"),
         ("transfer.synthesis.tolerance=.nan", "transfer: synthesis: tolerance must be positive"),
         ("transfer.targets.betas=[1, -1]", "transfer: targets: beta must be positive"),
         ("distillation=3", "distillation: input should be"),
@@ -251,6 +260,22 @@ def test_binary_files_are_no_recipes(tmp_path: Path) -> None:
 def test_what_yaml_chokes_on(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"recipe\.yml"):
         load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nname: x\nseed: 2\n", "transfer: {size: 20, size: 30}\n"])
+def test_a_key_stands_in_a_mapping_once(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"recipe\.yml.*the key '(seed|size)' stands in one mapping twice"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_merged_keys_are_no_second_ones() -> None:
+    assert load_recipe(DIGITS, ["distillation={<<: {steps: 7}, steps: 8}"]).recipe.distillation.steps == 8
+
+
+def test_ranges_that_halves_can_hold() -> None:
+    for low, high in ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (-3.0, 3.0), (0.0, 60000.0), (0.0, 1e-4)):
+        values = torch.linspace(low, high, 257).half()
+        assert InputSpec((1, 2, 2), low, high) and len(values.unique()) == 257
 
 
 def test_relative_paths_are_meant_from_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

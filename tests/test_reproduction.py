@@ -28,6 +28,7 @@ from zskd_nni.reproduction.records import NEEDED, read_record, read_records
 from zskd_nni.reproduction.run import Bench, Place, make_source, run_cell, status
 from zskd_nni.reproduction.session import run_table
 from zskd_nni.reproduction.tables import TABLES, Table, choose_cells, find_table
+from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.teacher import Teacher
 from zskd_nni.transfer import StoredSource
 from zskd_nni.zoo import lenet5
@@ -141,6 +142,60 @@ def test_the_page_of_real_records(digits: Path, tmp_path: Path) -> None:
 
 def test_the_page_in_docs_is_that_of_the_records() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == render_page(read_records(ROOT / "results" / "reproduce"))
+
+
+def test_no_record_no_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("as it was")
+    code, output = call("results", "--results", tmp_path / "misspelt", "--out", page)
+    assert code == 2 and is_one_sentence(output) and "there is no record in" in output
+    assert page.read_text() == "as it was"
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"fingerprint": None}, "'fingerprint'"),
+        ({"provenance": None}, "'provenance'"),
+        ({"provenance": {}}, "'provenance'"),
+        ({"accuracy": "x"}, "'accuracy'"),
+        ({"cell": ["a"]}, "'cell'"),
+        ({"seed": "0"}, "'seed'"),
+    ],
+)
+def test_records_that_are_not_whole(digits: Path, tmp_path: Path, changes: dict[str, Any], word: str) -> None:
+    record = next((digits / "results").glob("*.json"))
+    (tmp_path / record.name).write_text(json.dumps({**read_json(record), **changes}))
+    code, output = call("results", "--results", tmp_path, "--out", tmp_path / "page.md")
+    assert code == 2 and is_one_sentence(output) and word in output and record.name in output
+
+
+def test_a_record_of_a_scale_that_is_no_more_counts_nowhere(digits: Path, tmp_path: Path) -> None:
+    records = read_records(digits / "results")
+    assert "tiny" not in render_page([*records, {**records[0], "scale": "tiny"}])
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_no_two_rows_of_a_table_are_one_run(name: str) -> None:
+    for pair in dict.fromkeys(cell.pair for cell in TABLES[name].cells):
+        for scale in PAIRS[pair].scales:
+            plans = [resolve(cell, scale) for cell in TABLES[name].cells if cell.pair == pair]
+            prints = [plan.fingerprint("teacher", SEED) for plan in plans]
+            twins = [plan.cell.name for plan, mark in zip(plans, prints, strict=True) if prints.count(mark) > 1]
+            assert not twins, f"{twins} are the same at the scale {scale}"
+
+
+def test_seconds_of_killed_processes_are_those_of_their_shards(digits: Path, tmp_path: Path) -> None:
+    plan = resolve(Cell("digits", "zskd", "best"), "smoke")
+    whole = make_source(plan, Bench("digits", place_in(tmp_path)), SEED)
+    clock = next((tmp_path / "runs" / "transfer").rglob("seconds.json"))
+    assert whole.seconds > 0
+    clock.unlink()  # as a process leaves it that is killed before the end
+    again = make_source(plan, Bench("digits", place_in(tmp_path)), SEED)
+    assert again.seconds >= ImpressionStore.open(clock.parent / "set").summary()["seconds"] > 0
+    clock.write_text("{}")
+    with pytest.raises(UserError, match=r"seconds\.json is not whole"):
+        make_source(plan, Bench("digits", place_in(tmp_path)), SEED)
 
 
 # Names.

@@ -176,6 +176,12 @@ def test_what_cannot_be_modelled_is_said() -> None:
         StsTargets(linear, StsSettings())
 
 
+@pytest.mark.parametrize("arguments", [{"sigma": 1e300}, {"mean": 1e300}])
+def test_features_too_large_for_the_teacher_are_not_called_a_shortcut(arguments: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="not finite: the mean or sigma of the features is too large"):
+        StsTargets(small_teacher(), StsSettings(**arguments))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -40,7 +40,10 @@ DataRootOption = Annotated[
 ]
 DownloadOption = Annotated[bool, typer.Option("--download", help="Let torchvision fetch test data that is missing.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or cuda:N.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores where absent.")]
+_MOST_THREADS = 4096  # as a store of impressions takes them
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, max=4096, help="CPU threads; all cores where absent.")
+]
 _DIVIDED = ("synthesize", "distill", "compress")  # what several processes can do together
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
@@ -206,15 +209,17 @@ def synthesize(
 def _what_was_made(method: str, size: int | None, out: Path, processes: int) -> str:
     from zskd_nni.synthesis import ImpressionStore
 
-    if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set, a live generator
-        if size is None:
-            return f"{method} stores nothing: its images are made while a student learns"
+    if size is None:
+        return f"{method} stores nothing: its images are made while a student learns"
+    if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set
         return f"{size:,} images of {method} in {out}"
     summary = ImpressionStore.open(out).summary()
+    pace = summary["impressions_per_second"]
     return (
         f"{summary['impressions']:,} impressions in {out}: mean divergence {summary['mean_fit']:.4f} after "
-        f"{summary['mean_steps']:.1f} steps, {summary['impressions_per_second']:,.0f} a second"
-        + (" and process" if processes > 1 else "")
+        f"{summary['mean_steps']:.1f} steps"
+        + ("" if pace is None else f", {pace:,.0f} a second")
+        + (" and process" if pace is not None and processes > 1 else "")
     )
 
 
@@ -254,7 +259,8 @@ def search(
     data_root: DataRootOption = None,
     device: DeviceOption = "cpu",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads of a trial; the cores divided where absent.")
+        int | None,
+        typer.Option("--threads", min=1, max=4096, help="CPU threads of a trial; the cores divided where absent."),
     ] = None,
     portal: Annotated[
         bool, typer.Option("--portal", help="Open NNI's web portal to the network; it has no password.")
@@ -468,6 +474,8 @@ def results_command(
     from zskd_nni.reproduction.records import read_records
 
     records = read_records(results)
+    if not records:
+        raise UserError(f"--results: there is no record in {results}; {out} is left as it is.")
     make_folder(out.parent)
     write_atomic(out, render_page(records))
     typer.echo(f"{out}: {len(records)} records")

@@ -169,7 +169,7 @@ def _in_use(folder: Path) -> FolderInUseError:
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
     """Remove what killed runs left half-written in ``folder``; only its one writer may call this."""
-    for entry in folder.glob(f".{glob.escape(name)}*.tmp"):
+    for entry in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         if _TEMPORARY.fullmatch(entry.name) and (entry.is_symlink() or entry.is_file()):
             _remove_quietly(entry)
 

@@ -14,6 +14,13 @@ def images_at_once(numbers: int) -> int:
     return max(1, min(1000, 1000 * 3 * 32 * 32 // numbers))
 
 
+def _step_of_halves(value: float) -> float:
+    """How far the numbers of half precision are apart at ``value``, which is not negative."""
+    if value > torch.finfo(torch.half).max:
+        return math.inf
+    return math.ldexp(1.0, max(math.frexp(value)[1] - 1, -14) - 10)
+
+
 def _on_device(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -53,6 +60,13 @@ class InputSpec:
             raise ValueError(f"an input shape is (channels, height, width), each at least 1, not {list(self.shape)}")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"the value range must go from low to high, not from {self.low} to {self.high}")
+        coarsest = _step_of_halves(max(abs(self.low), abs(self.high)))
+        if coarsest > (self.high - self.low) / 256:
+            raise ValueError(
+                f"the value range from {self.low:g} to {self.high:g} has fewer than 256 steps in half precision, in "
+                "which transfer sets are stored; give it in other units, such as low 0 and high 1, with mean and std "
+                "in them"
+            )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.shape[0]) or not all(map(math.isfinite, values)):
                 raise ValueError(

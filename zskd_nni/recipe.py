@@ -513,11 +513,26 @@ def _put(source: dict[str, Any], path: str, value: Any, origin: str) -> None:
         raise UserError(f"{origin} {path}: {error}.") from error
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """PyYAML takes the last of two equal keys of a mapping without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands in one mapping twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _parse_yaml(text: str, complaint: str) -> Any:
     if len(text) > _LONGEST:
         raise UserError(f"{complaint}: it is longer than {_LONGEST:,} characters.")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_EachKeyOnce)
     except RecursionError as error:
         raise UserError(f"{complaint}: it is nested too deeply.") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # bad dates, numbers, keys

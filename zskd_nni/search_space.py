@@ -77,6 +77,9 @@ def _check_choices(values: list[Any], here: str) -> None:
             check_space(inner, f"{here}.{value['_name']}")
 
 
+_LARGEST_LOGARITHM = 700  # e to this is what a number can be
+
+
 def _check_numbers(kind: str, values: list[Any], here: str) -> None:
     count = _NUMBERS[kind]
     if len(values) != count:
@@ -90,6 +93,8 @@ def _check_numbers(kind: str, values: list[Any], here: str) -> None:
     if "normal" in kind:
         if values[1] <= 0:
             raise ValueError(f"{here}: the standard deviation must be positive, not {values[1]}")
+        if "log" in kind and values[0] > _LARGEST_LOGARITHM:
+            raise ValueError(f"{here}: {kind} takes the logarithm of the middle, at most {_LARGEST_LOGARITHM}")
     elif values[0] >= values[1]:
         raise ValueError(f"{here}: the lower bound must be less than the upper one, not {values}")
     elif "log" in kind and values[0] <= 0:

@@ -143,7 +143,7 @@ TEACHERS = {
         ),
         {"depth": 40, "width": 2, "num_classes": 100},
     ),
-    # As ZSKT trains it: half as long as for CIFAR, without augmentation.
+    # Half as long as for CIFAR and without augmentation, as ZSKT trains it; the schedule is ours, a cosine.
     "wrn-40-2-svhn": TeacherRecipe(
         "zoo:wrn",
         "svhn",

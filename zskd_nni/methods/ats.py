@@ -26,6 +26,7 @@ read an image. Several sources take turns.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -61,6 +62,8 @@ from zskd_nni.workers import team
 PROGRESS = "progress.safetensors"
 OWN, REPEAT, NEAREST = 0, 1, 2
 ORIGINS = ("own", "repeats", "nearest")
+
+_MOST_TRIES = 10_000
 
 
 class CannotBalanceError(UserError):
@@ -115,8 +118,8 @@ class AtsSettings:
         if self.fill not in ("augment", "confidence", "none"):
             raise ValueError(f"fill is augment, confidence or none, not {self.fill!r}")
         for name in ("candidates", "tries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _MOST_TRIES:
+                raise ValueError(f"{name} must be at least 1 and at most {_MOST_TRIES:,}, not {getattr(self, name)}")
         if not 0 < self.deviation < float("inf"):
             raise ValueError(f"deviation must be positive, not {self.deviation}")
 
@@ -344,6 +347,8 @@ def _make(
         "size": size,
         "seed": seed,
     }
+    if (folder / "manifest.json").exists():
+        raise UserError(f"{folder} holds data impressions. Use another folder.")
     if (folder / DESCRIPTION).exists():
         finished = TransferSet.open(folder)
         difference = describe_difference(finished.description["identity"], identity)
@@ -356,9 +361,10 @@ def _make(
     # What was begun when files were ordered by their names is begun anew.
     progress_path, begun = folder / PROGRESS, f"{fingerprint}, by content"
     if progress_path.exists():
-        state, metadata = load_sealed(progress_path)
-        if metadata.get("fingerprint") == begun and set(state) == set(_Classes._NAMES):
-            classes.restore(state)
+        with contextlib.suppress(UserError):  # damaged: begun anew, too
+            state, metadata = load_sealed(progress_path)
+            if metadata.get("fingerprint") == begun and set(state) == set(_Classes._NAMES):
+                classes.restore(state)
     saved = time.monotonic()
 
     def save() -> None:

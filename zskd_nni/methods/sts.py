@@ -187,7 +187,13 @@ class StsTargets:
     def _check_that_nothing_goes_around(self) -> None:
         features = self.features(_PROBES, torch.Generator().manual_seed(2)).to(self.teacher.device)
         with replaced(self.teacher.model, self.point, features), torch.no_grad():
-            if not torch.equal(self.teacher(self._noise(0)), self.teacher(self._noise(1))):
+            answers = self.teacher(self._noise(0))
+            if not bool(torch.isfinite(answers).all()):
+                raise UserError(
+                    f"The teacher's answers to STS's features at {self.point} are not finite: the mean or sigma of the "
+                    "features is too large."
+                )
+            if not torch.equal(answers, self.teacher(self._noise(1))):
                 raise UserError(
                     f"STS cannot model {self.point}: the teacher's answer does not depend on it alone, something "
                     "(a shortcut) goes around it. Choose a layer that all paths lead through."

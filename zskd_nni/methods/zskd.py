@@ -56,8 +56,8 @@ class ZskdSettings:
     def __post_init__(self) -> None:
         if not self.betas or not all(0 < beta < float("inf") for beta in self.betas):
             raise ValueError(f"beta must be positive, not {list(self.betas)}")
-        if not 0 < self.floor < float("inf"):
-            raise ValueError(f"floor must be positive, not {self.floor}")
+        if not 1e-30 <= self.floor < float("inf"):  # less is zero in single precision
+            raise ValueError(f"floor must be positive (at least 1e-30), not {self.floor}")
         if self.order not in ("interleaved", "rows"):
             raise ValueError(f"order is interleaved or rows, not {self.order!r}")
 

@@ -114,7 +114,8 @@ def render_page(records: Iterable[Record]) -> str:
 def _take_out_older(groups: dict[tuple[str, str], Group]) -> list[str]:
     """Keep the records of present settings, and of the teacher that most of a pair's have; names what was taken out."""
     cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
-    plans = {key: resolve(cells[key[0]], key[1]) for key in groups if key[0] in cells}
+    known = [key for key in groups if key[0] in cells and key[1] in PAIRS[cells[key[0]].pair].scales]
+    plans = {key: resolve(cells[key[0]], key[1]) for key in known}
     present = {key: [record for record in groups[key] if _is_of(record, plan)] for key, plan in plans.items()}
     teachers: dict[str, Counter[str]] = {}
     for key, group in present.items():
@@ -295,7 +296,8 @@ def _balance_rows(cells: Sequence[Cell], scale: str, groups: dict[tuple[str, str
         dagger = "" if all(record.get("data_free", True) for record in whole) else " †"
         cannot = bool(balanced) and not _students(balanced)
         fields = [
-            f"{', '.join(whole[0]['ingredients']['sources'])}{dagger}",
+            f"{', '.join(whole[0]['ingredients']['sources'])}{dagger}"
+            + (", logits alone" if variant.endswith("-logits") else ""),
             next((f"{r['impressions']:,}" for r in whole if r["impressions"]), "-"),
             "cannot be balanced" if cannot else mean_and_deviation(_students(balanced)),
             mean_and_deviation(_students(unbalanced)),

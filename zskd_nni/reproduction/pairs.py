@@ -206,7 +206,7 @@ _WRN_CPU = Scale(
     synthesis={"paper": {**_SMALL_STEPS, "shard": 50, "slots": 50}, "best": {"shard": 50, "slots": 50}},
     zskt={
         "": {"rounds": 150, "width": 32, "batch": 32},
-        "best": {"width": 32, "memory": 2000, "new_images": 64, "figures": 0},
+        "best": {"width": 32, "memory": 2000, "new_images": 64, "figures": 500},
     },
     batch=32,
     mte_images=5,

@@ -24,10 +24,16 @@ NEEDED = (
     "mte",
     "ingredients",
     "seconds",
+    "fingerprint",
     "device",
     "selected_on",
     "provenance",
 )
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("cell", "pair", "method", "scale", "fingerprint"), str),
+    **dict.fromkeys(("accuracy", "seconds", "ingredients", "provenance"), dict),
+    "seed": int,
+}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -42,6 +48,11 @@ def read_record(path: Path) -> dict[str, Any]:
     missing = [key for key in NEEDED if key not in record]
     if missing:
         raise UserError(f"{path} is not a whole record: it lacks {missing[0]!r}. Remove it, and run its cell again.")
+    wrong = next((key for key, kind in _KINDS.items() if not isinstance(record[key], kind)), None)
+    if wrong is None and not isinstance(record["provenance"].get("teacher"), str):
+        wrong = "provenance"
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong!r} is {record[wrong]!r}. Remove the file, and run its cell again.")
     return record
 
 

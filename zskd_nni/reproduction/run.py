@@ -221,7 +221,9 @@ def _first_of(parts: list[Images], count: int) -> Images:
 def _timed_source(plan: Plan, teacher: Teacher, request: TransferRequest, home: Path) -> tuple[TransferSource, float]:
     """The source, and the seconds that making it took, which are added up over interrupted runs."""
     clock = home / "seconds.json"
-    known = read_json(clock) if clock.exists() else {"seconds": 0.0, "finished": False}
+    known: dict[str, Any] = {"seconds": 0.0, "finished": False}
+    if clock.exists():
+        known = _whole(clock, {"seconds": float, "finished": bool})
     started, finished = time.monotonic(), False
     try:
         source = find_method(SOURCES[plan.cell.method]).source(teacher, request)
@@ -230,7 +232,24 @@ def _timed_source(plan: Plan, teacher: Teacher, request: TransferRequest, home: 
         if not known["finished"]:
             known = {"seconds": round(known["seconds"] + time.monotonic() - started, 3), "finished": finished}
             write_json(clock, known)
-    return source, known["seconds"]
+    # A process that is killed leaves no clock, but its finished shards tell what they took.
+    shards = home / "set"
+    of_shards = ImpressionStore.open(shards).summary()["seconds"] if (shards / "manifest.json").exists() else 0.0
+    return source, max(known["seconds"], of_shards)
+
+
+def _whole(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
+    """A file of a run with these keys.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(
+        key in content and isinstance(content[key], kinds[key]) for key in kinds
+    ):
+        raise UserError(f"{path} is not whole. Remove it, and run its cell again.")
+    return content
 
 
 def _facts_of(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
@@ -380,7 +399,7 @@ def _record(plan: Plan, bench: Bench, seed: int, home: Path) -> dict[str, Any]:
                 transfer={"counts": {"candidates": error.counts}},
             )
             return {**record, **_ending(plan, bench, seed, {"synthesis": 0.0, "student": 0.0, "evaluation": 0.0})}
-    known = read_json(finished)
+    known = _whole(finished, {"impressions": object, "transfer": object, "history": object, "seconds": dict})
     student = fresh_student(plan, seed)
     load_into(student, load_tensors(home / "student.safetensors")[0], str(home))
     started = time.monotonic()

@@ -148,7 +148,7 @@ def _ablation(pair: str) -> list[Cell]:
 
 
 def _balance(pair: str) -> list[Cell]:
-    """ATS from each source, balanced and not."""
+    """ATS from each source, balanced and not, by the pair's student and by one that matches logits alone."""
     sources = {
         "uniform": "noise-uniform",
         "gaussian": "noise-gaussian",
@@ -157,8 +157,10 @@ def _balance(pair: str) -> list[Cell]:
         "synthetic": "mixed",
         "natural": PAIRS[pair].unrelated,
     }
+    logits = {"features": "none", "temperature": 20.0}
     return [
-        _cell(pair, "ats", preset, name, options={"sources": (source,)})
+        _cell(pair, "ats", preset, name + variant, options={"sources": (source,)}, student=student)
+        for variant, student in (("", {}), ("-logits", logits))
         for name, source in sources.items()
         for preset in ats.PRESETS
     ]
@@ -166,7 +168,8 @@ def _balance(pair: str) -> list[Cell]:
 
 def _zskt(pair: str) -> list[Cell]:
     cells = [_cell(pair, "zskt", preset) for preset in zskt.PRESETS]
-    other = "unit" if PAIRS[pair].zskt.get("generator_range") == "input" else "input"
+    usual = PAIRS[pair].zskt.get("", {}).get("generator_range", zskt.ZsktSettings().generator_range)
+    other = "unit" if usual == "input" else "input"
     cells.append(_cell(pair, "zskt", "fresh", f"{other}-range", options={"generator_range": other}))
     cells.append(_cell(pair, "zskt", "fresh", "no-attention", options={"attention": "none"}))
     return cells
@@ -271,7 +274,8 @@ TABLES: dict[str, Table] = {
     "ats-balance": Table(
         "Arbitrary transfer sets, balanced and not",
         "The preset `paper` balances by the teacher's labels, `unbalanced` takes images as they come. A teacher that "
-        "sees one class alone in a source cannot balance it; then the counts stand in the row.",
+        "sees one class alone in a source cannot balance it; then the counts stand in the row. Students match hidden "
+        "layers beside the logits, or the logits alone at temperature 20, as distillation is published.",
         _over(LENETS, _balance),
         PAIRED_SEEDS,
     ),

@@ -9,6 +9,9 @@ from zskd_nni.identity import LATER, MEANING
 STARTS = ("uniform", "black", "smooth", "shapes", "mixed")
 RANGES = ("clamp", "rescale", "free")
 
+_SMALLEST, _LARGEST = 1e-6, 1e6
+_MOST_STEPS = 10_000_000
+
 
 @dataclass(frozen=True)
 class SynthesisSettings:
@@ -62,14 +65,20 @@ class SynthesisSettings:
 
     def __post_init__(self) -> None:
         coldest, hottest = self.temperatures
-        if not 0 < coldest <= hottest < float("inf"):
-            raise ValueError(f"temperature must be positive, or two such numbers in order, not {self.temperature}")
+        if not _SMALLEST <= coldest <= hottest <= _LARGEST:
+            raise ValueError(
+                f"temperature must be positive (from {_SMALLEST:g} to {_LARGEST:g}), or two such numbers in order, not "
+                f"{self.temperature}"
+            )
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.hold <= 1:
             raise ValueError(f"hold must lie in [0, 1], not {self.hold}")
-        if not 1 <= self.step_limits[0] <= self.step_limits[1]:
-            raise ValueError(f"max_steps must be at least 1, or two such numbers in order, not {self.max_steps}")
+        if not 1 <= self.step_limits[0] <= self.step_limits[1] <= _MOST_STEPS:
+            raise ValueError(
+                f"max_steps must be at least 1 and at most {_MOST_STEPS:,}, or two such numbers in order, not "
+                f"{self.max_steps}"
+            )
         for name in ("slots", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

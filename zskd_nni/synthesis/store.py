@@ -89,6 +89,8 @@ class ImpressionStore:
             store.require(identity, plan)
             store.settle()
             return store
+        if (folder / "set.json").exists():
+            raise UserError(f"{folder} holds an arbitrary transfer set. Use another folder.")
         if any(_SHARD_NAME.fullmatch(entry.name) for entry in folder.iterdir()):
             raise UserError(
                 f"{folder} holds shards but no {MANIFEST}, so that nobody can say what they are. "
@@ -353,4 +355,4 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 
 def _is_figure(value: Any) -> bool:
-    return isinstance(value, float | int) and math.isfinite(value)
+    return isinstance(value, float | int) and abs(value) < math.inf
