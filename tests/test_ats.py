@@ -336,9 +336,10 @@ def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not (tmp_path / "cut" / "progress.safetensors").exists()
 
 
-def test_damaged_progress_is_begun_anew(tmp_path: Path) -> None:
+def test_damaged_progress_says_what_to_remove(tmp_path: Path) -> None:
     (tmp_path / "progress.safetensors").write_bytes(b"damaged")
-    assert torch.equal(made(tmp_path).images(), made(tmp_path.with_name("whole")).images())
+    with pytest.raises(UserError, match=r"Remove .*progress\.safetensors to begin the set anew\."):
+        made(tmp_path)
 
 
 def test_sets_and_impressions_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -181,7 +181,8 @@ def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
             "format": "zskd_nni reproduction 1", "cell": "mnist-zskd-best", "pair": "mnist", "method": "zskd",
             "preset": "best", "variant": None, "seed": seed, "scale": "full", "impressions": 12000,
             "accuracy": {"teacher": 99.3, "student": student}, "agreement": 0.98, "calibration_error": {}, "mte": None,
-            "ingredients": {}, "seconds": {}, "device": "cpu", "selected_on": "", "provenance": {},
+            "ingredients": {}, "seconds": {}, "device": "cpu", "selected_on": "",
+            "fingerprint": "", "provenance": {"teacher": ""},
         }  # fmt: skip
         (tmp_path / f"mnist-zskd-best-seed{seed}.json").write_text(json.dumps(record))
     table = tutorial.reproduction_table("mnist", tmp_path)

@@ -60,6 +60,7 @@ ELSEWHERE = {
         "tests/test_reproduction.py",
         "test_every_method_leaves_a_whole_record",
     ),
+    "zskd-nni results": ("tests/test_reproduction.py", "test_the_page_of_real_records"),
 }
 SMALL = ["transfer.size=120", "transfer.held_out=100", "transfer.synthesis.max_steps=4", "distillation.steps=4"]
 # What Python on a page expects to have, and what is made smaller in it.

@@ -26,7 +26,6 @@ read an image. Several sources take turns.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -361,10 +360,12 @@ def _make(
     # What was begun when files were ordered by their names is begun anew.
     progress_path, begun = folder / PROGRESS, f"{fingerprint}, by content"
     if progress_path.exists():
-        with contextlib.suppress(UserError):  # damaged: begun anew, too
+        try:
             state, metadata = load_sealed(progress_path)
-            if metadata.get("fingerprint") == begun and set(state) == set(_Classes._NAMES):
-                classes.restore(state)
+        except UserError as error:
+            raise UserError(f"{error} Remove {progress_path} to begin the set anew.") from error
+        if metadata.get("fingerprint") == begun and set(state) == set(_Classes._NAMES):
+            classes.restore(state)
     saved = time.monotonic()
 
     def save() -> None:
