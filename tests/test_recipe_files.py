@@ -160,6 +160,39 @@ def test_nan_is_no_weight_decay() -> None:
 # Overrides.
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("seed", True),
+        ("transfer.size", True),
+        ("transfer.synthesis.max_steps", True),
+        ("teacher.input.shape.1", True),
+        ("teacher.input.mean", [False]),
+        ("distillation.temperature", False),
+        ("compression.pruning.steps", True),
+    ],
+)
+def test_true_is_no_number(tmp_path: Path, key: str, value: object) -> None:
+    content = plain()
+    *above, last = key.split(".")
+    place: Any = content
+    for part in above:
+        place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+    place[int(last) if isinstance(place, list) else last] = value
+    said = "true" if value is True else "false"
+    with pytest.raises(UserError, match=f"{last}.*: a number belongs here, not {said}"):
+        load_recipe(write(tmp_path, content))
+
+
+def test_true_stays_a_boolean_and_numbers_stay(tmp_path: Path) -> None:
+    content = plain()
+    content["compression"]["pruning"]["speedup"] = False
+    content["distillation"]["temperature"] = 3
+    recipe = load_recipe(write(tmp_path, content)).recipe
+    assert recipe.compression.pruning is not None and recipe.compression.pruning.speedup is False
+    assert recipe.distillation.temperature == 3
+
+
 def test_overrides_reach_every_depth() -> None:
     changes = [
         "seed=7",

@@ -28,7 +28,7 @@ from zskd_nni.key_paths import set_at
 from zskd_nni.methods.registry import default_preset, find_method
 from zskd_nni.networks import FORMS, build_network, code_fingerprint, load_into
 from zskd_nni.search_space import check_space
-from zskd_nni.settings import describe_validation
+from zskd_nni.settings import boolean_for_a_number, describe_validation
 from zskd_nni.teacher import Teacher
 from zskd_nni.zoo.trained import trained_weights
 
@@ -477,6 +477,8 @@ def check_recipe(source: Mapping[str, Any], called: str) -> Recipe:
     Raises:
         UserError: one sentence on the first thing that is wrong.
     """
+    if said := boolean_for_a_number(Recipe, source):
+        raise UserError(f"{called}: {said}")
     try:
         recipe = Recipe.model_validate(source)
     except ValidationError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast, get_args
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,10 +29,38 @@ def build_settings(kind: type[T], values: Mapping[str, Any], where: str = "") ->
     Raises:
         ValueError: one sentence that names the key path, what is wrong and what would be right.
     """
+    if said := boolean_for_a_number(kind, values, where):
+        raise ValueError(said)
     try:
         return _adapter(cast(Any, kind)).validate_python(dict(values))
     except ValidationError as error:
         raise ValueError(describe_validation(error, kind, where)) from error
+
+
+def boolean_for_a_number(kind: Any, values: Any, where: str = "") -> str | None:
+    """One sentence about the first ``true`` or ``false`` where a number belongs, which pydantic takes for 1 or 0.
+
+    Args:
+        kind: a settings class, or the annotation of one of its fields.
+        values: as read from YAML.
+        where: key path, for the message.
+    """
+    options = _alternatives(kind)
+    if isinstance(values, bool):
+        wanted = (int in options or float in options) and bool not in options
+        return f"{where}: a number belongs here, not {str(values).lower()}" if wanted else None
+    inner: list[tuple[str, Any, Any]] = []
+    if isinstance(values, Mapping):
+        for option in options:
+            types = _field_types(option)
+            inner += [(str(key), types[key], value) for key, value in values.items() if key in types]
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        kinds = [part for option in options if get_origin(option) in (list, tuple) for part in get_args(option)]
+        inner = [(str(number), part, value) for number, value in enumerate(values) for part in kinds[:1]]
+    for key, part, value in inner:
+        if said := boolean_for_a_number(part, value, f"{where}.{key}" if where else key):
+            return said
+    return None
 
 
 def describe_validation(error: ValidationError, kind: Any, where: str = "") -> str:
@@ -66,6 +95,12 @@ def _keys_at(kind: Any, path: list[str]) -> list[str]:
         kind = _field_types(kind).get(part)
         kind = next((option for option in _options(kind) if _field_types(option)), None)
     return list(_field_types(kind))
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    if get_origin(kind) in (Annotated, Union, UnionType):
+        return [option for part in get_args(kind) for option in _alternatives(part)]
+    return [kind]
 
 
 def _options(kind: Any) -> list[Any]:
