@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import run_cli
 from onnx import numpy_helper
 
 from zskd_nni.data import load_images
@@ -21,7 +22,7 @@ from zskd_nni.inputs import InputSpec
 from zskd_nni.metrics import accuracy
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import load_recipe
-from zskd_nni.report import render_html, render_table
+from zskd_nni.report import remarks, render_html, render_table
 from zskd_nni.saved_model import load_network
 
 SMALL = (
@@ -94,6 +95,18 @@ def test_the_integers_are_a_file_that_answers_as_reported(finished):
     assert all(control["accuracy_int8"] is not None for control in report["controls"].values())
     page = (out / "report.html").read_text()
     assert "int8 ONNX, bytes" in page and "quantized by calibration alone" in page
+
+
+def test_evaluate_measures_both_onnx_files(finished):
+    out, report = finished
+    said = run_cli("evaluate", out, "--data", "digits").stdout.splitlines()
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in said] == [
+        "student.json",
+        "student.onnx",
+        "student-int8.onnx",
+    ]
+    assert f"accuracy {report['accuracy']['student']:.2f} %" in said[0]
+    assert f"accuracy {report['accuracy']['student_int8']:.2f} %" in said[2]
 
 
 def test_the_files_tell_nothing_of_the_machine_that_wrote_them(finished):
@@ -343,6 +356,12 @@ def test_the_users_own_network_from_a_file(tmp_path):
     (tmp_path / "mine.yml").write_text(json.dumps(recipe))
     report = Run(load_recipe(str(tmp_path / "mine.yml")), tmp_path / "out", quiet=True).compress()
     assert report["classifier"] == "head"
+    assert not remarks(report)
+    recipe["distillation"]["features"] = "auto"  # its one hidden layer is pruned
+    (tmp_path / "auto.yml").write_text(json.dumps(recipe))
+    matched = Run(load_recipe(str(tmp_path / "auto.yml")), tmp_path / "auto", quiet=True).compress()
+    (said,) = remarks(matched)
+    assert "no hidden layer of one name and width" in said and said in (tmp_path / "auto" / "report.html").read_text()
     network = load_network(tmp_path / "out" / "student.json")
     assert network.features[0].out_channels == 4
     assert np.isfinite(network(torch.rand(2, 1, 20, 20)).detach().numpy()).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import signal
@@ -311,7 +312,7 @@ def evaluate(
     data_root: DataRootOption = None,
     download: DownloadOption = False,
 ) -> None:
-    """Measure a saved network, and its ONNX beside it, on labelled images."""
+    """Measure a saved network, and the ONNX files beside it, on labelled images."""
     from zskd_nni.data import load_images
     from zskd_nni.evaluation import logits_on
     from zskd_nni.export import run_onnx
@@ -328,9 +329,11 @@ def evaluate(
     logits = logits_on(lambda batch: first_tensor(model(spec.normalise(batch))), images, spec)
     images.require_labels(logits.shape[1])
     typer.echo(f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}")
-    exported = path.with_suffix(".onnx")
-    if exported.exists():
-        answered = logits_on(lambda batch: run_onnx(exported, batch), images, spec)
+    for ending in (".onnx", "-int8.onnx"):
+        exported = path.with_name(path.stem + ending)
+        if not exported.exists():
+            continue
+        answered = logits_on(functools.partial(run_onnx, exported), images, spec)
         typer.echo(
             f"{exported}: accuracy {accuracy(answered, images.labels):.2f} %, "
             f"agreement {100 * agreement(answered, logits):.2f} %"

@@ -74,6 +74,15 @@ def remarks(report: dict[str, Any]) -> list[str]:
         )
     if report.get("learnt_on_what_is_measured"):
         found.append("The accuracy is of images that the student learnt on: it says nothing about others.")
+    history = report["history"] or {}
+    wanted = (
+        report["recipe"]["distillation"]["features"] == "auto" and report["recipe"]["distillation"]["feature_weight"]
+    )
+    if wanted and history.get("features") == []:
+        found.append(
+            "distillation.features is auto, and student and teacher have no hidden layer of one name and width: the "
+            "logits alone were matched."
+        )
     for part in ("pruning", "quantization"):
         note = (report[part] or {}).get("note")
         if note:

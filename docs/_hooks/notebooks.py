@@ -41,7 +41,21 @@ def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
         return f'<img alt="{words}"{_ALTERNATIVE.sub("", match["attributes"])}>'
 
     html = _PICTURE.sub(picture, html)
+    html = html.replace("</h1>", f"</h1>{dated(page, files)}", 1)
     return _LINK.sub(link, html)
+
+
+def dated(page: Any, files: Any) -> str:
+    """When a notebook was executed, and where later figures are: recipes and methods may have changed behind it."""
+    about = json.loads(Path(page.file.abs_src_path).read_text(encoding="utf-8"))["metadata"].get("zskd_nni")
+    if about is None:
+        return ""
+    link = files.get_file_from_path("recipe-results.md").url_relative_to(page.file)
+    return (
+        f"<p><em>Executed {entities.escape(about['executed'][:10])} at scale "
+        f"<code>{entities.escape(about['scale'])}</code>. Recipes may have changed since; the figures that hold today "
+        f'are on the page of <a href="{link}">results</a>.</em></p>'
+    )
 
 
 def alternatives(notebook: Path) -> list[str]:
