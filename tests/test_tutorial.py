@@ -188,6 +188,14 @@ def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
     table = tutorial.reproduction_table("mnist", tmp_path)
     (row,) = table.rows
     assert list(row) == ["zskd best", "full", "12,000", "98.50 ± 0.71", "98.00 ± 0.00", "-", "0, 1"]
+    for name, scale in (("mnist-zskd-best", "cpu"), ("mnist-zskd-paper-1-percent", "full"), ("mnist-sts-best", "cpu")):
+        _, method, preset, *variant = name.split("-", 3)
+        kind = {"method": method, "preset": preset, "variant": "".join(variant) or None}
+        other = {**record, "cell": name, "scale": scale, **kind}
+        (tmp_path / f"{name}-{scale}-seed1.json").write_text(json.dumps(other))
+    shown = [row[:2] for row in tutorial.reproduction_table("mnist", tmp_path).rows]
+    assert shown == [["zskd best", "full"], ["sts best", "cpu"]], "no smaller size beside the full one, no ablation"
+    assert "reproduce digits" in tutorial.reproduction_table("digits", tmp_path).caption
     assert tutorial.reproduction_table("digits", tmp_path).rows[0][0] == "none yet"
 
 

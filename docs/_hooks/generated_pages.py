@@ -34,15 +34,15 @@ hide: [toc]
 
 Test accuracy in percent, mean and standard deviation over seeds 0, 1 and 2, last step. Nothing but the teacher's
 weights was used, but for the column *with real data*: the same recipe on training images, the ceiling. Students stand
-beside two controls made by the same command: the same student without distillation, and distilled on uniform noise; where
-nothing is distilled there is only calibration on noise.
+beside two controls made by the same command: the same student without distillation, and distilled on uniform noise;
+where nothing is distilled there is only calibration on noise.
 
 <!-- results: -->
 
-Settings were chosen on a validation slice of Fashion-MNIST's training split, but for the length of some schedules: those
-of the MNIST recipes and of `fashion-mnist-taylor50` were lengthened after shorter runs had been measured on test data. PTQ
-and the CIFAR-10 recipes have defaults that were not chosen on any data. The CIFAR-10 rows are CPU-sized, and of a `best`
-from before two of its details were mended.
+Settings were chosen on a validation slice of Fashion-MNIST's training split, but for the length of some schedules:
+those of the MNIST recipes and of `fashion-mnist-taylor50` were lengthened after shorter runs had been measured on test
+data. PTQ and the CIFAR-10 recipes have defaults that were not chosen on any data. The CIFAR-10 rows are CPU-sized, and
+of a `best` from before two of its details were mended.
 
 The figures are read from `results/*.json` when this page is built; each file says with which commit, versions, device
 and recipe it was made.

@@ -10,6 +10,7 @@ from zskd_nni.errors import UserError
 from zskd_nni.files import read_json
 from zskd_nni.reproduction.page import group_records, mean_and_deviation
 from zskd_nni.reproduction.records import read_records
+from zskd_nni.reproduction.tables import TABLES
 from zskd_nni.tutorial.shown import Table
 
 RESULTS = Path("results")
@@ -92,8 +93,20 @@ def recipes_table(names: Sequence[str], folder: Path = RESULTS) -> Table:
 
 
 def reproduction_table(pair: str, folder: Path = RESULTS / "reproduce") -> Table:
-    """What ``zskd-nni reproduce`` has measured for a pair: one row for each cell and scale."""
-    groups = group_records(record for record in read_records(folder) if record["pair"] == pair)
+    """What ``zskd-nni reproduce`` has measured for a pair: a row for each cell of its table of all methods.
+
+    Where a cell was run at full size that is shown, else what there is. Ablations are on the page of results.
+    """
+    name, cells = next(
+        (name, [cell.name for cell in table.cells if cell.pair == pair])
+        for name, table in TABLES.items()
+        if any(cell.pair == pair for cell in table.cells)
+    )
+    found = group_records(record for record in read_records(folder) if record["pair"] == pair)
+    groups = {}
+    for cell in cells:
+        scales = sorted((scale for named, scale in found if named == cell), key=lambda scale: scale != "full")
+        groups.update({(cell, scale): found[cell, scale] for scale in scales[:1]})
     columns = ["method", "scale", "images", "student", "agreement", "transition error", "seeds"]
     rows = []
     for (_, scale), group in groups.items():
@@ -117,5 +130,5 @@ def reproduction_table(pair: str, folder: Path = RESULTS / "reproduce") -> Table
     caption = f"Test accuracy and agreement in percent, read from {folder / pair}-*.json."
     if not rows:
         rows = [["none yet", *["-"] * 6]]
-        caption = f"There is no {folder / pair}-*.json yet; zskd-nni reproduce main writes such records."
+        caption = f"There is no {folder / pair}-*.json yet; zskd-nni reproduce {name} writes such records."
     return Table(columns, rows, caption)
