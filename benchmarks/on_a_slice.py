@@ -100,7 +100,7 @@ def main() -> None:
     bench = SliceBench(cell.pair, Place(given.out, given.out / "records", root=Path(root) if root else None))
     spec, found = bench.teacher.spec, []
     for seed in given.seeds:
-        source = make_source(plan, bench, seed).source if cell.method in SOURCES else None
+        source = make_source(plan, bench, seed).source if cell.method in (*SOURCES, "noise") else None
         (given.out / "students").mkdir(parents=True, exist_ok=True)
         name = "-".join([given.cell, given.scale, *given.set, f"seed{seed}"])
         student = train_student(plan, bench, seed, source, given.out / "students" / f"{name}.safetensors").network

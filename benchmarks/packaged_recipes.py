@@ -70,9 +70,8 @@ def run(recipe: str, seed: int, folder: Path, options: list[str], twin: bool) ->
 
 
 def compress(recipe: str, out: Path, options: list[str]) -> dict[str, Any]:
-    """The report of a run, made where it is missing."""
-    if not (out / "report.json").exists():
-        subprocess.run([sys.executable, "-m", "zskd_nni", "compress", recipe, "--out", str(out), *options], check=True)
+    """The report of a run; what is finished of it is not made again, and another run's folder is refused."""
+    subprocess.run([sys.executable, "-m", "zskd_nni", "compress", recipe, "--out", str(out), *options], check=True)
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
 
@@ -89,6 +88,9 @@ def with_record(records: list[dict[str, Any]], record: dict[str, Any]) -> list[d
         return {**one["recipe"], "seed": None}
 
     seeds = {one["recipe"]["seed"]: one for one in records if but_for_the_seed(one) == but_for_the_seed(record)}
+    before = seeds.get(record["recipe"]["seed"], {})
+    if "real_data" in before and "real_data" not in record:  # measured by an earlier call with --twin
+        record = {**record, "real_data": before["real_data"]}
     seeds[record["recipe"]["seed"]] = record
     return [seeds[seed] for seed in sorted(seeds)]
 
@@ -145,8 +147,8 @@ def over_seeds(values: list[float]) -> str:
     """Mean and standard deviation; a dash for none."""
     if not values:
         return "-"
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} +- {spread:.2f}"
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.2f}"
 
 
 def main() -> None:

@@ -248,6 +248,8 @@ def main() -> int:
         "--prose", action="store_true", help="take over changed prose, execute nothing"
     )
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs is at least 1, not {arguments.jobs}")
     sys.path.insert(0, str(ROOT))
     found = chosen(arguments.notebooks)
     if arguments.to is None:  # figures that mean nothing are no tutorials

@@ -254,6 +254,25 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_folder_of_a_run_takes_no_store(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    result = run_cli(*synthesize(tmp_path))
+    assert result.returncode == 2 and is_one_sentence(result.stderr)
+    assert "is the folder of a run" in result.stderr
+
+
+def test_real_images_are_stored_nowhere(tmp_path: Path) -> None:
+    real = ["--set", "transfer.method=real", "--set", "transfer.data=digits"]
+    result = run_cli(*synthesize(tmp_path / "out", *real))
+    assert result.returncode == 0, result.stderr
+    assert "real stores nothing" in result.stdout
+
+
+def test_one_left_over_variable_of_torchrun_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert run_cli("recipes").returncode == 0
+
+
 def test_evaluate(student: Path) -> None:
     result = run_cli("evaluate", student, "--data", "digits")
     assert result.returncode == 0, result.stderr

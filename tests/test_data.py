@@ -129,6 +129,26 @@ def test_folder_of_images(tmp_path: Path) -> None:
     assert data.name == "set"
 
 
+def test_folders_that_appear_by_themselves_are_no_classes_and_empty_ones_are_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_png(tmp_path / name / "1.png", grey()[0])
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    save_png(tmp_path / "__MACOSX" / "1.png", grey()[0])
+    assert load_images(str(tmp_path)).labels.tolist() == [0, 1]
+    (tmp_path / "ab").mkdir()
+    with pytest.raises(UserError, match="ab holds no images, and as a class it would shift"):
+        load_images(str(tmp_path))
+
+
+def test_sixteen_bits_of_grey_are_scaled_and_thirty_two_refused(tmp_path: Path) -> None:
+    picture = grey()[0].astype(np.uint16) * 257
+    save_png(tmp_path / "deep" / "1.png", picture)
+    np.testing.assert_array_equal(load_images(str(tmp_path / "deep")).images[0, 2].numpy(), grey()[0])
+    save_png(tmp_path / "float" / "1.tiff", picture.astype(np.float32))
+    with pytest.raises(UserError, match=r"1\.tiff has pixels of 32 bits"):
+        load_images(str(tmp_path / "float"))
+
+
 def test_folder_without_classes_and_in_grey(tmp_path: Path) -> None:
     for index in range(3):
         save_png(tmp_path / f"{index}.png", grey(3)[index])

@@ -159,6 +159,19 @@ def test_sliders_ask_and_the_gallery_keeps(tmp_path: Path) -> None:
     assert len(explorer.answer.target) == 3
 
 
+def test_sliders_reach_what_is_asked() -> None:
+    pytest.importorskip("ipywidgets", reason="the extra notebooks is not installed")
+    from zskd_nni.explore import Explorer
+
+    for far in (Question(temperature=60.0, beta=0.005, steps=3), Question(temperature=0.5, beta=20.0, steps=3)):
+        explorer = Explorer({"small": small_teacher()}, far)
+        explorer._controls["steps"].value = 2
+        assert explorer.question.temperature == far.temperature
+        assert explorer.question.beta == pytest.approx(far.beta)
+    with pytest.raises(UserError, match="start is one of"):
+        Explorer({"small": small_teacher()}, Question(start="nose"))
+
+
 def test_what_goes_wrong_under_a_slider_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ipywidgets", reason="the extra notebooks is not installed")
     from zskd_nni.explore import Explorer

@@ -19,6 +19,7 @@ from zskd_nni.evaluation import logits_on
 from zskd_nni.export import run_onnx
 from zskd_nni.files import sha256_of_file
 from zskd_nni.inputs import InputSpec
+from zskd_nni.methods.registry import TransferRequest, find_method
 from zskd_nni.metrics import accuracy
 from zskd_nni.pipeline import Run
 from zskd_nni.recipe import load_recipe
@@ -300,6 +301,38 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match="not empty"):
         run(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_store_that_was_there_is_told_in_the_report(tmp_path):
+    small = ["transfer.size=40", "transfer.held_out=20", "transfer.synthesis.shard=20", "distillation.steps=4"]
+    half = ["student={model: 'zoo:lenet5-half'}", "controls=[]", "compression={}", *small]
+    loaded = load_recipe("digits-prune50", ["transfer.method=class-impressions", *half], seed=7)
+    section = loaded.recipe.transfer
+    request = TransferRequest(40, 10, 7, tmp_path / "store", section.options(), quiet=True)
+    find_method("class-impressions").source(loaded.teacher(), request)
+
+    def distill(name: str, *changes: str, store: str = "store") -> dict:
+        recipe = load_recipe("digits-prune50", [*half, *changes])
+        return Run(recipe, tmp_path / name, quiet=True, impressions=tmp_path / store).compress()
+
+    report = distill("out")
+    assert report["impressions"]["given"]["seed"] == 7
+    said = remarks(report)[0]
+    assert "class-impressions, seed 7" in said and said in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(UserError, match=r"transfer\.method real reads real images"):
+        distill("real", "transfer.method=real", "transfer.data=digits")
+    with pytest.raises(UserError, match="seed of this run's held-out impressions"):
+        distill("again", store="out/impressions-held-out")
+
+
+def test_accuracies_that_were_measured_stay_where_the_data_is_gone(finished, tmp_path, capsys):
+    out = Path(shutil.copytree(finished[0], tmp_path / "out"))
+    before = (out / "report.json").read_bytes()
+    again = Run(load_recipe("digits-prune50", SMALL, 0), out, quiet=True)
+    again.measured = False  # as without a folder of data
+    assert again.compress()["accuracy"]["student"] is not None
+    assert (out / "report.json").read_bytes() == before
+    assert "has the accuracies already" in capsys.readouterr().err
 
 
 def test_without_test_data_accuracy_is_null_and_agreement_is_on_impressions(tmp_path):

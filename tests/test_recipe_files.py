@@ -373,6 +373,18 @@ def test_the_scales_of_packaged_recipes_are_recipes(name: str) -> None:
     assert load_recipe(name, scale="full").recipe == full.recipe
 
 
+def test_a_scale_is_chosen_by_its_option_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--set scale: a scale is chosen by --scale"):
+        load_recipe(DIGITS, ["scale=cpu"])
+    content = {**plain(), "scale": "cpu", "scales": {"cpu": {"transfer.size": 10}}}
+    with pytest.raises(UserError, match=r"nothing of scales\.cpu is put over it; .* --scale cpu"):
+        load_recipe(write(tmp_path, content))
+    with pytest.raises(UserError, match="there is no 'tiny' among its scales"):
+        load_recipe(write(tmp_path, {**content, "scale": "tiny"}))
+    content["transfer"]["size"] = 10  # as a search writes it down that was run at this scale
+    assert load_recipe(write(tmp_path, content)).recipe.scale == "cpu"
+
+
 def test_a_scale_is_put_over_the_recipe_and_overrides_over_the_scale(tmp_path: Path) -> None:
     content = plain()
     content["scales"] = {"small": {"transfer.size": 7, "compression.pruning.config_list.0.sparse_ratio": 0.25}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from zskd_nni import cli, interrupt
 from zskd_nni.errors import UserError
-from zskd_nni.files import only_writer, read_json, sha256_of_file
+from zskd_nni.files import load_tensors, only_writer, read_json, save_tensors, sha256_of_file
 from zskd_nni.inputs import InputSpec
 from zskd_nni.recipe import load_recipe
 from zskd_nni.reproduction import run as running
@@ -161,6 +162,13 @@ def test_no_record_no_page(tmp_path: Path) -> None:
         ({"accuracy": "x"}, "'accuracy'"),
         ({"cell": ["a"]}, "'cell'"),
         ({"seed": "0"}, "'seed'"),
+        ({"accuracy": {}}, "'accuracy'"),
+        ({"accuracy": {"teacher": 99.0, "student": float("nan")}}, "'accuracy'"),
+        ({"accuracy": {"teacher": None, "student": 5.0}}, "'accuracy'"),
+        ({"calibration_error": None}, "'calibration_error'"),
+        ({"impressions": "many"}, "'impressions'"),
+        ({"mte": "x"}, "'mte'"),
+        ({"variant": 5}, "'variant'"),
     ],
 )
 def test_records_that_are_not_whole(digits: Path, tmp_path: Path, changes: dict[str, Any], word: str) -> None:
@@ -168,6 +176,47 @@ def test_records_that_are_not_whole(digits: Path, tmp_path: Path, changes: dict[
     (tmp_path / record.name).write_text(json.dumps({**read_json(record), **changes}))
     code, output = call("results", "--results", tmp_path, "--out", tmp_path / "page.md")
     assert code == 2 and is_one_sentence(output) and word in output and record.name in output
+
+
+def test_two_records_of_one_run_are_told(digits: Path, tmp_path: Path) -> None:
+    record = next((digits / "results").glob("*.json"))
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_bytes(record.read_bytes())
+    code, output = call("results", "--results", tmp_path, "--out", tmp_path / "page.md")
+    assert code == 2 and is_one_sentence(output) and "a.json" in output and "b.json are records of one run" in output
+
+
+def test_a_damaged_record_does_not_keep_other_cells_from_being_run(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "all")
+    results = tmp_path / "all" / "results"
+    names = [f"digits-{method}-smoke-seed0.json" for method in ("none", "noise")]
+    (results / names[0]).write_text("{")
+    (results / names[1]).unlink()
+    cells = ["--cell", "digits-none", "--cell", "digits-noise"]
+    code, output = call("reproduce", "digits", *cells, "--scale", "smoke", "--seed", SEED, *at(tmp_path / "all"))
+    assert code == 2 and "Remove the file, and run its cell again" in output
+    assert (results / names[1]).exists()
+
+
+def test_a_finished_student_that_was_changed_is_trained_again(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "all")
+    record = tmp_path / "all" / "results" / "digits-noise-smoke-seed0.json"
+    wanted = read_json(record)["agreement"]
+    (home,) = (tmp_path / "all" / "runs" / "students").glob("digits-noise-smoke-seed0-*")
+    weights = {name: -value for name, value in load_tensors(home / "student.safetensors")[0].items()}
+    save_tensors(home / "student.safetensors", weights)
+    record.unlink()
+    command = ["reproduce", "digits", "--cell", "digits-noise", "--scale", "smoke", "--seed", SEED]
+    code, output = call(*command, *at(tmp_path / "all"))
+    assert code == 0, output
+    assert read_json(record)["agreement"] == wanted
+
+
+def test_all_tables_have_each_the_seeds_of_theirs() -> None:
+    code, output = call("reproduce", "all", "--cell", "mnist-ats-paper-uniform", "--scale", "cpu", "--list")
+    assert code == 0 and "5 seeds" in output
+    code, output = call("reproduce", "all", "--cell", "mnist-sts-best", "--list")
+    assert code == 0 and "3 seeds" in output
 
 
 def test_a_record_of_a_scale_that_is_no_more_counts_nowhere(digits: Path, tmp_path: Path) -> None:
@@ -691,6 +740,13 @@ def test_records_of_another_teacher_do_not_count(a_record: dict[str, Any]) -> No
     assert f"**{statistics.mean([90.0, 91.0]):.2f}" in line_of(page, "| zskd | best | - |")
     assert "`mnist-zskd-best (full) seed 2`" in page
     assert "`mnist-sts-best (full) seed 0`" in page
+
+
+def test_the_number_of_images_is_of_a_seed_that_has_some(a_record: dict[str, Any]) -> None:
+    cell = Cell("mnist", "ats", "paper")
+    records = [altered(a_record, cell, seed, value) for seed, value in ((0, None), (1, 80.0))]
+    records[0]["impressions"] = None
+    assert f"| {records[1]['impressions']:,} |" in line_of(render_page(records), "| ats | paper |")
 
 
 def test_a_mean_says_which_seeds_have_no_student(a_record: dict[str, Any]) -> None:

@@ -662,6 +662,23 @@ def test_a_trial_that_fails_says_so_as_well(
     assert "nowhere.npz" in told[-1]["failed"]
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"trials": 5}', '{"trials": [{}]}', '{"trials": [], "best": 1}'])
+def test_a_damaged_table_of_trials_is_told(tmp_path: Path, content: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    search = Search(load_recipe(write(tmp_path, tiny())), out, quiet=True)
+    search._claim()
+    (out / "trials.json").write_text(content)
+    with pytest.raises(UserError, match=r"trials\.json is not whole; remove it"):
+        search.run()
+
+
+def test_proposals_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    search = Search(load_recipe(write(tmp_path, tiny())), tmp_path, quiet=True)
+    (tmp_path / "proposed.jsonl").write_bytes(b'[1]\n\xff\n{"a": 1}\n{"a"')
+    assert search._history([]) == ([], [{"a": 1}])
+
+
 def test_a_search_that_reads_real_images_says_so(tmp_path: Path) -> None:
     """Whatever the method of the recipe that is searched."""
     out = tmp_path / "out"
@@ -682,7 +699,9 @@ def test_a_search_that_reads_real_images_says_so(tmp_path: Path) -> None:
     assert (table["data_free"], table["best"]) == (False, 2)
     text = (out / BEST).read_text()
     assert "# It reads real images: NOT data-free.\n" in text
-    assert yaml.safe_load(text)["selected_on"] == "a search over 2 trials: agreement on its probe set"
+    assert (
+        yaml.safe_load(text)["selected_on"] == "somewhere else; then a search over 2 trials: agreement on its probe set"
+    )
     shown = render_trials(table).splitlines()
     assert [line.endswith("done; reads real images") for line in shown[2:4]] == [True, False]
     assert shown[-1] == "trial 2 reads real images: NOT data-free"

@@ -19,6 +19,8 @@ from zskd_nni.data import LabelledImages
 from zskd_nni.errors import UserError
 from zskd_nni.exploration import Question, explore_class, explore_one
 from zskd_nni.metrics import TransitionResult, accuracy, agreement, confusion
+from zskd_nni.reproduction.cells import resolve
+from zskd_nni.reproduction.tables import TABLES
 from zskd_nni.training import History
 from zskd_nni.tutorial import Picture, Table
 
@@ -176,13 +178,18 @@ def test_a_file_of_something_else_is_no_result(tmp_path: Path) -> None:
 
 def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
     assert "yet" in tutorial.reproduction_table("mnist", tmp_path).caption
+    cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
+
+    def print_of(name: str, scale: str, seed: int) -> str:
+        return resolve(cells[name], scale).fingerprint("one", seed)
+
     for seed, student in ((0, 98.0), (1, 99.0)):
         record = {
             "format": "zskd_nni reproduction 1", "cell": "mnist-zskd-best", "pair": "mnist", "method": "zskd",
             "preset": "best", "variant": None, "seed": seed, "scale": "full", "impressions": 12000,
             "accuracy": {"teacher": 99.3, "student": student}, "agreement": 0.98, "calibration_error": {}, "mte": None,
             "ingredients": {}, "seconds": {}, "device": "cpu", "selected_on": "",
-            "fingerprint": "", "provenance": {"teacher": ""},
+            "fingerprint": print_of("mnist-zskd-best", "full", seed), "provenance": {"teacher": "one"},
         }  # fmt: skip
         (tmp_path / f"mnist-zskd-best-seed{seed}.json").write_text(json.dumps(record))
     table = tutorial.reproduction_table("mnist", tmp_path)
@@ -191,8 +198,12 @@ def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
     for name, scale in (("mnist-zskd-best", "cpu"), ("mnist-zskd-paper-1-percent", "full"), ("mnist-sts-best", "cpu")):
         _, method, preset, *variant = name.split("-", 3)
         kind = {"method": method, "preset": preset, "variant": "".join(variant) or None}
-        other = {**record, "cell": name, "scale": scale, **kind}
+        other = {**record, "cell": name, "scale": scale, **kind, "fingerprint": print_of(name, scale, 1)}
         (tmp_path / f"{name}-{scale}-seed1.json").write_text(json.dumps(other))
+    older = {**record, "seed": 2, "accuracy": {"teacher": 99.3, "student": 50.0}}
+    (tmp_path / "older.json").write_text(json.dumps(older))  # its fingerprint is of another seed
+    table = tutorial.reproduction_table("mnist", tmp_path)
+    assert table.rows[0][3] == "98.50 ± 0.71" and "mnist-zskd-best (full) seed 2" in table.caption
     shown = [row[:2] for row in tutorial.reproduction_table("mnist", tmp_path).rows]
     assert shown == [["zskd best", "full"], ["sts best", "cpu"]], "no smaller size beside the full one, no ablation"
     assert "reproduce digits" in tutorial.reproduction_table("digits", tmp_path).caption

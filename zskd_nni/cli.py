@@ -202,6 +202,8 @@ def synthesize(
         teacher = loaded.teacher().to(own_device)
         if _leads():
             typer.echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
+        if (out / "run.json").exists():
+            raise UserError(f"{out} is the folder of a run of compress or distill; choose another --out.")
         source = find_method(section.method).source(teacher, request)
         if _leads():
             typer.echo(_what_was_made(section.method, source.size, out, team().size))
@@ -210,6 +212,8 @@ def synthesize(
 def _what_was_made(method: str, size: int | None, out: Path, processes: int) -> str:
     from zskd_nni.synthesis import ImpressionStore
 
+    if method == "real":
+        return f"{method} stores nothing: its {size:,} images are read while a student learns"
     if size is None:
         return f"{method} stores nothing: its images are made while a student learns"
     if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set
@@ -406,8 +410,14 @@ def train_teacher_command(
     is the one command that trains on real data.
     """
     from zskd_nni.train_teacher import train_teacher
+    from zskd_nni.zoo.trained import trained_names
 
     _prepare(device, threads)
+    if name in trained_names():
+        typer.echo(
+            f"{name} comes with the package: recipes take that one. To use this one, name its file as teacher.weights.",
+            err=True,
+        )
     result = train_teacher(
         name,
         out,

@@ -9,6 +9,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -210,21 +211,39 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
     return LabelledImages(tensor, torch.from_numpy(labels.astype(np.int64)), name or path.stem)
 
 
+def _colours(image: Any, file: Path) -> np.ndarray[Any, Any]:
+    """``(H, W, 3)`` bytes of an opened image; sixteen bits of grey are scaled, which Pillow would cut off at 255."""
+    if image.mode.startswith("I;16"):
+        return np.repeat((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UserError(f"{file} has pixels of 32 bits, whose range nobody knows; save it with 8 or 16.")
+    return np.asarray(image.convert("RGB"))
+
+
 def _folder(path: Path) -> LabelledImages:
     from PIL import Image
 
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    # .ipynb_checkpoints and __MACOSX, which appear by themselves, are no classes: they would shift all others.
+    classes = sorted(e.name for e in path.iterdir() if e.is_dir() and not e.name.startswith((".", "__")))
     files = [(file, index) for index, name in enumerate(classes) for file in sorted((path / name).iterdir())]
     if not classes:
         files = [(file, UNLABELLED) for file in sorted(path.iterdir())]
     files = [(file, index) for file, index in files if file.suffix.lower() in _IMAGE_ENDINGS]
+    empty = set(range(len(classes))) - {index for _, index in files}
+    if files and empty:
+        raise UserError(
+            f"{path / classes[min(empty)]} holds no images, and as a class it would shift the numbers of those behind "
+            "it; remove the folder, or number the classes in an .npz."
+        )
     if not files:
         raise UserError(f"The folder {path} holds no images ({', '.join(sorted(_IMAGE_ENDINGS))}).")
     arrays = []
     for file, _ in files:
         try:
             with Image.open(file) as image:
-                arrays.append(np.asarray(image.convert("RGB")))
+                arrays.append(_colours(image, file))
+        except UserError:
+            raise
         except Exception as error:  # damaged images raise anything, and so do those too large to be meant
             raise UserError(f"{file} cannot be read as an image ({error}).") from error
     shapes = {array.shape for array in arrays}

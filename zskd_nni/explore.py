@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,9 @@ class Explorer:
         self._loaded: dict[str, Teacher] = dict(teachers or {})
         names = list(teachers) if teachers else trained_names()
         self.question = question or Question()
+        self.question.settings()  # what cannot be asked is said before anything is drawn
+        if not (math.isfinite(self.question.beta) and self.question.beta > 0):
+            raise UserError(f"That cannot be asked: beta must be positive, not {self.question.beta}.")
         self.gallery_size = gallery_size
         self.gallery: dict[int, Impressions] = {}
         self.answer: Answer
@@ -102,12 +106,22 @@ class Explorer:
         widgets, asked = self._widgets, self.question
         wide = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="98%")}
         live = {**wide, "continuous_update": False}  # a synthesis takes longer than a pixel of a slider's way
+        least = math.floor(
+            math.log10(asked.beta)
+        )  # every slider reaches what is asked, so that none changes the question
         self._teacher = widgets.Dropdown(options=names, description="teacher", **wide)
         self._controls: dict[str, Any] = {
             "label": widgets.IntSlider(asked.label, 0, max(1, asked.label), description="class", **live),
-            "beta": widgets.FloatLogSlider(asked.beta, min=-2, max=1, step=0.05, description="beta", **live),
+            "beta": widgets.FloatLogSlider(
+                asked.beta, min=min(-2, least), max=max(1, least + 1), step=0.05, description="beta", **live
+            ),
             "temperature": widgets.FloatSlider(
-                asked.temperature, min=1, max=40, step=0.5, description="temperature", **live
+                asked.temperature,
+                min=min(1, asked.temperature),
+                max=max(40, asked.temperature),
+                step=0.5,
+                description="temperature",
+                **live,
             ),
             "total_variation": widgets.SelectionSlider(
                 options=sorted({*PRIORS, asked.total_variation}),

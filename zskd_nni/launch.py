@@ -29,9 +29,9 @@ class Launch:
 
 def launched() -> Launch | None:
     """What torchrun's environment says, or None where torchrun did not start this process."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    if not {"TORCHELASTIC_RUN_ID", *names} <= set(os.environ):  # a single one of them may be left over in a shell
+        return None
     rank, size, local_rank, local_size, restart = (int(os.environ[name]) for name in names)
     reused = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Launch(rank, size, local_rank, local_size, restart, reused)

@@ -24,7 +24,7 @@ from zskd_nni.distillation import DistillationSettings
 from zskd_nni.errors import UserError, said_of
 from zskd_nni.files import load_weights
 from zskd_nni.inputs import InputSpec
-from zskd_nni.key_paths import set_at
+from zskd_nni.key_paths import get_at, set_at
 from zskd_nni.methods.registry import default_preset, find_method
 from zskd_nni.networks import FORMS, build_network, code_fingerprint, load_into
 from zskd_nni.search_space import check_space
@@ -458,9 +458,12 @@ def load_recipe(
     source = _parse_yaml(text, f"The recipe {name_or_file} is not YAML")
     if not isinstance(source, dict):
         raise UserError(f"The recipe {name_or_file} must be a mapping with keys such as teacher and transfer.")
+    _check_own_scale(source, f"The recipe {name_or_file}")
     if scale is not None and scale != "full":
         _apply_scale(source, scale, name_or_file)
     for override in overrides:
+        if override.partition("=")[0] == "scale":
+            raise UserError("--set scale: a scale is chosen by --scale, which puts its keys over the recipe.")
         _apply_override(source, override)
     if seed is not None:
         source["seed"] = seed
@@ -487,6 +490,28 @@ def check_recipe(source: Mapping[str, Any], called: str) -> Recipe:
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"{called}: {_dotted(path)}a number is expected, not nan.")
     return recipe
+
+
+def _check_own_scale(source: Mapping[str, Any], called: str) -> None:
+    """Refuse a file that calls itself a scale whose keys are not put over it; a search's ``best.yml`` rightly does."""
+    scale, scales = source.get("scale", "full"), source.get("scales") or {}
+    if scale == "full" or not isinstance(scale, str) or not isinstance(scales, Mapping):
+        return
+    if not isinstance(scales.get(scale), Mapping):
+        known = ", ".join(["full", *map(str, scales)])
+        raise UserError(f"{called}: scale: there is no {scale!r} among its scales ({known}).")
+
+    def stands(path: str, value: Any) -> bool:
+        try:
+            return bool(get_at(source, path) == value)
+        except (KeyError, IndexError, ValueError, TypeError):
+            return False
+
+    if scales[scale] and not any(stands(str(path), value) for path, value in scales[scale].items()):
+        raise UserError(
+            f"{called}: scale says {scale!r}, and nothing of scales.{scale} is put over it; take the key out and run "
+            f"it with --scale {scale}."
+        )
 
 
 def _apply_scale(source: dict[str, Any], scale: str, name: str) -> None:

@@ -74,6 +74,12 @@ def remarks(report: dict[str, Any]) -> list[str]:
         )
     if report.get("learnt_on_what_is_measured"):
         found.append("The accuracy is of images that the student learnt on: it says nothing about others.")
+    given = (report["impressions"] or {}).get("given")
+    if given is not None:
+        found.append(
+            f"The student learnt on a store that was there: {given['targets'].get('method', 'impressions')}, seed "
+            f"{given['seed']}. The recipe's transfer section made the held-out images alone."
+        )
     history = report["history"] or {}
     wanted = (
         report["recipe"]["distillation"]["features"] == "auto" and report["recipe"]["distillation"]["feature_weight"]

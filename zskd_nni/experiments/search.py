@@ -243,7 +243,15 @@ class Search:
 
     def _known_table(self) -> dict[str, Any]:
         path = self.out / TRIALS
-        return read_json(path) if path.exists() else self._table([])
+        if not path.exists():
+            return self._table([])
+        table = read_json(path)
+        rows = table.get("trials") if isinstance(table, dict) else None
+        best = table.get("best") if isinstance(table, dict) else None
+        whole = isinstance(rows, list) and all(map(_is_row, rows))
+        if not whole or not (best is None or (isinstance(best, int) and 0 < best <= len(rows or ()))):
+            raise UserError(f"{path} is not whole; remove it, and its trials are run again.")
+        return dict(table)
 
     def _prepare(self) -> None:
         """Write the job's folder."""
@@ -295,11 +303,13 @@ class Search:
         known = [{"parameter": row["given"], "value": row["value"]} for row in before if row["value"] is not None]
         again: list[dict[str, Any]] = []
         path = self.out / PROPOSED
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
             try:
                 given = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the last line of a tuner that was killed
+            if not isinstance(given, dict):
+                continue
             if given in ended:
                 ended.remove(given)
             elif given not in again:
@@ -447,7 +457,8 @@ class Search:
         chosen = replace(self.loaded, source=with_parameters(self.loaded.source, row["parameters"]))
         source = relocated(chosen, self.out)
         count, objective = len(table["trials"]), self.section.objective
-        source["selected_on"] = (
+        before = self.loaded.recipe.selected_on
+        source["selected_on"] = ("" if before is None else f"{before}; then ") + (
             f"a search over {count} trial{'' if count == 1 else 's'}: {objective} on {self._measured_on()}"
         )
         budget = "" if self.section.max_bytes is None else f" of {self.section.max_bytes:,} allowed"
@@ -465,6 +476,17 @@ class Search:
             head += f"# {say_real(real)}, this one does not: the search is NOT data-free.\n"
         write_atomic(self.out / BEST, head + yaml.safe_dump(source, sort_keys=False))
         return table
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it is a row of a search's table, with figures where it is done."""
+    if not isinstance(row, dict) or not set(row) >= {"id", "status", "reason", "given", "value", "seconds"}:
+        return False
+    figures = [row.get("objective"), row.get("bytes")]
+    done = row["status"] == "done"
+    return isinstance(row.get("parameters"), dict) and all(
+        isinstance(figure, int | float) or (figure is None and not done) for figure in figures
+    )
 
 
 def _final(metrics: list[Any]) -> dict[str, Any] | None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from zskd_nni import interrupt
 from zskd_nni.data import DATA_VARIABLE, NAMED_SETS, LabelledImages, data_root, load_images
 from zskd_nni.errors import UserError, said_of
-from zskd_nni.files import make_folder, plain, read_json, write_json
+from zskd_nni.files import fingerprint_of, make_folder, plain, read_json, write_json
 from zskd_nni.identity import taken_over
-from zskd_nni.methods.registry import TransferRequest, find_method
+from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.networks import code_fingerprint, network_fingerprint
 from zskd_nni.pictures import impressions_picture, some_of_each, spread
 from zskd_nni.pipeline.early_checks import check_work
@@ -95,6 +95,17 @@ class Run:
         store = ImpressionStore.open(folder)
         if store.manifest["identity"].get("teacher") != self.teacher.fingerprint:
             raise UserError(f"{folder} holds impressions of another teacher than the recipe's.")
+        section = self.recipe.transfer
+        if not is_data_free(find_method(section.method), section.options()):
+            raise UserError(
+                f"--impressions: the recipe's transfer.method {section.method} reads real images, and {folder} holds "
+                "impressions; leave out one of the two."
+            )
+        if store.manifest["identity"].get("seed") == self._held_out_seed():
+            raise UserError(
+                f"{folder} was made with the seed of this run's held-out impressions, on which it is measured; name "
+                "another store, or another --seed."
+            )
         missing = store.missing()
         if missing:
             raise UserError(f"{folder} is not finished: shard {missing[0]} is {store.damage(missing[0])}.")
@@ -172,6 +183,9 @@ class Run:
             UserError: anything the user can mend.
         """
         with self.owned():
+            finished = self._measured_before()
+            if finished is not None:
+                return finished
             held_out = self.held_out()  # first: what is wrong with its size is said before the long work
             source = self.transfer()
             made = {"student": self.students.make("student", source)}
@@ -181,6 +195,17 @@ class Run:
                 noise = NoiseSource(self.teacher.spec, self.recipe.distillation.batch)
                 made["noise"] = self.students.make("control-noise", noise)
             return self.team.first(lambda: self._finish(made, held_out))
+
+    def _measured_before(self) -> dict[str, Any] | None:
+        """The report of this very run, if it tells accuracies on test data that are not here now."""
+        path = self.out / "report.json"
+        report = read_json(path) if not self.measured and path.exists() else None
+        if not isinstance(report, dict) or report.get("fingerprint") != fingerprint_of(self.identity):
+            return None
+        if (report.get("accuracy") or {}).get("teacher") is None:
+            return None
+        self._tell(f"{path} has the accuracies already, and is left as it is.")
+        return report
 
     def _finish(self, made: dict[str, Made], held_out: Tensor) -> dict[str, Any]:
         self.teacher.to("cpu")
@@ -212,10 +237,16 @@ class Run:
             figures,
             exported,
             test=test,
-            impressions=None if store is None else store.summary(),
+            impressions=None if store is None else {**store.summary(), **self._origin()},
             identity=self.identity,
             device=self.device,
         )
+
+    def _origin(self) -> dict[str, Any]:
+        """Of a store that was handed in: by what it was made, which the recipe does not tell."""
+        if self.given is None:
+            return {}
+        return {"given": {"fingerprint": self.given.fingerprint, **self.given.manifest["identity"]}}
 
     def _store(self) -> ImpressionStore | None:
         """The impressions that were learnt on, where the method makes some."""
@@ -258,6 +289,9 @@ class Run:
         if known is None:
             write_json(path, {"fingerprint": source.fingerprint})
 
+    def _held_out_seed(self) -> int:
+        return derive_seed(self.recipe.seed, "held-out") % 2**31
+
     def held_out(self) -> Tensor:
         """Images ``(N, C, H, W)`` of another seed, on which agreement is measured and the export checked."""
         section = self.recipe.transfer
@@ -266,7 +300,7 @@ class Run:
             request = TransferRequest(
                 size=section.held_out,
                 batch_size=section.held_out,
-                seed=derive_seed(self.recipe.seed, "held-out") % 2**31,
+                seed=self._held_out_seed(),
                 folder=self.out / "impressions-held-out",
                 options=section.options(),
                 label="held-out impressions",

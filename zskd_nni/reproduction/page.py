@@ -90,7 +90,7 @@ def _values(group: Group, get: Callable[[Record], float | None]) -> list[float]:
 def render_page(records: Iterable[Record]) -> str:
     """The whole page, as Markdown."""
     groups = group_records(records)
-    stale = _take_out_older(groups)
+    stale = take_out_older(groups)
     parts = [HEAD]
     for name, table in TABLES.items():
         parts.append(f"## {table.title}\n\n{table.text}\n")
@@ -111,7 +111,7 @@ def render_page(records: Iterable[Record]) -> str:
     return "\n".join([*parts, RECIPES])
 
 
-def _take_out_older(groups: dict[tuple[str, str], Group]) -> list[str]:
+def take_out_older(groups: dict[tuple[str, str], Group]) -> list[str]:
     """Keep the records of present settings, and of the teacher that most of a pair's have; names what was taken out."""
     cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
     known = [key for key in groups if key[0] in cells and key[1] in PAIRS[cells[key[0]].pair].scales]
@@ -171,7 +171,8 @@ def _rows(cells: Sequence[Cell], scale: str, groups: dict[tuple[str, str], Group
 def _row(cell: Cell, group: Group, scale: str, groups: dict[tuple[str, str], Group]) -> str:
     first = group[0]
     dagger = "" if first.get("data_free", True) else " †"
-    images = "-" if first["impressions"] is None else f"{first['impressions']:,}"
+    sizes = [record["impressions"] for record in group if record["impressions"] is not None]
+    images = f"{sizes[0]:,}" if sizes else "-"  # a seed that cannot be balanced has none
     agreements = _values(group, lambda record: None if record["agreement"] is None else 100 * record["agreement"])
     errors = _values(group, lambda record: record["calibration_error"].get("student"))
     student = f"**{mean_and_deviation(_students(group))}**" if _students(group) else "cannot be balanced"

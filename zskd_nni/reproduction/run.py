@@ -30,6 +30,7 @@ from zskd_nni.files import (
     plain,
     read_json,
     save_tensors,
+    sha256_of_file,
     write_json,
 )
 from zskd_nni.identity import settings_identity
@@ -41,7 +42,7 @@ from zskd_nni.networks import build_network, load_into
 from zskd_nni.provenance import provenance
 from zskd_nni.reproduction.cells import IMPRESSIONS, SOURCES, Plan
 from zskd_nni.reproduction.pairs import PAIRS
-from zskd_nni.reproduction.records import FORMAT
+from zskd_nni.reproduction.records import FORMAT, read_record
 from zskd_nni.seeds import derive_seed
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.synthesis.stored_images import StoredImages, joined
@@ -387,6 +388,8 @@ def _record(plan: Plan, bench: Bench, seed: int, home: Path) -> dict[str, Any]:
         "ingredients": plan.ingredients,
     }
     finished = home / "student.json"
+    if finished.exists() and _damaged(home):
+        finished.unlink()  # it is trained again
     if not finished.exists():
         try:
             _train(plan, bench, seed, home)
@@ -410,6 +413,13 @@ def _record(plan: Plan, bench: Bench, seed: int, home: Path) -> dict[str, Any]:
     record["history"] = known["history"]
     seconds = {**known["seconds"], "evaluation": round(time.monotonic() - started, 2)}
     return {**record, **_ending(plan, bench, seed, seconds)}
+
+
+def _damaged(home: Path) -> bool:
+    """Whether a finished student is not what was written; those of an earlier version carry no checksum."""
+    weights, known = home / "student.safetensors", read_json(home / "student.json")
+    wanted = known.get("sha256") if isinstance(known, dict) else None
+    return wanted is not None and (not weights.is_file() or sha256_of_file(weights) != wanted)
 
 
 def _data_free(plan: Plan) -> bool:
@@ -440,6 +450,7 @@ def _train(plan: Plan, bench: Bench, seed: int, home: Path) -> None:
     write_json(
         home / "student.json",
         {
+            "sha256": sha256_of_file(home / "student.safetensors"),
             "impressions": taught.images,
             "transfer": made.facts or None,
             "seconds": {"synthesis": made.seconds, "student": round(history.seconds, 2)},
@@ -485,10 +496,14 @@ def _measured(plan: Plan, bench: Bench, student: nn.Module) -> dict[str, Any]:
 
 def _finished(path: Path, identity: str, plan: Plan) -> bool:
     """Whether the record at ``path`` is this run's, and measured as it is to be."""
-    record = read_json(path) if path.exists() else None
+    try:
+        record = read_json(path) if path.exists() else None
+    except UserError as error:
+        raise UserError(f"{error} Remove the file, and run its cell again.") from error
     if not isinstance(record, dict) or record.get("fingerprint") != identity:
         return False
-    if not plan.cell.transition or record.get("accuracy", {}).get("student") is None:
+    record = read_record(path)
+    if not plan.cell.transition or record["accuracy"]["student"] is None:
         return True
     asked = record.get("mte_asked") or record.get("mte_measured_on") or {}
     return (asked.get("images"), asked.get("steps")) == (plan.scale.mte_images, plan.scale.mte_steps)

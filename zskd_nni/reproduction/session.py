@@ -21,13 +21,22 @@ def list_tables() -> str:
     return "\n".join([*lines, "", "zskd-nni reproduce TABLE --list shows the cells of one."])
 
 
-def _chosen(table: str, cells: Sequence[str], seeds: Sequence[int], scale: str) -> tuple[list[Plan], list[int]]:
+def _chosen(
+    table: str, cells: Sequence[str], seeds: Sequence[int], scale: str
+) -> tuple[list[Plan], dict[str, list[int]]]:
+    """The plans, and by name of the cell the seeds: those named, or all of the tables that a cell is in."""
     found = find_table(table)
     chosen = choose_cells(found, cells)
     if table == "all":  # of every table those cells that there are at this scale
         chosen = [cell for cell in chosen if scale in PAIRS[cell.pair].scales] or chosen
     plans = [resolve(cell, scale) for cell in chosen]
-    return plans, list(dict.fromkeys(seeds)) or list(found.seeds)
+    tables = TABLES.values() if table == "all" else [found]
+    own = {
+        cell.name: list(dict.fromkeys(seeds))
+        or sorted({seed for one in tables for seed in one.seeds if any(cell.name == other.name for other in one.cells)})
+        for cell in chosen
+    }
+    return plans, own
 
 
 def _benches(plans: Sequence[Plan], place: Place) -> dict[str, Bench]:
@@ -41,7 +50,7 @@ def list_cells(table: str, cells: Sequence[str], seeds: Sequence[int], scale: st
     width = max(len(plan.name) for plan in plans)
     lines, left = [], 0.0
     for plan in plans:
-        states = {seed: status(plan, benches[plan.cell.pair], seed) for seed in numbers}
+        states = {seed: status(plan, benches[plan.cell.pair], seed) for seed in numbers[plan.cell.name]}
         left += sum(estimate(plan) for state in states.values() if state != "finished")
         shown = ", ".join(f"{seed} {state}" for seed, state in states.items())
         if len(set(states.values())) == 1:
@@ -66,12 +75,12 @@ def run_table(
     for bench in benches.values():
         bench.test  # noqa: B018 - a missing teacher or data set is said now, not after hours
     failed, elsewhere = [], 0
-    for seed in numbers:
-        for plan in plans:
+    for seed in list(dict.fromkeys(seed for named in numbers.values() for seed in named)):
+        for plan in (plan for plan in plans if seed in numbers[plan.cell.name]):
             bench = benches[plan.cell.pair]
-            if status(plan, bench, seed) == "finished":
-                continue
             try:
+                if status(plan, bench, seed) == "finished":
+                    continue
                 record = run_cell(plan, bench, seed)
             except UserError as error:
                 say(f"{plan.name} seed {seed} failed: {error}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from zskd_nni.errors import UserError
 from zskd_nni.files import read_json
-from zskd_nni.reproduction.page import group_records, mean_and_deviation
+from zskd_nni.reproduction.page import group_records, mean_and_deviation, take_out_older
 from zskd_nni.reproduction.records import read_records
 from zskd_nni.reproduction.tables import TABLES
 from zskd_nni.tutorial.shown import Table
@@ -102,7 +102,10 @@ def reproduction_table(pair: str, folder: Path = RESULTS / "reproduce") -> Table
         for name, table in TABLES.items()
         if any(cell.pair == pair for cell in table.cells)
     )
-    found = group_records(record for record in read_records(folder) if record["pair"] == pair)
+    found = group_records(
+        record for record in read_records(folder) if record["pair"] == pair and record["cell"] in cells
+    )
+    older = take_out_older(found)
     groups = {}
     for cell in cells:
         scales = sorted((scale for named, scale in found if named == cell), key=lambda scale: scale != "full")
@@ -128,6 +131,8 @@ def reproduction_table(pair: str, folder: Path = RESULTS / "reproduce") -> Table
             ]
         )
     caption = f"Test accuracy and agreement in percent, read from {folder / pair}-*.json."
+    if older:
+        caption += f" Left out, of other settings or another teacher: {', '.join(older)}."
     if not rows:
         rows = [["none yet", *["-"] * 6]]
         caption = f"There is no {folder / pair}-*.json yet; zskd-nni reproduce {name} writes such records."
