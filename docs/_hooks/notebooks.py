@@ -47,7 +47,7 @@ def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
 
 def dated(page: Any, files: Any) -> str:
     """When a notebook was executed, and where later figures are: recipes and methods may have changed behind it."""
-    about = json.loads(Path(page.file.abs_src_path).read_text(encoding="utf-8"))["metadata"].get("zskd_nni")
+    about = json.loads(Path(page.file.abs_src_path).read_text(encoding="utf-8")).get("metadata", {}).get("zskd_nni")
     if about is None:
         return ""
     link = files.get_file_from_path("recipe-results.md").url_relative_to(page.file)

@@ -6,6 +6,7 @@ import html.parser
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -120,6 +121,13 @@ def test_formulas_are_drawn_and_tables_filled_in(built: Path) -> None:
         assert "arithmatex" not in text, path
         assert "<!-- results" not in text, path
     assert "mnist-half" in (built / "index.html").read_text()
+
+
+def test_tutorials_say_on_which_day_they_were_executed(built: Path) -> None:
+    tutorials = sorted((built / "tutorials").glob("*/index.html"))
+    assert len(tutorials) == 7
+    for path in tutorials:
+        assert re.search(r"Executed 20\d\d-\d\d-\d\d at scale <code>(cpu|full)</code>", path.read_text()), path
 
 
 def test_formulas_of_notebooks_are_drawn_and_code_is_left_alone() -> None:
