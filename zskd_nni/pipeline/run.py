@@ -202,7 +202,8 @@ class Run:
         report = read_json(path) if not self.measured and path.exists() else None
         if not isinstance(report, dict) or report.get("fingerprint") != fingerprint_of(self.identity):
             return None
-        if (report.get("accuracy") or {}).get("teacher") is None:
+        files = ("student.json", "student.safetensors", "student.onnx")
+        if (report.get("accuracy") or {}).get("teacher") is None or not all((self.out / f).exists() for f in files):
             return None
         self._tell(f"{path} has the accuracies already, and is left as it is.")
         return report
