@@ -740,6 +740,9 @@ def test_records_of_another_teacher_do_not_count(a_record: dict[str, Any]) -> No
     assert f"**{statistics.mean([90.0, 91.0]):.2f}" in line_of(page, "| zskd | best | - |")
     assert "`mnist-zskd-best (full) seed 2`" in page
     assert "`mnist-sts-best (full) seed 0`" in page
+    retrained = render_page(records, {"mnist": "0" * 64})  # the teacher that is there now has fewer records
+    assert "**50.00**" in line_of(retrained, "| zskd | best | - |")
+    assert "`mnist-zskd-best (full) seed 0`, `mnist-zskd-best (full) seed 1`" in retrained
 
 
 def test_the_number_of_images_is_of_a_seed_that_has_some(a_record: dict[str, Any]) -> None:

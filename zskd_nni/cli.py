@@ -484,13 +484,16 @@ def results_command(
     """Write the page of results from the records of reproduce."""
     from zskd_nni.files import make_folder, write_atomic
     from zskd_nni.reproduction.page import render_page
+    from zskd_nni.reproduction.pairs import PAIRS
     from zskd_nni.reproduction.records import read_records
+    from zskd_nni.reproduction.run import teachers_here
 
     records = read_records(results)
     if not records:
         raise UserError(f"--results: there is no record in {results}; {out} is left as it is.")
     make_folder(out.parent)
-    write_atomic(out, render_page(records))
+    teachers = teachers_here({record["pair"] for record in records} & set(PAIRS))
+    write_atomic(out, render_page(records, teachers))
     typer.echo(f"{out}: {len(records)} records")
 
 

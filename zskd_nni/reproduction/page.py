@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from zskd_nni.reproduction.cells import Cell, Plan, resolve
@@ -87,10 +87,16 @@ def _values(group: Group, get: Callable[[Record], float | None]) -> list[float]:
     return [value for record in group if (value := get(record)) is not None]
 
 
-def render_page(records: Iterable[Record]) -> str:
-    """The whole page, as Markdown."""
+def render_page(records: Iterable[Record], teachers: Mapping[str, str] | None = None) -> str:
+    """The whole page, as Markdown.
+
+    Args:
+        records: of any cells.
+        teachers: by pair the fingerprint of its teacher as it is now; records of others are older ones. Of a pair that
+            is not among them the teacher that most of its records have.
+    """
     groups = group_records(records)
-    stale = take_out_older(groups)
+    stale = take_out_older(groups, teachers)
     parts = [HEAD]
     for name, table in TABLES.items():
         parts.append(f"## {table.title}\n\n{table.text}\n")
@@ -111,8 +117,13 @@ def render_page(records: Iterable[Record]) -> str:
     return "\n".join([*parts, RECIPES])
 
 
-def take_out_older(groups: dict[tuple[str, str], Group]) -> list[str]:
-    """Keep the records of present settings, and of the teacher that most of a pair's have; names what was taken out."""
+def take_out_older(groups: dict[tuple[str, str], Group], now: Mapping[str, str] | None = None) -> list[str]:
+    """Keep the records of present settings, and of one teacher of each pair; names what was taken out.
+
+    Args:
+        groups: is changed.
+        now: by pair the teacher's fingerprint; where there is none the teacher that most of the records have.
+    """
     cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
     known = [key for key in groups if key[0] in cells and key[1] in PAIRS[cells[key[0]].pair].scales]
     plans = {key: resolve(cells[key[0]], key[1]) for key in known}
@@ -122,8 +133,10 @@ def take_out_older(groups: dict[tuple[str, str], Group]) -> list[str]:
         teachers.setdefault(plans[key].cell.pair, Counter()).update(_teacher_of(record) for record in group)
     taken = []
     for key, group in present.items():
-        usual = teachers[plans[key].cell.pair].most_common(1)
-        kept = [record for record in group if _teacher_of(record) == usual[0][0]]
+        pair = plans[key].cell.pair
+        usual = teachers[pair].most_common(1)
+        wanted = (now or {}).get(pair) or (usual[0][0] if usual else None)
+        kept = [record for record in group if _teacher_of(record) == wanted]
         taken += [f"{key[0]} ({key[1]}) seed {record['seed']}" for record in groups[key] if record not in kept]
         groups[key] = kept
         if not kept:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +114,15 @@ class Bench:
         """The training split, or its first ``most`` images: for baselines that read real data."""
         data = load_images(self.pair.recipe.data, "train", self.place.root, self.place.download)
         return data if most is None else data.subset(slice(0, most))
+
+
+def teachers_here(pairs: Iterable[str]) -> dict[str, str]:
+    """Fingerprints of the teachers of those pairs whose weights are there."""
+    found = {}
+    for pair in pairs:
+        with contextlib.suppress(UserError):
+            found[pair] = Bench(pair, Place(Path(), Path())).teacher.fingerprint
+    return found
 
 
 # Transfer sets. Cells that need the same images share them: their folder is named after what they are.
