@@ -1,6 +1,7 @@
 # make install     the environment, in .venv, from pinned versions
 # make demo        compress a digit classifier without data (about a minute after the install)
 # make test        the whole test-suite
+# make test-device  tests/device on a made-up device; DEVICE=cuda on a card
 # make faults      kills, damage, hostile files, mutated recipes: the long version, under an hour on two cores
 # make soak        20 minutes of synthesis and distillation under a memory limit (SOAK_SECONDS=...)
 # make bench      the ratios of docs/benchmarks.md, some ten minutes (DEVICE=cuda)
@@ -22,7 +23,7 @@ SOAK_SECONDS ?= 1200
 DEVICE ?= cpu
 JOBS ?= 2
 
-.PHONY: install install-all demo test faults soak bench lint notebooks docs docs-serve package clean
+.PHONY: install install-all demo test test-device faults soak bench lint notebooks docs docs-serve package clean
 
 install: $(VENV)/installed
 
@@ -42,6 +43,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+test-device: install
+	ZSKD_NNI_TEST_DEVICE=$(or $(filter-out cpu,$(DEVICE)),elsewhere) $(BIN)/python -m pytest tests/device
 
 faults: install
 	ZSKD_NNI_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -v -rA --durations=20 --numprocesses $(JOBS) --dist loadfile

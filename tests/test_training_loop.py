@@ -488,27 +488,6 @@ def test_schedules_of_pytorch_resume(tmp_path, make):
     assert again.get_last_lr() == scheduler.get_last_lr()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_run_on_a_gpu_goes_on_between_two_means_of_its_loss(tmp_path: Path) -> None:
-    teacher, source = small_teacher().to("cuda"), StoredSource(images(), 16, 5, "set")
-    settings = DistillationSettings(steps=60, batch=16)
-    student = small_network(1).to("cuda")
-    calls = [0]
-
-    def stop(*_: object) -> None:
-        calls[0] += 1
-        if calls[0] == 23:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    handle = student.register_forward_hook(stop)
-    with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
-        distill(student, teacher, source, settings, checkpoint=tmp_path / "c.safetensors", quiet=True)
-    handle.remove()
-    fresh = small_network(1).to("cuda")
-    history = distill(fresh, teacher, source, settings, checkpoint=tmp_path / "c.safetensors", quiet=True)
-    assert history.steps == [50, 60]
-
-
 def test_a_source_whose_batches_are_not_those_of_the_settings_is_refused() -> None:
     source = StoredSource(images(), 8, 5, "set")
     with pytest.raises(UserError, match="batches of 8 images, the settings ask for 32"):

@@ -1,17 +1,21 @@
 """Random augmentation on the device, each image of a batch by its own draw.
 
 torchvision's random transforms move a whole batch alike; these move every image by itself, in one
-``grid_sample``. The numbers are drawn on the CPU, so that every device sees the same ones.
+``grid_sample``. The numbers are drawn on the CPU, so that every device sees the same ones, and what little is computed
+of them alone is computed there.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+_Uniform = Callable[..., Tensor]  # of a range and a shape: a draw for each image, on the CPU
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,19 @@ def augment(
     """
     if not settings.active:
         return images
-    count, device = len(images), images.device
+    count = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return (low + (high - low) * torch.rand((count, *shape), generator=generator)).to(device)
+        return low + (high - low) * torch.rand((count, *shape), generator=generator)
 
     result = images
     if settings.moves:
         result = _move(images - low, settings, uniform) + low
     if settings.contrast:
-        result = low + (result - low) * uniform(1 - settings.contrast, 1 + settings.contrast, 1, 1, 1)
+        result = low + (result - low) * _sent(uniform(1 - settings.contrast, 1 + settings.contrast, 1, 1, 1), images)
     if settings.noise:
-        noise = torch.randn(images.shape, generator=generator).to(device)
-        result = result + noise * (settings.noise * (high - low))
+        noise = torch.randn(images.shape, generator=generator)
+        result = result + _sent(noise, images) * (settings.noise * (high - low))
     if settings.erase:
         result = _erase(result, settings.erase, uniform, low, high)
     if not (settings.contrast or settings.noise):
@@ -98,7 +102,12 @@ def augment(
     return result.clamp(images.amin(extremes, True).clamp_max(low), images.amax(extremes, True).clamp_min(high))
 
 
-def _move(images: Tensor, settings: Augmentation, uniform) -> Tensor:  # type: ignore[no-untyped-def]
+def _sent(drawn: Tensor, images: Tensor) -> Tensor:
+    """A draw for the images' device, without waiting for what it is at."""
+    return drawn.to(images.device, non_blocking=True)
+
+
+def _move(images: Tensor, settings: Augmentation, uniform: _Uniform) -> Tensor:
     angle = uniform(-settings.rotation, settings.rotation) * (math.pi / 180)
     shear = uniform(-settings.shear, settings.shear) * (math.pi / 180)
     zoom = uniform(math.log(settings.scale[0]), math.log(settings.scale[1])).exp()
@@ -113,18 +122,18 @@ def _move(images: Tensor, settings: Augmentation, uniform) -> Tensor:  # type: i
         ],
         1,
     )  # (N, 2, 3)
-    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
+    grid = functional.affine_grid(_sent(theta, images), list(images.shape), align_corners=False)
     return functional.grid_sample(images, grid, padding_mode=settings.border, align_corners=False)
 
 
-def _erase(images: Tensor, largest: float, uniform, low: float, high: float) -> Tensor:  # type: ignore[no-untyped-def]
+def _erase(images: Tensor, largest: float, uniform: _Uniform, low: float, high: float) -> Tensor:
     height, width = images.shape[2:]
     side = uniform(0, largest, 1)  # (N, 1)
     top, left = uniform(0, 1, 1), uniform(0, 1, 1)
-    rows = (torch.arange(height, device=images.device) + 0.5) / height
-    columns = (torch.arange(width, device=images.device) + 0.5) / width
+    rows = (torch.arange(height) + 0.5) / height
+    columns = (torch.arange(width) + 0.5) / width
     shorter = min(height, width)
     tall, wide = height / shorter, width / shorter
     inside = ((rows - top).abs() * tall < side / 2)[:, None, :, None]
     inside = inside & ((columns - left).abs() * wide < side / 2)[:, None, None, :]
-    return torch.where(inside, uniform(low, high, 1, 1, 1), images)
+    return torch.where(_sent(inside, images), _sent(uniform(low, high, 1, 1, 1), images), images)

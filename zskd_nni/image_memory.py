@@ -50,7 +50,7 @@ class ImageMemory:
         """``(count, C, H, W)`` float32, every image as likely as any other, with repetition."""
         places = torch.randint(self.kept + self.lasting, (count,), generator=random)
         places = torch.where(places < self.kept, places, places - self.kept + self.room)
-        return self.images[places.to(self.images.device)].float()
+        return self.images[places.to(self.images.device, non_blocking=True)].float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Those put in, and the next place; the lasting ones are their maker's."""

@@ -114,12 +114,12 @@ def transition_curves(
             at.requires_grad_(True)
             logits = _answer(followed, at)
             with torch.no_grad():
-                first.append(logits.softmax(1)[rows, targets].cpu())
-                second.append(_answer(other, at).softmax(1)[rows, targets].cpu())
+                first.append(logits.softmax(1)[rows, targets])
+                second.append(_answer(other, at).softmax(1)[rows, targets])
             if step + 1 < steps:
                 (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, targets, reduction="sum"), at)
                 at = at.detach() - step_size * gradient
-    return torch.stack(first, 1), torch.stack(second, 1)
+    return torch.stack(first, 1).cpu(), torch.stack(second, 1).cpu()
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,11 @@ def train_supervised(
             order.clear()
             order[epoch] = torch.randperm(len(data), generator=generator(seed, "order", epoch))
         index = order[epoch][position * settings.batch : (position + 1) * settings.batch]
-        images = augment(data.pixels(index, spec).to(device), settings.augmentation, random, spec.low, spec.high)
+        images = data.pixels(index, spec).to(device, non_blocking=True)
+        images = augment(images, settings.augmentation, random, spec.low, spec.high)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.autocast):
             logits = model(spec.normalise(images))
-        labels = data.labels[index].to(device)
+        labels = data.labels[index].to(device, non_blocking=True)
         return functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
 
     kept = None if checkpoint is None else Checkpoint(checkpoint, fingerprint)

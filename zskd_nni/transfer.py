@@ -15,6 +15,9 @@ from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
 from zskd_nni.seeds import generator
 
+_SHARE_OF_MEMORY = 0.25  # of what is free on a GPU, for the images of a set
+_ROWS_AT_ONCE = 1000
+
 
 @runtime_checkable
 class TransferSource(Protocol):
@@ -78,9 +81,18 @@ class StoredSource(_Stateless):
         batch_size: images in a batch; a smaller set gives all its images.
         seed: names the orders.
         fingerprint: of the images.
+        device: where batches are wanted. The first one brings all images to a GPU that has room for them, so that
+            no step waits for the host.
     """
 
-    def __init__(self, images: Images, batch_size: int, seed: int, fingerprint: str) -> None:
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        seed: int,
+        fingerprint: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if len(images) == 0:
             raise UserError("The transfer set is empty; a student cannot be taught on no images.")
         self.images = images
@@ -88,6 +100,7 @@ class StoredSource(_Stateless):
         self.batch_size = min(batch_size, len(images))
         self.seed = seed
         self.fingerprint = fingerprint
+        self.device, self._settled = torch.device(device), False
         self._per_epoch = len(images) // self.batch_size
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
@@ -97,10 +110,27 @@ class StoredSource(_Stateless):
         What is left of an epoch's order and fills no batch is not shown in it: less than a batch, others each time.
         """
         epoch, position = divmod(step, self._per_epoch)
+        if not self._settled:
+            self.images, self._settled = brought_near(self.images, self.device), True
         if self._order[0] != epoch:
-            self._order = (epoch, torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch)))
+            order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
+            self._order = (epoch, order.to(self.images.device, non_blocking=True))
         index = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
-        return self.images[index.to(self.images.device)].float()
+        return self.images[index].float()
+
+
+def brought_near(images: Images, device: torch.device) -> Images:
+    """The images in this GPU's memory, where they fill no more than a quarter of what is free; else as they are."""
+    if device.type == "cpu" or images.device.type != "cpu":
+        return images
+    one = images[torch.zeros(1, dtype=torch.long)]
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)  # not every kind of device has it
+    if ask is None or len(images) * one.numel() * one.element_size() > ask(device)[0] * _SHARE_OF_MEMORY:
+        return images
+    near = torch.empty((len(images), *one.shape[1:]), dtype=one.dtype, device=device)
+    for rows in torch.arange(len(images)).split(_ROWS_AT_ONCE):
+        near[int(rows[0]) : int(rows[-1]) + 1] = images[rows].to(device)
+    return near
 
 
 class NoiseSource(_Stateless):

@@ -132,7 +132,7 @@ def train_kd_at(
     spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, seed)
 
     def loss(step: int, random: torch.Generator) -> Tensor:
-        images, labels = (part.to(teacher.device) for part in batches.batch(step))
+        images, labels = (part.to(teacher.device, non_blocking=True) for part in batches.batch(step))
         images = augment(images, schedule.augmentation, random, spec.low, spec.high)
         with ExitStack() as stack:
             ours = [stack.enter_context(watched(teacher.model, FeaturePoint(path))) for path, _ in pairs]

@@ -55,8 +55,9 @@ def train_on_labels(
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         images, labels = batches.batch(step)
-        images = augment(images.to(device), settings.augmentation, random, spec.low, spec.high)
-        return functional.cross_entropy(first_tensor(student(spec.normalise(images))), labels.to(device))
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = augment(images, settings.augmentation, random, spec.low, spec.high)
+        return functional.cross_entropy(first_tensor(student(spec.normalise(images))), labels)
 
     kept = None
     if checkpoint is not None:

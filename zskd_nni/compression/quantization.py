@@ -378,20 +378,22 @@ def _with_scheme(config_list: list[dict], scheme: str) -> list[dict]:
 
 def begin_with(quantizer: Any, ranges: Calibration) -> None:
     """Give LSQ or LSQ+ the scales that fit ``ranges``."""
+    device = next(weight.device for weight in quantizer.bound_model.parameters() if weight.numel())
     for path, targets in quantizer._target_spaces.items():
+        wrapper = quantizer._module_wrappers[path]
         for target, space in targets.items():
             entry = ranges[path][target]
-            device = space.scale.device
             scale, zero = entry["scale"].to(device), entry["zero_point"].to(device)
             if isinstance(quantizer, LsqQuantizer):
                 # LSQ has no zero point: an unsigned type reaches from 0 to its largest number.
                 scale = torch.maximum(entry["tracked_max"].abs(), entry["tracked_min"].abs()).to(device) / space.qmax
                 scale = scale.clamp_min(torch.finfo(torch.float32).eps)
-                space.scale.data = scale if space._scaler else scale.view(1)
                 space.zero_point = torch.zeros_like(scale) if space._scaler else torch.tensor(0.0, device=device)
             else:
-                space.scale.data = scale if space._scaler else scale.view(1)
-                space.zero_point.data = zero if space._scaler else zero.view(1)
+                learned = nn.Parameter(zero if space._scaler else zero.view(1))
+                setattr(wrapper, f"{target}_zero_point", learned)
+            # Parameters of their own: those that NNI registers for LSQ+ lie on the CPU, wherever the network is.
+            setattr(wrapper, f"{target}_scale", nn.Parameter(scale if space._scaler else scale.view(1)))
     quantizer.is_init = True
 
 

@@ -431,7 +431,7 @@ class Ats:
             ),
             quiet=request.quiet,
         )
-        return StoredSource(made.images(), request.batch_size, request.seed, made.fingerprint)
+        return StoredSource(made.images(), request.batch_size, request.seed, made.fingerprint, teacher.device)
 
 
 METHOD = Ats()

@@ -22,4 +22,5 @@ def impressions_source(
         label=request.label,
         quiet=request.quiet,
     )
-    return StoredSource(store.images_on_disk(), request.batch_size, request.seed, store.fingerprint)
+    images = store.images_on_disk()
+    return StoredSource(images, request.batch_size, request.seed, store.fingerprint, teacher.device)

@@ -233,6 +233,7 @@ class ZsktSource:
         self.images: Tensor | None = None  # of this round, normalised
         self.memory: ImageMemory | None = None  # of earlier rounds and the figures, normalised
         self.divergence = torch.tensor(math.nan)  # D of the last generator step
+        self.span: Tensor | None = None
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
         """Images ``(batch_size, C, H, W)`` such that the spec's normalisation gives the generator's own output."""
@@ -276,7 +277,7 @@ class ZsktSource:
             first = int(torch.randint(self.classes, (), generator=random))
             meant = (torch.arange(count) + first) % self.classes
             z = torch.cat([z, functional.one_hot(meant, self.classes).float()], 1)
-        return z.to(self.teacher.device)
+        return z.to(self.teacher.device, non_blocking=True)
 
     def _memory(self) -> ImageMemory:
         """The memory; before its first use it is made, with the figures in it."""
@@ -357,7 +358,7 @@ class ZsktSource:
 
     def _generator_loss(self, z: Tensor, student: nn.Module | None) -> tuple[Tensor, Tensor]:
         """L_G, and the divergence D without a gradient (0 without a student)."""
-        settings, spec = self.settings, self.teacher.spec
+        settings = self.settings
         crowd: AbstractContextManager[list[Tensor]] = nullcontext([])
         if self.watches_statistics:
             crowd = statistics_distances(self.teacher.model)
@@ -376,10 +377,15 @@ class ZsktSource:
         if distances:
             value = value + settings.batch_statistics * torch.stack(distances).sum()
         if settings.total_variation:
-            low, high = spec.ends()
-            span = (high - low).view(-1, 1, 1).to(x.device)
-            value = value + settings.total_variation * total_variation(x.float() / span).mean()
+            value = value + settings.total_variation * total_variation(x.float() / self._span(x.device)).mean()
         return value, divergence.detach()
+
+    def _span(self, device: torch.device) -> Tensor:
+        """``(C, 1, 1)`` the width of each channel's normalised range; kept, a copy from the CPU would wait for it."""
+        if self.span is None or self.span.device != device:
+            low, high = self.teacher.spec.ends()
+            self.span = (high - low).view(-1, 1, 1).to(device)
+        return self.span
 
     def _renew_first_layer(self, random: torch.Generator) -> None:
         """Draw the first layer anew, as ``nn.Linear`` begins, and forget what Adam knows of it."""
@@ -388,7 +394,7 @@ class ZsktSource:
         bound = layer.in_features**-0.5
         with torch.no_grad():
             for weight in layer.parameters():
-                weight.copy_((2 * torch.rand(weight.shape, generator=random) - 1) * bound)
+                weight.copy_((2 * torch.rand(weight.shape, generator=random) - 1) * bound, non_blocking=True)
                 for entry in self.optimizer.state.get(weight, {}).values():
                     entry.zero_()
 
@@ -454,7 +460,7 @@ def _is_finite(*values: Tensor) -> bool:
     There nothing is asked in a step: :func:`~zskd_nni.training.fit` looks at the losses every few dozen steps, and at
     all weights before a checkpoint is written.
     """
-    return all(value.is_cuda or math.isfinite(float(value)) for value in values)
+    return all(value.device.type != "cpu" or math.isfinite(float(value)) for value in values)
 
 
 @contextmanager

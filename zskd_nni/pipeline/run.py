@@ -259,7 +259,8 @@ class Run:
         section = self.recipe.transfer
         if self.given is not None:
             batch = self.recipe.distillation.batch
-            return StoredSource(self.given.images_on_disk(), batch, self.recipe.seed, self.given.fingerprint)
+            images = self.given.images_on_disk()
+            return StoredSource(images, batch, self.recipe.seed, self.given.fingerprint, self.device)
         with self._timed("synthesis"):
             self.teacher.to(self.device)
             request = TransferRequest(

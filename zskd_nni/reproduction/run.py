@@ -216,7 +216,8 @@ def make_source(plan: Plan, bench: Bench, seed: int) -> Made:
         facts = _facts_of(home / "set", facts)
     images = _first_of(parts, plan.size)
     share = len(images) / (block * len(numbers)) if in_blocks else 1.0
-    source = StoredSource(images, batch, seed, fingerprint_of([prints, len(images)]) if in_blocks else prints[0])
+    printed = fingerprint_of([prints, len(images)]) if in_blocks else prints[0]
+    source = StoredSource(images, batch, seed, printed, teacher.device)
     return Made(source, round(seconds * share, 2), facts)
 
 
@@ -285,7 +286,7 @@ def _real_images(plan: Plan, bench: Bench, seed: int) -> Made:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(derive_seed(0, "real", len(data))))
     images = data.pixels(order[: plan.size], bench.teacher.spec)
     prints = fingerprint_of(["real", data.name, len(data), len(images)])
-    return Made(StoredSource(images, plan.student.batch, seed, prints), 0.0, {})
+    return Made(StoredSource(images, plan.student.batch, seed, prints, bench.teacher.device), 0.0, {})
 
 
 # Students.

@@ -1,0 +1,111 @@
+"""Whole compressions on another device, with NNI's pruners and quantizers, and the papers' tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from zskd_nni.files import save_tensors
+from zskd_nni.recipe import load_recipe
+from zskd_nni.reproduction.run import Place
+from zskd_nni.reproduction.session import run_table
+from zskd_nni.zoo import wrn
+
+SMALL = (
+    "transfer.size=60",
+    "transfer.held_out=40",
+    "transfer.synthesis.shard=60",
+    "transfer.synthesis.max_steps=20",
+    "compression.pruning.steps=12",
+    "compression.quantization.steps=12",
+    "distillation.steps=12",
+    "distillation.batch=20",
+    "controls=[]",
+)
+WEIGHTS = "[{op_names: [conv2, fc1], target_names: [weight], quant_dtype: %s, quant_scheme: symmetric}]"
+WAYS = {
+    "L1NormPruner, QATQuantizer": (),
+    "TaylorPruner, PtqQuantizer": (),
+    "FPGMPruner, LsqQuantizer": (),
+    "MovementPruner, LsqPlusQuantizer": (),
+    "LevelPruner, DoReFaQuantizer": (f"compression.quantization.config_list={WEIGHTS % 'int8'}",),
+    "L2NormPruner, BNNQuantizer": (f"compression.quantization.config_list={WEIGHTS % 'null'}",),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_recipe(way: str, device: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("nni")
+    from zskd_nni.pipeline import Run
+
+    pruner, quantizer = way.split(", ")
+    changes = [f"compression.pruning.pruner={pruner}", f"compression.quantization.quantizer={quantizer}", *WAYS[way]]
+    loaded = load_recipe("digits-prune50", [*SMALL, *changes], 0)
+    report = Run(loaded, tmp_path, device=str(device), quiet=True).compress()
+    assert report["accuracy"]["student"] is not None
+
+
+RESIDUAL = """
+name: residual
+teacher:
+  model: zoo:wrn
+  arguments: {depth: 10, width: 1}
+  weights: teacher.safetensors
+  input: {shape: [3, 32, 32], mean: [0.5, 0.4, 0.4], std: [0.2, 0.2, 0.3]}
+transfer:
+  method: %s
+  preset: best
+  size: 40
+  %s
+compression:
+  pruning:
+    pruner: %s
+    config_list: [{op_types: [%s], sparse_ratio: 0.5}]
+    schedule: {name: %s, interval: 3, total_times: 3}
+    steps: 10
+  quantization:
+    quantizer: QATQuantizer
+    config_list:
+      - op_types: [Conv2d, Linear]
+        target_names: [_input_, weight]
+        quant_dtype: int8
+        quant_scheme: affine
+        target_settings: {weight: {quant_dtype: int8, quant_scheme: symmetric, granularity: out_channel}}
+    fuse_batch_norm: true
+    fused: true
+    steps: 6
+distillation: {temperature: 4, steps: 20, batch: 8, augmentation: {translation: 0.1, flip: 0.5}}
+controls: []
+"""
+SYNTHESIS = "synthesis: {max_steps: 4, shard: 40, slots: 20}"
+GAME = "memory: 32\n  new_images: 8\n  filling: 1\n  figures: 8\n  generator_steps: 1\n  student_steps: 4"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("zskd", SYNTHESIS, "L1NormPruner", "Conv2d", "AGPPruner"),
+        ("zskt", GAME, "SlimPruner", "BatchNorm2d", "LinearPruner"),
+    ],
+    ids=["impressions, AGP", "belief matching, linear"],
+)
+def test_pruned_and_quantized_in_one_training(parts: tuple[str, ...], device: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("nni")
+    from zskd_nni.pipeline import Run
+
+    torch.manual_seed(0)
+    save_tensors(tmp_path / "teacher.safetensors", wrn(10, 1).state_dict())
+    (tmp_path / "residual.yml").write_text(RESIDUAL % parts)
+    loaded = load_recipe(str(tmp_path / "residual.yml"))
+    report = Run(loaded, tmp_path / "out", device=str(device), quiet=True).compress()
+    assert report["parameters"]["student"] < report["parameters"]["teacher"]
+
+
+@pytest.mark.parametrize("cell", ["digits-zskd-best", "digits-ats-paper", "digits-zskt-best", "digits-real-labels"])
+def test_a_cell_of_the_tables(cell: str, device: torch.device, tmp_path: Path) -> None:
+    said: list[str] = []
+    place = Place(tmp_path / "runs", tmp_path / "results", device=str(device), quiet=True)
+    run_table("digits", [cell], [0], "smoke", place, said.append)
+    assert said

@@ -1,0 +1,27 @@
+"""The tests of ``tests/device``, in a process of their own: the device that they make up stays for its whole life."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import backend_registration
+
+FOLDER = Path(__file__).parent / "device"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch cannot have a device made up in Python",
+)
+def test_on_a_device_that_is_not_the_cpu() -> None:
+    environment = {**os.environ, "ZSKD_NNI_TEST_DEVICE": "elsewhere", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
+    print(done.stdout[-20_000:], done.stderr[-5_000:])
+    assert done.returncode == 0
+    assert " passed" in done.stdout
