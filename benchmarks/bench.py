@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matrix_peak import matrix_peak, operations
 from peers import authors_rounds, commit_of
 from published_loops import zskd_loop, zskt_loop
 from safetensors.torch import load_file
@@ -91,6 +92,7 @@ class Bench:
         self.device, self.pairs = device, pairs
         self.cuda = torch.device(device).type == "cuda"
         self.records: list[dict[str, Any]] = []
+        self.operations = 0.0  # of a unit of ours, as it was last measured
 
     def seconds(self, work: Callable[[], object]) -> float:
         """One call, from idle device to idle device."""
@@ -131,13 +133,20 @@ class Bench:
 
     def rates(self, sides: Sequence[tuple[float, Callable[[], object]]]) -> list[list[float]]:
         """Units a second of each side, in as many rounds as there are pairs, every side once a round."""
-        for _, work in sides:
-            work()  # warm up
+        units, ours = sides[0]
+        self.operations = operations(ours) / units  # and so it is warm
+        for _, work in sides[1:]:
+            work()
         rates: list[list[float]] = [[] for _ in sides]
         for _ in range(self.pairs):
             for side, (units, work) in zip(rates, sides, strict=True):
                 side.append(units / self.seconds(work))
         return rates
+
+    def of_matrix_peak(self, rate: float, precision: str) -> float:
+        """The share of the device's fastest matrix product that so many units a second are."""
+        peak = matrix_peak(self.device, getattr(torch, precision))
+        return float(f"{rate * self.operations / peak:.3g}")
 
     def add(self, rival: Rival, unit: str, ours: list[float], theirs: list[float]) -> None:
         """Add the record of a rival whose rates, and ours, are known."""
@@ -151,6 +160,7 @@ class Bench:
             "theirs": float(f"{statistics.median(theirs):.4g}"),
             "device": torch.cuda.get_device_name() if self.cuda else "cpu",
             "pairs": self.pairs,
+            "of_matrix_peak": self.of_matrix_peak(statistics.median(ours), rival.detail.get("precision", "float32")),
             **rival.detail,
             "provenance": provenance(self.device, 0),
         }
@@ -394,6 +404,7 @@ def belief_matching(bench: Bench, name: str) -> None:
             (game.rounds, game.published),
             (1.5, 4) if precision == "bfloat16" else None,
             batch=game.batch,
+            precision=precision,
         )
 
 
@@ -445,6 +456,7 @@ def peer(bench: Bench, clone: Path) -> None:
         (game.rounds, authors_rounds(clone, game.rounds, game.batch, bench.device)),
         (1.5, 4),
         batch=game.batch,
+        precision="bfloat16",
         peer=f"polo5/ZeroShotKnowledgeTransfer@{commit_of(clone)}",
     )
 

@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", help="cpu, cuda, or cuda:N, as of zskd-nni compress")
     parser.add_argument("--twin", action="store_true", help="also run each recipe on real data")
     parser.add_argument("--scale", help="a scale of the recipes; results/RECIPE-SCALE.json")
     parser.add_argument("--table", action="store_true")
@@ -167,6 +168,8 @@ def main() -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     options = ["--threads", str(arguments.threads)] if arguments.threads else []
+    if arguments.device:
+        options += ["--device", arguments.device]
     if arguments.scale:
         options += ["--scale", arguments.scale]
     for recipe in arguments.recipes:

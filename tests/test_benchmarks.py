@@ -113,3 +113,22 @@ def test_settings_are_tried_on_a_slice_that_neither_teacher_nor_student_has_seen
     assert teacher["trained_on"] == "1318 images of the training split"
     assert teacher["measured_on"] == "119 images of the training split, held back"
     assert "20 steps" in done.stderr + done.stdout
+
+
+def test_operations_are_counted_by_hand() -> None:
+    spec = importlib.util.spec_from_file_location("matrix_peak", BENCHMARKS / "matrix_peak.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    layer, images = torch.nn.Conv2d(3, 8, 3, bias=False).requires_grad_(False), torch.rand(5, 3, 10, 10)
+    forward = 2 * 5 * 8 * 8 * 8 * 27  # multiply and add; images, places, channels out, inputs of each
+
+    def gradient_of_the_images() -> None:
+        leaf = images.clone().requires_grad_(True)
+        torch.autograd.grad(layer(leaf).sum(), leaf)
+
+    assert module.operations(lambda: layer(images)) == forward
+    assert module.operations(gradient_of_the_images) == 2 * forward
+    a, b = torch.rand(4, 6), torch.rand(6, 7)
+    assert module.operations(lambda: a @ b) == 2 * 4 * 6 * 7
+    assert module.matrix_peak("cpu", torch.float32) > 1e8

@@ -141,6 +141,8 @@ def benchmarks_table() -> str:
             target = "" if record["target"] is None else f"{record['target']:g}"
             target = f"at most {target}" if record.get("at_most") else target
             figures = f"{_figure(record['ours'])} and {_figure(record['theirs'])} {record['unit']}"
+            if "of_matrix_peak" in record:
+                figures += f", {100 * record['of_matrix_peak']:.3g} % of the matrix peak"
             cells += [f"**{record['ratio']:g}**", target, figures]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Measured on: {'; '.join(dict.fromkeys(sources))}."])

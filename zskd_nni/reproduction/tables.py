@@ -17,6 +17,7 @@ SEEDS = (0, 1, 2)
 PAIRED_SEEDS = (0, 1, 2, 3, 4)
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
 SHOTS = (10, 25, 50, 100, 200)
+PAPERS_SHOTS = 200  # of the wide residual networks' KD+AT that ZSKT compares itself with
 LENETS = ("mnist", "fashion-mnist")
 
 
@@ -57,7 +58,8 @@ def _methods(pair: str, network: str = "", author_code: bool = False) -> list[Ce
     }
     cells = [_cell(pair, "none", network=network), _cell(pair, "noise", network=network)]
     cells += [_cell(pair, method, name, network=network) for method, names in presets.items() for name in names]
-    cells += [_kd_at(pair, shots, network) for shots in (10, 100)]
+    shots = (10, 100, PAPERS_SHOTS) if network.startswith("wrn") else (10, 100)
+    cells += [_kd_at(pair, count, network) for count in shots]
     cells += [_cell(pair, "real-kd", name, network=network) for name in ("paper", "best")]
     return [*cells, _cell(pair, "real-labels", network=network)]
 
@@ -295,6 +297,17 @@ TABLES: dict[str, Table] = {
         tuple(_methods("digits", author_code=False)),
     ),
     "cifar10-alexnet": Table("CIFAR-10, AlexNet", "AlexNet to AlexNet-Half.", _students_of("cifar10-alexnet")),
+    "cifar10-alexnet-sizes": Table(
+        "Size of the transfer set, CIFAR-10",
+        "As for the smaller pairs.",
+        tuple(_sizes("cifar10-alexnet")),
+    ),
+    "cifar10-alexnet-balance": Table(
+        "Arbitrary transfer sets, balanced and not, CIFAR-10",
+        "As for the smaller pairs. The natural images are CIFAR-100's.",
+        tuple(_balance("cifar10-alexnet")),
+        PAIRED_SEEDS,
+    ),
     "cifar10-wrn": Table("CIFAR-10, WRN-40-2", "To WRN-16-1 and WRN-16-2.", _students_of("cifar10-wrn")),
     "cifar100-wrn": Table("CIFAR-100, WRN-40-2", "To WRN-16-1 and WRN-16-2.", _students_of("cifar100-wrn")),
     "svhn-wrn": Table("SVHN, WRN-40-2", "To WRN-16-1 and WRN-16-2.", _students_of("svhn-wrn")),
