@@ -15,19 +15,27 @@ from helpers import SMALL, small_network, small_teacher
 
 from zskd_nni.losses import soft_target_divergence
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.networks import build_network
+from zskd_nni.reproduction.records import read_records
+from zskd_nni.reproduction.run import Place
+from zskd_nni.reproduction.session import run_table
 from zskd_nni.synthesis import SynthesisSettings
 from zskd_nni.synthesis.engine import Orders, synthesize_shard
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def loops() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("published_loops", BENCHMARKS / "published_loops.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def loops() -> ModuleType:
+    return script("published_loops")
 
 
 def test_the_published_loop_and_the_engine_reach_the_same_fit(loops: ModuleType) -> None:
@@ -116,10 +124,7 @@ def test_settings_are_tried_on_a_slice_that_neither_teacher_nor_student_has_seen
 
 
 def test_operations_are_counted_by_hand() -> None:
-    spec = importlib.util.spec_from_file_location("matrix_peak", BENCHMARKS / "matrix_peak.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("matrix_peak")
     layer, images = torch.nn.Conv2d(3, 8, 3, bias=False).requires_grad_(False), torch.rand(5, 3, 10, 10)
     forward = 2 * 5 * 8 * 8 * 8 * 27  # multiply and add; images, places, channels out, inputs of each
 
@@ -132,3 +137,32 @@ def test_operations_are_counted_by_hand() -> None:
     a, b = torch.rand(4, 6), torch.rand(6, 7)
     assert module.operations(lambda: a @ b) == 2 * 4 * 6 * 7
     assert module.matrix_peak("cpu", torch.float32) > 1e8
+
+
+def test_transition_curves_are_drawn_from_records(tmp_path: Path) -> None:
+    place = Place(tmp_path / "runs", tmp_path / "results", quiet=True)
+    run_table("digits", ["digits-zskt-paper", "digits-kd-at-10-a-class"], [0], "smoke", place, lambda _: None)
+    found = script("transition_curves").chosen(read_records(tmp_path / "results"), "digits", "smoke")
+    assert list(found) == ["kd-at-10-a-class", "zskt-paper"]
+    for result in found.values():
+        assert len(result.followed) == len(result.other) == result.steps
+        # The error is the mean of |student - teacher| over images as well, the curves' distance that of the means.
+        assert float((result.followed - result.other).abs().mean()) <= result.error + 1e-4
+    command = [sys.executable, BENCHMARKS / "transition_curves.py", "digits", "--scale", "smoke"]
+    command += ["--results", tmp_path / "results", "--out", tmp_path / "curves.png"]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_peer_gets_our_teacher_under_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    renamed = script("fast_datafree").renamed
+    assert renamed("group2.0.shortcut.weight") == "block2.layer.0.convShortcut.weight"
+    assert renamed("group1.3.bn1.running_mean") == "block1.layer.3.bn1.running_mean"
+    assert (renamed("bn.weight"), renamed("conv1.weight"), renamed("fc.bias")) == (
+        "bn1.weight",
+        "conv1.weight",
+        "fc.bias",
+    )
+    names = build_network("zoo:wrn", {"depth": 40, "width": 2}).state_dict()
+    assert len({renamed(name) for name in names}) == len(names)

@@ -501,6 +501,8 @@ def _measured(plan: Plan, bench: Bench, student: nn.Module) -> dict[str, Any]:
         error = mean_transition_error(student, teacher, images, steps=plan.scale.mte_steps, batch=250)
         result["mte"] = round(error.error, 6)
         result["mte_measured_on"] = {"images": error.images, "steps": error.steps, "step_size": error.step_size}
+        curves = {"student": error.followed, "teacher": error.other}
+        result["transition_curves"] = {name: [round(p, 5) for p in curve.tolist()] for name, curve in curves.items()}
     return result
 
 
