@@ -407,7 +407,8 @@ def train_teacher_command(
 
     NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, resnet18-cifar10, wrn-40-2-cifar10,
     wrn-40-2-cifar100 or wrn-40-2-svhn. It is how the shipped teachers were made; beside the baselines of reproduce it
-    is the one command that trains on real data.
+    is the one command that trains on real data. A training that was stopped goes on; one that is finished in OUT is not
+    repeated.
     """
     from zskd_nni.train_teacher import train_teacher
     from zskd_nni.zoo.trained import trained_names

@@ -18,7 +18,7 @@ from zskd_nni.augment import Augmentation
 from zskd_nni.data import load_images
 from zskd_nni.errors import UserError
 from zskd_nni.evaluation import logits_on
-from zskd_nni.files import fingerprint_of, make_folder, only_writer, save_tensors, write_json
+from zskd_nni.files import fingerprint_of, make_folder, only_writer, read_json, save_tensors, sha256_of_file, write_json
 from zskd_nni.inputs import InputSpec
 from zskd_nni.metrics import accuracy
 from zskd_nni.networks import build_network
@@ -181,7 +181,7 @@ def train_teacher(
         quiet: no progress.
 
     Returns:
-        The provenance that is written beside the weights.
+        The provenance that is written beside the weights; at once where they lie there, made by the same call before.
 
     Raises:
         UserError: no such teacher, no such data.
@@ -224,6 +224,11 @@ def _train(
         "trained_on": f"{len(data)} images of the training split",
         "settings": asdict(settings),
     }
+    described = json.loads(json.dumps(described))
+    measured_on = f"{len(measured)} images of the {'training split, held back' if validation else 'test split'}"
+    made = _made_before(folder / name, {**described, "measured_on": measured_on}, seed)
+    if made is not None:
+        return made
     history = train_supervised(
         network,
         data,
@@ -232,7 +237,7 @@ def _train(
         seed=seed,
         device=device,
         checkpoint=folder / f".{name}.checkpoint.safetensors",
-        fingerprint=fingerprint_of([json.loads(json.dumps(described)), seed]),
+        fingerprint=fingerprint_of([described, seed]),
         label=name,
         quiet=quiet,
     )
@@ -245,7 +250,7 @@ def _train(
     result = {
         **described,
         "stored": "float16" if recipe.half else "float32",
-        "measured_on": f"{len(measured)} images of the {'training split, held back' if validation else 'test split'}",
+        "measured_on": measured_on,
         "accuracy": round(accuracy(logits, measured.labels), 2),
         "sha256": checksum,
         "seconds": round(history.seconds, 1),
@@ -254,6 +259,19 @@ def _train(
     write_json(folder / f"{name}.json", result)
     (folder / f".{name}.checkpoint.safetensors").unlink(missing_ok=True)
     return result
+
+
+def _made_before(stem: Path, asked: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """What lies beside the weights of a finished training that was the same as the one asked for."""
+    weights, beside = stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
+    if not (weights.is_file() and beside.is_file()):
+        return None
+    try:
+        result = read_json(beside)
+        same = {key: result[key] for key in asked} == asked and result["provenance"]["seed"] == seed
+        return result if same and result["sha256"] == sha256_of_file(weights) else None
+    except (UserError, KeyError, TypeError):  # no such record, or a damaged one: it is made anew
+        return None
 
 
 def in_half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
