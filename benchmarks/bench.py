@@ -97,11 +97,11 @@ class Bench:
     def seconds(self, work: Callable[[], object]) -> float:
         """One call, from idle device to idle device."""
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         work()
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
 
     def compare(
@@ -158,7 +158,7 @@ class Bench:
             "target": None if rival.target is None else rival.target[self.cuda],
             "ours": float(f"{statistics.median(ours):.4g}"),
             "theirs": float(f"{statistics.median(theirs):.4g}"),
-            "device": torch.cuda.get_device_name() if self.cuda else "cpu",
+            "device": torch.cuda.get_device_name(self.device) if self.cuda else "cpu",
             "pairs": self.pairs,
             "of_matrix_peak": self.of_matrix_peak(statistics.median(ours), rival.detail.get("precision", "float32")),
             **rival.detail,

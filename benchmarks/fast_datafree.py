@@ -28,6 +28,7 @@ from torch.utils.data import TensorDataset
 from torchvision import transforms
 
 from zskd_nni.data import load_images
+from zskd_nni.errors import UserError
 from zskd_nni.files import load_tensors, write_json
 from zskd_nni.networks import build_network
 from zskd_nni.provenance import provenance
@@ -58,7 +59,7 @@ def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clone", type=Path, help="of zju-vipa/Fast-Datafree")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="the peer takes the first GPU")
     parser.add_argument("--data-root", type=Path, help="real test images; the variable ZSKD_NNI_DATA where absent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--goal", type=float, default=89.3, help="accuracy in percent, whose seconds are told")
@@ -69,8 +70,11 @@ def main() -> None:
     if not (arguments.clone / "datafree_kd.py").exists():
         raise SystemExit(f"{arguments.clone} has no datafree_kd.py: it shall be a clone of zju-vipa/Fast-Datafree.")
     commit, out = commit_of(arguments.clone), arguments.out.resolve()
-    test = load_images("cifar10", "test", arguments.data_root)
-    teacher = teachers_weights(arguments.random_teacher)
+    try:
+        test = load_images("cifar10", "test", arguments.data_root)
+        teacher = teachers_weights(arguments.random_teacher)
+    except UserError as error:
+        raise SystemExit(str(error)) from error
     sys.path.insert(0, str(arguments.clone.resolve()))
     os.chdir(tempfile.mkdtemp(prefix="peer-"))  # it writes all its images and checkpoints below
     curve = run(teacher, test, arguments)
@@ -89,9 +93,8 @@ def main() -> None:
             "provenance": provenance(arguments.device, arguments.seed),
         },
     )
-    print(
-        f"{out}: {curve[-1][1]:.2f} % after {curve[-1][0]:.0f} s, goal {'at ' + str(reached[0]) if reached else 'not'}"
-    )
+    told = f"reached at {reached[0]:.0f} s" if reached else "not reached"
+    print(f"{out}: {curve[-1][1]:.2f} % after {curve[-1][0]:.0f} s, goal {told}")
 
 
 def teachers_weights(random: bool) -> dict[str, torch.Tensor]:
@@ -155,6 +158,7 @@ def run(teacher: dict[str, torch.Tensor], test: Any, arguments: argparse.Namespa
     if arguments.device == "cpu":  # to try it: the program knows no device but CUDA's
         torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
         torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+        torch.cuda.set_device = lambda _: None  # type: ignore[assignment]
         whole = datafree_kd.main_worker
         datafree_kd.main_worker = lambda _, count, options: whole("cpu", count, options)
     sys.argv = [

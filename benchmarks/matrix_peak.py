@@ -40,22 +40,21 @@ class _Counting(TorchDispatchMode):
 @cache
 def matrix_peak(device: str, dtype: torch.dtype) -> float:
     """Operations a second of a large square matrix product; in TF32 where convolutions of single precision are."""
-    kind = torch.device(device).type
-    size = SIZES[kind]
+    size = SIZES[torch.device(device).type]
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:
         one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        return 2 * size**3 / min(_seconds(one, other, kind) for _ in range(ROUNDS))
+        return 2 * size**3 / min(_seconds(one, other) for _ in range(ROUNDS))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def _seconds(one: torch.Tensor, other: torch.Tensor, kind: str) -> float:
-    if kind == "cuda":
-        torch.cuda.synchronize()
+def _seconds(one: torch.Tensor, other: torch.Tensor) -> float:
+    if one.is_cuda:
+        torch.cuda.synchronize(one.device)
     started = time.perf_counter()
     one @ other
-    if kind == "cuda":
-        torch.cuda.synchronize()
+    if one.is_cuda:
+        torch.cuda.synchronize(one.device)
     return time.perf_counter() - started

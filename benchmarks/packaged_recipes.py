@@ -111,6 +111,8 @@ def table(names: list[str]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
+        if not (RESULTS / f"{name}.json").exists():
+            raise SystemExit(f"There is no results/{name}.json; a recipe at a scale is named RECIPE-SCALE here.")
         records = json.loads((RESULTS / f"{name}.json").read_text())
         first = records[0]
         quantized = first["accuracy"].get("student_int8") is not None

@@ -82,7 +82,10 @@ def authors_rounds(clone: Path, rounds: int, batch: int, device: str) -> Callabl
 def commit_of(clone: Path) -> str:
     """The commit that a clone has checked out, short."""
     command = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    if told.returncode:
+        raise SystemExit(f"git knows no commit of {clone}: {told.stderr.strip()}")
+    return told.stdout.strip()
 
 
 class _NoLogger:

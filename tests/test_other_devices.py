@@ -1,4 +1,4 @@
-"""The tests of ``tests/device``, in a process of their own: the device that they make up stays for its whole life."""
+"""The tests of ``tests/device``, each file in a process of its own, for whose whole life the device stays made up."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ FOLDER = Path(__file__).parent / "device"
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this PyTorch cannot have a device made up in Python",
 )
-def test_on_a_device_that_is_not_the_cpu() -> None:
+@pytest.mark.parametrize("part", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_on_a_device_that_is_not_the_cpu(part: str) -> None:
     environment = {**os.environ, "ZSKD_NNI_TEST_DEVICE": "elsewhere", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", str(FOLDER / part), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
     print(done.stdout[-20_000:], done.stderr[-5_000:])
     assert done.returncode == 0

@@ -21,12 +21,15 @@ def written(folder: Path) -> dict[str, int]:
 def test_finished_teacher_is_not_trained_again(trained):
     folder, result = trained
     before = written(folder)
+    left = folder / ".lenet5-digits.checkpoint.safetensors"
+    left.write_bytes(b"of a training whose end came just before this was deleted")
     assert (
         train_teacher("lenet5-digits", folder, epochs=1, quiet=True)
         == result
         == json.loads((folder / "lenet5-digits.json").read_text())
     )
     assert written(folder) == before
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epochs": 2}, {"validation": True}])

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zskd_nni.sending import sent
+
 _Uniform = Callable[..., Tensor]  # of a range and a shape: a draw for each image, on the CPU
 
 
@@ -90,21 +92,18 @@ def augment(
     if settings.moves:
         result = _move(images - low, settings, uniform) + low
     if settings.contrast:
-        result = low + (result - low) * _sent(uniform(1 - settings.contrast, 1 + settings.contrast, 1, 1, 1), images)
+        result = low + (result - low) * sent(
+            uniform(1 - settings.contrast, 1 + settings.contrast, 1, 1, 1), images.device
+        )
     if settings.noise:
         noise = torch.randn(images.shape, generator=generator)
-        result = result + _sent(noise, images) * (settings.noise * (high - low))
+        result = result + sent(noise, images.device) * (settings.noise * (high - low))
     if settings.erase:
         result = _erase(result, settings.erase, uniform, low, high)
     if not (settings.contrast or settings.noise):
         return result
     extremes = (1, 2, 3)
     return result.clamp(images.amin(extremes, True).clamp_max(low), images.amax(extremes, True).clamp_min(high))
-
-
-def _sent(drawn: Tensor, images: Tensor) -> Tensor:
-    """A draw for the images' device, without waiting for what it is at."""
-    return drawn.to(images.device, non_blocking=True)
 
 
 def _move(images: Tensor, settings: Augmentation, uniform: _Uniform) -> Tensor:
@@ -122,7 +121,7 @@ def _move(images: Tensor, settings: Augmentation, uniform: _Uniform) -> Tensor:
         ],
         1,
     )  # (N, 2, 3)
-    grid = functional.affine_grid(_sent(theta, images), list(images.shape), align_corners=False)
+    grid = functional.affine_grid(sent(theta, images.device), list(images.shape), align_corners=False)
     return functional.grid_sample(images, grid, padding_mode=settings.border, align_corners=False)
 
 
@@ -136,4 +135,4 @@ def _erase(images: Tensor, largest: float, uniform: _Uniform, low: float, high: 
     tall, wide = height / shorter, width / shorter
     inside = ((rows - top).abs() * tall < side / 2)[:, None, :, None]
     inside = inside & ((columns - left).abs() * wide < side / 2)[:, None, None, :]
-    return torch.where(_sent(inside, images), _sent(uniform(low, high, 1, 1, 1), images), images)
+    return torch.where(sent(inside, images.device), sent(uniform(low, high, 1, 1, 1), images.device), images)

@@ -19,6 +19,7 @@ from zskd_nni.feature_matching import Pairs, feature_pairs
 from zskd_nni.files import fingerprint_of
 from zskd_nni.losses import distillation_loss, feature_loss
 from zskd_nni.memory_layout import lay_out
+from zskd_nni.sending import sent
 from zskd_nni.teacher import Teacher, first_tensor, record_features
 from zskd_nni.training import Checkpoint, History, cosine_schedule, fit, training_mode
 from zskd_nni.transfer import TransferSource
@@ -80,7 +81,7 @@ def transfer_batch(
     student: nn.Module | None = None,
 ) -> Tensor:
     """The augmented images ``(N, C, H, W)`` of a step, on the teacher's device, in its value range."""
-    images = source.batch(step, random, student).to(teacher.device, non_blocking=True)
+    images = sent(source.batch(step, random, student), teacher.device)
     return augment(images, settings.augmentation, random, teacher.spec.low, teacher.spec.high)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zskd_nni.errors import UserError
+from zskd_nni.sending import sent
 
 MOST_BYTES = 2**30
 
@@ -50,7 +51,7 @@ class ImageMemory:
         """``(count, C, H, W)`` float32, every image as likely as any other, with repetition."""
         places = torch.randint(self.kept + self.lasting, (count,), generator=random)
         places = torch.where(places < self.kept, places, places - self.kept + self.room)
-        return self.images[places.to(self.images.device, non_blocking=True)].float()
+        return self.images[sent(places, self.images.device)].float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Those put in, and the next place; the lasting ones are their maker's."""

@@ -16,6 +16,7 @@ from zskd_nni.augment import Augmentation, augment
 from zskd_nni.data import LabelledImages
 from zskd_nni.inputs import InputSpec
 from zskd_nni.seeds import generator
+from zskd_nni.sending import sent
 from zskd_nni.training import Checkpoint, History, cosine_schedule, fit, training_mode
 
 
@@ -85,11 +86,11 @@ def train_supervised(
             order.clear()
             order[epoch] = torch.randperm(len(data), generator=generator(seed, "order", epoch))
         index = order[epoch][position * settings.batch : (position + 1) * settings.batch]
-        images = data.pixels(index, spec).to(device, non_blocking=True)
+        images = sent(data.pixels(index, spec), device)
         images = augment(images, settings.augmentation, random, spec.low, spec.high)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.autocast):
             logits = model(spec.normalise(images))
-        labels = data.labels[index].to(device, non_blocking=True)
+        labels = sent(data.labels[index], device)
         return functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
 
     kept = None if checkpoint is None else Checkpoint(checkpoint, fingerprint)

@@ -227,7 +227,9 @@ def _train(
     described = json.loads(json.dumps(described))
     measured_on = f"{len(measured)} images of the {'training split, held back' if validation else 'test split'}"
     made = _made_before(folder / name, {**described, "measured_on": measured_on}, seed)
+    checkpoint = folder / f".{name}.checkpoint.safetensors"
     if made is not None:
+        checkpoint.unlink(missing_ok=True)  # where the end came between the last two lines of this function
         return made
     history = train_supervised(
         network,
@@ -236,7 +238,7 @@ def _train(
         settings,
         seed=seed,
         device=device,
-        checkpoint=folder / f".{name}.checkpoint.safetensors",
+        checkpoint=checkpoint,
         fingerprint=fingerprint_of([described, seed]),
         label=name,
         quiet=quiet,
@@ -257,7 +259,7 @@ def _train(
         "provenance": provenance(device, seed),
     }
     write_json(folder / f"{name}.json", result)
-    (folder / f".{name}.checkpoint.safetensors").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return result
 
 

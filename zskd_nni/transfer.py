@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zskd_nni.errors import UserError
 from zskd_nni.inputs import InputSpec
 from zskd_nni.seeds import generator
+from zskd_nni.sending import sent
 
 _SHARE_OF_MEMORY = 0.25  # of what is free on a GPU, for the images of a set
 _ROWS_AT_ONCE = 1000
@@ -114,7 +115,7 @@ class StoredSource(_Stateless):
             self.images, self._settled = brought_near(self.images, self.device), True
         if self._order[0] != epoch:
             order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
-            self._order = (epoch, order.to(self.images.device, non_blocking=True))
+            self._order = (epoch, sent(order, self.images.device))
         index = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
         return self.images[index].float()
 

@@ -41,7 +41,20 @@ def _synchronizations() -> Iterator[Counter[str]]:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device under test."""
-    return torch.device(DEVICE, 0)
+    named = torch.device(DEVICE)
+    one = torch.device(named.type, named.index or 0)
+    if one.type == "cuda":
+        torch.cuda.set_device(one)
+    return one
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _whole_precision() -> Iterator[None]:
+    """Convolutions in float32 as the CPU computes them, not in the TF32 that cuDNN takes for them by default."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @pytest.fixture(scope="session")

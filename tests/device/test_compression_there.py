@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from zskd_nni.files import save_tensors
+from zskd_nni.files import read_json, save_tensors
 from zskd_nni.recipe import load_recipe
 from zskd_nni.reproduction.run import Place
 from zskd_nni.reproduction.session import run_table
@@ -35,6 +36,15 @@ WAYS = {
 }
 
 
+def alike(here: dict[str, Any], there: dict[str, Any]) -> None:
+    """Two reports of the same recipe: the same of the network is left, and it has learnt the same."""
+    assert there["parameters"] == here["parameters"]
+    assert there["pruning"]["removed_channels"] == here["pruning"]["removed_channels"]
+    assert there["history"]["losses"] == pytest.approx(here["history"]["losses"], rel=0.05)
+    for network, accuracy in here["accuracy"].items():
+        assert there["accuracy"][network] == (None if accuracy is None else pytest.approx(accuracy, abs=3)), network
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_recipe(way: str, device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("nni")
@@ -42,9 +52,11 @@ def test_a_recipe(way: str, device: torch.device, tmp_path: Path) -> None:
 
     pruner, quantizer = way.split(", ")
     changes = [f"compression.pruning.pruner={pruner}", f"compression.quantization.quantizer={quantizer}", *WAYS[way]]
-    loaded = load_recipe("digits-prune50", [*SMALL, *changes], 0)
-    report = Run(loaded, tmp_path, device=str(device), quiet=True).compress()
-    assert report["accuracy"]["student"] is not None
+    reports = []
+    for place in (torch.device("cpu"), device):
+        loaded = load_recipe("digits-prune50", [*SMALL, *changes], 0)
+        reports.append(Run(loaded, tmp_path / place.type, device=str(place), quiet=True).compress())
+    alike(*reports)
 
 
 RESIDUAL = """
@@ -98,14 +110,21 @@ def test_pruned_and_quantized_in_one_training(parts: tuple[str, ...], device: to
     torch.manual_seed(0)
     save_tensors(tmp_path / "teacher.safetensors", wrn(10, 1).state_dict())
     (tmp_path / "residual.yml").write_text(RESIDUAL % parts)
-    loaded = load_recipe(str(tmp_path / "residual.yml"))
-    report = Run(loaded, tmp_path / "out", device=str(device), quiet=True).compress()
-    assert report["parameters"]["student"] < report["parameters"]["teacher"]
+    reports = []
+    for place in (torch.device("cpu"), device):
+        loaded = load_recipe(str(tmp_path / "residual.yml"))
+        reports.append(Run(loaded, tmp_path / place.type, device=str(place), quiet=True).compress())
+    assert reports[0]["parameters"]["student"] < reports[0]["parameters"]["teacher"]
+    alike(*reports)
 
 
 @pytest.mark.parametrize("cell", ["digits-zskd-best", "digits-ats-paper", "digits-zskt-best", "digits-real-labels"])
 def test_a_cell_of_the_tables(cell: str, device: torch.device, tmp_path: Path) -> None:
-    said: list[str] = []
-    place = Place(tmp_path / "runs", tmp_path / "results", device=str(device), quiet=True)
-    run_table("digits", [cell], [0], "smoke", place, said.append)
-    assert said
+    records = []
+    for where in (torch.device("cpu"), device):
+        place = Place(tmp_path / where.type, tmp_path / where.type / "results", device=str(where), quiet=True)
+        run_table("digits", [cell], [0], "smoke", place, lambda said: None)
+        records += [read_json(path) for path in place.results.glob("*.json")]
+    here, there = records
+    assert there["accuracy"]["teacher"] == pytest.approx(here["accuracy"]["teacher"], abs=0.3)
+    assert there["accuracy"]["student"] == pytest.approx(here["accuracy"]["student"], abs=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ def test_the_same_orders_come_to_the_same_fit(way: str, device: torch.device, tm
     here, there = (store.read(0) for store in stores)
     torch.testing.assert_close(there.targets, here.targets, rtol=1e-4, atol=1e-6)
     assert float(there.fit.mean()) == pytest.approx(float(here.fit.mean()), rel=0.02, abs=1e-4)
-    start = float(torch.cat([here.fit, there.fit]).max())
-    assert float(there.fit.mean()) < start, "nothing was optimised"
+    one_step = replace(settings, max_steps=1)
+    begun = synthesize(teacher, plan, one_step, size=40, seed=3, folder=tmp_path / "begun", quiet=True).read(0)
+    share = 1 if settings.batch_statistics else 0.95  # where there is more to come near than the targets
+    assert float(there.fit.mean()) < share * float(begun.fit.mean()), "nothing was optimised"
     assert there.images.device.type == "cpu"
 
 
@@ -79,6 +82,15 @@ def test_the_other_methods_that_optimise_images(name: str, device: torch.device,
         method.source(teacher, TransferRequest(40, 20, 0, folder, options, quiet=True))
         fits.append(ImpressionStore.open(folder).summary()["mean_fit"])
     assert fits[1] == pytest.approx(fits[0], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["zskd", "ats", "real"])
+def test_images_lie_where_they_are_wanted(name: str, device: torch.device, tmp_path: Path) -> None:
+    method = find_method(name)
+    changed = {"data": "digits"} if name == "real" else {"synthesis": {"max_steps": 2}} if name == "zskd" else {}
+    teacher = Teacher(digits_network(), InputSpec((1, 32, 32))).to(device)
+    source = method.source(teacher, TransferRequest(40, 20, 0, tmp_path, method.options("paper", changed), quiet=True))
+    assert source.batch(0, random(0)).device == device
 
 
 def test_a_teacher_with_response_norms_in_colour(device: torch.device) -> None:

@@ -36,6 +36,7 @@ from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.files import fingerprint_of
 from zskd_nni.losses import attention_loss, belief_divergence
 from zskd_nni.memory_layout import lay_out
+from zskd_nni.sending import sent
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import Checkpoint, History, fit, training_mode
 
@@ -132,7 +133,7 @@ def train_kd_at(
     spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, seed)
 
     def loss(step: int, random: torch.Generator) -> Tensor:
-        images, labels = (part.to(teacher.device, non_blocking=True) for part in batches.batch(step))
+        images, labels = (sent(part, teacher.device) for part in batches.batch(step))
         images = augment(images, schedule.augmentation, random, spec.low, spec.high)
         with ExitStack() as stack:
             ours = [stack.enter_context(watched(teacher.model, FeaturePoint(path))) for path, _ in pairs]

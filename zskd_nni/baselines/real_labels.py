@@ -20,6 +20,7 @@ from zskd_nni.distillation import DistillationSettings, student_schedule
 from zskd_nni.files import fingerprint_of
 from zskd_nni.inputs import InputSpec
 from zskd_nni.memory_layout import lay_out
+from zskd_nni.sending import sent
 from zskd_nni.teacher import first_tensor
 from zskd_nni.training import Checkpoint, History, fit, training_mode
 
@@ -55,7 +56,7 @@ def train_on_labels(
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         images, labels = batches.batch(step)
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, labels = sent(images, device), sent(labels, device)
         images = augment(images, settings.augmentation, random, spec.low, spec.high)
         return functional.cross_entropy(first_tensor(student(spec.normalise(images))), labels)
 

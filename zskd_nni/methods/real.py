@@ -74,7 +74,8 @@ class Real:
         index = order[-size:] if request.held_out else order[:size]
         images = data.pixels(index, teacher.spec)
         digest = sha256_of_bytes(data.images[index].numpy().tobytes())
-        return StoredSource(images, request.batch_size, request.seed, fingerprint_of(["real", name, digest]))
+        fingerprint = fingerprint_of(["real", name, digest])
+        return StoredSource(images, request.batch_size, request.seed, fingerprint, teacher.device)
 
 
 METHOD = Real()

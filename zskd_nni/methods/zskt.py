@@ -67,6 +67,7 @@ from zskd_nni.losses import attention_distance, attention_map, belief_divergence
 from zskd_nni.memory_layout import lay_out
 from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.seeds import generator
+from zskd_nni.sending import sent
 from zskd_nni.synthesis.starts import start_images
 from zskd_nni.teacher import Teacher, first_tensor
 from zskd_nni.training import Checkpoint, DivergenceError, History, fit, lay_out_like_parameters, training_mode
@@ -277,7 +278,7 @@ class ZsktSource:
             first = int(torch.randint(self.classes, (), generator=random))
             meant = (torch.arange(count) + first) % self.classes
             z = torch.cat([z, functional.one_hot(meant, self.classes).float()], 1)
-        return z.to(self.teacher.device, non_blocking=True)
+        return sent(z, self.teacher.device)
 
     def _memory(self) -> ImageMemory:
         """The memory; before its first use it is made, with the figures in it."""
@@ -394,7 +395,7 @@ class ZsktSource:
         bound = layer.in_features**-0.5
         with torch.no_grad():
             for weight in layer.parameters():
-                weight.copy_((2 * torch.rand(weight.shape, generator=random) - 1) * bound, non_blocking=True)
+                weight.copy_(sent((2 * torch.rand(weight.shape, generator=random) - 1) * bound, weight.device))
                 for entry in self.optimizer.state.get(weight, {}).values():
                     entry.zero_()
 

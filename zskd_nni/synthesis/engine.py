@@ -19,6 +19,7 @@ from zskd_nni.batch_statistics import Crowd, batch_norms
 from zskd_nni.errors import UserError
 from zskd_nni.feature_points import FeaturePoint, watched
 from zskd_nni.losses import soft_target_divergence, total_variation
+from zskd_nni.sending import sent
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.teacher import Teacher
 
@@ -115,7 +116,7 @@ class _Slots:
         orders = self.orders
         self.index[rows] = index
         self.due[rows] = turn + orders.limits[index].long()
-        rows, index = _sent(rows, self.device), _sent(index, self.device)
+        rows, index = sent(rows, self.device), sent(index, self.device)
         for name in self._ORDERED:
             getattr(self, name)[rows] = getattr(orders, name)[index]
         if self.free is not None and orders.free is not None:
@@ -131,7 +132,7 @@ class _Slots:
 
     def keep(self, rows: Tensor) -> None:
         self.index, self.due = self.index[rows], self.due[rows]
-        rows = _sent(rows, self.device)
+        rows = sent(rows, self.device)
         for name in self._ROWS:
             setattr(self, name, getattr(self, name)[rows])
         if self.free is not None:
@@ -153,11 +154,6 @@ class _Results:
                 f"Synthesis diverged: the teacher's answer is not finite after {int(self.steps.max())} steps. A "
                 f"smaller synthesis.learning_rate (now {learning_rate}) usually mends it."
             )
-
-
-def _sent(rows: Tensor, device: torch.device) -> Tensor:
-    """A few numbers for the device, without waiting for what it is at."""
-    return rows.to(device, non_blocking=True)
 
 
 def synthesize_shard(
@@ -233,7 +229,7 @@ def synthesize_shard(
         rows = leaving.nonzero().flatten()
 
         if len(rows):
-            done, on_device = _sent(slots.index[rows], device), _sent(rows, device)
+            done, on_device = sent(slots.index[rows], device), sent(rows, device)
             results.images[done] = slots.images[on_device]
             results.logits[done] = logits[on_device].float()
             results.fit[done] = fit[on_device].float()
@@ -256,7 +252,7 @@ def synthesize_shard(
                 stay = torch.ones(len(slots.index), dtype=torch.bool)
                 stay[rows[len(fresh) :]] = False
                 if crowd is not None:
-                    crowd.leave(_sent(rows[len(fresh) :], device))
+                    crowd.leave(sent(rows[len(fresh) :], device))
                 slots.keep(stay.nonzero().flatten())
         turn += 1
     results.require_finite(settings.learning_rate)
