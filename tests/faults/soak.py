@@ -2,9 +2,10 @@
 
     python tests/faults/soak.py [seconds]
 
-A cycle makes a store, teaches a student on it, plays ZSKT and compresses under NNI. Its cost is measured in yardsticks:
+A cycle makes a store, teaches a student on it, plays ZSKT and compresses under NNI. What it costs is measured twice:
+in calls of functions, the same on any machine, which grow where hooks, handlers or lists pile up; and in yardsticks,
 its seconds of CPU over those of a fixed computation just before and after it, because a busy neighbour on the same
-core makes every second of CPU worth less.
+core makes every second of CPU worth less. Seconds still tell little of a few cycles, so they are judged over many.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from subjects import SUBJECTS  # noqa: E402
 LIMIT = 3 << 30  # bytes of private memory
 MOST_GROWTH = 0.05  # of resident memory, from the first quarter to the end
 STEADY = 1.25  # cost of the cheapest of the last cycles beside the cheapest of the first
+MANY = 40  # cycles from which seconds are judged
+MOST_MORE_CALLS = 0.002  # of functions, from the second cycle to the last; thirty in a million were seen
 CYCLE = ("synthesis", "student", "zskt", "fused", "arbitrary set")
 
 
@@ -54,6 +57,33 @@ def yardstick() -> float:
     return min(seconds)
 
 
+def cycle() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    try:
+        for name in CYCLE:
+            place = folder / name.replace(" ", "-")
+            place.mkdir()
+            SUBJECTS[name].run(place)
+    finally:
+        shutil.rmtree(folder)
+
+
+def calls_of(work: Callable[[], None]) -> int:
+    """Functions, of Python and of C, that the work calls in this thread."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
 def soak(seconds: float, tell: Callable[[str], None] = print) -> dict[str, float]:
     """Cycles for so many seconds.
 
@@ -61,21 +91,16 @@ def soak(seconds: float, tell: Callable[[str], None] = print) -> dict[str, float
         AssertionError: memory or file handles grow, or the rate falls.
     """
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
+    cycle()  # builds what later ones reuse
+    first_calls = calls_of(cycle)
     end, told = time.monotonic() + seconds, time.monotonic()
     memory: list[int] = []
     files: list[int] = []
     costs: list[float] = []
     while time.monotonic() < end or len(costs) < 8:
-        folder = Path(tempfile.mkdtemp(prefix="soak-"))
         before = yardstick()
         started = time.process_time()
-        try:
-            for name in CYCLE:
-                place = folder / name.replace(" ", "-")
-                place.mkdir()
-                SUBJECTS[name].run(place)
-        finally:
-            shutil.rmtree(folder)
+        cycle()
         spent = time.process_time() - started
         costs.append(2.0 * spent / (before + yardstick()))
         gc.collect()
@@ -85,21 +110,25 @@ def soak(seconds: float, tell: Callable[[str], None] = print) -> dict[str, float
             told = time.monotonic()
             tell(f"{len(costs)} cycles, {memory[-1] / 2**20:.0f} MiB, {files[-1]} handles, {spent:.2f} s of CPU each")
     quarter = max(3, len(costs) // 4)
-    early, late = slice(1, 1 + quarter), slice(-quarter, None)  # the first cycle builds what later ones reuse
+    early, late = slice(0, quarter), slice(-quarter, None)
     growth = statistics.median(memory[late]) / statistics.median(memory[early]) - 1
     pace = min(costs[late]) / min(costs[early])
+    more_calls = calls_of(cycle) / first_calls - 1
     result = {
         "cycles": len(costs),
         "resident_mib": round(memory[-1] / 2**20, 1),
         "growth": round(growth, 4),
-        "handles_before": files[1],
+        "handles_before": files[0],
         "handles_after": files[-1],
+        "calls": first_calls,
+        "more_calls": round(more_calls, 5),
         "pace": round(pace, 3),
     }
     tell(json.dumps(result))
     assert growth < MOST_GROWTH, f"memory grows: {result}"
-    assert files[-1] <= files[1], f"file handles grow: {result}"
-    assert pace < STEADY, f"it becomes slower: {result}"
+    assert files[-1] <= files[0], f"file handles grow: {result}"
+    assert abs(more_calls) < MOST_MORE_CALLS, f"a cycle calls more functions, or fewer, than it did: {result}"
+    assert len(costs) < MANY or pace < STEADY, f"it becomes slower: {result}"
     return result
 
 
