@@ -32,22 +32,23 @@ from published_loops import zskd_loop, zskt_loop
 from safetensors.torch import load_file
 from torch import nn
 
-from zskd_nni.augment import Augmentation
-from zskd_nni.distillation import DistillationSettings, distill, student_schedule
-from zskd_nni.files import write_json
-from zskd_nni.inputs import InputSpec
-from zskd_nni.losses import distillation_loss
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.data.procedural import start_images
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.registry import preset_options
 from zskd_nni.methods.zskd import PRESETS, ZskdOptions, ZskdSettings, ZskdTargets
-from zskd_nni.methods.zskt import ZsktSettings, train_zskt
-from zskd_nni.networks import build_network
-from zskd_nni.provenance import provenance
-from zskd_nni.response_norm import fast_response_norms
+from zskd_nni.methods.zskt.source import ZsktSettings
+from zskd_nni.methods.zskt.train import train_zskt
+from zskd_nni.models.build import build_network
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.local_response_norm import fast_response_norms
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.files import write_json
+from zskd_nni.runtime.provenance import provenance
 from zskd_nni.synthesis import SynthesisSettings
 from zskd_nni.synthesis.engine import Orders, synthesize_shard
-from zskd_nni.synthesis.starts import start_images
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
+from zskd_nni.training.distillation import DistillationSettings, distill, student_schedule
+from zskd_nni.training.losses import distillation_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

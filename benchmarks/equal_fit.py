@@ -27,22 +27,23 @@ from bench import EQUAL_FIT, NETWORKS, orders_for, plain_network, ways
 from published_loops import zskd_loop
 from torch import Tensor, nn
 
-from zskd_nni.compression.pruning import prune
-from zskd_nni.data import load_images
-from zskd_nni.distillation import distill
-from zskd_nni.evaluation import logits_on
-from zskd_nni.files import load_tensors, save_tensors, write_json
-from zskd_nni.losses import soft_target_divergence
+from zskd_nni.compression.pruning.prune import prune
+from zskd_nni.data.datasets import load_images
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
-from zskd_nni.metrics import accuracy
-from zskd_nni.provenance import provenance
-from zskd_nni.recipe import PruningSection
-from zskd_nni.reproduction.pairs import PAIRS, Pair
-from zskd_nni.response_norm import fast_response_norms
+from zskd_nni.models.local_response_norm import fast_response_norms
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.recipes.schema import PruningSection
+from zskd_nni.research.reproduction.pairs import PAIRS, Pair
+from zskd_nni.research.train_teacher import TEACHERS
+from zskd_nni.runtime.files import write_json
+from zskd_nni.runtime.provenance import provenance
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
 from zskd_nni.synthesis.engine import synthesize_shard
-from zskd_nni.teacher import Teacher
-from zskd_nni.train_teacher import TEACHERS
-from zskd_nni.transfer import StoredSource
+from zskd_nni.training.distillation import distill
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.losses import soft_target_divergence
+from zskd_nni.training.metrics import accuracy
 
 KEPT = Path(__file__).resolve().parent.parent / "build" / "equal-fit"
 TAUGHT = {weights: name for name, (_, _, weights, _) in NETWORKS.items()}

@@ -27,13 +27,14 @@ from peers import commit_of
 from torch.utils.data import TensorDataset
 from torchvision import transforms
 
-from zskd_nni.data import load_images
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, write_json
-from zskd_nni.networks import build_network
-from zskd_nni.provenance import provenance
-from zskd_nni.train_teacher import TEACHERS
-from zskd_nni.zoo.trained import trained_weights
+from zskd_nni.data.datasets import load_images
+from zskd_nni.models.build import build_network
+from zskd_nni.models.zoo.trained import trained_weights
+from zskd_nni.research.train_teacher import TEACHERS
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import write_json
+from zskd_nni.runtime.provenance import provenance
+from zskd_nni.runtime.tensors import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "wrn-40-2-cifar10"

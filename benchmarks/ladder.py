@@ -27,11 +27,11 @@ from published_loops import zskd_loop
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from zskd_nni.files import write_json
-from zskd_nni.losses import attention_map
-from zskd_nni.response_norm import fast_response_norms
+from zskd_nni.models.local_response_norm import fast_response_norms
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.files import write_json
 from zskd_nni.synthesis.engine import synthesize_shard
-from zskd_nni.teacher import Teacher
+from zskd_nni.training.losses import attention_map
 
 # The first name that an operator's own contains.
 KINDS = {

@@ -5,9 +5,9 @@
 
 What is measured, in seconds of one core's time: each of a number of shards, the start of a process up to its first
 shard, checking a finished shard, and writing the manifest. What is simulated is the launch: processes that start
-together, divide what is missing by the package's own function (``zskd_nni.workers.share``), work shard after shard,
-and all start anew when one of them dies, which is what torch elastic does. Failures come at random, as often for every
-worker, and a shard that was not finished is lost. How long it takes until all processes of a start have found each
+together, divide what is missing by the package's own function (``zskd_nni.runtime.distributed.share``), work shard
+after shard, and all start anew when one of them dies, which is what torch elastic does. Failures come
+at random, as often for every worker, and a shard that was not finished is lost. How long it takes until all processes of a start have found each
 other is not measured for a thousand; it is assumed (``RENDEZVOUS``).
 """
 
@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from zskd_nni.files import sha256_of_file, write_json
 from zskd_nni.methods.registry import transfer_source
-from zskd_nni.provenance import provenance
-from zskd_nni.recipe import load_recipe
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime.distributed import share
+from zskd_nni.runtime.files import sha256_of_file, write_json
+from zskd_nni.runtime.provenance import provenance
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.synthesis.store import shard_name
-from zskd_nni.workers import share
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench-many-workers.json"
 RECIPE = "mnist-half"
@@ -70,7 +70,10 @@ def measure(shards: int) -> dict[str, Any]:
         started = time.process_time()
         write_json(store.folder / "manifest.json", {**store.manifest, "shards": lines})
         manifest = time.process_time() - started
-    code = "import zskd_nni.cli, zskd_nni.synthesis, zskd_nni.workers; from zskd_nni.recipe import load_recipe as r; "
+    code = (
+        "import zskd_nni.cli, zskd_nni.synthesis, zskd_nni.runtime.distributed; "
+        "from zskd_nni.recipes.load import load_recipe as r; "
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(3):
         subprocess.run([sys.executable, "-c", f"{code}r({RECIPE!r}).teacher()"], check=True)

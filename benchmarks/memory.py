@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.augment import Augmentation
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.files import write_json
-from zskd_nni.inputs import InputSpec
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.data.sources import Images, StoredSource, TransferSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
-from zskd_nni.provenance import provenance
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5, lenet5_half
+from zskd_nni.runtime.files import write_json
+from zskd_nni.runtime.provenance import provenance
 from zskd_nni.synthesis import ImpressionStore, SynthesisSettings, synthesize
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import Images, StoredSource, TransferSource
-from zskd_nni.zoo import lenet5, lenet5_half
+from zskd_nni.training.distillation import DistillationSettings, distill
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench-memory.json"
 BATCH = 128

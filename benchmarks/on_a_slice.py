@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 
-from zskd_nni.augment import Augmentation
-from zskd_nni.data import LabelledImages, load_images
-from zskd_nni.evaluation import logits_on
-from zskd_nni.files import load_tensors
-from zskd_nni.metrics import accuracy, agreement
-from zskd_nni.networks import build_network, load_into
-from zskd_nni.reproduction.cells import SOURCES, Plan, resolve
-from zskd_nni.reproduction.run import Bench, Place, make_source, train_student
-from zskd_nni.reproduction.tables import TABLES
-from zskd_nni.teacher import Teacher
-from zskd_nni.train_teacher import train_teacher
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.data.datasets import LabelledImages, load_images
+from zskd_nni.models.build import build_network, load_into
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.research.reproduction.cells import SOURCES, Plan, resolve
+from zskd_nni.research.reproduction.run import Bench, Place, make_source, train_student
+from zskd_nni.research.reproduction.tables import TABLES
+from zskd_nni.research.train_teacher import train_teacher
+from zskd_nni.runtime.tensors import load_tensors
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.metrics import accuracy, agreement
 
 
 class SliceBench(Bench):

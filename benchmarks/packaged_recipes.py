@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zskd_nni.files import write_json
+from zskd_nni.runtime.files import write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}

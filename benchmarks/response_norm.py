@@ -12,7 +12,7 @@ import time
 import torch
 from torch import nn
 
-from zskd_nni.response_norm import fast_response_norms
+from zskd_nni.models.local_response_norm import fast_response_norms
 
 
 def main() -> None:

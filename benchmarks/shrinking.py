@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from zskd_nni.compression.pruning_config import plan_pruning
-from zskd_nni.compression.speedup import shrink
-from zskd_nni.export import onnx_bytes
-from zskd_nni.files import write_atomic
-from zskd_nni.inputs import InputSpec
-from zskd_nni.networks import build_network
-from zskd_nni.provenance import provenance
+from zskd_nni.compression.pruning.dependency_config import plan_pruning
+from zskd_nni.compression.pruning.speedup import shrink
+from zskd_nni.models.build import build_network
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.onnx_export import onnx_bytes
+from zskd_nni.runtime.files import write_atomic
+from zskd_nni.runtime.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCUMENT = ROOT / "results" / "shrinking.json", ROOT / "docs" / "shrinking.md"

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from zskd_nni.metrics import TransitionResult
-from zskd_nni.reproduction.records import read_records
-from zskd_nni.tutorial import transitions_picture
+from zskd_nni.research.reproduction.records import read_records
+from zskd_nni.research.tutorial import transitions_picture
+from zskd_nni.training.metrics import TransitionResult
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -83,7 +83,7 @@ def write(notebook: Any, path: Path) -> None:
     """Write a notebook file, whole or not at all."""
     import nbformat
 
-    from zskd_nni.files import make_folder, write_atomic
+    from zskd_nni.runtime.files import make_folder, write_atomic
 
     nbformat.validate(notebook)
     make_folder(path.parent)
@@ -96,7 +96,7 @@ def execute(
     """Run one notebook in a kernel of its own."""
     import papermill
 
-    from zskd_nni.files import make_folder
+    from zskd_nni.runtime.files import make_folder
 
     folder = work / f"{source.stem}-{scale}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -151,7 +151,7 @@ def described(
     """Where the outputs of a copy come from, JSON-able."""
     import torch
 
-    from zskd_nni.provenance import provenance
+    from zskd_nni.runtime.provenance import provenance
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as the kernel has
     return {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import digits_network, prepare_torch
 
-from zskd_nni.inputs import InputSpec
-from zskd_nni.teacher import Teacher
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
 
 prepare_torch()
 

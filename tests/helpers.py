@@ -19,15 +19,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zskd_nni import interrupt
-from zskd_nni.files import load_tensors, save_tensors, sha256_of_file
-from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5
+from zskd_nni.models.zoo.trained import trained_weights
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
 from zskd_nni.synthesis import ImpressionStore, SynthesisSettings, synthesize
-from zskd_nni.teacher import Teacher
-from zskd_nni.training import Checkpoint, History, cosine_schedule, fit
-from zskd_nni.zoo import lenet5
-from zskd_nni.zoo.trained import trained_weights
+from zskd_nni.training.checkpoint import Checkpoint, History
+from zskd_nni.training.loop import cosine_schedule, fit
 
 SMALL = InputSpec((1, 8, 8))
 DATA = "ZSKD_NNI_DATA"
@@ -120,9 +122,9 @@ def make_store(
 def make_store_stoppably(folder: str | Path, **options: Any) -> None:
     """As the command line does it: a stop leaves with 128 plus the signal's number."""
     try:
-        with interrupt.stoppable():
+        with signals.stoppable():
             make_store(folder, **options)
-    except interrupt.Interrupted as stop:
+    except signals.Interrupted as stop:
         sys.exit(128 + stop.signum)
 
 
@@ -186,9 +188,9 @@ def train(
 def train_stoppably(folder: str, result: str, **options: Any) -> None:
     """As the command line does it: a stop leaves with 128 plus the signal's number."""
     try:
-        with interrupt.stoppable():
+        with signals.stoppable():
             network, history = train(folder, **options)
-    except interrupt.Interrupted as stop:
+    except signals.Interrupted as stop:
         sys.exit(128 + stop.signum)
     record = {"steps": json.dumps(history.steps), "losses": json.dumps(history.losses)}
     save_tensors(result, network.state_dict(), record)
@@ -207,7 +209,7 @@ _context.set_forkserver_preload(
         "zskd_nni.cli",
         "zskd_nni.pipeline",
         "zskd_nni.compression",
-        "zskd_nni.compression.student_quantization",
+        "zskd_nni.compression.quantization.stage",
         "nni.compression.pruning",
         "nni.compression.quantization",
     ]

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from helpers import DATA, _context, _start_forkserver, prepare_torch
 
-from zskd_nni import interrupt, workers
+from zskd_nni.runtime import distributed, signals
 
 
 def torchrun_command(count: int, *arguments: object, restarts: int = 0) -> list[str]:
@@ -92,9 +92,9 @@ def _agent(count: int, restarts: int, function: Callable[..., Any], arguments: t
 def _worker(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     prepare_torch()
     try:
-        with interrupt.stoppable(), workers.joined("cpu"):
+        with signals.stoppable(), distributed.joined("cpu"):
             function(*arguments)
-    except interrupt.Interrupted as stop:
+    except signals.Interrupted as stop:
         os._exit(128 + stop.signum)
 
 

@@ -15,16 +15,17 @@ from helpers import SMALL, make_store, prepare_torch, random, small_teacher, sta
 from PIL import Image
 from torch import Tensor, nn
 
-from zskd_nni import candidate_images, interrupt
-from zskd_nni.candidate_images import PROCEDURAL, Candidates, procedural_images
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors
-from zskd_nni.inputs import InputSpec
-from zskd_nni.methods import ats
-from zskd_nni.methods.ats import AtsSettings, make_transfer_set
+from zskd_nni.data import candidates
+from zskd_nni.data.candidates import PROCEDURAL, Candidates, procedural_images
+from zskd_nni.methods.ats import method as ats
+from zskd_nni.methods.ats.method import AtsSettings, make_transfer_set
+from zskd_nni.methods.ats.transfer_set import TransferSet
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer_set import TransferSet
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.tensors import load_tensors
 
 SIZE = 200
 
@@ -60,7 +61,7 @@ def pool(settings: AtsSettings, size: int = SIZE, seed: int = 0) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidate_images, "_BLOCK", 150)
+    monkeypatch.setattr(candidates, "_BLOCK", 150)
 
 
 def bundle(found: TransferSet) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,11 +323,11 @@ def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def block(self: Candidates, number: int) -> Tensor:
         looked_at.append(number)
         if number == 3 and looked_at.count(3) == 1:
-            interrupt._pending = 15
+            signals._pending = 15
         return original(self, number)
 
     monkeypatch.setattr(Candidates, "block", block)
-    with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+    with pytest.raises(signals.Interrupted), signals.stoppable():
         made(tmp_path / "cut", brightness_teacher(100, 3000.0), size=350)
     assert (tmp_path / "cut" / "progress.safetensors").exists()
     found = made(tmp_path / "cut", brightness_teacher(100, 3000.0), size=350)

@@ -6,12 +6,12 @@ import pytest
 from helpers import small_teacher
 from torch import nn
 
-from zskd_nni.attention_transfer import attention_pairs
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
-from zskd_nni.teacher import Teacher
-from zskd_nni.zoo.lenet import lenet5, lenet5_half
-from zskd_nni.zoo.wrn import wrn
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo.lenet import lenet5, lenet5_half
+from zskd_nni.models.zoo.wrn import wrn
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.attention_transfer import attention_pairs
 
 
 def test_layers_of_the_papers_networks_are_found() -> None:

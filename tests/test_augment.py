@@ -9,7 +9,7 @@ import torch
 from helpers import random
 from torch import Tensor
 
-from zskd_nni.augment import Augmentation, _move, augment
+from zskd_nni.data.augmentation import Augmentation, _move, augment
 
 
 def images(count: int = 6, channels: int = 2, height: int = 9, width: int = 12) -> Tensor:

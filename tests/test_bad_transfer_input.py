@@ -12,12 +12,12 @@ from helpers import is_one_sentence, run_cli
 from typer.testing import CliRunner
 
 from zskd_nni import cli
-from zskd_nni.data import load_images
-from zskd_nni.errors import UserError
-from zskd_nni.files import save_tensors
+from zskd_nni.data.datasets import load_images
+from zskd_nni.models.zoo import lenet5
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe, recipe_text
-from zskd_nni.zoo import lenet5
+from zskd_nni.recipes.load import load_recipe, recipe_text
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.tensors import save_tensors
 
 RECIPE = """
 name: small

@@ -11,15 +11,15 @@ from helpers import SMALL, small_network, small_teacher
 from torch import nn
 from torch.nn import functional
 
-from zskd_nni import interrupt
-from zskd_nni.augment import Augmentation
-from zskd_nni.baselines.kd_at import KdAtSettings, stepped, train_kd_at
-from zskd_nni.baselines.labelled import LabelledBatches, few_of_each
-from zskd_nni.baselines.real_labels import train_on_labels
-from zskd_nni.data import LabelledImages
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
-from zskd_nni.settings import build_settings
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.research.baselines.kd_at import KdAtSettings, stepped, train_kd_at
+from zskd_nni.research.baselines.labelled import LabelledBatches, few_of_each
+from zskd_nni.research.baselines.real_labels import train_on_labels
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.validation import build_settings
+from zskd_nni.training.distillation import DistillationSettings
 
 SCHEDULE = DistillationSettings(steps=10, batch=8, learning_rate=1e-2, warmup=2)
 
@@ -153,17 +153,17 @@ def test_stopped_and_resumed_bit_by_bit(kind: str, tmp_path: Path, monkeypatch: 
         return student
 
     whole = train("whole.safetensors")
-    calls, check = 0, interrupt.check
+    calls, check = 0, signals.check
 
     def stop_once() -> None:
         nonlocal calls
         calls += 1
         if calls == 7:
-            raise interrupt.Interrupted(15)
+            raise signals.Interrupted(15)
         check()
 
-    monkeypatch.setattr(interrupt, "check", stop_once)
-    with pytest.raises(interrupt.Interrupted):
+    monkeypatch.setattr(signals, "check", stop_once)
+    with pytest.raises(signals.Interrupted):
         train("stopped.safetensors")
     resumed = train("stopped.safetensors")
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):

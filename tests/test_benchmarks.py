@@ -13,14 +13,14 @@ import pytest
 import torch
 from helpers import SMALL, small_network, small_teacher
 
-from zskd_nni.losses import soft_target_divergence
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
-from zskd_nni.networks import build_network
-from zskd_nni.reproduction.records import read_records
-from zskd_nni.reproduction.run import Place
-from zskd_nni.reproduction.session import run_table
+from zskd_nni.models.build import build_network
+from zskd_nni.research.reproduction.records import read_records
+from zskd_nni.research.reproduction.run import Place
+from zskd_nni.research.reproduction.session import run_table
 from zskd_nni.synthesis import SynthesisSettings
 from zskd_nni.synthesis.engine import Orders, synthesize_shard
+from zskd_nni.training.losses import soft_target_divergence
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

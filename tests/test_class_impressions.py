@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers import digits_network, random, small_teacher
 
-from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.class_impressions import ClassImpressionSettings, ClassTargets
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.teacher import Teacher
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])

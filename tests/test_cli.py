@@ -25,11 +25,11 @@ from helpers import (
     wait_for,
 )
 
-from zskd_nni.export import export_onnx
-from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.recipe import load_recipe, packaged_names, recipe_text
-from zskd_nni.saved_model import save_network
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.onnx_export import export_onnx
+from zskd_nni.models.serialization import save_network
+from zskd_nni.recipes.load import load_recipe, packaged_names, recipe_text
 from zskd_nni.synthesis import ImpressionStore
 
 RECIPE = "digits-prune50"

@@ -15,10 +15,10 @@ from helpers import DATA, REQUIRE_DATA, SMALL, require_real_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zskd_nni.data import LabelledImages, data_root, fit_shape, load_images
-from zskd_nni.errors import UserError
-from zskd_nni.evaluation import logits_on
-from zskd_nni.inputs import InputSpec
+from zskd_nni.data.datasets import LabelledImages, data_root, fit_shape, load_images
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.inference import logits_on
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> str:

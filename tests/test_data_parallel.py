@@ -16,15 +16,16 @@ from helpers import SMALL, small_network, small_teacher, wait_for
 from launching import append, launch, start_launch
 from torch import Tensor, nn
 
-from zskd_nni import training
-from zskd_nni.data_parallel import DataParallel
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, save_tensors, sha256_of_file
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe
-from zskd_nni.transfer import StoredSource
-from zskd_nni.workers import only_writers, share, team
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime.distributed import only_writers, share, team
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
+from zskd_nni.training import loop
+from zskd_nni.training.data_parallel import DataParallel
+from zskd_nni.training.distillation import DistillationSettings, distill
 
 STEPS = 60
 # After so many steps, of weights and losses; rounding in another order grows with every step.
@@ -44,16 +45,16 @@ def student(
     folder: str, features: str = "none", every: float = 1e9, log: str | None = None, batch: int = BATCH
 ) -> None:
     """In each process; a network with batch normalisation."""
-    training.Checkpoint.__init__.__defaults__ = (every,)
+    loop.Checkpoint.__init__.__defaults__ = (every,)
     network = small_network(1)
     if log is not None:
-        real = training.save_checkpoint
+        real = loop.save_checkpoint
 
         def save(checkpoint, model, optimizer, scheduler, step, *more) -> None:
             real(checkpoint, model, optimizer, scheduler, step, *more)
             append(log, f"{os.getpid()} {step}")
 
-        training.save_checkpoint = save
+        loop.save_checkpoint = save
         append(log, f"{os.getpid()} started")
     history = distill(
         network,
@@ -150,7 +151,7 @@ def test_a_batch_smaller_than_the_team_is_refused(tmp_path: Path) -> None:
 
 
 def game_with_dropout(folder: str) -> None:
-    from zskd_nni.methods.zskt import ZsktSettings, ZsktSource
+    from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource
 
     teacher = small_teacher()
     source = ZsktSource(teacher, ZsktSettings(rounds=3, student_steps=2, batch=8, width=8), 8, 0)
@@ -168,7 +169,7 @@ def test_all_have_the_same_generator_though_dropout_draws_other_masks(tmp_path: 
 
 def game_of_drifting_generators(folder: str) -> None:
     """As on GPUs, whose sums differ in the last bits from one process to the next."""
-    from zskd_nni.methods.zskt import ZsktSource
+    from zskd_nni.methods.zskt.source import ZsktSource
 
     original = ZsktSource.batch
 
@@ -189,7 +190,7 @@ def test_all_learn_on_the_first_ones_images(tmp_path: Path) -> None:
 
 
 def gradients_are_let_go(folder: str) -> None:
-    """What :func:`~zskd_nni.training.fit` keeps of a step is its loss alone."""
+    """What :func:`~zskd_nni.training.loop.fit` keeps of a step is its loss alone."""
     shared, network = DataParallel(team()), small_network(1)
     loss = network(images()[:4]).sum()
     loss.backward()
@@ -242,7 +243,7 @@ def taylor(folder: str) -> None:
 
 def fused(folder: str, make: Any, divided: bool) -> None:
     from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
-    from zskd_nni.teacher import Teacher
+    from zskd_nni.models.teacher import Teacher
 
     seen: list[int] = []
     real = DataParallel.part

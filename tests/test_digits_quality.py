@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zskd_nni.augment import Augmentation
-from zskd_nni.data import load_images
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.evaluation import logits_on
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.data.datasets import load_images
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.metrics import accuracy, agreement
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5_half
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.teacher import Teacher
-from zskd_nni.zoo import lenet5_half
+from zskd_nni.training.distillation import DistillationSettings, distill
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.metrics import accuracy, agreement
 
 
 @pytest.fixture(scope="module", params=["paper", "best"])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import digits_network
 
-from zskd_nni import interrupt
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.inputs import InputSpec
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import NoiseSource
-from zskd_nni.zoo import lenet5_half
+from zskd_nni.data.sources import NoiseSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5_half
+from zskd_nni.runtime import signals
+from zskd_nni.training.distillation import DistillationSettings, distill
 
 STEPS = 20
 
@@ -25,10 +25,10 @@ def taught(checkpoint, stop_at=None, monkeypatch=None):
 
         def check() -> None:
             if next(calls) == stop_at:
-                raise interrupt.Interrupted(2)
+                raise signals.Interrupted(2)
 
-        monkeypatch.setattr(interrupt, "check", check)
-        with pytest.raises(interrupt.Interrupted):
+        monkeypatch.setattr(signals, "check", check)
+        with pytest.raises(signals.Interrupted):
             run(student, teacher, checkpoint)
         monkeypatch.undo()
         torch.manual_seed(4)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers import small_teacher
 
-from zskd_nni.errors import UserError
-from zskd_nni.exploration import Question, explore_class, explore_one, shipped_teacher
-from zskd_nni.exploration_picture import exploration_picture
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.research.explorer.figure import exploration_picture
+from zskd_nni.research.explorer.one_impression import Question, explore_class, explore_one, shipped_teacher
+from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
 
 ASKED = Question(label=2, beta=0.3, temperature=2.0, total_variation=1e-3, steps=12)
@@ -112,7 +112,7 @@ def test_the_picture_is_a_png_that_shows_the_class() -> None:
 def test_without_ipywidgets_importing_works_and_showing_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['ipywidgets'] = None\n"
-        "from zskd_nni.explore import Explorer\n"
+        "from zskd_nni.research.explorer.widget import Explorer\n"
         "try: Explorer()\n"
         "except Exception as error: print(type(error).__name__, error)\n"
         "print('matplotlib' in sys.modules, 'nni' in sys.modules, 'IPython' in sys.modules)"
@@ -126,7 +126,7 @@ def test_without_ipywidgets_importing_works_and_showing_says_what_to_install() -
 
 def test_sliders_ask_and_the_gallery_keeps(tmp_path: Path) -> None:
     pytest.importorskip("ipywidgets", reason="the extra notebooks is not installed")
-    from zskd_nni.explore import Explorer
+    from zskd_nni.research.explorer.widget import Explorer
 
     with pytest.raises(UserError, match="no teacher"):
         Explorer({})
@@ -161,7 +161,7 @@ def test_sliders_ask_and_the_gallery_keeps(tmp_path: Path) -> None:
 
 def test_sliders_reach_what_is_asked() -> None:
     pytest.importorskip("ipywidgets", reason="the extra notebooks is not installed")
-    from zskd_nni.explore import Explorer
+    from zskd_nni.research.explorer.widget import Explorer
 
     for far in (Question(temperature=60.0, beta=0.005, steps=3), Question(temperature=0.5, beta=20.0, steps=3)):
         explorer = Explorer({"small": small_teacher()}, far)
@@ -174,7 +174,7 @@ def test_sliders_reach_what_is_asked() -> None:
 
 def test_what_goes_wrong_under_a_slider_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ipywidgets", reason="the extra notebooks is not installed")
-    from zskd_nni.explore import Explorer
+    from zskd_nni.research.explorer.widget import Explorer
 
     teacher = small_teacher()
     explorer = Explorer({"small": teacher}, ASKED)

@@ -9,16 +9,16 @@ import torch
 from helpers import SMALL, random, small_network, small_teacher
 from torch import nn
 
-from zskd_nni import interrupt
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.errors import UserError
-from zskd_nni.feature_matching import feature_pairs
-from zskd_nni.inputs import InputSpec
-from zskd_nni.losses import feature_loss
-from zskd_nni.recipe import load_recipe
-from zskd_nni.teacher import Teacher, record_features
-from zskd_nni.transfer import NoiseSource
-from zskd_nni.zoo import alexnet, alexnet_half, lenet5, lenet5_half
+from zskd_nni.data.sources import NoiseSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher, record_features
+from zskd_nni.models.zoo import alexnet, alexnet_half, lenet5, lenet5_half
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.distillation import DistillationSettings, distill
+from zskd_nni.training.hints import feature_pairs
+from zskd_nni.training.losses import feature_loss
 
 
 def test_the_loss_is_the_share_of_variance_that_is_missed() -> None:
@@ -101,10 +101,10 @@ def test_a_stopped_training_with_matched_layers_goes_on_bit_by_bit(
 
     def check() -> None:
         if next(calls) == 5:
-            raise interrupt.Interrupted(2)
+            raise signals.Interrupted(2)
 
-    monkeypatch.setattr(interrupt, "check", check)
-    with pytest.raises(interrupt.Interrupted):
+    monkeypatch.setattr(signals, "check", check)
+    with pytest.raises(signals.Interrupted):
         taught(tmp_path / "stopped.safetensors")
     monkeypatch.undo()
     again = taught(tmp_path / "stopped.safetensors")

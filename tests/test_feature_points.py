@@ -7,8 +7,8 @@ import torch
 from helpers import SMALL, random, small_teacher
 from torch import Tensor
 
-from zskd_nni.errors import UserError
-from zskd_nni.feature_points import FeaturePoint, module_at, replaced, watched
+from zskd_nni.models.hooks import FeaturePoint, module_at, replaced, watched
+from zskd_nni.runtime.errors import UserError
 
 
 def images(count: int = 4, seed: int = 0) -> Tensor:

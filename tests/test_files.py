@@ -19,20 +19,18 @@ from helpers import small_network, start_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zskd_nni.errors import UserError
-from zskd_nni.files import (
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import (
     fingerprint_of,
-    load_tensors,
-    load_weights,
     make_folder,
     read_json,
     remove_leftovers,
-    save_tensors,
     sha256_of_bytes,
     sha256_of_file,
     write_atomic,
     write_json,
 )
+from zskd_nni.runtime.tensors import load_tensors, load_weights, save_tensors
 
 
 def write_under_a_limit(path: str, size: int) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import SMALL, random
 
-from zskd_nni.errors import UserError
-from zskd_nni.image_generator import ImageGenerator, new_generator
-from zskd_nni.inputs import InputSpec
+from zskd_nni.methods.zskt.generator import ImageGenerator, new_generator
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.runtime.errors import UserError
 
 SHIFTED = InputSpec((1, 8, 8), mean=(0.3,), std=(0.5,))
 

@@ -7,8 +7,8 @@ import torch
 from helpers import random
 from torch import Tensor
 
-from zskd_nni.errors import UserError
-from zskd_nni.image_memory import ImageMemory, that_fit
+from zskd_nni.methods.zskt.image_memory import ImageMemory, that_fit
+from zskd_nni.runtime.errors import UserError
 
 
 def numbered(*numbers: int) -> Tensor:

@@ -24,11 +24,13 @@ from helpers import (
     wait_for,
 )
 
-from zskd_nni.errors import UserError
-from zskd_nni.files import fingerprint_of, load_tensors, only_writer, save_tensors, sha256_of_file
-from zskd_nni.identity import describe_difference
-from zskd_nni.pictures import some_of_each, spread
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import fingerprint_of, sha256_of_file
+from zskd_nni.runtime.locks import only_writer
+from zskd_nni.runtime.run_identity import describe_difference
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
 from zskd_nni.synthesis import ImpressionStore
+from zskd_nni.synthesis.image_grid import some_of_each, spread
 
 MANIFEST = "manifest.json"
 

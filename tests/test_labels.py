@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zskd_nni.data import LabelledImages, load_images
-from zskd_nni.errors import UserError
+from zskd_nni.data.datasets import LabelledImages, load_images
+from zskd_nni.runtime.errors import UserError
 
 
 def test_a_folder_without_class_folders_has_no_labels(tmp_path):

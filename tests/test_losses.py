@@ -11,15 +11,15 @@ from helpers import random, soft_targets
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 
-from zskd_nni.batch_statistics import Crowd, Moments, batch_norms, statistics_distances
-from zskd_nni.losses import (
+from zskd_nni.synthesis.batch_norm_statistics import Crowd, Moments, batch_norms, statistics_distances
+from zskd_nni.training.losses import (
     channel_moments,
     distillation_loss,
     soft_target_divergence,
     statistics_distance,
     total_variation,
 )
-from zskd_nni.metrics import accuracy, agreement
+from zskd_nni.training.metrics import accuracy, agreement
 
 
 def logits(seed: int, rows: int = 7, classes: int = 6, scale: float = 12.0) -> torch.Tensor:

@@ -12,9 +12,7 @@ import pytest
 import torch
 from helpers import is_one_sentence, run_cli
 
-from zskd_nni.data import load_images
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
+from zskd_nni.data.datasets import load_images
 from zskd_nni.methods.real import METHOD as REAL
 from zskd_nni.methods.registry import (
     TransferRequest,
@@ -24,10 +22,13 @@ from zskd_nni.methods.registry import (
     method_names,
     transfer_source,
 )
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import TransferSection, load_recipe
-from zskd_nni.report import remarks
-from zskd_nni.teacher import Teacher
+from zskd_nni.pipeline.report_html import remarks
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.recipes.schema import TransferSection
+from zskd_nni.runtime.errors import UserError
 
 SMALL = (
     "transfer.size=200",

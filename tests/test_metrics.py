@@ -10,17 +10,17 @@ import torch
 from helpers import random, small_network
 from torch import Tensor, nn
 
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
-from zskd_nni.losses import attention_loss, attention_map, belief_divergence
-from zskd_nni.metrics import (
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.losses import attention_loss, attention_map, belief_divergence
+from zskd_nni.training.metrics import (
     accuracy,
     agreement,
     expected_calibration_error,
     mean_transition_error,
     transition_curves,
 )
-from zskd_nni.teacher import Teacher
 
 
 def gaussian_images(count: int, seed: int = 0, channels: int = 1) -> Tensor:

@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from zskd_nni import zoo
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, save_tensors, sha256_of_file
-from zskd_nni.networks import build_network, load_into
-from zskd_nni.saved_model import describe_layer, load_network, save_network
+from zskd_nni.models import zoo
+from zskd_nni.models.build import build_network, load_into
+from zskd_nni.models.serialization import describe_layer, load_network, save_network
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
 
 FACTORY = """
 from torch import nn

@@ -14,20 +14,22 @@ import torch
 from helpers import SMALL, random
 from torch import Tensor, nn
 
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.errors import UserError
-from zskd_nni.files import save_tensors, sha256_of_file
-from zskd_nni.inputs import InputSpec
-from zskd_nni.memory_layout import lay_out
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
-from zskd_nni.methods.zskt import ZsktSettings, ZsktSource, train_zskt
-from zskd_nni.networks import build_network
+from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource
+from zskd_nni.methods.zskt.train import train_zskt
+from zskd_nni.models.build import build_network
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.serialization import load_network
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe
-from zskd_nni.saved_model import load_network
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.runtime.tensors import save_tensors
 from zskd_nni.synthesis import SynthesisSettings, synthesize
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
+from zskd_nni.training.distillation import DistillationSettings, distill
 
 
 class Viewed(nn.Module):

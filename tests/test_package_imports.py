@@ -15,7 +15,20 @@ PACKAGE = Path(zskd_nni.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-ADAPTERS = {"compression", "experiments"}  # of nni.compression, and of NNI's experiments above the pipeline
+# From the ground up: a room imports those before it, never those behind it.
+ROOMS = (
+    "runtime",
+    "models",
+    "data",
+    "training",
+    "synthesis",
+    "methods",
+    "recipes",
+    "compression",
+    "pipeline",
+    "research",
+)
+ADAPTERS = {"compression", "search"}  # of nni.compression, and of NNI's experiments
 
 
 def module_name(path: Path) -> str:
@@ -67,7 +80,10 @@ def test_importing_the_package_costs_nothing() -> None:
 
 
 def test_the_core_does_not_need_nni() -> None:
-    core = "teacher synthesis distillation methods.zskd recipe pipeline cli report saved_model train_teacher export"
+    core = (
+        "models.teacher models.serialization models.onnx_export synthesis training.distillation methods.zskd "
+        "recipes.load pipeline.run pipeline.report research.train_teacher cli"
+    )
     loaded = loaded_by("import " + ", ".join(f"zskd_nni.{name}" for name in core.split()))
     assert "torch" in loaded
     assert not loaded & {"nni", "matplotlib", "onnxruntime", "sklearn"}
@@ -126,34 +142,31 @@ def test_imports_have_a_direction(lazy: bool) -> None:
 @pytest.mark.parametrize("name", ["zskd", "class_impressions", "sts", "zskt"])
 def test_data_free_methods_cannot_reach_what_reads_images(name: str) -> None:
     graph = {module: imports_of(path, lazy=True) & set(MODULES) for module, path in MODULES.items()}
-    seen, todo = set(), {f"zskd_nni.methods.{name}"}
+    seen, todo = (
+        set(),
+        {name if (name := f"zskd_nni.methods.{name}.method") in MODULES else name.removesuffix(".method")},
+    )
     while todo:
         module = todo.pop()
         seen.add(module)
         todo |= graph[module] - seen
-    assert "zskd_nni.data" not in seen
-    assert "zskd_nni.data" in graph["zskd_nni.candidate_images"]
-    assert "zskd_nni.candidate_images" in graph["zskd_nni.methods.ats"]
+    assert "zskd_nni.data.datasets" not in seen
+    assert "zskd_nni.data.datasets" in graph["zskd_nni.data.candidates"]
+    assert "zskd_nni.data.candidates" in graph["zskd_nni.methods.ats.method"]
 
 
-def test_low_layers_do_not_know_high_ones() -> None:
-    lazy = {name: imports_of(path, lazy=True) for name, path in MODULES.items()}
-    recipes, top = ("zskd_nni.recipe",), ("zskd_nni.cli", "zskd_nni.pipeline", "zskd_nni.report")
+def test_the_package_has_ten_rooms_and_each_says_what_it_holds() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py"}
+    for room in ROOMS:
+        told = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+        assert told and "May import: " in told, room
 
-    def of(name: str, packages: tuple[str, ...]) -> bool:
-        return any(name == package or name.startswith(f"{package}.") for package in packages)
 
-    assert of("zskd_nni.pipeline.students", top)
-    assert not of("zskd_nni.report_content", top)
-    for name, imported in lazy.items():
-        if name.startswith("zskd_nni.compression"):
-            forbidden = (*top, "zskd_nni.experiments")
-        elif of(name, ("zskd_nni.pipeline",)):
-            forbidden = ("zskd_nni.cli",)
-        elif of(name, (*top, *recipes, "zskd_nni.__main__", "zskd_nni.experiments")):
-            continue
-        else:
-            forbidden = (*top, *recipes)
-        assert not [other for other in imported if of(other, forbidden)], name
-    for name in ("zskd_nni.errors", "zskd_nni.seeds", "zskd_nni.interrupt", "zskd_nni.progress"):
-        assert not {entry for entry in lazy[name] if entry.startswith("zskd_nni")}, name
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_room_imports_only_those_below_it(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0]
+    if room not in ROOMS:
+        return
+    imported = {name.split(".")[1] for name in imports_of(path, lazy=True) if name.startswith("zskd_nni.")}
+    assert imported <= set(ROOMS[: ROOMS.index(room) + 1])

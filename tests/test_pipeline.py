@@ -13,18 +13,18 @@ import torch
 from helpers import run_cli
 from onnx import numpy_helper
 
-from zskd_nni.data import load_images
-from zskd_nni.errors import UserError
-from zskd_nni.evaluation import logits_on
-from zskd_nni.export import run_onnx
-from zskd_nni.files import sha256_of_file
-from zskd_nni.inputs import InputSpec
+from zskd_nni.data.datasets import load_images
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.metrics import accuracy
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.onnx_export import run_onnx
+from zskd_nni.models.serialization import load_network
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe
-from zskd_nni.report import remarks, render_html, render_table
-from zskd_nni.saved_model import load_network
+from zskd_nni.pipeline.report_html import remarks, render_html, render_table
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.metrics import accuracy
 
 SMALL = (
     "transfer.size=300",

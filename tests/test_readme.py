@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from zskd_nni.zoo import wrn
+from zskd_nni.models.zoo import wrn
 
 ROOT = Path(__file__).resolve().parent.parent
 

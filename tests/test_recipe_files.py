@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
-from zskd_nni.files import save_tensors
-from zskd_nni.inputs import InputSpec
-from zskd_nni.recipe import LoadedRecipe, load_recipe, packaged_names, recipe_text
-from zskd_nni.settings import build_settings
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.recipes.load import LoadedRecipe, load_recipe, packaged_names, recipe_text
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.tensors import save_tensors
+from zskd_nni.runtime.validation import build_settings
 from zskd_nni.synthesis import SynthesisSettings
+from zskd_nni.training.distillation import DistillationSettings
 
 DIGITS = "digits-prune50"
 

@@ -15,24 +15,27 @@ import torch
 from helpers import is_one_sentence
 from typer.testing import CliRunner
 
-from zskd_nni import cli, interrupt
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, only_writer, read_json, save_tensors, sha256_of_file
-from zskd_nni.inputs import InputSpec
-from zskd_nni.recipe import load_recipe
-from zskd_nni.reproduction import run as running
-from zskd_nni.reproduction.cells import METHODS, Cell, resolve
-from zskd_nni.reproduction.page import mean_and_deviation, render_page
-from zskd_nni.reproduction.pairs import PAIRS, PUBLISHED_STUDENT
-from zskd_nni.reproduction.published import PUBLISHED, TARGETS
-from zskd_nni.reproduction.records import NEEDED, read_record, read_records
-from zskd_nni.reproduction.run import Bench, Place, make_source, run_cell, status
-from zskd_nni.reproduction.session import run_table
-from zskd_nni.reproduction.tables import TABLES, Table, choose_cells, find_table
+from zskd_nni import cli
+from zskd_nni.data.sources import StoredSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.research.reproduction import run as running
+from zskd_nni.research.reproduction.cells import METHODS, Cell, resolve
+from zskd_nni.research.reproduction.page import mean_and_deviation, render_page
+from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT
+from zskd_nni.research.reproduction.published import PUBLISHED, TARGETS
+from zskd_nni.research.reproduction.records import NEEDED, read_record, read_records
+from zskd_nni.research.reproduction.run import Bench, Place, make_source, run_cell, status
+from zskd_nni.research.reproduction.session import run_table
+from zskd_nni.research.reproduction.tables import TABLES, Table, choose_cells, find_table
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import read_json, sha256_of_file
+from zskd_nni.runtime.locks import only_writer
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
-from zskd_nni.zoo import lenet5
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
@@ -530,22 +533,22 @@ def test_a_teacher_that_cannot_balance_leaves_the_counts(tmp_path: Path) -> None
 
 def test_stopped_and_resumed_bit_by_bit(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in synthesis, in training and while it is measured, a run ends as one that never stopped."""
-    calls, check = 0, interrupt.check
+    calls, check = 0, signals.check
 
     def stop_now_and_then() -> None:
         nonlocal calls
         calls += 1
         if calls in (7, 20, 30):
-            raise interrupt.Interrupted(15)
+            raise signals.Interrupted(15)
         check()
 
-    monkeypatch.setattr(interrupt, "check", stop_now_and_then)
+    monkeypatch.setattr(signals, "check", stop_now_and_then)
     stops = 0
     while True:
         try:
             run_table("digits", ["digits-zskd-best"], [SEED], "smoke", place_in(tmp_path), lambda _: None)
             break
-        except interrupt.Interrupted:
+        except signals.Interrupted:
             stops += 1
     assert stops == 3
     name = "digits-zskd-best-smoke-seed0"

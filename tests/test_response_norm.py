@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from zskd_nni.response_norm import PrunedLocalResponseNorm, fast_response_norms
+from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm, fast_response_norms
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])

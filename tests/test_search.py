@@ -20,24 +20,25 @@ import torch
 import yaml
 from helpers import cli_command, is_one_sentence, run_cli, wait_for
 
-from zskd_nni.compression.quantization import simulated
-from zskd_nni.compression.saved_quantization import load_quantization
-from zskd_nni.errors import UserError
-from zskd_nni.experiments import search as search_module
-from zskd_nni.experiments.nni_manager import lives
-from zskd_nni.experiments.probe import load_probe, make_probe, save_probe
-from zskd_nni.experiments.search import BEST, SEARCH, Search
-from zskd_nni.experiments.search_config import experiment_config, tuner_config
-from zskd_nni.experiments.search_job import check_carried, named_files, relocated, relocated_choices
-from zskd_nni.experiments.search_trial import JOB, PROBE, RECIPE, measure, run_trial
-from zskd_nni.experiments.search_tuner import RememberingTuner
-from zskd_nni.experiments.trial_table import render_trials
-from zskd_nni.files import load_tensors, read_json, write_json
-from zskd_nni.metrics import accuracy
+from zskd_nni.compression.quantization.quantize import simulated
+from zskd_nni.compression.quantization.serialization import load_quantization
+from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import LoadedRecipe, check_recipe, load_recipe, recipe_text
-from zskd_nni.search_space import check_space, corners, flat_parameters, pairs, with_parameters
-from zskd_nni.teacher import Teacher, first_tensor
+from zskd_nni.pipeline.search import experiment as search_module
+from zskd_nni.pipeline.search.experiment import BEST, SEARCH, Search
+from zskd_nni.pipeline.search.job import check_carried, named_files, relocated, relocated_choices
+from zskd_nni.pipeline.search.nni_config import experiment_config, tuner_config
+from zskd_nni.pipeline.search.nni_manager import lives
+from zskd_nni.pipeline.search.probe_set import load_probe, make_probe, save_probe
+from zskd_nni.pipeline.search.trial import JOB, PROBE, RECIPE, measure, run_trial
+from zskd_nni.pipeline.search.trial_table import render_trials
+from zskd_nni.pipeline.search.tuner import RememberingTuner
+from zskd_nni.recipes.load import LoadedRecipe, check_recipe, load_recipe, recipe_text
+from zskd_nni.recipes.search_space import check_space, corners, flat_parameters, pairs, with_parameters
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import read_json, write_json
+from zskd_nni.runtime.tensors import load_tensors
+from zskd_nni.training.metrics import accuracy
 
 ROOT = Path(__file__).parent.parent
 RATIO = "compression.pruning.config_list.0.sparse_ratio"
@@ -432,7 +433,7 @@ def test_a_search_knows_its_students_code(tmp_path: Path) -> None:
     content = {**tiny(), "student": {"model": "nets_of_mine.py:net"}}
     content["search"]["space"] = {"distillation.temperature": {"_type": "choice", "_value": [2, 4]}}
     code = """
-    from zskd_nni.zoo import lenet5, lenet5_half  # {}
+    from zskd_nni.models.zoo import lenet5, lenet5_half  # {}
 
     def net():
         return {}()

@@ -6,13 +6,14 @@ import pytest
 import torch
 from helpers import require_real_data
 
-from zskd_nni.data import load_images
-from zskd_nni.evaluation import logits_on
-from zskd_nni.files import load_weights, sha256_of_file
-from zskd_nni.inputs import InputSpec
-from zskd_nni.metrics import accuracy
-from zskd_nni.networks import build_network, load_into
-from zskd_nni.zoo.trained import provenance, trained_names, trained_weights
+from zskd_nni.data.datasets import load_images
+from zskd_nni.models.build import build_network, load_into
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.zoo.trained import provenance, trained_names, trained_weights
+from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.runtime.tensors import load_weights
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.metrics import accuracy
 
 LEAST = {"lenet5-digits": 97.0, "lenet5-mnist": 99.2, "lenet5-fashion-mnist": 90.6, "alexnet-cifar10": 83.0}
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from helpers import make_store, random
 
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, save_tensors, write_json
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.registry import transfer_source
-from zskd_nni.synthesis import ImpressionStore, stored_images
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import write_json
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
+from zskd_nni.synthesis import ImpressionStore, lazy_images
+from zskd_nni.synthesis.lazy_images import StoredImages, joined
 from zskd_nni.synthesis.store import shard_name
-from zskd_nni.synthesis.stored_images import StoredImages, joined
-from zskd_nni.transfer import StoredSource
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_file_cut_short_under_its_reader_is_noticed(store: ImpressionStore) ->
 
 
 def test_few_files_are_open_and_none_afterwards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_images, "_OPEN_FILES", 64)
+    monkeypatch.setattr(lazy_images, "_OPEN_FILES", 64)
     images = make_store(folder, size=200, shard=2, max_steps=1).images_on_disk()
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))

@@ -13,15 +13,15 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.errors import UserError
-from zskd_nni.feature_points import FeaturePoint
-from zskd_nni.inputs import InputSpec
 from zskd_nni.methods import zskd
 from zskd_nni.methods.registry import TransferRequest, find_method
 from zskd_nni.methods.sts import PRESETS, StsSettings, StsTargets, activation_loss, draw_features, unit_rows
-from zskd_nni.seeds import generator
+from zskd_nni.models.hooks import FeaturePoint
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.rng import generator
 from zskd_nni.synthesis import FeatureTerm, Orders, SynthesisSettings, synthesize, synthesize_shard
-from zskd_nni.teacher import Teacher
 
 COUNT = 40_000
 

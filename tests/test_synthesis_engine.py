@@ -13,15 +13,15 @@ import torch
 from helpers import SMALL, make_store, random, small_network, small_teacher, soft_targets
 from torch import Tensor, nn
 
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
-from zskd_nni.losses import total_variation
+from zskd_nni.data.procedural import start_images
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings, synthesize
 from zskd_nni.synthesis import synthesize_shard as engine
 from zskd_nni.synthesis.settings import STARTS
-from zskd_nni.synthesis.starts import start_images
-from zskd_nni.teacher import Teacher
+from zskd_nni.training.losses import total_variation
 
 TEMPERATURE = 20.0
 

@@ -11,14 +11,14 @@ import torch
 from helpers import SMALL, random, small_network, small_teacher
 from torch import Tensor, nn
 
-from zskd_nni import zoo
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
+from zskd_nni.data.sources import NoiseSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.models import zoo
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher, classifier_candidates, first_tensor, record_features
+from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
-from zskd_nni.teacher import Teacher, classifier_candidates, first_tensor, record_features
-from zskd_nni.transfer import NoiseSource
+from zskd_nni.training.distillation import DistillationSettings, distill
 
 GREY, COLOUR = InputSpec((1, 32, 32)), InputSpec((3, 32, 32))
 

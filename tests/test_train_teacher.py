@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from zskd_nni.train_teacher import train_teacher
+from zskd_nni.research.train_teacher import train_teacher
 
 
 @pytest.fixture(scope="module")

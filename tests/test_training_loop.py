@@ -24,27 +24,19 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-from zskd_nni import interrupt
-from zskd_nni.augment import Augmentation
-from zskd_nni.data import LabelledImages
-from zskd_nni.distillation import DistillationSettings, check_student, distill
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_sealed, load_tensors, save_sealed, save_tensors
-from zskd_nni.losses import distillation_loss
-from zskd_nni.seeds import derive_seed, generator
-from zskd_nni.supervised import SupervisedSettings, train_supervised
-from zskd_nni.teacher import Teacher
-from zskd_nni.training import (
-    Checkpoint,
-    DivergenceError,
-    History,
-    cosine_schedule,
-    fit,
-    load_checkpoint,
-    save_checkpoint,
-    training_mode,
-)
-from zskd_nni.transfer import NoiseSource, StoredSource
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.data.sources import NoiseSource, StoredSource
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.rng import derive_seed, generator
+from zskd_nni.runtime.tensors import load_sealed, load_tensors, save_sealed, save_tensors
+from zskd_nni.training.checkpoint import Checkpoint, History, load_checkpoint, save_checkpoint
+from zskd_nni.training.distillation import DistillationSettings, check_student, distill
+from zskd_nni.training.loop import DivergenceError, cosine_schedule, fit, training_mode
+from zskd_nni.training.losses import distillation_loss
+from zskd_nni.training.supervised import SupervisedSettings, train_supervised
 
 
 def same_weights(first: nn.Module | dict[str, Tensor], second: nn.Module | dict[str, Tensor]) -> bool:
@@ -104,7 +96,7 @@ def test_global_random_state_is_neither_used_nor_changed(undisturbed) -> None:
 
 @pytest.mark.parametrize("stop", [1, 49, 50, 77, 120])
 def test_stopped_by_a_signal_and_resumed(undisturbed, tmp_path: Path, stop: int) -> None:
-    with pytest.raises(interrupt.Interrupted) as stopped, interrupt.stoppable():
+    with pytest.raises(signals.Interrupted) as stopped, signals.stoppable():
         train(tmp_path, stop_after=stop)
     assert stopped.value.signum == signal.SIGTERM
     _, metadata = load_tensors(tmp_path / "run.safetensors")
@@ -117,7 +109,7 @@ def test_stopped_by_a_signal_and_resumed(undisturbed, tmp_path: Path, stop: int)
 
 def test_stopped_many_times(undisturbed, tmp_path: Path) -> None:
     for stop in (13, 14, 60, 99, 100):
-        with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+        with pytest.raises(signals.Interrupted), signals.stoppable():
             train(tmp_path, stop_after=stop)
     network, history = train(tmp_path)
     assert same_weights(network, undisturbed[0])
@@ -177,7 +169,7 @@ def test_finished_run_is_not_run_again(undisturbed, tmp_path: Path) -> None:
 
 @pytest.fixture
 def checkpointed(tmp_path: Path) -> Path:
-    with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+    with pytest.raises(signals.Interrupted), signals.stoppable():
         train(tmp_path, stop_after=30)
     return tmp_path / "run.safetensors"
 
@@ -300,16 +292,16 @@ def test_seeds_depend_on_every_part_and_its_type() -> None:
 
 def test_signals_are_noted_and_handlers_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    interrupt.check()
-    with interrupt.stoppable():
+    signals.check()
+    with signals.stoppable():
         os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(interrupt.Interrupted, match="SIGINT"):
-            interrupt.check()
-        with pytest.raises(interrupt.Interrupted, match="SIGTERM"):  # a second one does not wait
+        with pytest.raises(signals.Interrupted, match="SIGINT"):
+            signals.check()
+        with pytest.raises(signals.Interrupted, match="SIGTERM"):  # a second one does not wait
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    interrupt.check()
+    signals.check()
 
 
 # Distillation.
@@ -336,7 +328,7 @@ def test_distillation_resumes_bit_by_bit(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     handle = parts.register_forward_hook(stop)
-    with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+    with pytest.raises(signals.Interrupted), signals.stoppable():
         distill(parts, teacher, source, settings, seed=2, checkpoint=tmp_path / "c.safetensors", quiet=True)
     handle.remove()
     fresh = small_network(1, dropout=0.2)
@@ -435,7 +427,7 @@ def test_supervised_training_learns_and_resumes(tmp_path: Path, optimizer: str) 
     handle = parts.register_forward_hook(
         lambda module, *_: os.kill(os.getpid(), signal.SIGTERM) if int(module.norm.num_batches_tracked) == 20 else None
     )
-    with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+    with pytest.raises(signals.Interrupted), signals.stoppable():
         train_supervised(parts, data, SMALL, settings, seed=4, checkpoint=path, fingerprint="f", quiet=True)
     handle.remove()
     resumed = small_network(2)

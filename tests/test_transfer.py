@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import SMALL, random
 
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
-from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
+from zskd_nni.data.sources import NoiseSource, StoredSource, TransferSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.runtime.errors import UserError
 
 
 def numbered(count: int) -> torch.Tensor:

@@ -13,16 +13,16 @@ import torch
 from helpers import small_network, small_teacher
 from PIL import Image
 
-from zskd_nni import tutorial
-from zskd_nni.compression.speedup import LayerWidths
-from zskd_nni.data import LabelledImages
-from zskd_nni.errors import UserError
-from zskd_nni.exploration import Question, explore_class, explore_one
-from zskd_nni.metrics import TransitionResult, accuracy, agreement, confusion
-from zskd_nni.reproduction.cells import resolve
-from zskd_nni.reproduction.tables import TABLES
-from zskd_nni.training import History
-from zskd_nni.tutorial import Picture, Table
+from zskd_nni.compression.pruning.speedup import LayerWidths
+from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.research import tutorial
+from zskd_nni.research.explorer.one_impression import Question, explore_class, explore_one
+from zskd_nni.research.reproduction.cells import resolve
+from zskd_nni.research.reproduction.tables import TABLES
+from zskd_nni.research.tutorial import Picture, Table
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.checkpoint import History
+from zskd_nni.training.metrics import TransitionResult, accuracy, agreement, confusion
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 RESULTS = Path(__file__).resolve().parent.parent / "results"

@@ -9,14 +9,14 @@ from helpers import digits_network
 from torch import nn
 from torch.nn import functional
 
-from zskd_nni import zoo
-from zskd_nni.data import load_images
-from zskd_nni.errors import UserError
-from zskd_nni.evaluation import logits_on
-from zskd_nni.files import sha256_of_file
-from zskd_nni.inputs import InputSpec
-from zskd_nni.metrics import accuracy
-from zskd_nni.zoo.trained import provenance, trained_names, trained_weights
+from zskd_nni.data.datasets import load_images
+from zskd_nni.models import zoo
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.zoo.trained import provenance, trained_names, trained_weights
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.metrics import accuracy
 
 
 def outputs_of(network: nn.Module, channels: int) -> tuple[dict[str, tuple[int, ...]], list[str]]:

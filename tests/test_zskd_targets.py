@@ -10,8 +10,6 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.registry import find_method, method_names
 from zskd_nni.methods.zskd import (
     PRESETS,
@@ -22,7 +20,9 @@ from zskd_nni.methods.zskd import (
     row_min_max,
     sample_targets,
 )
-from zskd_nni.teacher import Teacher
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
 
 
 def weights(classes: int = 10, features: int = 84, seed: int = 0) -> Tensor:

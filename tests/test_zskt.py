@@ -16,19 +16,20 @@ from helpers import SMALL, SmallNet, apart, random, small_network, small_teacher
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni import interrupt
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, save_tensors
-from zskd_nni.image_generator import new_generator
-from zskd_nni.inputs import InputSpec
-from zskd_nni.methods import zskt
+from zskd_nni.data.sources import TransferSource
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.methods.zskt import ZsktSettings, ZsktSource, train_zskt
-from zskd_nni.seeds import generator
-from zskd_nni.teacher import Teacher
-from zskd_nni.training import fit
-from zskd_nni.transfer import TransferSource
+from zskd_nni.methods.zskt import method as zskt
+from zskd_nni.methods.zskt.generator import new_generator
+from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource
+from zskd_nni.methods.zskt.train import train_zskt
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.rng import generator
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
+from zskd_nni.training.distillation import DistillationSettings, distill
+from zskd_nni.training.loop import fit
 
 SHIFTED = InputSpec((1, 8, 8), mean=(0.3,), std=(0.5,))
 SHORT: dict[str, Any] = {"rounds": 6, "batch": 16, "latent": 10, "width": 16, "student_steps": 4}
@@ -204,7 +205,7 @@ def test_stopped_and_resumed_bit_by_bit(
     undisturbed, file = trained(settings, dropout=0.3), tmp_path / "run.safetensors"
     with monkeypatch.context() as patch:
         _Stop(patch, stop)
-        with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+        with pytest.raises(signals.Interrupted), signals.stoppable():
             trained(settings, dropout=0.3, checkpoint=file)
     tensors, metadata = load_tensors(file)
     state = json.loads(metadata["state"])
@@ -411,7 +412,7 @@ def test_step_zero_begins_anew() -> None:
 def test_distillation_on_a_live_source_resumes_bit_by_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, more: dict[str, Any]
 ) -> None:
-    from zskd_nni import distillation
+    from zskd_nni.training import distillation
 
     def taught(checkpoint: Path | None) -> nn.Module:
         settings = ZsktSettings(latent=10, width=16, student_steps=3, rounds=4, **more)
@@ -438,7 +439,7 @@ def test_distillation_on_a_live_source_resumes_bit_by_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "fit", stopping)
-        with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+        with pytest.raises(signals.Interrupted), signals.stoppable():
             taught(file)
     assert any(name.endswith("memory") for name in load_tensors(file)[0]) == bool(more)
     assert same_weights(taught(file), undisturbed)

@@ -12,15 +12,16 @@ from helpers import SMALL, apart, random, small_network, small_teacher
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.image_generator import ImageGenerator, new_generator
-from zskd_nni.inputs import InputSpec
-from zskd_nni.losses import total_variation
+from zskd_nni.data.procedural import start_images
 from zskd_nni.methods.registry import TransferRequest, default_preset, find_method
-from zskd_nni.methods.zskt import ZsktSettings, ZsktSource, train_zskt
-from zskd_nni.seeds import generator
-from zskd_nni.synthesis.starts import start_images
-from zskd_nni.teacher import Teacher
+from zskd_nni.methods.zskt.generator import ImageGenerator, new_generator
+from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource
+from zskd_nni.methods.zskt.train import train_zskt
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.rng import generator
+from zskd_nni.training.distillation import DistillationSettings, distill
+from zskd_nni.training.losses import total_variation
 
 SHIFTED = InputSpec((1, 8, 8), mean=(0.3,), std=(0.5,))
 SHORT: dict[str, Any] = {

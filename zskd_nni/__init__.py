@@ -9,32 +9,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zskd_nni.augment import Augmentation
     from zskd_nni.compression.distiller import ZeroShotDistiller
     from zskd_nni.compression.evaluator import DataFreeEvaluator
-    from zskd_nni.distillation import DistillationSettings, distill
-    from zskd_nni.errors import UserError
-    from zskd_nni.inputs import InputSpec
+    from zskd_nni.data.augmentation import Augmentation
+    from zskd_nni.data.sources import NoiseSource, StoredSource
     from zskd_nni.methods.registry import transfer_source
-    from zskd_nni.saved_model import load_network
+    from zskd_nni.models.input_spec import InputSpec
+    from zskd_nni.models.serialization import load_network
+    from zskd_nni.models.teacher import Teacher
+    from zskd_nni.runtime.errors import UserError
     from zskd_nni.synthesis import ImpressionStore, SynthesisSettings, synthesize
-    from zskd_nni.teacher import Teacher
-    from zskd_nni.transfer import NoiseSource, StoredSource
+    from zskd_nni.training.distillation import DistillationSettings, distill
 
 _HOMES = {
-    "Augmentation": "zskd_nni.augment",
+    "Augmentation": "zskd_nni.data.augmentation",
     "DataFreeEvaluator": "zskd_nni.compression.evaluator",
-    "DistillationSettings": "zskd_nni.distillation",
+    "DistillationSettings": "zskd_nni.training.distillation",
     "ImpressionStore": "zskd_nni.synthesis",
-    "InputSpec": "zskd_nni.inputs",
-    "NoiseSource": "zskd_nni.transfer",
-    "StoredSource": "zskd_nni.transfer",
+    "InputSpec": "zskd_nni.models.input_spec",
+    "NoiseSource": "zskd_nni.data.sources",
+    "StoredSource": "zskd_nni.data.sources",
     "SynthesisSettings": "zskd_nni.synthesis",
-    "Teacher": "zskd_nni.teacher",
-    "UserError": "zskd_nni.errors",
+    "Teacher": "zskd_nni.models.teacher",
+    "UserError": "zskd_nni.runtime.errors",
     "ZeroShotDistiller": "zskd_nni.compression.distiller",
-    "distill": "zskd_nni.distillation",
-    "load_network": "zskd_nni.saved_model",
+    "distill": "zskd_nni.training.distillation",
+    "load_network": "zskd_nni.models.serialization",
     "synthesize": "zskd_nni.synthesis",
     "transfer_source": "zskd_nni.methods.registry",
 }

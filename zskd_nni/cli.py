@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zskd_nni.errors import UserError
+from zskd_nni.runtime.errors import UserError
 
 app = typer.Typer(
     name="zskd-nni",
@@ -62,7 +62,7 @@ def _only_what_can_be_divided(
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and leave.")
     ] = False,
 ) -> None:
-    from zskd_nni.launch import launched
+    from zskd_nni.runtime.torchrun import launched
 
     here = launched()
     if here is not None and here.size > 1 and context.invoked_subcommand not in _DIVIDED:
@@ -104,9 +104,9 @@ def _run(
     impressions: Path | None = None,
 ) -> None:
     from zskd_nni.pipeline import Run
-    from zskd_nni.recipe import load_recipe
-    from zskd_nni.report import render_table
-    from zskd_nni.workers import joined
+    from zskd_nni.pipeline.report_html import render_table
+    from zskd_nni.recipes.load import load_recipe
+    from zskd_nni.runtime.distributed import joined
 
     loaded = load_recipe(recipe, changes or (), seed, scale)
     _prepare(device, threads)
@@ -119,15 +119,15 @@ def _run(
 
 def _leads() -> bool:
     """Whether this process speaks, of several that torchrun started."""
-    from zskd_nni.launch import launched
+    from zskd_nni.runtime.torchrun import launched
 
     here = launched()
     return here is None or here.rank == 0
 
 
 def _input_of(content: Any, path: Path) -> Any:
-    from zskd_nni.inputs import InputSpec
-    from zskd_nni.settings import build_settings
+    from zskd_nni.models.input_spec import InputSpec
+    from zskd_nni.runtime.validation import build_settings
 
     try:
         return build_settings(InputSpec, dict(content.get("input") or {}), "input")
@@ -181,8 +181,8 @@ def synthesize(
 ) -> None:
     """Make a store of data impressions of a recipe's teacher, or the transfer set of another method."""
     from zskd_nni.methods.registry import TransferRequest, find_method
-    from zskd_nni.recipe import load_recipe
-    from zskd_nni.workers import joined, team
+    from zskd_nni.recipes.load import load_recipe
+    from zskd_nni.runtime.distributed import joined, team
 
     loaded = load_recipe(recipe, [*(changes or ()), *([f"transfer.size={size}"] if size else [])], seed, scale)
     _prepare(device, threads)
@@ -245,7 +245,7 @@ def distill(
     quiet: QuietOption = False,
 ) -> None:
     """Teach a recipe's student network on impressions: no controls, and NNI's compression is left out."""
-    from zskd_nni.recipe import load_recipe
+    from zskd_nni.recipes.load import load_recipe
 
     loaded = load_recipe(recipe, changes or (), seed, scale)
     if loaded.recipe.student is None:
@@ -276,10 +276,10 @@ def search(
     quiet: QuietOption = False,
 ) -> None:
     """Search a recipe's settings by an NNI experiment, without data; docs/experiments.md."""
-    from zskd_nni.data import data_root as find_root
-    from zskd_nni.experiments.search import BEST, Search
-    from zskd_nni.experiments.trial_table import render_trials
-    from zskd_nni.recipe import load_recipe
+    from zskd_nni.data.datasets import data_root as find_root
+    from zskd_nni.pipeline.search.experiment import BEST, Search
+    from zskd_nni.pipeline.search.trial_table import render_trials
+    from zskd_nni.recipes.load import load_recipe
 
     loaded = load_recipe(recipe, changes or (), seed, scale)
     _prepare(device, threads)
@@ -300,8 +300,8 @@ def search(
 @app.command(hidden=True)
 def trial(job: Annotated[Path, typer.Argument(metavar="FOLDER", help="As a search wrote it.")]) -> None:
     """One trial of a search; NNI starts it."""
-    from zskd_nni.experiments.search_trial import JOB, run_trial
-    from zskd_nni.files import read_json
+    from zskd_nni.pipeline.search.trial import JOB, run_trial
+    from zskd_nni.runtime.files import read_json
 
     settings = read_json(job / JOB)
     _prepare(settings["device"], settings["threads"])
@@ -317,13 +317,13 @@ def evaluate(
     download: DownloadOption = False,
 ) -> None:
     """Measure a saved network, and the ONNX files beside it, on labelled images."""
-    from zskd_nni.data import load_images
-    from zskd_nni.evaluation import logits_on
-    from zskd_nni.export import run_onnx
-    from zskd_nni.files import read_json
-    from zskd_nni.metrics import accuracy, agreement
-    from zskd_nni.saved_model import load_network
-    from zskd_nni.teacher import first_tensor
+    from zskd_nni.data.datasets import load_images
+    from zskd_nni.models.onnx_export import run_onnx
+    from zskd_nni.models.serialization import load_network
+    from zskd_nni.models.teacher import first_tensor
+    from zskd_nni.runtime.files import read_json
+    from zskd_nni.training.inference import logits_on
+    from zskd_nni.training.metrics import accuracy, agreement
 
     _prepare("cpu")
     path = network / "student.json" if network.is_dir() else network
@@ -353,8 +353,8 @@ def show(
     ] = 60,
 ) -> None:
     """Draw a store's impressions, labelled with what the teacher sees in each."""
-    from zskd_nni.pictures import impressions_picture, some_of_each, spread
     from zskd_nni.synthesis import ImpressionStore
+    from zskd_nni.synthesis.image_grid import impressions_picture, some_of_each, spread
 
     if out.suffix != ".png":
         raise UserError(f"--out is a .png file, not {out}.")
@@ -378,7 +378,7 @@ def recipes_command(
     """List the packaged recipes, or print one."""
     import yaml
 
-    from zskd_nni.recipe import packaged_names, recipe_text
+    from zskd_nni.recipes.load import packaged_names, recipe_text
 
     if name is not None:
         typer.echo(recipe_text(name)[0], nl=False)
@@ -410,8 +410,8 @@ def train_teacher_command(
     is the one command that trains on real data. A training that was stopped goes on; one that is finished in OUT is not
     repeated.
     """
-    from zskd_nni.train_teacher import train_teacher
-    from zskd_nni.zoo.trained import trained_names
+    from zskd_nni.models.zoo.trained import trained_names
+    from zskd_nni.research.train_teacher import train_teacher
 
     _prepare(device, threads)
     if name in trained_names():
@@ -461,8 +461,8 @@ def reproduce(
     A run that is finished is not run again, one that was stopped goes on. The same command in a second process takes
     the cells that the first is not at. Without a TABLE the tables are listed.
     """
-    from zskd_nni.reproduction.run import Place
-    from zskd_nni.reproduction.session import list_cells, list_tables, run_table
+    from zskd_nni.research.reproduction.run import Place
+    from zskd_nni.research.reproduction.session import list_cells, list_tables, run_table
 
     if table is None:
         if cells:
@@ -483,11 +483,11 @@ def results_command(
     out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("docs/results.md"),
 ) -> None:
     """Write the page of results from the records of reproduce."""
-    from zskd_nni.files import make_folder, write_atomic
-    from zskd_nni.reproduction.page import render_page
-    from zskd_nni.reproduction.pairs import PAIRS
-    from zskd_nni.reproduction.records import read_records
-    from zskd_nni.reproduction.run import teachers_here
+    from zskd_nni.research.reproduction.page import render_page
+    from zskd_nni.research.reproduction.pairs import PAIRS
+    from zskd_nni.research.reproduction.records import read_records
+    from zskd_nni.research.reproduction.run import teachers_here
+    from zskd_nni.runtime.files import make_folder, write_atomic
 
     records = read_records(results)
     if not records:
@@ -502,7 +502,7 @@ def main() -> None:
     """Entry point of ``zskd-nni``."""
     # Threads that spin while they wait make a CPU that others use as well up to seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from zskd_nni.interrupt import Interrupted, stoppable
+    from zskd_nni.runtime.signals import Interrupted, stoppable
 
     try:
         with stoppable():

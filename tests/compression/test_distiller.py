@@ -15,12 +15,12 @@ from torch.nn import functional
 import zskd_nni.compression
 from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
 from zskd_nni.compression.distiller import images_of
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
-from zskd_nni.zoo import lenet5, lenet5_half
+from zskd_nni.data.sources import StoredSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5, lenet5_half
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.distillation import DistillationSettings
 
 torch.set_num_threads(1)
 SPEC = InputSpec((1, 32, 32), mean=(0.4,), std=(0.3,))

@@ -29,16 +29,16 @@ from nni.compression.quantization import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni import interrupt
-from zskd_nni.augment import Augmentation
 from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
-from zskd_nni.seeds import generator
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import NoiseSource, StoredSource
-from zskd_nni.zoo import lenet5, lenet5_half
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.data.sources import NoiseSource, StoredSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5, lenet5_half
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.rng import generator
+from zskd_nni.training.distillation import DistillationSettings
 
 torch.set_num_threads(1)
 SPEC = InputSpec((1, 32, 32), mean=(0.4,), std=(0.3,))
@@ -327,10 +327,10 @@ def test_a_resumed_fused_run_ends_bit_for_bit_as_an_undisturbed_one(teacher, kin
     def stop_after_8():
         steps.append(1)
         if len(steps) == 8:
-            raise interrupt.Interrupted(15)
+            raise signals.Interrupted(15)
 
-    monkeypatch.setattr(interrupt, "check", stop_after_8)
-    with pytest.raises(interrupt.Interrupted):
+    monkeypatch.setattr(signals, "check", stop_after_8)
+    with pytest.raises(signals.Interrupted):
         final_state(kind, teacher, path)
     assert path.is_file()
     resumed = final_state(kind, teacher, path)
@@ -363,10 +363,10 @@ def test_nnis_adaptive_distiller_resumes_too(teacher, tmp_path, monkeypatch):
     def stop_after_4():
         steps.append(1)
         if len(steps) == 4:
-            raise interrupt.Interrupted(15)
+            raise signals.Interrupted(15)
 
-    monkeypatch.setattr(interrupt, "check", stop_after_4)
-    with pytest.raises(interrupt.Interrupted):
+    monkeypatch.setattr(signals, "check", stop_after_4)
+    with pytest.raises(signals.Interrupted):
         run(tmp_path / "state.safetensors")
     resumed = run(tmp_path / "state.safetensors")
     assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())

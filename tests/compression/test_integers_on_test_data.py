@@ -12,23 +12,23 @@ from helpers import require_real_data
 from torch import Tensor, nn
 
 from zskd_nni.compression import DataFreeEvaluator
-from zskd_nni.compression.quantization import quantize
-from zskd_nni.compression.quantized_export import export_quantized_onnx
-from zskd_nni.compression.student_quantization import quantize_student
-from zskd_nni.data import LabelledImages, load_images
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.evaluation import logits_on
-from zskd_nni.export import run_onnx
-from zskd_nni.files import load_weights
-from zskd_nni.inputs import InputSpec
+from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx
+from zskd_nni.compression.quantization.quantize import quantize
+from zskd_nni.compression.quantization.stage import quantize_student
+from zskd_nni.data.datasets import LabelledImages, load_images
+from zskd_nni.data.sources import TransferSource
 from zskd_nni.methods.registry import transfer_source
-from zskd_nni.metrics import accuracy
-from zskd_nni.recipe import QuantizationSection
-from zskd_nni.supervised import SupervisedSettings, train_supervised
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import TransferSource
-from zskd_nni.zoo import lenet5
-from zskd_nni.zoo.trained import trained_weights
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.onnx_export import run_onnx
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5
+from zskd_nni.models.zoo.trained import trained_weights
+from zskd_nni.recipes.schema import QuantizationSection
+from zskd_nni.runtime.tensors import load_weights
+from zskd_nni.training.distillation import DistillationSettings
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.metrics import accuracy
+from zskd_nni.training.supervised import SupervisedSettings, train_supervised
 
 SPEC = InputSpec((1, 32, 32))
 SETTINGS = DistillationSettings(temperature=4, steps=30, batch=64, warmup=2, learning_rate=2e-4)

@@ -13,18 +13,19 @@ from nni.compression.pruning import L1NormPruner, LevelPruner
 from torch import nn
 
 from zskd_nni.compression import DataFreeEvaluator
-from zskd_nni.compression.legacy_config import modern_config_list
-from zskd_nni.compression.pruning import make_pruner
-from zskd_nni.compression.pruning_config import plan_pruning
-from zskd_nni.compression.quantization import QUANTIZERS, Calibration, quantize
-from zskd_nni.compression.student_quantization import check_quantization
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
+from zskd_nni.compression.nni_config import modern_config_list
+from zskd_nni.compression.pruning.dependency_config import plan_pruning
+from zskd_nni.compression.pruning.prune import make_pruner
+from zskd_nni.compression.quantization.quantize import QUANTIZERS, Calibration, quantize
+from zskd_nni.compression.quantization.stage import check_quantization
+from zskd_nni.data.sources import StoredSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import PruningSection, QuantizationSection, load_recipe
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
-from zskd_nni.zoo import lenet5
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.recipes.schema import PruningSection, QuantizationSection
+from zskd_nni.runtime.errors import UserError
 
 Config = list[dict[str, Any]]
 BOTH = ["Conv2d", "Linear"]

@@ -11,13 +11,13 @@ from nni.compression.pruning import AGPPruner, L1NormPruner, TaylorPruner
 from nni.compression.quantization import QATQuantizer
 from torch import Tensor, nn
 
-from zskd_nni import interrupt
 from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.inputs import InputSpec
-from zskd_nni.methods.zskt import ZsktSettings, ZsktSource
-from zskd_nni.teacher import Teacher
-from zskd_nni.zoo import lenet5
+from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5
+from zskd_nni.runtime import signals
+from zskd_nni.training.distillation import DistillationSettings
 
 torch.set_num_threads(1)
 SPEC = InputSpec((1, 32, 32), mean=(0.4,), std=(0.3,))
@@ -74,10 +74,10 @@ def test_any_compressed_student_is_what_the_generator_plays_against(teacher, kin
     def stop_after_5() -> None:
         steps.append(1)
         if len(steps) == 5:
-            raise interrupt.Interrupted(15)
+            raise signals.Interrupted(15)
 
-    monkeypatch.setattr(interrupt, "check", stop_after_5)
-    with pytest.raises(interrupt.Interrupted):
+    monkeypatch.setattr(signals, "check", stop_after_5)
+    with pytest.raises(signals.Interrupted):
         student_of(kind, teacher, path)
     resumed, again = student_of(kind, teacher, path)
     assert len(steps) == 10

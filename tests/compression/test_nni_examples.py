@@ -12,9 +12,9 @@ import onnx
 import pytest
 import torch
 
-from zskd_nni.metrics import agreement
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.training.metrics import agreement
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "nni-examples.md"
 # Sizes, steps and rounds; nothing else of a block is changed.

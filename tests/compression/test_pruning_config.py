@@ -11,9 +11,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.compression.pruning_config import PruningPlan, complete_config_list, plan_pruning
-from zskd_nni.errors import UserError
-from zskd_nni.zoo import alexnet, lenet5, wrn
+from zskd_nni.compression.pruning.dependency_config import PruningPlan, complete_config_list, plan_pruning
+from zskd_nni.models.zoo import alexnet, lenet5, wrn
+from zskd_nni.runtime.errors import UserError
 
 pruning = pytest.importorskip("nni.compression.pruning")
 

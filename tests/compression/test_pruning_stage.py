@@ -11,9 +11,8 @@ import torch
 from helpers import digits_network
 from torch import Tensor, nn
 
-from zskd_nni.augment import Augmentation
-from zskd_nni.compression.distillers import check_distiller
-from zskd_nni.compression.pruning import (
+from zskd_nni.compression.fuse import check_distiller
+from zskd_nni.compression.pruning.prune import (
     PrunedNetwork,
     check_pruning,
     default_arguments,
@@ -21,17 +20,18 @@ from zskd_nni.compression.pruning import (
     prune,
     shrunken_to_masks,
 )
-from zskd_nni.data import load_images
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.data.datasets import load_images
+from zskd_nni.data.sources import NoiseSource, StoredSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
-from zskd_nni.recipe import DistillerSection, PruningSection
-from zskd_nni.saved_model import load_network, save_network
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.serialization import load_network, save_network
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import alexnet
+from zskd_nni.recipes.schema import DistillerSection, PruningSection
+from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import NoiseSource, StoredSource
-from zskd_nni.zoo import alexnet
+from zskd_nni.training.distillation import DistillationSettings
 
 SPEC = InputSpec((1, 32, 32))
 SETTINGS = DistillationSettings(
@@ -364,4 +364,4 @@ def test_a_pruned_alexnet_loads_again_without_the_pruning_code(tmp_path):
     images = spec.normalise(torch.rand(4, 3, 32, 32))
     with torch.no_grad():
         assert torch.equal(again(images), result.network(images))
-        assert type(again.norm1).__module__ == "zskd_nni.response_norm"
+        assert type(again.norm1).__module__ == "zskd_nni.models.local_response_norm"

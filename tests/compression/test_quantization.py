@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
-from zskd_nni.compression.quantization import (
+from zskd_nni.compression.pruning.speedup import KeptChannels, shrink
+from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx, quantized_onnx_bytes
+from zskd_nni.compression.quantization.quantize import (
     Quantization,
     quantize,
     quantizer_class_name,
@@ -22,15 +24,13 @@ from zskd_nni.compression.quantization import (
     sliced,
     with_fuse_names,
 )
-from zskd_nni.compression.quantized_export import export_quantized_onnx, quantized_onnx_bytes
-from zskd_nni.compression.speedup import KeptChannels, shrink
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
-from zskd_nni.inputs import InputSpec
-from zskd_nni.metrics import agreement
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
-from zskd_nni.zoo import lenet5
+from zskd_nni.data.sources import StoredSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import lenet5
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.distillation import DistillationSettings
+from zskd_nni.training.metrics import agreement
 
 torch.set_num_threads(1)
 SPEC = InputSpec((1, 32, 32), mean=(0.4,), std=(0.3,))
@@ -362,7 +362,7 @@ def test_folded_batchnorm_is_gone_from_the_file(norm_teacher, tmp_path, name):
 def test_a_file_that_answers_otherwise_is_not_written(teacher, tmp_path, monkeypatch):
     result = quantized(teacher, "ptq", config())
     whole = simulated(result)
-    monkeypatch.setattr("zskd_nni.compression.quantized_export.simulated", lambda quantization: whole)
+    monkeypatch.setattr("zskd_nni.compression.quantization.qdq_onnx.simulated", lambda quantization: whole)
     result.calibration["fc1"]["_input_0"]["scale"] = torch.tensor(500.0)
     with pytest.raises(UserError, match=r"agree on .* the file was not written"):
         export_quantized_onnx(result, SPEC, tmp_path / "student.onnx", TEST[:200])

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.compression.folding import batch_norm_folds
-from zskd_nni.compression.masks import Masks, multiply_in
-from zskd_nni.compression.quantization import simulated
-from zskd_nni.compression.quantized_export import export_quantized_onnx, integer_model
-from zskd_nni.compression.saved_quantization import calibration_file, load_quantization, save_calibration
-from zskd_nni.compression.student_quantization import (
+from zskd_nni.compression.pruning.masks import Masks, multiply_in
+from zskd_nni.compression.quantization.bn_folding import batch_norm_folds
+from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx, integer_model
+from zskd_nni.compression.quantization.quantize import simulated
+from zskd_nni.compression.quantization.serialization import calibration_file, load_quantization, save_calibration
+from zskd_nni.compression.quantization.stage import (
     check_quantization,
     compress_in_one_training,
     quantization_config,
     quantize_student,
 )
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
-from zskd_nni.files import save_tensors
-from zskd_nni.inputs import InputSpec
-from zskd_nni.metrics import agreement
-from zskd_nni.recipe import PruningSection, QuantizationSection
-from zskd_nni.saved_model import save_network
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
-from zskd_nni.zoo import wrn
+from zskd_nni.data.sources import StoredSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.serialization import save_network
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import wrn
+from zskd_nni.recipes.schema import PruningSection, QuantizationSection
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.tensors import save_tensors
+from zskd_nni.training.distillation import DistillationSettings
+from zskd_nni.training.metrics import agreement
 
 SPEC = InputSpec((1, 16, 16))
 SETTINGS = DistillationSettings(temperature=4, steps=10, batch=32, warmup=2, learning_rate=1e-3)

@@ -15,14 +15,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.compression import speedup
-from zskd_nni.compression.constant_folding import bias_of_constants
-from zskd_nni.compression.pruning_config import complete_config_list
-from zskd_nni.compression.speedup import ShrinkResult, shrink
-from zskd_nni.errors import UserError
-from zskd_nni.response_norm import PrunedLocalResponseNorm
-from zskd_nni.saved_model import load_network, save_network
-from zskd_nni.zoo import alexnet, lenet5, wrn
+from zskd_nni.compression.pruning import speedup
+from zskd_nni.compression.pruning.constant_folding import bias_of_constants
+from zskd_nni.compression.pruning.dependency_config import complete_config_list
+from zskd_nni.compression.pruning.speedup import ShrinkResult, shrink
+from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
+from zskd_nni.models.serialization import load_network, save_network
+from zskd_nni.models.zoo import alexnet, lenet5, wrn
+from zskd_nni.runtime.errors import UserError
 
 pruning = pytest.importorskip("nni.compression.pruning")
 

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.compression.channel_flow import channel_flow
-from zskd_nni.compression.graph import trace
-from zskd_nni.compression.masks import held_at_zero
-from zskd_nni.compression.pruning import PrunedNetwork, check_pruning, prune
-from zskd_nni.compression.quantization import Quantization, simulated
-from zskd_nni.compression.quantized_export import export_quantized_onnx
-from zskd_nni.compression.student_quantization import (
+from zskd_nni.compression.fx_trace import trace
+from zskd_nni.compression.pruning.channel_flow import channel_flow
+from zskd_nni.compression.pruning.masks import held_at_zero
+from zskd_nni.compression.pruning.prune import PrunedNetwork, check_pruning, prune
+from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx
+from zskd_nni.compression.quantization.quantize import Quantization, simulated
+from zskd_nni.compression.quantization.stage import (
     check_quantization,
     compress_in_one_training,
     quantization_config,
     quantize_student,
 )
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.errors import UserError
-from zskd_nni.export import check_exportable, onnx_bytes, run_onnx
-from zskd_nni.inputs import InputSpec
-from zskd_nni.module_names import called_names, second_names
-from zskd_nni.recipe import PruningSection, QuantizationSection
-from zskd_nni.saved_model import load_network, save_network
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import NoiseSource
+from zskd_nni.data.sources import NoiseSource
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.onnx_export import check_exportable, onnx_bytes, run_onnx
+from zskd_nni.models.serialization import load_network, save_network
+from zskd_nni.models.shared_modules import called_names, second_names
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.recipes.schema import PruningSection, QuantizationSection
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.distillation import DistillationSettings, distill
 
 SPEC = InputSpec((1, 10, 10), mean=(0.4,), std=(0.3,))
 SOURCE = NoiseSource(SPEC, 8)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from zskd_nni.files import read_json, save_tensors
-from zskd_nni.recipe import load_recipe
-from zskd_nni.reproduction.run import Place
-from zskd_nni.reproduction.session import run_table
-from zskd_nni.zoo import wrn
+from zskd_nni.models.zoo import wrn
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.research.reproduction.run import Place
+from zskd_nni.research.reproduction.session import run_table
+from zskd_nni.runtime.files import read_json
+from zskd_nni.runtime.tensors import save_tensors
 
 SMALL = (
     "transfer.size=60",

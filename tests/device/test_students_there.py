@@ -16,18 +16,20 @@ import torch
 from helpers import SMALL, apart, small_network, small_teacher
 from torch import Tensor, nn
 
-from zskd_nni import interrupt
-from zskd_nni.augment import Augmentation, augment
-from zskd_nni.baselines.kd_at import KdAtSettings, train_kd_at
-from zskd_nni.baselines.real_labels import train_on_labels
-from zskd_nni.data import LabelledImages
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.inputs import InputSpec
-from zskd_nni.methods.zskt import PRESETS, ZsktSettings, ZsktSource, train_zskt
-from zskd_nni.metrics import mean_transition_error, transition_curves
-from zskd_nni.supervised import SupervisedSettings, train_supervised
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource, brought_near
+from zskd_nni.data.augmentation import Augmentation, augment
+from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.data.sources import NoiseSource, StoredSource, TransferSource, cache_on_device
+from zskd_nni.methods.zskt.method import PRESETS
+from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource
+from zskd_nni.methods.zskt.train import train_zskt
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.research.baselines.kd_at import KdAtSettings, train_kd_at
+from zskd_nni.research.baselines.real_labels import train_on_labels
+from zskd_nni.runtime import signals
+from zskd_nni.training.distillation import DistillationSettings, distill
+from zskd_nni.training.metrics import mean_transition_error, transition_curves
+from zskd_nni.training.supervised import SupervisedSettings, train_supervised
 
 Waits = Callable[[], contextlib.AbstractContextManager[Counter[str]]]
 
@@ -149,7 +151,7 @@ def test_stopped_and_gone_on_with(kind: str, device: torch.device, tmp_path: Pat
             os.kill(os.getpid(), signal.SIGTERM)
 
     kept = tmp_path / "c.safetensors"
-    with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+    with pytest.raises(signals.Interrupted), signals.stoppable():
         run(stopped, checkpoint=kept, after_step=stop)
     assert calls[0] == 23
     again = small_network(1).to(device)
@@ -184,10 +186,10 @@ def test_no_step_of_a_game_waits(device: torch.device, waits: Waits) -> None:
 
 
 def test_a_set_is_brought_to_the_device_once_if_there_is_room(device: torch.device) -> None:
-    near = brought_near(images(), device)
+    near = cache_on_device(images(), device)
     assert near.device == device
     assert torch.equal(near[torch.arange(48).to(device)].cpu(), images())
-    assert brought_near(near, device) is near
+    assert cache_on_device(near, device) is near
 
     class Huge:
         device = torch.device("cpu")
@@ -199,7 +201,7 @@ def test_a_set_is_brought_to_the_device_once_if_there_is_room(device: torch.devi
             return torch.zeros(len(rows), 3, 512, 512)
 
     huge = Huge()
-    assert brought_near(huge, device) is huge
+    assert cache_on_device(huge, device) is huge
     source = StoredSource(huge, 2, 0, "huge", device)
     assert source.batch(0, torch.Generator()).shape == (2, 3, 512, 512)
 

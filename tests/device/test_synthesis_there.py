@@ -13,13 +13,13 @@ import pytest
 import torch
 from helpers import SMALL, digits_network, random, small_network, small_teacher, soft_targets
 
-from zskd_nni import interrupt
-from zskd_nni.inputs import InputSpec
 from zskd_nni.methods.registry import TransferRequest, find_method
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo import alexnet
+from zskd_nni.runtime import signals
 from zskd_nni.synthesis import ImpressionStore, Orders, SynthesisSettings, synthesize, synthesize_shard
-from zskd_nni.teacher import Teacher
-from zskd_nni.zoo import alexnet
 
 Waits = Callable[[], contextlib.AbstractContextManager[Counter[str]]]
 
@@ -117,7 +117,7 @@ def test_a_store_begun_here_goes_on_there(device: torch.device, tmp_path: Path) 
     teacher = small_teacher()
     handle = teacher.model.register_forward_hook(stop)
     options: dict[str, Any] = {"size": 60, "seed": 3, "folder": tmp_path / "store", "quiet": True}
-    with contextlib.suppress(KeyboardInterrupt, interrupt.Interrupted):
+    with contextlib.suppress(KeyboardInterrupt, signals.Interrupted):
         synthesize(teacher, ZskdTargets(teacher, ZskdSettings()), settings, **options)
     handle.remove()
     before = len(ImpressionStore.open(tmp_path / "store").manifest["shards"])

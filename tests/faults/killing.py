@@ -16,7 +16,7 @@ from typing import Any
 from helpers import _context, start_process
 from subjects import SUBJECTS
 
-from zskd_nni import files, interrupt
+from zskd_nni.runtime import files, signals
 
 NEVER = 1 << 40
 
@@ -50,7 +50,7 @@ class _Steps:
     """Counts the places where a run's state is whole, and dies at one of them."""
 
     def __init__(self, at: int, meter: Any = None) -> None:
-        self.count, self.at, self.meter, self.real = 0, at, meter, interrupt.check
+        self.count, self.at, self.meter, self.real = 0, at, meter, signals.check
 
     def check(self) -> None:
         self.count += 1
@@ -120,7 +120,7 @@ class _Halves:
 def run_in_child(name: str, folder: str, step: int, write: int, meter: Any, counts: str | None) -> None:
     """In another process: the subject, until the ``step``-th step or the ``write``-th moment of writing."""
     steps, writes = _Steps(step, meter), _Writes(write)
-    interrupt.check = steps.check  # type: ignore[assignment]
+    signals.check = steps.check  # type: ignore[assignment]
     writes.install()
     SUBJECTS[name].run(Path(folder))
     if counts is not None:

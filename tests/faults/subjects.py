@@ -9,19 +9,19 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from helpers import SMALL, STORE_SETTINGS, make_store, prepare_torch, shard_hashes, small_network, small_teacher
 from torch import Tensor
 
-from zskd_nni.data import LabelledImages
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.files import remove_leftovers, save_tensors, sha256_of_file
+from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe
-from zskd_nni.supervised import SupervisedSettings, train_supervised
-from zskd_nni.transfer import StoredSource
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime.files import remove_leftovers, sha256_of_file
+from zskd_nni.runtime.tensors import save_tensors
+from zskd_nni.training.distillation import DistillationSettings
+from zskd_nni.training.supervised import SupervisedSettings, train_supervised
 
 SHARDS, STEPS, ROUNDS = 8, 40, 10
 
@@ -87,14 +87,13 @@ def _keep(folder: Path, state: dict[str, Tensor], losses: list[float]) -> None:
 
 
 def student(folder: Path) -> None:
-    from zskd_nni import training
-    from zskd_nni.distillation import distill
+    from zskd_nni.training.distillation import distill
 
     prepare_torch()
     images = torch.rand((48, *SMALL.shape), generator=torch.Generator().manual_seed(3))
     network = small_network(1, dropout=0.2)
     settings = DistillationSettings(temperature=4, steps=STEPS, batch=16, warmup=4)
-    _often(training)
+    _often()
     history = distill(
         network,
         small_teacher(),
@@ -107,16 +106,17 @@ def student(folder: Path) -> None:
     _keep(folder, network.state_dict(), history.losses)
 
 
-def _often(training: Any) -> None:
+def _often() -> None:
     """In this process, checkpoints as often as can be; runs of minutes take them every 30 seconds."""
-    training.Checkpoint.__init__.__defaults__ = (0.0,)
+    from zskd_nni.training.checkpoint import Checkpoint
+
+    Checkpoint.__init__.__defaults__ = (0.0,)
 
 
 def teacher(folder: Path) -> None:
-    from zskd_nni import training
 
     prepare_torch()
-    _often(training)
+    _often()
     draws = torch.Generator().manual_seed(4)
     images = torch.randint(0, 256, (80, *SMALL.shape), generator=draws, dtype=torch.uint8)
     data = LabelledImages(images, images.float().mean((1, 2, 3)).long() % 5, "made up")
@@ -134,7 +134,8 @@ def teacher(folder: Path) -> None:
 
 
 def zskt(folder: Path) -> None:
-    from zskd_nni.methods.zskt import ZsktSettings, train_zskt
+    from zskd_nni.methods.zskt.source import ZsktSettings
+    from zskd_nni.methods.zskt.train import train_zskt
 
     prepare_torch()
     network = small_network(1)
@@ -158,7 +159,7 @@ def fused(folder: Path) -> None:
     from nni.compression.quantization import QATQuantizer
 
     from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
-    from zskd_nni.teacher import Teacher
+    from zskd_nni.models.teacher import Teacher
 
     prepare_torch()
     images = torch.rand((64, *SMALL.shape), generator=torch.Generator().manual_seed(3))
@@ -183,11 +184,11 @@ def fused(folder: Path) -> None:
 
 
 def arbitrary_set(folder: Path) -> None:
-    from zskd_nni import candidate_images
-    from zskd_nni.methods import ats
+    from zskd_nni.data import candidates
+    from zskd_nni.methods.ats import method as ats
 
     prepare_torch()
-    candidate_images._BLOCK = 50
+    candidates._BLOCK = 50
     settings = ats.AtsSettings(sources=("noise-uniform", "shapes"), candidates=8, tries=2)
     ats.make_transfer_set(
         small_teacher(), settings, size=100, seed=1, folder=folder / "set", save_every=0.0, quiet=True
@@ -224,10 +225,9 @@ TINY = (
 
 
 def recipe(folder: Path) -> None:
-    from zskd_nni import training
 
     prepare_torch()
-    _often(training)
+    _often()
     Run(load_recipe("digits-prune50", TINY), folder / "out", quiet=True).compress()
 
 

@@ -15,14 +15,16 @@ from amounts import amount, only_long
 from helpers import make_store, manifest_of, same_store, shard_hashes, train
 from subjects import TINY
 
-from zskd_nni import candidate_images, interrupt
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_sealed, load_tensors, read_json, save_sealed, save_tensors, sha256_of_file
-from zskd_nni.methods import ats
+from zskd_nni.data import candidates
+from zskd_nni.methods.ats import method as ats
+from zskd_nni.methods.ats.transfer_set import DESCRIPTION, IMAGES
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import read_json, sha256_of_file
+from zskd_nni.runtime.tensors import load_sealed, load_tensors, save_sealed, save_tensors
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.transfer_set import DESCRIPTION, IMAGES
 
 SIZE, SHARDS = 60, 6
 
@@ -188,7 +190,7 @@ def test_edited_manifests_are_refused_repaired_or_mean_the_same(sound: Path, tmp
 @pytest.fixture(scope="module")
 def checkpointed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    with pytest.raises(interrupt.Interrupted), interrupt.stoppable():
+    with pytest.raises(signals.Interrupted), signals.stoppable():
         train(folder, steps=30, stop_after=12)
     return folder / "run.safetensors"
 
@@ -230,18 +232,18 @@ def test_forged_checkpoints_are_refused_or_run(checkpointed: Path, tmp_path: Pat
 def test_a_damaged_progress_of_a_transfer_set_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from subjects import arbitrary_set
 
-    monkeypatch.setattr(candidate_images, "_BLOCK", 50)
+    monkeypatch.setattr(candidates, "_BLOCK", 50)
     arbitrary_set(tmp_path / "whole")
     calls = [0]
 
     def stop_after_three() -> None:
         calls[0] += 1
         if calls[0] == 3:
-            raise interrupt.Interrupted(15)
+            raise signals.Interrupted(15)
 
     with monkeypatch.context() as patched:
-        patched.setattr(interrupt, "check", stop_after_three)
-        with pytest.raises(interrupt.Interrupted):
+        patched.setattr(signals, "check", stop_after_three)
+        with pytest.raises(signals.Interrupted):
             arbitrary_set(tmp_path / "stopped")
     progress = tmp_path / "stopped" / "set" / ats.PROGRESS
     content = progress.read_bytes()

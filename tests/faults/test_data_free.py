@@ -21,9 +21,9 @@ from amounts import amount, only_long
 from helpers import start_process
 from test_numbers import QUICK
 
-from zskd_nni.files import sha256_of_file
-from zskd_nni.recipe import packaged_names, recipe_text
-from zskd_nni.zoo.trained import trained_names
+from zskd_nni.models.zoo.trained import trained_names
+from zskd_nni.recipes.load import packaged_names, recipe_text
+from zskd_nni.runtime.files import sha256_of_file
 
 TINY = [
     "transfer.size=24",
@@ -56,9 +56,9 @@ def changes_for(name: str) -> list[str]:
 
 def watched_run(recipe: str, changes: list[str], out: str, root: str, found: str) -> None:
     """In another process: a recipe, and every file it opens with the part of the run it was opened in."""
-    from zskd_nni import files
     from zskd_nni.pipeline import Run
-    from zskd_nni.recipe import load_recipe
+    from zskd_nni.recipes.load import load_recipe
+    from zskd_nni.runtime import files
 
     seen: list[tuple[str, str, str]] = []
     phase = ["work"]

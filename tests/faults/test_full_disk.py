@@ -14,9 +14,10 @@ from amounts import amount
 from helpers import start_process
 from subjects import SUBJECTS
 
-from zskd_nni import files, interrupt
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors, read_json
+from zskd_nni.runtime import files, signals
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import read_json
+from zskd_nni.runtime.tensors import load_tensors
 
 WRITERS = ["synthesis", "student", "teacher", "zskt", "fused", "arbitrary set"]
 _MS_RDONLY, _MS_REMOUNT, _CLONE_NEWNS, _CLONE_NEWUSER, _MS_REC, _MS_PRIVATE = 1, 32, 0x20000, 0x10000000, 16384, 1 << 18
@@ -92,20 +93,20 @@ def attack(name: str, folder: str, kind: str, size: int) -> None:
 
 
 def _until(name: str, place: Path, step: int) -> None:
-    real, calls = interrupt.check, [0]
+    real, calls = signals.check, [0]
 
     def check() -> None:
         calls[0] += 1
         if calls[0] == step:
-            interrupt.check = real
-            raise interrupt.Interrupted(15)
+            signals.check = real
+            raise signals.Interrupted(15)
 
-    interrupt.check = check
+    signals.check = check
     SUBJECTS[name].run(place)
 
 
 def _go_away_after(place: Path, step: int) -> None:
-    real, calls = interrupt.check, [0]
+    real, calls = signals.check, [0]
 
     def check() -> None:
         calls[0] += 1
@@ -113,7 +114,7 @@ def _go_away_after(place: Path, step: int) -> None:
             shutil.rmtree(place)
         real()
 
-    interrupt.check = check
+    signals.check = check
 
 
 def attacked(name: str, folder: Path, kind: str, size: int) -> int:

@@ -19,13 +19,15 @@ from helpers import is_one_sentence, make_store
 from test_mutations import command
 from torch import nn
 
-from zskd_nni import zoo
-from zskd_nni.data import load_images
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_sealed, load_tensors, load_weights, only_writer, read_json, write_atomic
-from zskd_nni.networks import build_network
-from zskd_nni.recipe import load_recipe, recipe_text
-from zskd_nni.saved_model import load_network, save_network
+from zskd_nni.data.datasets import load_images
+from zskd_nni.models import zoo
+from zskd_nni.models.build import build_network
+from zskd_nni.models.serialization import load_network, save_network
+from zskd_nni.recipes.load import load_recipe, recipe_text
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import read_json, write_atomic
+from zskd_nni.runtime.locks import only_writer
+from zskd_nni.runtime.tensors import load_sealed, load_tensors, load_weights
 from zskd_nni.synthesis import ImpressionStore
 
 RECIPE = "digits-prune50"
@@ -106,7 +108,7 @@ def test_pickles_as_weights(tmp_path: Path, canary: Path, maker: str, way: str) 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_pickles_as_everything_that_is_read(tmp_path: Path, canary: Path, maker: str) -> None:
     """In the place of shards, checkpoints, masks of transfer sets, descriptions, manifests and data."""
-    from zskd_nni.transfer_set import TransferSet
+    from zskd_nni.methods.ats.transfer_set import TransferSet
 
     content = MAKERS[maker](Canary(canary))
     path = tmp_path / "file"
@@ -300,7 +302,7 @@ OBJECTS = [
     ("yaml:unsafe_load", {"stream": "!!python/object/apply:os.mkdir ['{canary}']"}),
     ("nni:load", {"fp": "{folder}/evil.json"}),
     ("sklearn.datasets:load_files", {"container_path": "{folder}"}),
-    ("zskd_nni.files:make_folder", {"path": "{canary}"}),
+    ("zskd_nni.runtime.files:make_folder", {"path": "{canary}"}),
     ("net.py:system", {"command": "mkdir {canary}"}),
     ("net.py:load", {"f": "{folder}/evil.pt", "weights_only": False}),
     ("net.py:half", {"command": "mkdir {canary}"}),

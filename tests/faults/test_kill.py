@@ -11,7 +11,7 @@ from amounts import LONG, amount
 from killing import Kill, finish, kill_at_a_moment, kill_at_step, kill_at_write, undisturbed
 from subjects import SUBJECTS
 
-from zskd_nni.files import load_tensors
+from zskd_nni.runtime.tensors import load_tensors
 
 KILLS: list[Kill] = []
 QUICK = [name for name in SUBJECTS if name != "recipe"]

@@ -15,10 +15,11 @@ from amounts import amount
 from helpers import finished_shards, is_one_sentence, make_store, run_cli, same_store, wait_for
 from launching import append, children, launch, start_launch, start_torchrun
 
-from zskd_nni.errors import UserError
-from zskd_nni.files import FolderInUseError, one_of_the_writers, only_writer, read_json, write_json
+from zskd_nni.runtime.distributed import team
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import read_json, write_json
+from zskd_nni.runtime.locks import FolderInUseError, one_of_the_writers, only_writer
 from zskd_nni.synthesis import ImpressionStore, store
-from zskd_nni.workers import team
 
 SIZE = {"size": 240, "shard": 10, "max_steps": 10}
 SHARDS = 24

@@ -20,8 +20,8 @@ from helpers import is_one_sentence, run_cli, start_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zskd_nni.errors import UserError
-from zskd_nni.recipe import load_recipe, packaged_names, recipe_text
+from zskd_nni.recipes.load import load_recipe, packaged_names, recipe_text
+from zskd_nni.runtime.errors import UserError
 
 VALID = {name: yaml.safe_load(recipe_text(name)[0]) for name in packaged_names()}
 TINY: dict[str, Any] = {

@@ -12,13 +12,14 @@ from amounts import LONG
 from helpers import SMALL, SmallNet, prepare_torch, small_network
 from torch import Tensor, nn
 
-from zskd_nni.distillation import DistillationSettings, distill
-from zskd_nni.errors import UserError
-from zskd_nni.files import load_tensors
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.methods.zskt import ZsktSettings, train_zskt
+from zskd_nni.methods.zskt.source import ZsktSettings
+from zskd_nni.methods.zskt.train import train_zskt
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.tensors import load_tensors
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.teacher import Teacher
+from zskd_nni.training.distillation import DistillationSettings, distill
 
 QUICK: dict[str, dict[str, Any]] = {
     "zskd": {"synthesis": {"max_steps": 4, "shard": 10}},

@@ -12,7 +12,7 @@ import pytest
 from amounts import amount
 from helpers import _context, make_store, same_store, start_process
 
-from zskd_nni.errors import UserError
+from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import ImpressionStore, store
 
 SIZE = {"size": 120, "shard": 10, "max_steps": 10}

@@ -17,9 +17,9 @@ from helpers import _context, digits_network, make_store, start_process
 from subjects import SUBJECTS
 from test_mutations import TINY
 
-from zskd_nni import interrupt
-from zskd_nni.files import load_tensors
-from zskd_nni.saved_model import save_network
+from zskd_nni.models.serialization import save_network
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.tensors import load_tensors
 
 LONGER = {**TINY, "transfer": {"size": 120, "held_out": 12, "synthesis": {"max_steps": 12, "shard": 12}}}
 
@@ -28,7 +28,7 @@ def run_command(arguments: list[str], folder: str, meter, at: int, signals: list
     """In another process: a command that gets signals at its ``at``-th step, or when it opens its ``at``-th file."""
     os.chdir(folder)
     sys.argv = ["zskd-nni", *arguments]
-    real, pending = interrupt.check, list(signals)
+    real, pending = signals.check, list(signals)
 
     def check() -> None:
         meter.value += 1
@@ -37,7 +37,7 @@ def run_command(arguments: list[str], folder: str, meter, at: int, signals: list
                 os.kill(os.getpid(), pending.pop(0))
         real()
 
-    interrupt.check = check
+    signals.check = check
     with open("stderr", "w") as errors, open("stdout", "w") as output:
         sys.stderr, sys.stdout = errors, output
         from zskd_nni.cli import main
@@ -98,8 +98,8 @@ def test_each_command(place: Path, name: str) -> None:
     assert code == 0, (place / "stderr").read_text()
     assert steps > 0
     arguments = [word.format(out=f"out-{name}") for word in COMMANDS[name]]
-    for signals in mixtures if LONG else chance.sample(mixtures, 3):
-        code, reached = counted(arguments, place, chance.randrange(1, max(2, steps // 8)), signals)
+    for mixture in mixtures if LONG else chance.sample(mixtures, 3):
+        code, reached = counted(arguments, place, chance.randrange(1, max(2, steps // 8)), mixture)
         said = (place / "stderr").read_text()
         assert code in {CODES[signum] for signum in signals[:2]}, said
         assert "Traceback" not in said
@@ -148,15 +148,15 @@ def test_two_signals_from_outside(name: str, tmp_path: Path) -> None:
 
 
 def stoppable_subject(name: str, folder: str, meter) -> None:
-    real = interrupt.check
+    real = signals.check
 
     def check() -> None:
         meter.value += 1
         real()
 
-    interrupt.check = check
+    signals.check = check
     try:
-        with interrupt.stoppable():
+        with signals.stoppable():
             SUBJECTS[name].run(Path(folder))
-    except interrupt.Interrupted as stop:
+    except signals.Interrupted as stop:
         os._exit(128 + stop.signum)

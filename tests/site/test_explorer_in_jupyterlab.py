@@ -17,7 +17,7 @@ from conftest import need
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOT = "ZSKD_NNI_SCREENSHOT"  # a .png to write; docs/pictures/explorer.png was made so
 TOKEN = "explorer-under-test"
-CELL = "from zskd_nni.explore import Explorer\nexplorer = Explorer()\nexplorer"
+CELL = "from zskd_nni.research.explorer.widget import Explorer\nexplorer = Explorer()\nexplorer"
 
 pytestmark = pytest.mark.browser
 

@@ -14,7 +14,7 @@ import yaml
 from torch.distributed.run import parse_args
 
 from zskd_nni.cli import app
-from zskd_nni.recipe import load_recipe
+from zskd_nni.recipes.load import load_recipe
 from zskd_nni.synthesis import ImpressionStore
 
 ROOT = Path(__file__).resolve().parents[2]

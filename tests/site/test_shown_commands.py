@@ -30,12 +30,12 @@ from torch.distributed.run import parse_args as launcher_arguments
 
 from zskd_nni.cli import app
 from zskd_nni.compression.evaluator import DataFreeEvaluator
-from zskd_nni.distillation import DistillationSettings
-from zskd_nni.errors import UserError
-from zskd_nni.exploration import shipped_teacher
+from zskd_nni.models.zoo import lenet5_half
 from zskd_nni.pipeline import Run
-from zskd_nni.recipe import load_recipe, recipe_text
-from zskd_nni.zoo import lenet5_half
+from zskd_nni.recipes.load import load_recipe, recipe_text
+from zskd_nni.research.explorer.one_impression import shipped_teacher
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.distillation import DistillationSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 # Later pages use what these leave behind.
@@ -150,7 +150,7 @@ class Reader:
             path, test = ELSEWHERE_PYTHON[block.page]
             assert test in (ROOT / path).read_text()
             return
-        if "zskd_nni.explore " in block.text:
+        if "zskd_nni.research.explorer.widget " in block.text:
             pytest.importorskip("ipywidgets")
         text = block.text
         for large, small in SMALLER.items():

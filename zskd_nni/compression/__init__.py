@@ -1,4 +1,7 @@
-"""The adapter of ``nni.compression``; importing it puts ``ZeroShotDistiller`` beside NNI's distillers."""
+"""The adapter of ``nni.compression``; importing it puts ``ZeroShotDistiller`` beside NNI's distillers.
+
+May import: NNI, :mod:`zskd_nni.recipes` and what stands below it. Nothing below imports NNI.
+"""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ from schema import SchemaError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.distillation import check_student
-from zskd_nni.errors import UserError
-from zskd_nni.losses import distillation_loss
-from zskd_nni.teacher import OutputAdapter, Teacher, first_tensor
+from zskd_nni.models.teacher import OutputAdapter, Teacher, first_tensor
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.distillation import check_student
+from zskd_nni.training.losses import distillation_loss
 
 _logger = logging.getLogger(__name__)
 TeacherPredict = Callable[[Any, nn.Module], Any]
@@ -47,7 +47,7 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
             name) and ``apply_method`` (``mse``) are NNI's, ``lambda`` may be an int; ``temperature`` belongs to
             ``kl`` targets and defaults to the distiller's.
         evaluator: any NNI evaluator; :class:`~zskd_nni.compression.evaluator.DataFreeEvaluator` brings the images.
-        teacher_model: a module, of which a frozen copy is taken, or a :class:`~zskd_nni.teacher.Teacher`.
+        teacher_model: a module, of which a frozen copy is taken, or a :class:`~zskd_nni.models.teacher.Teacher`.
         teacher_predict: ``teacher_predict(batch, teacher)`` gives what the teacher answers. By default the images
             are the batch itself, the first entry of a sequence, or ``images``, ``x``, ``input`` or ``pixel_values``
             of a mapping.

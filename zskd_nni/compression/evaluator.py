@@ -19,19 +19,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from zskd_nni.compression.fused_state import FusedState
-from zskd_nni.compression.masks import Masks, held_at_zero
-from zskd_nni.data_parallel import DataParallel
-from zskd_nni.distillation import DistillationSettings, run_fingerprint, transfer_batch
-from zskd_nni.errors import UserError
-from zskd_nni.files import fingerprint_of
-from zskd_nni.memory_layout import copied_images
-from zskd_nni.metrics import agreement
-from zskd_nni.seeds import generator
-from zskd_nni.teacher import Teacher, first_tensor
-from zskd_nni.training import Checkpoint, History, cosine_schedule, fit, training_mode
-from zskd_nni.transfer import TransferSource
-from zskd_nni.workers import team
+from zskd_nni.compression.checkpoint_state import FusedState
+from zskd_nni.compression.pruning.masks import Masks, held_at_zero
+from zskd_nni.data.sources import TransferSource
+from zskd_nni.models.memory_format import copied_images
+from zskd_nni.models.teacher import Teacher, first_tensor
+from zskd_nni.runtime.distributed import team
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import fingerprint_of
+from zskd_nni.runtime.rng import generator
+from zskd_nni.training.checkpoint import Checkpoint, History
+from zskd_nni.training.data_parallel import DataParallel
+from zskd_nni.training.distillation import DistillationSettings, run_fingerprint, transfer_batch
+from zskd_nni.training.loop import cosine_schedule, fit, training_mode
+from zskd_nni.training.metrics import agreement
 
 _logger = logging.getLogger(__name__)
 _STEPS_OF_A_STREAM = 1000

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods import zskd
-from zskd_nni.methods.impressions import impressions_source
+from zskd_nni.methods.from_targets import impressions_source
 from zskd_nni.methods.registry import TransferRequest, preset_options
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.synthesis import SynthesisSettings
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from zskd_nni.data import NAMED_SETS, load_images
-from zskd_nni.errors import UserError
-from zskd_nni.files import fingerprint_of, sha256_of_bytes
+from zskd_nni.data.datasets import NAMED_SETS, load_images
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.registry import TransferRequest
-from zskd_nni.seeds import generator
-from zskd_nni.settings import build_settings
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
-from zskd_nni.workers import team
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.distributed import team
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import fingerprint_of, sha256_of_bytes
+from zskd_nni.runtime.rng import generator
+from zskd_nni.runtime.validation import build_settings
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from zskd_nni.errors import UserError
-from zskd_nni.settings import build_settings
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import TransferSource
+from zskd_nni.data.sources import TransferSource
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.validation import build_settings
 
 GROUP = "zskd_nni.methods"
 T = TypeVar("T")

@@ -37,15 +37,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.errors import UserError
-from zskd_nni.feature_points import FeaturePoint, module_at, replaced, watched
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods import zskd
-from zskd_nni.methods.impressions import impressions_source
+from zskd_nni.methods.from_targets import impressions_source
 from zskd_nni.methods.registry import TransferRequest, preset_options
-from zskd_nni.seeds import generator
+from zskd_nni.models.hooks import FeaturePoint, module_at, replaced, watched
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.rng import generator
 from zskd_nni.synthesis import FeatureTerm, SynthesisSettings
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
 
 _PROBES = 8
 

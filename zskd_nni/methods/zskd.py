@@ -3,7 +3,7 @@
 From the teacher alone: the weights of its last layer say how alike it finds its classes (equation 2), Dirichlet
 distributions shaped by that likeness give soft targets (equations 3 and 4), images are optimised until the teacher
 answers with those targets (equation 5, :mod:`zskd_nni.synthesis`), and the student is distilled on them (equation 6,
-:mod:`zskd_nni.distillation`).
+:mod:`zskd_nni.training.distillation`).
 
 What the paper fixes: cosine similarity without bias, min-max within each row, beta in {1.0, 0.1} half and half,
 temperature 20 throughout, no image prior, 24,000 / 48,000 / 40,000 impressions for MNIST / Fashion-MNIST / CIFAR-10.
@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zskd_nni.errors import UserError
-from zskd_nni.methods.impressions import impressions_source
+from zskd_nni.data.sources import StoredSource
+from zskd_nni.methods.from_targets import impressions_source
 from zskd_nni.methods.registry import TransferRequest, preset_options
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import StoredSource
 
 
 @dataclass(frozen=True)

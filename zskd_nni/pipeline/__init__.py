@@ -4,6 +4,8 @@
             -> export, figures, report
 
 Everything a stage leaves lies in the output folder; a stage whose result is there is not run again.
+
+May import: :mod:`zskd_nni.compression` and what stands below it.
 """
 
 from zskd_nni.pipeline.run import Run

@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zskd_nni import interrupt
-from zskd_nni.data import DATA_VARIABLE, NAMED_SETS, LabelledImages, data_root, load_images
-from zskd_nni.errors import UserError, said_of
-from zskd_nni.files import fingerprint_of, make_folder, plain, read_json, write_json
-from zskd_nni.identity import taken_over
+from zskd_nni.data.datasets import DATA_VARIABLE, NAMED_SETS, LabelledImages, data_root, load_images
+from zskd_nni.data.sources import NoiseSource, StoredSource, TransferSource
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
-from zskd_nni.networks import code_fingerprint, network_fingerprint
-from zskd_nni.pictures import impressions_picture, some_of_each, spread
-from zskd_nni.pipeline.early_checks import check_work
-from zskd_nni.pipeline.report_content import answering, measure, report_content
-from zskd_nni.pipeline.student_export import export_student
+from zskd_nni.models.build import code_fingerprint, network_fingerprint
+from zskd_nni.pipeline.export import export_student
+from zskd_nni.pipeline.preflight import check_work
+from zskd_nni.pipeline.report import answering, measure, report_content
+from zskd_nni.pipeline.report_html import write_report
 from zskd_nni.pipeline.students import Made, Students
-from zskd_nni.recipe import LoadedRecipe
-from zskd_nni.report import write_report
-from zskd_nni.seeds import derive_seed
+from zskd_nni.recipes.load import LoadedRecipe
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.distributed import only_writers, team
+from zskd_nni.runtime.errors import UserError, error_context
+from zskd_nni.runtime.files import fingerprint_of, make_folder, plain, read_json, write_json
+from zskd_nni.runtime.rng import derive_seed
+from zskd_nni.runtime.run_identity import resume_or_refuse
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.transfer import NoiseSource, StoredSource, TransferSource
-from zskd_nni.workers import only_writers, team
+from zskd_nni.synthesis.image_grid import impressions_picture, some_of_each, spread
 
 RUN = "run.json"
 
@@ -133,7 +133,7 @@ class Run:
         assert self.recipe.evaluation is not None
         name = self.loaded.data_name()
         assert name is not None
-        with said_of("evaluation.data"):
+        with error_context("evaluation.data"):
             data = load_images(name, self.recipe.evaluation.split, self.root, self.download)
             data.require_labels(self.teacher.num_classes)
             data.pixels(slice(0, 1), self.teacher.spec)  # channels that do not fit are refused now, not at the end
@@ -152,7 +152,7 @@ class Run:
             yield
 
     def _take_over(self) -> None:
-        known = taken_over(self.out, RUN, "run", self.identity)
+        known = resume_or_refuse(self.out, RUN, "run", self.identity)
         if known:
             self.seconds = _figures(known.get("seconds"))
         self._write_run()
@@ -164,7 +164,7 @@ class Run:
     @contextmanager
     def _timed(self, stage: str, again: bool = True) -> Iterator[None]:
         """Count a stage's seconds; those of a stage that every run repeats (``again`` false) are not added up."""
-        interrupt.check()
+        signals.check()
         before = self.seconds.get(stage, 0.0) if again else 0.0
         started = time.monotonic()
         try:

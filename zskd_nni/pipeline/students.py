@@ -17,20 +17,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from zskd_nni.distillation import distill
-from zskd_nni.errors import UserError
-from zskd_nni.feature_matching import feature_pairs
-from zskd_nni.files import load_sealed, make_folder, plain, read_json, remove_leftovers, save_sealed
-from zskd_nni.recipe import LoadedRecipe, NetworkSection
-from zskd_nni.saved_model import load_network, save_network
-from zskd_nni.seeds import derive_seed
-from zskd_nni.teacher import Teacher
-from zskd_nni.transfer import TransferSource
-from zskd_nni.workers import team
+from zskd_nni.data.sources import TransferSource
+from zskd_nni.models.serialization import load_network, save_network
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.recipes.load import LoadedRecipe
+from zskd_nni.recipes.schema import NetworkSection
+from zskd_nni.runtime.distributed import team
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import make_folder, plain, read_json, remove_leftovers
+from zskd_nni.runtime.rng import derive_seed
+from zskd_nni.runtime.tensors import load_sealed, save_sealed
+from zskd_nni.training.distillation import distill
+from zskd_nni.training.hints import feature_pairs
 
 if TYPE_CHECKING:
-    from zskd_nni.compression.masks import Masks
-    from zskd_nni.compression.quantization import Quantization
+    from zskd_nni.compression.pruning.masks import Masks
+    from zskd_nni.compression.quantization.quantize import Quantization
 
 T = TypeVar("T")
 
@@ -137,7 +139,7 @@ class Students:
                 self._distil(made, source, checkpoint, f"distillation of {name}")
         made.network.cpu().eval()
         if "pruning" in made.record:
-            from zskd_nni.compression.masks import share_of_zeros
+            from zskd_nni.compression.pruning.masks import share_of_zeros
 
             made.record["pruning"]["zeros"] = share_of_zeros(made.network, made.record["pruning"]["sparsity"])
         self.team.first(lambda: self._save_stage(made, finished, source))
@@ -149,7 +151,7 @@ class Students:
         network = made.network.to(self.device)
         after_step = None
         if made.masks:
-            from zskd_nni.compression.masks import held_at_zero
+            from zskd_nni.compression.pruning.masks import held_at_zero
 
             after_step = held_at_zero(network, made.masks)
         history = distill(
@@ -174,7 +176,7 @@ class Students:
         self, name: str, network: nn.Module, source: TransferSource | None, scores: TransferSource | None
     ) -> Made:
         """Masks by NNI, trained under them, and the network shrunk to what they leave."""
-        from zskd_nni.compression.pruning import prune
+        from zskd_nni.compression.pruning.prune import prune
 
         finished = self.folder / f"{name}-pruned.json"
         known = self._load(finished, source)
@@ -203,8 +205,8 @@ class Students:
 
     def _quantized(self, name: str, made: Made, images: TransferSource, train: bool) -> Quantization | None:
         """A finished student quantized by NNI; None where the quantizer would have to train and may not."""
-        from zskd_nni.compression.saved_quantization import load_quantization
-        from zskd_nni.compression.student_quantization import quantize_student
+        from zskd_nni.compression.quantization.serialization import load_quantization
+        from zskd_nni.compression.quantization.stage import quantize_student
 
         finished = self.folder / f"{name}-quantized.json"
         live = images if train else None
@@ -241,8 +243,8 @@ class Students:
 
     def _in_one_training(self, name: str, source: TransferSource) -> Made:
         """Pruned, quantized and distilled in one NNI training, then shrunk."""
-        from zskd_nni.compression.saved_quantization import load_quantization
-        from zskd_nni.compression.student_quantization import compress_in_one_training
+        from zskd_nni.compression.quantization.serialization import load_quantization
+        from zskd_nni.compression.quantization.stage import compress_in_one_training
 
         finished, quantized = self.folder / f"{name}.json", self.folder / f"{name}-quantized.json"
         known, known_quantization = self._load(finished, source), self._reload(load_quantization, quantized)
@@ -313,7 +315,7 @@ class Students:
     def _save_quantized(
         self, quantization: Quantization, description: Path, source: TransferSource | None = None
     ) -> None:
-        from zskd_nni.compression.saved_quantization import save_calibration
+        from zskd_nni.compression.quantization.serialization import save_calibration
 
         self._keep(source, description)
         made = Made(quantization.student)
@@ -329,7 +331,7 @@ class Students:
         """
         section = self.network
         if made.masks:
-            from zskd_nni.compression.masks import save_masks
+            from zskd_nni.compression.pruning.masks import save_masks
 
             extra["masks"] = save_masks(made.masks, description)
         save_network(
@@ -359,6 +361,6 @@ def _made(description: Path) -> Made:
         raise UserError(f"{description} does not tell how its network was made.")
     if masks is None:
         return Made(network, record)
-    from zskd_nni.compression.masks import load_masks
+    from zskd_nni.compression.pruning.masks import load_masks
 
     return Made(network, record, masks=load_masks(masks, description))

@@ -1,9 +1,12 @@
-"""From soft targets to data impressions: the engine that makes them and the store that keeps them."""
+"""Synthesis: the engine that makes data impressions from soft targets, and the store that keeps them.
+
+May import: :mod:`zskd_nni.training` and what stands below it.
+"""
 
 from zskd_nni.synthesis.engine import FeatureTerm, Impressions, Orders, synthesize_shard
-from zskd_nni.synthesis.run import TargetPlan, synthesize
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.synthesis.store import ImpressionStore
+from zskd_nni.synthesis.synthesize import TargetPlan, synthesize
 
 __all__ = [
     "FeatureTerm",

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zskd_nni import interrupt
-from zskd_nni.batch_statistics import Crowd, batch_norms
-from zskd_nni.errors import UserError
-from zskd_nni.feature_points import FeaturePoint, watched
-from zskd_nni.losses import soft_target_divergence, total_variation
-from zskd_nni.sending import sent
+from zskd_nni.models.hooks import FeaturePoint, watched
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.device import to_device
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.synthesis.batch_norm_statistics import Crowd, batch_norms
 from zskd_nni.synthesis.settings import SynthesisSettings
-from zskd_nni.teacher import Teacher
+from zskd_nni.training.losses import soft_target_divergence, total_variation
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults, as the authors use them
 REFERENCE_TEMPERATURE = 20.0
@@ -116,7 +116,7 @@ class _Slots:
         orders = self.orders
         self.index[rows] = index
         self.due[rows] = turn + orders.limits[index].long()
-        rows, index = sent(rows, self.device), sent(index, self.device)
+        rows, index = to_device(rows, self.device), to_device(index, self.device)
         for name in self._ORDERED:
             getattr(self, name)[rows] = getattr(orders, name)[index]
         if self.free is not None and orders.free is not None:
@@ -132,7 +132,7 @@ class _Slots:
 
     def keep(self, rows: Tensor) -> None:
         self.index, self.due = self.index[rows], self.due[rows]
-        rows = sent(rows, self.device)
+        rows = to_device(rows, self.device)
         for name in self._ROWS:
             setattr(self, name, getattr(self, name)[rows])
         if self.free is not None:
@@ -194,7 +194,7 @@ def synthesize_shard(
     crowd = Crowd(teacher.model) if settings.batch_statistics and batch_norms(teacher.model) else None
 
     while len(slots.index):
-        interrupt.check()
+        signals.check()
         # The authors' code leaves the rescaling out before the last step and the final answer.
         if settings.range == "rescale" and int(slots.due[0]) - turn > 1:
             slots.images = _rescaled(slots.images, spec.low, spec.high)
@@ -229,7 +229,7 @@ def synthesize_shard(
         rows = leaving.nonzero().flatten()
 
         if len(rows):
-            done, on_device = sent(slots.index[rows], device), sent(rows, device)
+            done, on_device = to_device(slots.index[rows], device), to_device(rows, device)
             results.images[done] = slots.images[on_device]
             results.logits[done] = logits[on_device].float()
             results.fit[done] = fit[on_device].float()
@@ -252,7 +252,7 @@ def synthesize_shard(
                 stay = torch.ones(len(slots.index), dtype=torch.bool)
                 stay[rows[len(fresh) :]] = False
                 if crowd is not None:
-                    crowd.leave(sent(rows[len(fresh) :], device))
+                    crowd.leave(to_device(rows[len(fresh) :], device))
                 slots.keep(stay.nonzero().flatten())
         turn += 1
     results.require_finite(settings.learning_rate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zskd_nni.identity import LATER, MEANING
+from zskd_nni.runtime.run_identity import LATER, MEANING
 
 STARTS = ("uniform", "black", "smooth", "shapes", "mixed")
 RANGES = ("clamp", "rescale", "free")
@@ -28,14 +28,14 @@ class SynthesisSettings:
         patience: an image also leaves when its divergence has not fallen by a hundredth of itself in that many
             steps; 0 never gives up.
         start: ``uniform`` noise over the value range (ZSKD's paper), ``black``, ``smooth`` noise, ``shapes`` or
-            ``mixed``; see :mod:`zskd_nni.synthesis.starts`.
+            ``mixed``; see :mod:`zskd_nni.data.procedural`.
         hold: probability that the empty background of a shape is held, in [0, 1].
         total_variation: weight of the smoothness prior beside the divergence times temperature / 20, drawn for each
             image log-uniformly between the two; (0, 0) for none.
         batch_statistics: weight, beside the divergence, of how far a crowd of images is from what the teacher's
-            BatchNorm layers remember of its training (:mod:`zskd_nni.batch_statistics`); of no meaning to a teacher
-            without such layers, 0 for none. The crowd are the images in flight, ``slots`` of them, and those that left
-            without a successor in their shard.
+            BatchNorm layers remember of its training (:mod:`zskd_nni.synthesis.batch_norm_statistics`); of no
+            meaning to a teacher without such layers, 0 for none. The crowd are the images in flight, ``slots`` of them,
+            and those that left without a successor in their shard.
         range: ``clamp`` to the value range after every step; ``rescale`` the whole batch to it by its extremes
             before every step but the last, as the authors' code does; ``free``.
         warm_start: the next batch starts from the last one's images, and Adam goes on (authors' code).

@@ -20,19 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zskd_nni.errors import UserError
-from zskd_nni.files import (
-    fingerprint_of,
-    load_tensors,
-    make_folder,
-    read_json,
-    save_tensors,
-    sha256_of_file,
-    write_json,
-)
-from zskd_nni.identity import describe_difference
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import fingerprint_of, make_folder, read_json, sha256_of_file, write_json
+from zskd_nni.runtime.run_identity import describe_difference
+from zskd_nni.runtime.tensors import load_tensors, save_tensors
 from zskd_nni.synthesis.engine import Impressions
-from zskd_nni.synthesis.stored_images import ShardImages, StoredImages
+from zskd_nni.synthesis.lazy_images import ShardImages, StoredImages
 
 MANIFEST = "manifest.json"
 FORMAT = "zskd_nni impressions 1"

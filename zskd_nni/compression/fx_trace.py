@@ -1,0 +1,144 @@
+"""A model as a torch.fx graph whose module calls carry the model's own module paths."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node, Tracer
+from torch.utils._pytree import tree_map
+
+from zskd_nni.runtime.errors import UserError
+
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_SHAPE = "zskd_nni_shape"
+
+
+def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
+    """The model's evaluation graph, with the shape of every tensor attached.
+
+    The modules of ``torch.nn`` are the leaves, so that each ``call_module`` target is a path of
+    ``model.named_modules()``. The graph module shares its modules with the model; the model itself, its
+    parameters, its buffers and its training flags are as before. What is only run in training (the auxiliary
+    heads of GoogLeNet, for one) is not in the graph.
+
+    Args:
+        model: any module that torch.fx can trace.
+        dummy_input: one input: a tensor, or the positional arguments of ``forward`` as a tuple or list, or its
+            arguments by name as a dict. The first dimension of each tensor is the batch.
+
+    Returns:
+        A graph module in evaluation mode; ``node_shape`` reads the shapes.
+
+    Raises:
+        UserError: the model cannot be traced, or does not accept the dummy input.
+    """
+    name = type(model).__name__
+    flags = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        try:
+            graph_module = GraphModule(model, Tracer().trace(model), class_name=name)
+        except Exception as error:
+            raise UserError(
+                f"torch.fx cannot trace {name}: {_where(error, model)}: {error}; keep control flow that depends on "
+                f"tensor values out of forward (or move it into a function marked with torch.fx.wrap)"
+            ) from error
+        try:
+            with torch.no_grad():
+                _ShapePropagation(graph_module).run(*copied(input_arguments(dummy_input, graph_module)))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{name} does not accept the dummy input ({_describe(dummy_input)}): {_where(error, model)}: "
+                f"{_innermost(error)}; pass an input of the shape that the model is used with"
+            ) from error
+    finally:
+        for module, training in flags.items():
+            module.training = training
+    graph_module.training = False
+    return graph_module
+
+
+def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies of the tensors among a network's arguments, for networks that change their input in place."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, arguments)
+
+
+def input_arguments(dummy_input: Any, graph_module: GraphModule | None = None) -> tuple[Any, ...]:
+    """The dummy input as positional arguments.
+
+    Args:
+        dummy_input: as in ``trace``.
+        graph_module: the graph whose placeholders order a dict; the dict's own order without it.
+
+    Raises:
+        UserError: a dict lacks an argument that stands before one it has.
+    """
+    if isinstance(dummy_input, dict):
+        if graph_module is None:
+            return tuple(dummy_input.values())
+        names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
+        unknown = sorted(set(dummy_input) - set(names))
+        given = [name in dummy_input for name in names]
+        if unknown or given != sorted(given, reverse=True):
+            raise UserError(
+                f"the dummy input names {', '.join(sorted(dummy_input))}, but forward takes {', '.join(names)} in this "
+                f"order; name the first of them without a gap"
+            )
+        return tuple(dummy_input[name] for name in names if name in dummy_input)
+    if isinstance(dummy_input, tuple | list):
+        return tuple(dummy_input)
+    return (dummy_input,)
+
+
+def node_shape(node: Node) -> tuple[int, ...] | None:
+    """The shape of a node's tensor, None where the node holds no single tensor."""
+    return node.meta.get(_SHAPE)
+
+
+def unread_nodes(graph_module: GraphModule) -> list[Node]:
+    """The nodes that forward computes although its output does not depend on them, last first."""
+    read: set[Node] = set()
+    unread = []
+    for node in reversed(graph_module.graph.nodes):
+        if node.op in ("output", "placeholder") or node in read:
+            read.update(node.all_input_nodes)
+        else:
+            unread.append(node)
+    return unread
+
+
+class _ShapePropagation(Interpreter):
+    """Runs the graph once and notes each tensor's shape (torch's ShapeProp prints a traceback when a node fails)."""
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        n.meta[_SHAPE] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        return result
+
+
+def _where(error: BaseException, model: nn.Module) -> str:
+    """The last line of code outside torch that the error passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if not f.filename.startswith(_TORCH_FOLDER) and f.filename != __file__]
+    outside = [f for f in outside if not f.filename.startswith("<")]
+    if not outside:
+        return f"in {type(model).__name__}"
+    frame = outside[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: `{frame.line}`"
+
+
+def _innermost(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _describe(dummy_input: Any) -> str:
+    return ", ".join(
+        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        for value in input_arguments(dummy_input)
+    )

@@ -1,0 +1,173 @@
+"""NNI's config lists, those of NNI 2 among them, as NNI 3 wants them.
+
+NNI 3.0 translates the keys of NNI 2 itself, but its schema then refuses what comes of ``total_sparsity`` and of
+``quant_types``, an entry that excludes selects nothing, and the schemes of NNI 2's quantizers are unknown to it. Here
+they all mean what NNI's documentation of either version says.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from copy import deepcopy
+from typing import Any, Literal
+
+from zskd_nni.runtime.errors import UserError
+
+Kind = Literal["pruning", "quantization"]
+
+_SELECTION = ("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re")
+_TARGETS = ("target_names", "target_settings")
+_SETTINGS: dict[Kind, tuple[str, ...]] = {
+    "pruning": (
+        "sparse_ratio",
+        "sparse_threshold",
+        "max_sparse_ratio",
+        "min_sparse_ratio",
+        "global_group_id",
+        "dependency_group_id",
+        "internal_metric_block",
+        "granularity",
+        "apply_method",
+        "align",
+    ),
+    "quantization": ("quant_dtype", "quant_scheme", "granularity", "apply_method", "fuse_names"),
+}
+_LEGACY: dict[Kind, tuple[str, ...]] = {
+    "pruning": ("sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer"),
+    "quantization": ("quant_types", "quant_bits"),
+}
+_RATIOS = ("sparsity", "sparsity_per_layer", "total_sparsity")
+_TARGET_OF = {"input": "_input_", "weight": "weight", "output": "_output_"}
+_SCHEME = re.compile(r"(?:(per_tensor|per_channel)_)?(affine|symmetric)")
+_TYPE = re.compile(r"(u?int)\d*")
+
+
+def modern_config_list(config_list: list[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]:
+    """A config list in the keys of NNI 3; one that has no others comes back as it is, copied.
+
+    Of NNI 2 are accepted, in any entry: ``sparsity``, ``sparsity_per_layer``, ``total_sparsity`` (the entry's modules
+    are ranked together), ``max_sparsity_per_layer``, ``op_partial_names``, ``exclude``, ``quant_types`` with
+    ``quant_bits``, and with them ``quant_dtype: int`` or ``uint`` and ``quant_scheme: per_tensor_affine``,
+    ``per_tensor_symmetric``, ``per_channel_affine`` or ``per_channel_symmetric``. As in NNI 3, what an ``exclude``
+    entry names by type and by name is excluded either way.
+
+    Args:
+        config_list: NNI's, for a pruner or a quantizer.
+        kind: which of the two.
+
+    Raises:
+        UserError: a key that neither version knows, or values of legacy keys that mean nothing.
+    """
+    if not isinstance(config_list, list) or not all(isinstance(config, dict) for config in config_list):
+        example = {
+            "pruning": "[{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]",
+            "quantization": "[{'op_types': ['Conv2d'], 'target_names': ['weight'], 'quant_dtype': 'int8'}]",
+        }[kind]
+        raise UserError(f"a {kind} config is a list of dicts such as {example}, not {type(config_list).__name__}")
+    kept: list[dict[str, Any]] = []
+    excluded: dict[str, list[str]] = {}
+    for number, given in enumerate(config_list):
+        where = f"entry {number} of the {kind} config"
+        _check_keys(given, kind, where)
+        config = deepcopy(given)
+        if "op_partial_names" in config:
+            parts = _strings(config.pop("op_partial_names"), f"{where}: op_partial_names")
+            config["op_names_re"] = [*config.get("op_names_re", []), *(f".*{part}.*" for part in parts)]
+        if config.pop("exclude", False):
+            for key in ("op_types", "op_names", "op_names_re"):
+                names = excluded.setdefault(f"exclude_{key}", [])
+                names.extend(_strings(config.get(key, []), f"{where}: {key}"))
+            continue
+        kept.append(_pruned(config, where, number) if kind == "pruning" else _quantized(config, where))
+    if config_list and not kept:
+        raise UserError(f"the {kind} config only excludes modules; add an entry that names some")
+    for config in kept:
+        for key, names in excluded.items():
+            if names:
+                config[key] = [*config.get(key, []), *(name for name in names if name not in config.get(key, []))]
+    return kept
+
+
+def _check_keys(config: dict[str, Any], kind: Kind, where: str) -> None:
+    known = (*_SELECTION, *_TARGETS, *_SETTINGS[kind], "op_partial_names", "exclude", *_LEGACY[kind])
+    settings = config.get("target_settings")
+    places = [(config, known, where)]
+    if isinstance(settings, dict):
+        for target, setting in settings.items():
+            if isinstance(setting, dict):
+                places.append((setting, _SETTINGS[kind], f"{where}, target_settings.{target}"))
+    for found, keys, place in places:
+        for key in found:
+            if key not in keys:
+                modern = [name for name in keys if name not in _LEGACY[kind]]
+                near = [match for names in (modern, keys) for match in difflib.get_close_matches(str(key), names, 1)]
+                hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(keys)}"
+                raise UserError(f"{place}: unknown key {key!r}; {hint}")
+
+
+def _pruned(config: dict[str, Any], where: str, number: int) -> dict[str, Any]:
+    given = [key for key in (*_RATIOS, "sparse_ratio", "sparse_threshold") if key in config]
+    if len(given) > 1:
+        raise UserError(f"{where} gives both {given[0]} and {given[1]}; give one of them")
+    if given and given[0] in _RATIOS:
+        config["sparse_ratio"] = _ratio(config.pop(given[0]), f"{where}: {given[0]}")
+        if given[0] == "total_sparsity":
+            config["global_group_id"] = f"total_sparsity of entry {number}"
+    if "max_sparsity_per_layer" in config:
+        key = "max_sparsity_per_layer"
+        config["max_sparse_ratio"] = _ratio(config.pop(key), f"{where}: {key}", least=1e-9, most=1.0)
+    return config
+
+
+def _quantized(config: dict[str, Any], where: str) -> dict[str, Any]:
+    if "quant_types" not in config:
+        if "quant_bits" in config:
+            raise UserError(f"{where} has quant_bits without quant_types; name them, such as quant_types: [weight]")
+        return config
+    types = _strings(config.pop("quant_types"), f"{where}: quant_types")
+    unknown = next((name for name in types if name not in _TARGET_OF), None)
+    if unknown is not None or not types:
+        raise UserError(f"{where}: quant_types are {', '.join(_TARGET_OF)}, not {unknown or 'none'}")
+    bits, dtype, scheme = (config.pop(key, None) for key in ("quant_bits", "quant_dtype", "quant_scheme"))
+    settings = dict(config.get("target_settings", {}))
+    for name in types:
+        width = _of_type(bits, name)
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= 32:
+            raise UserError(f"{where}: quant_bits must give {name} a number of bits from 1 to 32, not {width!r}")
+        kind = _TYPE.fullmatch(str(_of_type(dtype, name) or "int"))
+        if kind is None:
+            raise UserError(f"{where}: quant_dtype is int or uint, not {_of_type(dtype, name)!r}")
+        setting: dict[str, Any] = {"quant_dtype": f"{kind[1]}{width}"}
+        wanted = _of_type(scheme, name)
+        if wanted is not None:
+            parts = _SCHEME.fullmatch(str(wanted))
+            if parts is None:
+                raise UserError(
+                    f"{where}: quant_scheme is affine or symmetric, with per_tensor_ or per_channel_ in front of it if "
+                    f"you like, not {wanted!r}"
+                )
+            setting["quant_scheme"] = parts[2]
+            if parts[1] == "per_channel":
+                setting["granularity"] = "out_channel" if name == "weight" else "per_channel"
+        settings[_TARGET_OF[name]] = {**setting, **settings.get(_TARGET_OF[name], {})}
+    # NNI's schema wants the type beside the targets too, where it is a default that they override.
+    config.update(quant_dtype=None, target_names=[_TARGET_OF[name] for name in types], target_settings=settings)
+    return config
+
+
+def _of_type(value: Any, name: str) -> Any:
+    """One value for all types, or a mapping by type."""
+    return value.get(name) if isinstance(value, dict) else value
+
+
+def _ratio(value: Any, where: str, least: float = 0.0, most: float = 1.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise UserError(f"{where} must be a number from 0 to 1, not {value!r}")
+    return float(value)
+
+
+def _strings(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
+        raise UserError(f"{where} must be a list of words, not {value!r}")
+    return list(value)

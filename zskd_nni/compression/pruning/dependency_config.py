@@ -1,0 +1,326 @@
+"""NNI pruning configs whose masks fit together, so that the pruned network can really be made smaller."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from zskd_nni.compression.fx_trace import trace
+from zskd_nni.compression.nni_config import modern_config_list
+from zskd_nni.compression.pruning.channel_flow import ChannelFlow, channel_flow
+from zskd_nni.runtime.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+_SPARSITY = ("sparse_ratio", "sparse_threshold")
+_LIMITS = ("min_sparse_ratio", "max_sparse_ratio", "global_group_id", "internal_metric_block")
+
+
+@dataclass
+class PruningPlan:
+    """A completed config and what it leaves alone.
+
+    Attributes:
+        config_list: for any of NNI's structured pruners, one entry a module, in the order of the graph.
+        left_out: module path -> why the module is not pruned although the user's config names it.
+    """
+
+    config_list: list[dict[str, Any]]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def complete_config_list(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> list[dict[str, Any]]:
+    """Complete a plain pruning config so that the masks of layers that share channels agree.
+
+    ``plan_pruning`` without the list of what was left out, which goes to the log.
+
+    Args:
+        model: the network to prune, not wrapped by a pruner.
+        config_list: NNI's pruning config, for instance ``[{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]``.
+        dummy_input: one input of the network, see ``graph.trace``.
+
+    Returns:
+        A config list for ``L1NormPruner``, ``L2NormPruner``, ``FPGMPruner``, ``TaylorPruner``, ``SlimPruner`` and the
+        AGP and linear schedules over them.
+
+    Raises:
+        UserError: see ``plan_pruning``.
+    """
+    plan = plan_pruning(model, config_list, dummy_input)
+    if plan.left_out:
+        names = ", ".join(f"{name} ({reason})" for name, reason in plan.left_out.items())
+        _logger.info("%d of the configured layers keep all their channels: %s", len(plan.left_out), names)
+    return plan.config_list
+
+
+def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> PruningPlan:
+    """Complete a plain pruning config, and say what it cannot prune.
+
+    What is added to the user's entries, all in NNI's own keys:
+
+    - layers whose outputs are added or multiplied share a ``dependency_group_id``, hence one mask;
+    - layers that feed, or are, grouped convolutions get an ``internal_metric_block``: each group loses as many
+      channels as the others;
+    - batch normalisation, depthwise convolutions and squeeze-and-excitation gates ``align`` with the layer whose
+      channels they carry. Without that a removed channel would come back as the normalisation's constant.
+
+    What is left out: layers whose channels cannot be removed from what follows, the network's outputs above all, and
+    layers that share channels with one that the config does not name.
+
+    Where the config names normalisations but not the layers in front of them, the normalisations are ranked.
+
+    A module that the user gave a ``dependency_group_id`` or an ``align`` passes as it is. So does one with a
+    ``granularity`` other than whole channels. NNI ranks a dependency group by itself, so that a
+    ``global_group_id`` has no effect on its members.
+
+    Args:
+        model: see ``complete_config_list``.
+        config_list: see ``complete_config_list``.
+        dummy_input: see ``complete_config_list``.
+
+    Raises:
+        UserError: the config names no module of the model, or none that can be pruned, or gives layers that
+            share channels different sparsities.
+    """
+    if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
+        raise UserError("the model is wrapped by an NNI compressor; complete the config before making the pruner")
+    flow = channel_flow(trace(model, dummy_input))
+    entries = _entries_by_module(model, config_list)
+    plan = _Planner(model, flow, entries).plan()
+    if not any(_is_active(entry) for entry in plan.config_list):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left_out.items())[:3])
+        raise UserError(f"nothing that the pruning config names can be pruned ({reasons}); name other layers")
+    return plan
+
+
+def _entries_by_module(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The user's entry of each module, without the keys that select modules.
+
+    As in NNI several entries may name one module; of each target the first that names it counts.
+    """
+    from nni.compression.base.config import select_modules_by_config
+
+    entries: dict[str, dict[str, Any]] = {}
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for position, config in enumerate(modern_config_list(config_list, "pruning")):
+        missing = [name for name in config.get("op_names", []) if name not in names]
+        if missing:
+            raise UserError(f"entry {position} of the pruning config names {missing[0]!r}, which the model has not got")
+        selected, public, _ = select_modules_by_config(model, config)
+        if not selected:
+            raise UserError(f"entry {position} of the pruning config selects no module of the model: {config}")
+        for name, module in selected.items():
+            known = entries.get(name)
+            entries[name] = deepcopy(public) if known is None else _joined(module, known, public)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return dict(sorted(entries.items(), key=lambda item: order[item[0]]))
+
+
+def _target_names(module: nn.Module, entry: dict[str, Any]) -> list[str]:
+    """What NNI takes an entry's targets to be: all that there are where it names none."""
+    names = list(entry.get("target_names") or [])
+    return names or [name for name in ("weight", "bias") if hasattr(module, name)]
+
+
+def _joined(module: nn.Module, first: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """``first`` with the targets of ``later`` that it has not got, each with the settings of its own entry."""
+    known = _target_names(module, first)
+    fresh = [name for name in _target_names(module, later) if name not in known]
+    if not fresh:
+        return first
+    settings = {}
+    for entry, names in ((first, known), (later, fresh)):
+        shortcuts = {key: value for key, value in entry.items() if key not in ("target_names", "target_settings")}
+        for name in names:
+            # NNI's shortcuts reach those settings of a target that it has by default: a bias has no sparsity.
+            own = {key: value for key, value in shortcuts.items() if name != "bias" or key in ("align", "apply_method")}
+            settings[name] = deepcopy({**own, **entry.get("target_settings", {}).get(name, {})})
+    return {"target_names": [*known, *fresh], "target_settings": settings}
+
+
+def _settings(entry: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    yield entry
+    yield from entry.get("target_settings", {}).values()
+
+
+def _value(entry: dict[str, Any], key: str) -> Any:
+    """A setting of the weight: in its target settings, or in the entry as a shortcut."""
+    weight = entry.get("target_settings", {}).get("weight", {})
+    return weight.get(key, entry.get(key))
+
+
+def _is_active(entry: dict[str, Any]) -> bool:
+    return any(setting.get(key) is not None for setting in _settings(entry) for key in _SPARSITY)
+
+
+def _is_users_own(entry: dict[str, Any]) -> bool:
+    """The user decided about this module's mask in a way that nothing may be added to."""
+    for setting in _settings(entry):
+        if setting.get("dependency_group_id") is not None or setting.get("align") is not None:
+            return True
+        if setting.get("granularity", "default") not in ("default", "out_channel"):
+            return True
+    return any(name.startswith(("_input_", "_output_")) for name in entry.get("target_names", []))
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, flow: ChannelFlow, entries: dict[str, dict[str, Any]]) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.flow = flow
+        self.entries = entries
+        self.planned: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, str] = {}
+
+    def plan(self) -> PruningPlan:
+        seen: set[str] = set()
+        for name in self.flow.sources:
+            if name not in seen:
+                group = self.flow.tied(name)
+                seen.update(group)
+                self.group(group)
+        for name, entry in self.entries.items():
+            if name in seen:
+                continue
+            if _is_users_own(entry):
+                self.planned[name] = entry
+            elif name in self.flow.composite:
+                self.left_out[name] = "its channels come from several layers, and it cannot drop what they keep"
+            elif name in self.flow.followers:
+                self.left_out[name] = self.flow.reason(name) or "its channels are the network's input"
+            else:
+                why = "it has no channels that could be followed in the evaluation graph"
+                self.left_out[name] = self.flow.unfollowed.get(name, why)
+        order = [name for name in self.modules if name in self.planned]
+        config_list = [{"op_names": [name], **self.planned[name]} for name in order]
+        return PruningPlan(config_list, {name: why for name, why in self.left_out.items() if name in self.entries})
+
+    def group(self, group: list[str]) -> None:
+        """Plan the layers that lose the same channels: leaders rank them, the others align."""
+        sources = [name for name in group if name in self.flow.sources]
+        norms = [name for name in group if name in self.flow.followers and not self.is_convolution(name)]
+        own = [name for name in group if name in self.entries and _is_users_own(self.entries[name])]
+        named = [name for name in group if name in self.entries and name not in own and _is_active(self.entries[name])]
+        for name in own:
+            self.planned[name] = self.entries[name]
+        leaders = [name for name in sources if name in named]
+        if not leaders and not own and any(name in named for name in norms):
+            self.lead_by_norms(group, [name for name in norms if name in named], norms)
+            return
+        if not leaders and not [name for name in own if name in sources]:
+            # a depthwise convolution alone, or nothing at all
+            self.leave_out(named, "its channels are those of a layer that the config does not name")
+            return
+        reason = self.flow.reason(group[0])
+        if reason:
+            self.leave_out(named, reason)
+            return
+        unnamed = [name for name in sources if name not in named + own and name not in self.flow.gates]
+        if unnamed and leaders:
+            self.leave_out(named, f"it shares channels with {unnamed[0]}, which the config does not prune")
+            return
+        self.check_sparsity(named, own)
+
+        if leaders and not own:
+            # NNI averages the metrics of a dependency group, which must therefore have one shape.
+            rank = self.modules[leaders[0]].weight.dim()
+            together = [name for name in leaders if self.modules[name].weight.dim() == rank]
+            if _value(self.entries[leaders[0]], "sparse_threshold") is not None:
+                together = together[:1]  # NNI's dependency groups know ratios only
+            self.lead(together, self.blocks(group))
+        else:
+            together = own + leaders
+            for name in leaders:
+                self.planned[name] = self.entries[name]
+        first = next((name for name in together if name in sources), together[0])
+        for name in group:
+            if name not in together:
+                self.align(name, first)
+
+    def lead(self, leaders: list[str], blocks: int) -> None:
+        for name in leaders:
+            entry = deepcopy(self.entries[name])
+            if entry.get("target_names") == ["weight"]:
+                entry["target_names"] = ["weight", "bias"]  # a bias that stays would keep its channel alive
+            if len(leaders) > 1 or blocks > 1:
+                entry["dependency_group_id"] = f"channels of {leaders[0]}"
+            if blocks > 1 and _value(entry, "internal_metric_block") is None:
+                entry["internal_metric_block"] = blocks
+            self.planned[name] = entry
+
+    def lead_by_norms(self, group: list[str], named: list[str], norms: list[str]) -> None:
+        """Normalisations rank their channels; ``shrink`` finds the layers in front of them.
+
+        NNI cannot align anything with a vector (``Tensor.sum`` over no dimension sums over all): weight and bias
+        of a normalisation are therefore ranked together, as one dependency group.
+        """
+        unnamed = [name for name in norms if name not in named]
+        reason = self.flow.reason(group[0])
+        if unnamed:
+            reason = reason or f"it shares channels with {unnamed[0]}, which the config does not prune"
+        if self.flow.read_raw.intersection(self.flow.followers[norms[0]].tolist()):
+            reason = reason or "some layer reads its channels past the normalisation"
+        if reason:
+            self.leave_out(named, reason)
+            return
+        self.check_sparsity(named, [])
+        blocks = self.blocks(group)
+        for name in named:
+            entry = self.entries[name]
+            if _value(entry, "sparse_threshold") is not None:
+                raise UserError(
+                    f"{name} is a {type(self.modules[name]).__name__}, whose weight and bias must lose the same "
+                    f"channels, and a sparse_threshold cannot see to that; give a sparse_ratio"
+                )
+            keys = ("sparse_ratio", *_LIMITS, "apply_method")
+            setting = {key: _value(entry, key) for key in keys if _value(entry, key) is not None}
+            setting |= {"dependency_group_id": f"channels of {named[0]}", "granularity": "out_channel"}
+            if blocks > 1:
+                setting.setdefault("internal_metric_block", blocks)
+            self.planned[name] = {
+                "target_names": ["weight", "bias"],
+                "target_settings": {"weight": setting, "bias": dict(setting)},
+            }
+
+    def blocks(self, group: list[str]) -> int:
+        return max(self.flow.blocks.get(name, 1) for name in group)
+
+    def align(self, name: str, leader: str) -> None:
+        module = self.modules[name]
+        alignment = {"module_name": leader, "target_name": "weight", "dims": [0]}
+        targets = [target for target in ("weight", "bias") if getattr(module, target, None) is not None]
+        if not targets:
+            return
+        kept = {key: value for key, value in self.entries.get(name, {}).items() if key == "apply_method"}
+        self.planned[name] = {
+            **kept,
+            "target_names": targets,
+            "target_settings": {target: {"align": dict(alignment)} for target in targets},
+        }
+
+    def check_sparsity(self, named: list[str], own: list[str]) -> None:
+        if own:
+            return
+        for key in (*_SPARSITY, *_LIMITS):
+            values = {name: _value(self.entries[name], key) for name in named if not self.is_depthwise(name)}
+            if len(set(values.values())) > 1:
+                first, *others = values
+                other = next(name for name in others if values[name] != values[first])
+                raise UserError(
+                    f"{first} and {other} share their channels, but the pruning config gives them {key} "
+                    f"{values[first]} and {values[other]}; give both the same"
+                )
+
+    def leave_out(self, names: list[str], reason: str) -> None:
+        for name in names:
+            self.left_out[name] = reason
+
+    def is_convolution(self, name: str) -> bool:
+        return isinstance(self.modules[name], nn.Conv1d | nn.Conv2d)
+
+    def is_depthwise(self, name: str) -> bool:
+        return name in self.flow.followers and self.is_convolution(name)

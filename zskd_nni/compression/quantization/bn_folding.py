@@ -1,0 +1,156 @@
+"""Which modules of a network act as one under quantization: a convolution, its BatchNorm, its ReLU."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from nni.compression.base.config import select_modules_by_config
+from nni.compression.base.setting import canonicalize_settings
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn import functional
+
+from zskd_nni.compression.fx_trace import trace
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.shared_modules import set_module
+from zskd_nni.models.teacher import first_tensor
+from zskd_nni.runtime.errors import UserError
+
+# What NNI knows to fold.
+_FIRST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.Linear: nn.BatchNorm1d,
+}
+_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# A right fold differs by rounding, a wrong one by hundredths of the largest logit and more.
+_LARGEST_DIFFERENCE = 1e-3
+
+
+def targets_of(module: nn.Module, configs: list[dict[str, Any]]) -> set[str]:
+    """The quantized targets of a module that several entries of a config list may select, in NNI's names for them."""
+    return {target for config in configs for target in canonicalize_settings(module, config, "quantization")}
+
+
+def batch_norm_folds(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> list[tuple[str, ...]]:
+    """The folds of a quantization config, read from the network's graph.
+
+    A convolution or linear layer folds with the batch normalisation that alone reads it, and that normalisation with
+    the ReLU that alone reads it, where the config quantizes the layer's weight and, for the ReLU, names its output. A
+    module that ``forward`` calls more than once folds with nothing.
+
+    Args:
+        model: any module that torch.fx can trace.
+        config_list: NNI's quantization config; layers that it does not select, or whose folds it names itself, are
+            left out.
+        dummy_input: one input.
+    """
+    configs: dict[str, list[dict[str, Any]]] = {}
+    named: set[str] = set()
+    for config in config_list:
+        named.update(names[0] for names in config.get("fuse_names", ()))
+        selected, public, _ = select_modules_by_config(model, config)
+        for name in selected:
+            configs.setdefault(name, []).append(public)
+    graph = trace(model, dummy_input)
+    calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
+
+    def sole_reader(node: Node, kind: type[nn.Module]) -> Node | None:
+        readers = list(node.users)
+        if len(readers) != 1 or readers[0].op != "call_module" or calls[readers[0].target] != 1:
+            return None
+        return readers[0] if type(graph.get_submodule(str(readers[0].target))) is kind else None
+
+    folds = []
+    for node in graph.graph.nodes:
+        if node.op != "call_module" or calls[node.target] != 1 or node.target in named or node.target not in configs:
+            continue
+        module, of_module = graph.get_submodule(str(node.target)), configs[node.target]
+        follower = _FIRST.get(type(module))
+        if follower is None or "weight" not in targets_of(module, of_module):
+            continue
+        norm = sole_reader(node, follower)
+        if norm is None:
+            continue
+        fold = [str(node.target), str(norm.target)]
+        # NNI folds a ReLU only where the entry that holds the fold names the output.
+        outputs = any("_output_" in config.get("target_names", ()) for config in of_module)
+        relu = sole_reader(norm, nn.ReLU) if outputs else None
+        folds.append((*fold, str(relu.target)) if relu is not None else tuple(fold))
+    return folds
+
+
+@torch.no_grad()
+def check_folds(model: nn.Module, folds: Iterable[Sequence[str]], spec: InputSpec) -> None:
+    """NNI lets the first module of a fold answer for all of it, and takes the others out wherever they are called.
+
+    Args:
+        model: left as it is.
+        folds: by module path.
+        spec: its input; asked about noise.
+
+    Raises:
+        UserError: a module that is not there, or a fold with which the network answers otherwise in ``eval()``.
+    """
+    folds = [tuple(names) for names in folds]
+    if not folds:
+        return
+    known = dict(model.named_modules())
+    for names in folds:
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise UserError(f"fuse_names: the model has no module {missing[0]!r}, which the fold {list(names)} names.")
+    noise = torch.rand(4, *spec.shape, generator=torch.Generator().manual_seed(0)) * (spec.high - spec.low) + spec.low
+    images = spec.normalise(noise).to(next(model.parameters()).device)
+    expected = first_tensor(copy.deepcopy(model).eval()(images.clone()))
+    if _changed(model, folds, images, expected):
+        for names in folds:
+            if _changed(model, [names], images, expected):
+                raise UserError(
+                    f"fuse_names: {', '.join(names)} cannot act as one: without {' and '.join(names[1:])} wherever "
+                    f"forward calls them, and {names[0]} in their place, the network answers otherwise. A fold is a "
+                    "layer, the BatchNorm and the ReLU that alone read it, each called once; leave the fold out, "
+                    "fuse_batch_norm finds those that are."
+                )
+
+
+def _changed(model: nn.Module, folds: Iterable[Sequence[str]], images: Tensor, expected: Tensor) -> bool:
+    folded = copy.deepcopy(model).eval()
+    for first, *others in folds:
+        module, followers = folded.get_submodule(first), [folded.get_submodule(name) for name in others]
+        for name, value in folded_parameters(module, followers, first).items():
+            module.register_parameter(name, nn.Parameter(value))
+        if any(isinstance(follower, nn.ReLU) for follower in followers):
+            module.register_forward_hook(lambda _, __, output: functional.relu(output))
+        for name in others:
+            set_module(folded, name, nn.Identity())
+    actual = first_tensor(folded(images.clone()))
+    return not bool(((actual - expected).abs().max() <= _LARGEST_DIFFERENCE * expected.abs().max()).all())
+
+
+def folded_parameters(module: nn.Module, followers: list[nn.Module], path: str) -> dict[str, Tensor]:
+    """The parameters with which ``module`` alone gives what the BatchNorms among ``followers`` make of its output.
+
+    Raises:
+        UserError: a BatchNorm without running statistics.
+    """
+    parameters = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False)}
+    for norm in followers:
+        if not isinstance(norm, _NORMALISATIONS):
+            continue
+        mean, variance = norm.running_mean, norm.running_var
+        if mean is None or variance is None:
+            raise UserError(f"{path} is folded with a BatchNorm that keeps no running statistics.")
+        factor = torch.rsqrt(variance + norm.eps)
+        gain = norm.weight.detach() if norm.affine else torch.ones_like(mean)
+        shift = norm.bias.detach() if norm.affine else torch.zeros_like(mean)
+        weight = parameters["weight"]
+        bias = parameters.get("bias", torch.zeros_like(mean))
+        parameters["weight"] = weight * (gain * factor).reshape(-1, *[1] * (weight.ndim - 1))
+        parameters["bias"] = (bias - mean) * factor * gain + shift
+    return parameters

@@ -1,0 +1,138 @@
+"""Random augmentation on the device, each image of a batch by its own draw.
+
+torchvision's random transforms move a whole batch alike; these move every image by itself, in one
+``grid_sample``. The numbers are drawn on the CPU, so that every device sees the same ones, and what little is computed
+of them alone is computed there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from zskd_nni.runtime.device import to_device
+
+_Uniform = Callable[..., Tensor]  # of a range and a shape: a draw for each image, on the CPU
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far an image may be moved and changed. The default leaves it as it is.
+
+    Attributes:
+        rotation: degrees, drawn from ``[-rotation, rotation]``.
+        translation: fraction of the side, drawn from ``[-translation, translation]`` along each axis.
+        scale: smallest and largest zoom factor, drawn uniformly in its logarithm.
+        shear: degrees, drawn from ``[-shear, shear]``.
+        flip: probability of a left-right mirror image, in [0, 1].
+        contrast: the image is multiplied by a factor from ``[1 - contrast, 1 + contrast]``, about its low value.
+        noise: standard deviation of Gaussian pixel noise, as a fraction of the value range.
+        erase: largest side of a square set to a random grey, as a fraction of the image's side.
+        border: what stands beyond the edge: ``zeros`` (the low value) or ``border`` (the edge pixels).
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    rotation: float = 0.0
+    translation: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    shear: float = 0.0
+    flip: float = 0.0
+    contrast: float = 0.0
+    noise: float = 0.0
+    erase: float = 0.0
+    border: str = "zeros"
+
+    def __post_init__(self) -> None:
+        for name, high in (("rotation", 180), ("translation", 1), ("shear", 60), ("flip", 1), ("contrast", 1)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie in [0, {high}], not {getattr(self, name)}")
+        for name in ("noise", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ValueError(f"scale is the smallest and the largest factor, both positive, not {list(self.scale)}")
+        if self.border not in ("zeros", "border"):
+            raise ValueError(f"border is zeros or border, not {self.border!r}")
+
+    @property
+    def moves(self) -> bool:
+        """Whether any image is resampled."""
+        return bool(self.rotation or self.translation or self.shear or self.flip or self.scale != (1.0, 1.0))
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is changed at all."""
+        return bool(self.moves or self.contrast or self.noise or self.erase)
+
+
+def augment(
+    images: Tensor, settings: Augmentation, generator: torch.Generator, low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """Augment ``(N, C, H, W)`` images in ``[low, high]``, each by its own draw; same shape and range.
+
+    An image that leaves the range from the first, as those of a generator may, keeps its own.
+    """
+    if not settings.active:
+        return images
+    count = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand((count, *shape), generator=generator)
+
+    result = images
+    if settings.moves:
+        result = _move(images - low, settings, uniform) + low
+    if settings.contrast:
+        result = low + (result - low) * to_device(
+            uniform(1 - settings.contrast, 1 + settings.contrast, 1, 1, 1), images.device
+        )
+    if settings.noise:
+        noise = torch.randn(images.shape, generator=generator)
+        result = result + to_device(noise, images.device) * (settings.noise * (high - low))
+    if settings.erase:
+        result = _erase(result, settings.erase, uniform, low, high)
+    if not (settings.contrast or settings.noise):
+        return result
+    extremes = (1, 2, 3)
+    return result.clamp(images.amin(extremes, True).clamp_max(low), images.amax(extremes, True).clamp_min(high))
+
+
+def _move(images: Tensor, settings: Augmentation, uniform: _Uniform) -> Tensor:
+    angle = uniform(-settings.rotation, settings.rotation) * (math.pi / 180)
+    shear = uniform(-settings.shear, settings.shear) * (math.pi / 180)
+    zoom = uniform(math.log(settings.scale[0]), math.log(settings.scale[1])).exp()
+    mirror = 1 - 2 * (uniform(0, 1) < settings.flip).float()
+    shift = 2 * uniform(-settings.translation, settings.translation, 2)
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    aspect = images.shape[2] / images.shape[3]  # the grid's units are half a height and half a width
+    theta = torch.stack(
+        [
+            torch.stack([mirror * cos, (cos * shear.tan() - sin) * aspect, shift[:, 0]], 1),
+            torch.stack([mirror * sin / aspect, sin * shear.tan() + cos, shift[:, 1]], 1),
+        ],
+        1,
+    )  # (N, 2, 3)
+    grid = functional.affine_grid(to_device(theta, images.device), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, padding_mode=settings.border, align_corners=False)
+
+
+def _erase(images: Tensor, largest: float, uniform: _Uniform, low: float, high: float) -> Tensor:
+    height, width = images.shape[2:]
+    side = uniform(0, largest, 1)  # (N, 1)
+    top, left = uniform(0, 1, 1), uniform(0, 1, 1)
+    rows = (torch.arange(height) + 0.5) / height
+    columns = (torch.arange(width) + 0.5) / width
+    shorter = min(height, width)
+    tall, wide = height / shorter, width / shorter
+    inside = ((rows - top).abs() * tall < side / 2)[:, None, :, None]
+    inside = inside & ((columns - left).abs() * wide < side / 2)[:, None, None, :]
+    return torch.where(to_device(inside, images.device), to_device(uniform(low, high, 1, 1, 1), images.device), images)

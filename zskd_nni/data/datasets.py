@@ -1,0 +1,255 @@
+"""Reading the image sets a user names: for evaluation, arbitrary transfer sets and real-data ceilings only.
+
+Nothing in synthesis, distillation on impressions, pruning or calibration comes here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.runtime.errors import UserError
+
+DATA_VARIABLE = "ZSKD_NNI_DATA"
+_TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "svhn": "SVHN",
+}
+UNLABELLED = -1
+NAMED_SETS = ("digits", *_TORCHVISION)
+CLASS_NAMES = {
+    "fashion-mnist": ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+    "cifar10": ("aeroplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry"),
+}
+_IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images as bytes and their classes.
+
+    Attributes:
+        images: ``(N, C, H, W)`` uint8.
+        labels: ``(N,)`` int64.
+        name: what to call the set in reports.
+    """
+
+    images: Tensor
+    labels: Tensor
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def require_labels(self, classes: int) -> None:
+        """Refuse to be measured on where the labels are not classes of the network.
+
+        Raises:
+            UserError: images without labels (a folder without class folders), or a class the network does not know.
+        """
+        lowest, highest = int(self.labels.min()), int(self.labels.max())
+        if lowest < 0:
+            raise UserError(
+                f"{self.name} has images without a class, on which no accuracy can be measured; "
+                "a folder of images needs one sub-folder a class."
+            )
+        if highest >= classes:
+            raise UserError(
+                f"{self.name} has a class {highest}, the network knows {classes} classes only (0 to {classes - 1})."
+            )
+
+    def subset(self, index: Tensor | slice, name: str | None = None) -> LabelledImages:
+        """The images at ``index``."""
+        return LabelledImages(self.images[index], self.labels[index], name or self.name)
+
+    def pixels(self, index: Tensor | slice, spec: InputSpec) -> Tensor:
+        """Float images ``(n, *spec.shape)`` in the teacher's value range, resized where the sizes differ."""
+        images = fit_shape(self.images[index].float().div_(255), spec.shape)
+        return images.mul_(spec.high - spec.low).add_(spec.low)
+
+
+def fit_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Bring ``(N, c, h, w)`` images in [0, 1] to ``shape`` (C, H, W).
+
+    28x28 images are put in the middle of 32x32 (LeCun's way with LeNet-5); other sizes are resized
+    bilinearly. Grey images are repeated for colour networks, colour images averaged for grey ones.
+
+    Raises:
+        UserError: channels that are neither the network's nor can be made so.
+    """
+    channels, height, width = shape
+    if images.shape[1] != channels:
+        if {images.shape[1], channels} != {1, 3}:
+            raise UserError(
+                f"The images have {images.shape[1]} channels of {images.shape[2]}x{images.shape[3]} pixels, the "
+                f"network takes {channels} of {height}x{width}; only grey (1) and colour (3) are made into each other."
+            )
+        images = (
+            images.mean(1, keepdim=True) if channels == 1 else images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
+        )
+    if tuple(images.shape[2:]) == (28, 28) and (height, width) == (32, 32):
+        return functional.pad(images, (2, 2, 2, 2))
+    if tuple(images.shape[2:]) != (height, width):
+        images = functional.interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return images
+
+
+def data_root(given: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder of real data: ``given``, or what the variable ``ZSKD_NNI_DATA`` names, or None."""
+    value = given or os.environ.get(DATA_VARIABLE)
+    return Path(value) if value else None
+
+
+def load_images(
+    name: str, split: str = "test", root: str | os.PathLike[str] | None = None, download: bool = False
+) -> LabelledImages:
+    """Read a set by name or path.
+
+    Args:
+        name: ``digits`` (embedded in scikit-learn), ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``svhn``,
+            or the path of an ``.npz`` (``images`` uint8 ``(N, H, W[, C])``, ``labels``) or of a folder of images
+            with one sub-folder a class.
+        split: ``train`` or ``test``; of no meaning for a path.
+        root: where named sets lie, in torchvision's layout; ``ZSKD_NNI_DATA`` where absent.
+        download: let torchvision fetch a named set into ``root``.
+
+    Raises:
+        UserError: the set is not there, or cannot be read.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"A data set's split is train or test, not {split!r}.")
+    if name == "digits":
+        return _digits(split)
+    if name in _TORCHVISION:
+        return _named(name, split, data_root(root), download)
+    path = Path(name)
+    if path.suffix == ".npz":
+        return _npz(path)
+    with contextlib.suppress(OSError, ValueError):  # a name that no folder can have
+        if path.is_dir():
+            return _folder(path)
+    raise UserError(
+        f"There is no data set {name!r}: name one of {', '.join(NAMED_SETS)}, an .npz file or a folder of images."
+    )
+
+
+def _digits(split: str) -> LabelledImages:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)  # (1797, 1, 8, 8)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    held_out = torch.arange(len(labels)) % 5 == 0  # every fifth image, 360 of 1,797
+    return LabelledImages(images, labels, "digits").subset(held_out if split == "test" else ~held_out)
+
+
+def _named(name: str, split: str, root: Path | None, download: bool) -> LabelledImages:
+    import torchvision
+
+    if root is None:
+        raise UserError(
+            f"The data set {name} needs a folder: give --data-root DIR or set {DATA_VARIABLE}; "
+            "--download lets torchvision fetch it there."
+        )
+    archive = root / f"{name}-{split}.npz"
+    if archive.is_file():
+        return _npz(archive, name)
+    which = {"split": split} if name == "svhn" else {"train": split == "train"}
+    try:
+        dataset = getattr(torchvision.datasets, _TORCHVISION[name])(root, download=download, **which)
+    except RuntimeError as error:
+        if download:
+            raise UserError(f"torchvision could not fetch the data set {name} into {root} ({error}).") from error
+        raise UserError(
+            f"The data set {name} is not in {root} (torchvision's layout, or {name}-{split}.npz); "
+            "--download lets torchvision fetch it there."
+        ) from error
+    except Exception as error:  # damaged files raise anything
+        raise UserError(f"The data set {name} could not be had in {root} ({error}).") from error
+    images = torch.as_tensor(np.asarray(dataset.data))
+    if name == "svhn":  # torchvision keeps it as (N, 3, 32, 32)
+        return LabelledImages(images, torch.as_tensor(dataset.labels, dtype=torch.int64), name)
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(images, torch.as_tensor(dataset.targets, dtype=torch.int64), name)
+
+
+def _npz(path: Path, name: str | None = None) -> LabelledImages:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            images, labels = content["images"], content["labels"]
+        if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
+            raise ValueError("they are no arrays")
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.") from error
+    except Exception as error:  # a damaged archive raises anything
+        raise UserError(f"{path} holds no arrays 'images' and 'labels' ({error}).") from error
+    labelled = labels.shape == images.shape[:1] != (0,) and labels.dtype.kind in "iu"
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not labelled:
+        raise UserError(
+            f"{path}: 'images' must be uint8 of shape (N, H, W) or (N, H, W, C) with one integer label each, "
+            f"not {images.dtype} {images.shape} beside {labels.dtype} {labels.shape}."
+        )
+    if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+        raise UserError(
+            f"{path}: 'images' is of shape {images.shape}, with the channels first; they belong last, (N, H, W, C): "
+            "images.transpose(0, 2, 3, 1)."
+        )
+    tensor = torch.from_numpy(images)
+    tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(tensor, torch.from_numpy(labels.astype(np.int64)), name or path.stem)
+
+
+def _colours(image: Any, file: Path) -> np.ndarray[Any, Any]:
+    """``(H, W, 3)`` bytes of an opened image; sixteen bits of grey are scaled, which Pillow would cut off at 255."""
+    if image.mode.startswith("I;16"):
+        return np.repeat((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UserError(f"{file} has pixels of 32 bits, whose range nobody knows; save it with 8 or 16.")
+    return np.asarray(image.convert("RGB"))
+
+
+def _folder(path: Path) -> LabelledImages:
+    from PIL import Image
+
+    # .ipynb_checkpoints and __MACOSX, which appear by themselves, are no classes: they would shift all others.
+    classes = sorted(e.name for e in path.iterdir() if e.is_dir() and not e.name.startswith((".", "__")))
+    files = [(file, index) for index, name in enumerate(classes) for file in sorted((path / name).iterdir())]
+    if not classes:
+        files = [(file, UNLABELLED) for file in sorted(path.iterdir())]
+    files = [(file, index) for file, index in files if file.suffix.lower() in _IMAGE_ENDINGS]
+    empty = set(range(len(classes))) - {index for _, index in files}
+    if files and empty:
+        raise UserError(
+            f"{path / classes[min(empty)]} holds no images, and as a class it would shift the numbers of those behind "
+            "it; remove the folder, or number the classes in an .npz."
+        )
+    if not files:
+        raise UserError(f"The folder {path} holds no images ({', '.join(sorted(_IMAGE_ENDINGS))}).")
+    arrays = []
+    for file, _ in files:
+        try:
+            with Image.open(file) as image:
+                arrays.append(_colours(image, file))
+        except UserError:
+            raise
+        except Exception as error:  # damaged images raise anything, and so do those too large to be meant
+            raise UserError(f"{file} cannot be read as an image ({error}).") from error
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise UserError(
+            f"The images in {path} differ in size ({', '.join(map(str, sorted(shapes)[:3]))}); resize them."
+        )
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(images, torch.tensor([index for _, index in files]), path.name)

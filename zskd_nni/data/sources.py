@@ -1,0 +1,154 @@
+"""Transfer sources: on which inputs shall the student imitate the teacher?
+
+Every method answers that one question, so that a stored set of impressions, a balanced arbitrary set and a live
+generator differ only behind this interface.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.runtime.device import to_device
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.rng import generator
+
+_SHARE_OF_MEMORY = 0.25  # of what is free on a GPU, for the images of a set
+_ROWS_AT_ONCE = 1000
+
+
+@runtime_checkable
+class TransferSource(Protocol):
+    """Yields batches of images for a student at a step.
+
+    Attributes:
+        size: how many distinct images it holds, or None for a stream.
+        batch_size: images in a batch.
+        fingerprint: says which images these are; a checkpoint of a run on other images is refused.
+    """
+
+    size: int | None
+    batch_size: int
+    fingerprint: str
+
+    def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Images ``(batch_size, C, H, W)`` in the teacher's value range for ``step`` (from 0)."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be saved so that the source can go on; empty for a source that depends on the step alone."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what :meth:`state_dict` gave."""
+        ...
+
+
+class Images(Protocol):
+    """``(N, C, H, W)``, in memory (a tensor) or elsewhere."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is asked for arrives."""
+        ...
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor:
+        """Those at ``rows``."""
+        ...
+
+
+class _Stateless:
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise UserError("This transfer source keeps no state, but the checkpoint holds some: it is another's.")
+
+
+class StoredSource(_Stateless):
+    """A fixed set of images, drawn in a fresh order every epoch.
+
+    Args:
+        images: ``(N, C, H, W)`` in the teacher's value range, of any float type; kept where they are, be that in
+            memory or on disk.
+        batch_size: images in a batch; a smaller set gives all its images.
+        seed: names the orders.
+        fingerprint: of the images.
+        device: where batches are wanted. The first one brings all images to a GPU that has room for them, so that
+            no step waits for the host.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        seed: int,
+        fingerprint: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if len(images) == 0:
+            raise UserError("The transfer set is empty; a student cannot be taught on no images.")
+        self.images = images
+        self.size: int | None = len(images)
+        self.batch_size = min(batch_size, len(images))
+        self.seed = seed
+        self.fingerprint = fingerprint
+        self.device, self._settled = torch.device(device), False
+        self._per_epoch = len(images) // self.batch_size
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Images ``(batch_size, C, H, W)``, none of the set twice an epoch.
+
+        What is left of an epoch's order and fills no batch is not shown in it: less than a batch, others each time.
+        """
+        epoch, position = divmod(step, self._per_epoch)
+        if not self._settled:
+            self.images, self._settled = cache_on_device(self.images, self.device), True
+        if self._order[0] != epoch:
+            order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
+            self._order = (epoch, to_device(order, self.images.device))
+        index = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+        return self.images[index].float()
+
+
+def cache_on_device(images: Images, device: torch.device) -> Images:
+    """The images in this GPU's memory, where they fill no more than a quarter of what is free; else as they are."""
+    if device.type == "cpu" or images.device.type != "cpu":
+        return images
+    one = images[torch.zeros(1, dtype=torch.long)]
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)  # not every kind of device has it
+    if ask is None or len(images) * one.numel() * one.element_size() > ask(device)[0] * _SHARE_OF_MEMORY:
+        return images
+    near = torch.empty((len(images), *one.shape[1:]), dtype=one.dtype, device=device)
+    for rows in torch.arange(len(images)).split(_ROWS_AT_ONCE):
+        near[int(rows[0]) : int(rows[-1]) + 1] = images[rows].to(device)
+    return near
+
+
+class NoiseSource(_Stateless):
+    """A stream of uniform noise: the control that any method must beat.
+
+    Args:
+        spec: shape and value range.
+        batch_size: images in a batch.
+    """
+
+    def __init__(self, spec: InputSpec, batch_size: int) -> None:
+        self.spec = spec
+        self.size: int | None = None
+        self.batch_size = batch_size
+        self.fingerprint = "uniform noise"
+
+    def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Fresh noise ``(batch_size, C, H, W)``."""
+        noise = torch.rand((self.batch_size, *self.spec.shape), generator=random)
+        return noise.mul_(self.spec.high - self.spec.low).add_(self.spec.low)

@@ -1,0 +1,1 @@
+"""ATS: arbitrary transfer sets, balanced by the teacher (Nayak et al., WACV 2021)."""

@@ -1,0 +1,124 @@
+"""ZSKT as published: generator and student play the whole game (Micaelli & Storkey 2019, algorithm 1)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource, _is_finite, cosine
+from zskd_nni.models.hooks import FeaturePoint, watched
+from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.teacher import Teacher, first_tensor
+from zskd_nni.runtime.files import fingerprint_of
+from zskd_nni.training.attention_transfer import attention_pairs
+from zskd_nni.training.checkpoint import Checkpoint, History
+from zskd_nni.training.distillation import check_student
+from zskd_nni.training.loop import DivergenceError, fit, training_mode
+from zskd_nni.training.losses import attention_distance, attention_map, belief_divergence
+
+
+def train_zskt(
+    student: nn.Module,
+    teacher: Teacher,
+    settings: ZsktSettings | None = None,
+    *,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = 30.0,
+    label: str = "ZSKT",
+    quiet: bool = False,
+) -> History:
+    """Teach ``student`` in place by ZSKT; it comes back in ``eval()`` mode, as its last step left it.
+
+    Args:
+        student: takes what the teacher takes, on the teacher's device; trained in ``train()`` mode throughout.
+        teacher: in ``eval()``, as ever.
+        settings: the preset ``paper`` by default.
+        seed: names the random streams.
+        checkpoint: a file to keep generator, student, both optimisers and schedules in; the same call again goes on
+            from it, bit by bit on the CPU.
+        checkpoint_every: seconds between two writes.
+        label: shown beside the progress.
+        quiet: no progress.
+
+    Returns:
+        The student's loss along its ``rounds * student_steps`` steps.
+
+    Raises:
+        UserError: networks or attention layers that do not fit, a checkpoint of another run, or divergence (names
+            the step; the last good checkpoint is kept).
+    """
+    settings = settings or ZsktSettings()
+    check_student(student, teacher)
+    lay_out(student, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
+    pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
+    source = ZsktSource(teacher, settings, settings.batch, seed)
+    optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine(step // settings.student_steps, settings.rounds)
+    )
+
+    def clip(*_: Any) -> None:
+        norm = nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+        if not _is_finite(norm):
+            raise DivergenceError("ZSKT diverged: the student's gradient is not finite in step {step}.")
+
+    answered: tuple[Tensor, Tensor, list[Tensor]] | None = None
+
+    def answer(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The teacher's logits and attention maps, asked for once a batch of images."""
+        nonlocal answered
+        if answered is None or answered[0] is not images:
+            with torch.no_grad(), source.precision(), ExitStack() as stack:
+                seen = [stack.enter_context(watched(teacher.model, FeaturePoint(path))) for path, _ in pairs]
+                logits = teacher.output(teacher.model(images))
+            answered = images, logits, [attention_map(features[-1].float()) for features in seen]
+        return answered[1], answered[2]
+
+    current = 0
+
+    def loss(step: int, random: torch.Generator) -> Tensor:
+        nonlocal current
+        current = step
+        images = source.normalised(step, random, student)
+        answers, attended = answer(images)
+        with source.precision(), ExitStack() as stack:
+            seen = [stack.enter_context(watched(student, FeaturePoint(path))) for _, path in pairs]
+            beliefs = first_tensor(student(images))
+        # Equation 3.
+        value = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
+        for ours, theirs in zip(seen, attended, strict=True):
+            distance = attention_distance(attention_map(ours[-1].float()), theirs, settings.attention_distance)
+            value = value + settings.attention_weight * distance
+        if not _is_finite(value.detach()):
+            raise DivergenceError("ZSKT diverged: the student's loss is not finite in step {step}.")
+        return value
+
+    kept = None
+    if checkpoint is not None:
+        shapes = {name: list(value.shape) for name, value in student.state_dict().items()}
+        fingerprint = fingerprint_of([source.fingerprint, [list(pair) for pair in pairs], shapes])
+        kept = Checkpoint(Path(checkpoint), fingerprint, checkpoint_every)
+    hook = optimizer.register_step_pre_hook(clip)
+    try:
+        with training_mode(student):
+            return fit(
+                student,
+                optimizer,
+                scheduler,
+                loss,
+                steps=settings.rounds * settings.student_steps,
+                seed=seed,
+                label=label,
+                checkpoint=kept,
+                extra=source,
+                quiet=quiet,
+            )
+    except DivergenceError as error:
+        raise DivergenceError(str(error).replace("{step}", str(current))) from error
+    finally:
+        hook.remove()

@@ -1,0 +1,214 @@
+"""Naming a network: ``zoo:lenet5``, ``torchvision:resnet18``, ``package.module:factory``, ``file.py:factory``.
+
+The last two import code that the user wrote; whoever owns the recipe decides what runs. Nothing else in a recipe can.
+What they name must make networks: a class derived from ``nn.Module``, a function of the user's own code, or a function
+of an installed package that is annotated to return an ``nn.Module``. ``os:system`` and ``torch:load`` are none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import sysconfig
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from zskd_nni.models import zoo
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import is_file, sha256_of_file
+
+FORMS = "zoo:NAME, torchvision:NAME, package.module:factory or path/to/file.py:factory"
+
+
+def build_network(reference: str, arguments: Mapping[str, Any] | None = None, base: Path | None = None) -> nn.Module:
+    """Make a network from its name.
+
+    Args:
+        reference: one of the forms above; a factory is a class or function that returns an ``nn.Module``.
+        arguments: keyword arguments of the factory.
+        base: the folder that a relative ``file.py`` is meant from.
+
+    Raises:
+        UserError: there is no such network, or its factory fails.
+    """
+    factory = _find_factory(reference, base)
+    try:
+        network = factory(**dict(arguments or {}))
+    except Exception as error:  # a factory may raise anything
+        raise UserError(
+            f"The network {reference!r} could not be built with {dict(arguments or {})}: {error}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{reference!r} made a {type(network).__name__}; a factory must return an nn.Module.")
+    for path, module in network.named_modules():
+        if any(isinstance(value, UninitializedParameter) for value in module.parameters(recurse=False)):
+            raise UserError(
+                f"{reference!r} has a layer {path!r} of which only a first pass tells the size "
+                f"({type(module).__name__}); let the factory call the network once on an input of its size."
+            )
+    return network
+
+
+def _find_factory(reference: str, base: Path | None) -> Any:
+    source, colon, name = reference.rpartition(":")
+    if not colon or not source or not name:
+        raise UserError(f"A network is named as {FORMS}; not {reference!r}.")
+    if source == "zoo":
+        if name not in zoo.FACTORIES:
+            raise UserError(f"The zoo has no network {name!r}; it has {', '.join(sorted(zoo.FACTORIES))}.")
+        return zoo.FACTORIES[name]
+    if source == "torchvision":
+        import torchvision
+
+        if name not in torchvision.models.list_models():
+            near = difflib.get_close_matches(name, torchvision.models.list_models(), 1)
+            hint = f"did you mean {near[0]}?" if near else "torchvision.models.list_models() lists them."
+            raise UserError(f"torchvision has no model {name!r}; {hint}")
+        return torchvision.models.get_model_builder(name)
+    module = _import_file(Path(source), base) if source.endswith(".py") else _import_module(source, base)
+    if not hasattr(module, name):
+        raise UserError(f"{source} has no {name!r} to build a network with.")
+    factory = getattr(module, name)
+    if callable(factory) and not _makes_networks(factory):
+        raise UserError(
+            f"{reference!r} is no factory of networks: name a class derived from nn.Module, a function of your own, or "
+            "one of a package that is annotated to return an nn.Module. A file.py beside the recipe may call any other."
+        )
+    return factory
+
+
+def _makes_networks(factory: Any) -> bool:
+    """Whether somebody can have meant ``factory`` to build a network; a recipe's arguments go to nothing else."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    factory = inspect.unwrap(factory)
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
+        return True
+    home = getattr(factory, "__module__", None) or type(factory).__module__
+    if not _is_standard(home) and not _is_installed(home):
+        return True
+    try:
+        made = get_type_hints(factory).get("return")
+    except Exception:  # annotations may be anything
+        return False
+    return isinstance(made, type) and issubclass(made, nn.Module)
+
+
+def _is_standard(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_installed(module: str) -> bool:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.partition(".")[0] == __name__.partition(".")[0]:
+        return True  # compiled in, or gone: not a file that the user wrote
+    folders = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
+    path = Path(file).resolve()
+    return any(folder in path.parents for folder in folders) or "dist-packages" in path.parts
+
+
+def _import_file(path: Path, base: Path | None) -> Any:
+    path = path if path.is_absolute() or base is None else base / path
+    if not is_file(path):
+        raise UserError(f"There is no file {path} to take a network from.")
+    name = f"zskd_nni_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    beside = str(path.resolve().parent)
+    sys.path.insert(0, beside)  # it may import what lies beside it, as when python runs it
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UserError(f"{path} cannot be imported: {error}") from error
+    finally:
+        if beside in sys.path:  # what the file itself has put there stays
+            sys.path.remove(beside)
+    return module
+
+
+def _import_module(name: str, base: Path | None) -> Any:
+    if _is_standard(name):
+        raise UserError(f"The module {name!r} is part of Python itself and makes no networks.")
+    # Beside the recipe or in the current folder, as python itself would find it; the command's own folder is another.
+    folders = [str(folder) for folder in (base, Path.cwd()) if folder is not None]
+    before = list(sys.path)
+    sys.path[:0] = folders
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"The module {name!r} cannot be imported: {error}") from error
+    finally:
+        sys.path[:] = before
+
+
+def network_fingerprint(network: nn.Module) -> str:
+    """SHA-256 over a network's modules, their settings and its weights."""
+    digest = hashlib.sha256(repr(network).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def code_fingerprint(reference: str, base: Path | None = None) -> str | None:
+    """SHA-256 of the file that a factory of the user's own is defined in; None for networks of packages.
+
+    What that file imports is not looked into.
+    """
+    source = reference.rpartition(":")[0]
+    if source in ("zoo", "torchvision"):
+        return None
+    factory = _find_factory(reference, base)
+    while isinstance(factory, partial):
+        factory = factory.func
+    home = getattr(inspect.unwrap(factory), "__module__", None) or type(factory).__module__
+    file = getattr(sys.modules.get(home), "__file__", None)
+    if _is_standard(home) or _is_installed(home) or file is None or not is_file(Path(file)):
+        return None
+    return sha256_of_file(file)
+
+
+def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Put a state dict into a network, whole.
+
+    Raises:
+        UserError: keys are missing or left over, or shapes differ; names them.
+    """
+    expected = network.state_dict()
+    # DataParallel puts "module." in front of all names
+    weights = {name if name in expected else name.removeprefix("module."): value for name, value in weights.items()}
+    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in weights if name not in expected]
+    shapes = [
+        f"{name} is {list(value.shape)}, not {list(expected[name].shape)}"
+        for name, value in weights.items()
+        if name in expected and value.shape != expected[name].shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{_some(missing)} missing")
+    if unexpected:
+        problems.append(f"{_some(unexpected)} not of this network")
+    if shapes:
+        problems.append(_some(shapes))
+    if problems:
+        raise UserError(f"The weights in {source} do not fit the network: {'; '.join(problems)}.")
+    network.load_state_dict(weights, strict=False)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,243 @@
+"""The teacher: a frozen copy of the user's classifier, and what must be known about its inputs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.local_response_norm import fast_response_norms
+from zskd_nni.models.memory_format import lay_out
+from zskd_nni.runtime.errors import UserError
+
+OutputAdapter = Callable[[Any], Tensor]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The logits in what a model returns: a tensor itself, the ``logits`` of a mapping, else the first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, dict):
+        if isinstance(output.get("logits"), Tensor):
+            return output["logits"]
+        output = list(output.values())
+    elif hasattr(output, "logits") and isinstance(output.logits, Tensor):
+        return output.logits
+    if isinstance(output, Sequence):
+        for entry in output:
+            if isinstance(entry, Tensor):
+                return entry
+    raise UserError(
+        f"The model returns {type(output).__name__}, in which no tensor of logits was found; pass output=, a "
+        "function that takes what the model returns and gives the logits (N, classes)."
+    )
+
+
+class Teacher:
+    """A frozen, ``eval()``, float32 copy of a classifier. The given module is left exactly as it was.
+
+    Args:
+        model: any classifier ``(N, C, H, W) -> (N, classes)``; tuples and mappings go through ``output``.
+        spec: shape, value range and normalisation of its input.
+        classifier: path of the layer that makes the logits (``nn.Linear`` or a 1x1 convolution). Found by
+            watching a forward pass where absent.
+        output: takes what the model returns and gives the logits; see :func:`first_tensor`.
+        code: a digest of the code that the model is made of, where that may change; part of the fingerprint.
+
+    Attributes:
+        model: the copy.
+        classifier_path: path of the classifier layer.
+        num_classes: number of logits.
+        fingerprint: SHA-256 over weights, modules and their plain settings, classifier path, input description,
+            the name of a given ``output`` and ``code``. What stands in a ``forward`` alone is not in it.
+
+    Raises:
+        UserError: a model that cannot be copied, weights that are not finite, BatchNorm that remembers nothing, an
+            input the model cannot take, a classifier that cannot be found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: InputSpec,
+        classifier: str | None = None,
+        output: OutputAdapter | None = None,
+        code: str | None = None,
+    ) -> None:
+        check_finite(model.state_dict())
+        _check_answers_do_not_depend_on_the_batch(model)
+        self.spec = spec
+        self.output = output or first_tensor
+        try:
+            frozen = copy.deepcopy(model).float().eval().requires_grad_(False)
+        except Exception as error:  # such as of torch.nn.utils.weight_norm
+            raise UserError(
+                f"The teacher cannot be copied ({error}); remove what its layers carry besides their weights, such as "
+                "by torch.nn.utils.remove_weight_norm."
+            ) from error
+        device = next((p.device for p in frozen.parameters()), torch.device("cpu"))
+        self.model = lay_out(frozen, spec.normalise(spec.midpoint(2)).to(device))
+        self._has_response_norms = any(isinstance(m, nn.LocalResponseNorm) for m in frozen.modules())
+        self.classifier_path, self.num_classes = self._find_classifier(classifier)
+        self.fingerprint = self._fingerprint(code)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def classifier(self) -> nn.Linear | nn.Conv2d:
+        """The layer that makes the logits."""
+        layer = self.model.get_submodule(self.classifier_path)
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        return layer
+
+    def class_weights(self) -> Tensor:
+        """``(classes, features)`` weights of the classifier, bias left out (ZSKD section 3.1)."""
+        return self.classifier.weight.detach().flatten(1).float()
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move the copy; returns itself."""
+        self.model.to(device)
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits ``(N, classes)`` of images ``(N, C, H, W)`` in the spec's value range; differentiable in them."""
+        with fast_response_norms(self.model) if self._has_response_norms else nullcontext():
+            return self.output(self.model(self.spec.normalise(images)))
+
+    def predict(self, images: Tensor, batch: int | None = None) -> Tensor:
+        """Logits ``(N, classes)`` on the CPU, without gradients, in batches."""
+        with torch.no_grad():
+            parts = images.split(batch or self.spec.measuring_batch)
+            return torch.cat([self(part.to(self.device)).cpu() for part in parts])
+
+    def _find_classifier(self, given: str | None) -> tuple[str, int]:
+        watched = dict(classifier_candidates(self.model))
+        if given is not None and given not in watched:
+            known = ", ".join(list(watched)[-5:]) or "none"
+            raise UserError(
+                f"The teacher has no linear layer or 1x1 convolution at {given!r} (classifier); its last ones: {known}."
+            )
+        calls: list[tuple[str, Tensor]] = []
+        hooks = [
+            module.register_forward_hook(lambda _m, _i, out, path=path: calls.append((path, out)))
+            for path, module in watched.items()
+        ]
+        try:
+            with torch.no_grad():
+                # A random image, so that no two layers answer alike by chance.
+                probe = torch.rand((2, *self.spec.shape), generator=torch.Generator().manual_seed(0))
+                probe = self.spec.low + (self.spec.high - self.spec.low) * probe
+                logits = self(probe.to(self.device))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"The teacher cannot take an input of shape {list(self.spec.shape)} ({error}); "
+                "set teacher.input.shape to what it was trained on."
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
+            raise UserError(
+                f"The teacher answers 2 images with a tensor of shape {list(logits.shape)}; a classifier gives "
+                "(2, classes) with at least 2 classes. Pass output= to pick the logits."
+            )
+        if not torch.isfinite(logits).all():
+            raise UserError("The teacher's logits are not finite on a random image; its weights overflow.")
+        classes = logits.shape[1]
+        if given is not None:
+            width = watched[given].weight.shape[0]
+            if width != classes:
+                raise UserError(f"The layer {given!r} (classifier) has {width} outputs, the teacher {classes} classes.")
+            return given, classes
+        for path, out in reversed(calls):
+            if isinstance(out, Tensor) and out.numel() == logits.numel() and torch.equal(out.flatten(1), logits):
+                return path, classes
+        for path, _ in reversed(calls):  # something (a scale, a log-softmax) stands behind the layer
+            if watched[path].weight.shape[0] == classes:
+                return path, classes
+        raise UserError(
+            f"No linear layer or 1x1 convolution with {classes} outputs was found to be the classifier; "
+            "name it (recipe: teacher.classifier, Python: classifier=)."
+        )
+
+    def _fingerprint(self, code: str | None) -> str:
+        adapter = None if self.output is first_tensor else getattr(self.output, "__qualname__", type(self.output))
+        digest = hashlib.sha256(repr((self.spec, self.classifier_path, adapter, code)).encode())
+        for path, module in self.model.named_modules():
+            settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+            settings = {name: settings[name] for name in sorted(settings) if _is_plain(settings[name])}
+            settings.pop("training", None)
+            digest.update(repr((path, type(module).__qualname__, settings)).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def classifier_candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Paths and modules of all linear layers and 1x1 convolutions, in definition order."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
+            yield path, module
+
+
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Refuse weights with NaN or infinity.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+            raise UserError(f"The weights hold {kind} in {name!r}; a network with such weights cannot teach.")
+
+
+def _check_answers_do_not_depend_on_the_batch(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise UserError(
+                f"The teacher's {path!r} is a BatchNorm without running statistics (track_running_stats=False): its "
+                "answer to an image depends on the images beside it. A teacher must answer each image by itself; give "
+                "the layer running statistics."
+            )
+
+
+@contextmanager
+def record_features(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, the outputs of the modules at ``paths`` are kept by path at every forward pass.
+
+    Raises:
+        UserError: the model has no module at one of the paths.
+    """
+    features: dict[str, Tensor] = {}
+    hooks = []
+    try:
+        for path in paths:
+            try:
+                module = model.get_submodule(path)
+            except AttributeError as error:
+                raise UserError(f"The model has no module {path!r}.") from error
+            hooks.append(module.register_forward_hook(lambda _m, _i, out, path=path: features.__setitem__(path, out)))
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()

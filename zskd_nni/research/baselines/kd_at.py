@@ -1,0 +1,169 @@
+"""Few-shot KD+AT: M real images a class, distillation and attention transfer; what ZSKT compares itself with.
+
+With the attention map ``f(A) = 1 / N_c sum_c a_c^2`` of a layer (Zagoruyko & Komodakis, ICLR 2017, equation 2) and
+``KL`` the mean over images *and classes*, the student's loss is
+
+    L = (1 - alpha) CE(y, S(x)) + 2 alpha t^2 KL(softmax(T(x) / t) || softmax(S(x) / t))                            (1)
+        + beta 3 / L sum_l mean (f(A_l^T) / |f(A_l^T)| - f(A_l^S) / |f(A_l^S)|)^2                                   (2)
+
+as in the code that its authors released beside ZSKT (polo5/FewShotKnowledgeTransfer), with ``alpha = 0.9``,
+``t = 4`` and ``beta = 1000`` for three layers; the paper does not give these values. The code trains by SGD at 0.1,
+momentum 0.9, weight decay 5e-4, a fifth of the rate behind 30, 60 and 80 % of the steps, as many steps whatever M is
+(``optimizer: sgd``). Networks without BatchNorm such as LeNet-5 do not bear that rate: ``optimizer: student`` takes
+the optimiser and schedule of all other students of the pair.
+
+This baseline reads real data.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from zskd_nni.data.augmentation import augment
+from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.models.hooks import FeaturePoint, watched
+from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.teacher import Teacher, first_tensor
+from zskd_nni.research.baselines.labelled import LabelledBatches
+from zskd_nni.runtime.device import to_device
+from zskd_nni.runtime.files import fingerprint_of
+from zskd_nni.training.attention_transfer import Pairs, attention_pairs
+from zskd_nni.training.checkpoint import Checkpoint, History
+from zskd_nni.training.distillation import DistillationSettings, check_student, student_schedule
+from zskd_nni.training.loop import fit, training_mode
+from zskd_nni.training.losses import attention_loss, belief_divergence
+
+
+@dataclass(frozen=True)
+class KdAtSettings:
+    """The three terms, and the optimiser.
+
+    Attributes:
+        alpha: weight of the teacher beside the labels, in [0, 1].
+        temperature: t.
+        attention: ``auto``, ``none``, or pairs ``[teacher path, student path]``, as for ZSKT.
+        attention_weight: beta, for three layers.
+        optimizer: ``sgd`` as published, or ``student``, that of the pair's other students.
+        learning_rate: of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    alpha: float = 0.9
+    temperature: float = 4.0
+    attention: str | Pairs = "auto"
+    attention_weight: float = 1000.0
+    optimizer: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], not {self.alpha}")
+        for name in ("temperature", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.attention_weight < float("inf"):
+            raise ValueError(f"attention_weight must not be negative, not {self.attention_weight}")
+        if self.optimizer not in ("sgd", "student"):
+            raise ValueError(f"optimizer is sgd or student, not {self.optimizer!r}")
+
+
+def stepped(done: int, steps: int) -> float:
+    """Factor of the learning rate: a fifth of it behind 30 %, 60 % and 80 % of the steps."""
+    return 0.2 ** sum(done >= share * steps for share in (0.3, 0.6, 0.8))
+
+
+def _optimizer(
+    student: nn.Module, settings: KdAtSettings, schedule: DistillationSettings
+) -> tuple[Optimizer, LRScheduler]:
+    if settings.optimizer == "student":
+        return student_schedule(student, schedule)
+    optimizer = torch.optim.SGD(
+        student.parameters(), settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay
+    )
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: stepped(done, schedule.steps))
+
+
+def train_kd_at(
+    student: nn.Module,
+    teacher: Teacher,
+    data: LabelledImages,
+    settings: KdAtSettings,
+    schedule: DistillationSettings,
+    *,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    label: str = "KD+AT",
+    quiet: bool = False,
+) -> History:
+    """Teach ``student`` in place; it comes back in ``eval()`` mode, as its last step left it.
+
+    Args:
+        student: on the teacher's device.
+        teacher: answers every augmented image anew.
+        data: the few labelled images.
+        settings: weights of the terms.
+        schedule: steps, batch and augmentation; its temperature is of no meaning here.
+        seed: names the random streams.
+        checkpoint: a file to keep the state in; the same call again goes on from it.
+        label: shown beside the progress.
+        quiet: no progress.
+
+    Raises:
+        UserError: networks or attention layers that do not fit, divergence, a checkpoint of another run.
+    """
+    check_student(student, teacher)
+    pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
+    lay_out(student, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
+    optimizer, scheduler = _optimizer(student, settings, schedule)
+    spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, seed)
+
+    def loss(step: int, random: torch.Generator) -> Tensor:
+        images, labels = (to_device(part, teacher.device) for part in batches.batch(step))
+        images = augment(images, schedule.augmentation, random, spec.low, spec.high)
+        with ExitStack() as stack:
+            ours = [stack.enter_context(watched(teacher.model, FeaturePoint(path))) for path, _ in pairs]
+            theirs = [stack.enter_context(watched(student, FeaturePoint(path))) for _, path in pairs]
+            with torch.no_grad():
+                answers = teacher(images)
+            logits = first_tensor(student(spec.normalise(images)))
+        value = (1 - settings.alpha) * functional.cross_entropy(logits, labels)  # equation 1
+        divergence = belief_divergence(logits, answers, settings.temperature, "elements")
+        value = value + 2 * settings.alpha * settings.temperature**2 * divergence
+        for attended, followed in zip(ours, theirs, strict=True):  # equation 2
+            distance = attention_loss(followed[-1], attended[-1])
+            value = value + settings.attention_weight * 3 / len(pairs) * distance
+        return value
+
+    kept = None
+    if checkpoint is not None:
+        shapes = [list(weights.shape) for weights in student.state_dict().values()]
+        described = [teacher.fingerprint, data.name, len(data), repr(asdict(settings)), repr(asdict(schedule)), seed]
+        kept = Checkpoint(checkpoint, fingerprint_of([*described, [list(pair) for pair in pairs], shapes]))
+    with training_mode(student):
+        return fit(
+            student,
+            optimizer,
+            scheduler,
+            loss,
+            steps=schedule.steps,
+            seed=seed,
+            label=label,
+            checkpoint=kept,
+            quiet=quiet,
+        )

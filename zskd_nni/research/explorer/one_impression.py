@@ -1,0 +1,184 @@
+"""One impression at a time: what was asked, how it grew, and what the teacher answers.
+
+Nothing of the method is here: targets come from :mod:`zskd_nni.methods.zskd`, images from
+:mod:`zskd_nni.synthesis`. The explorer and the notebooks show what these functions give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zskd_nni.data.procedural import start_images
+from zskd_nni.methods.zskd import ZskdSettings, class_similarity, concentrations, sample_targets
+from zskd_nni.models.build import build_network, load_into
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.zoo.trained import provenance, trained_weights
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.rng import derive_seed, generator
+from zskd_nni.runtime.tensors import load_weights
+from zskd_nni.runtime.validation import build_settings
+from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings, synthesize_shard
+
+GLIMPSES = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a teacher.
+
+    Attributes:
+        label: class whose concentrations shape the target.
+        beta: scale of the concentrations, above 0; small ones give nearly one-hot targets.
+        temperature: at which the teacher is fitted to the target, above 0.
+        total_variation: weight of the smoothness prior, 0 for none.
+        steps: of the optimiser, at least 1.
+        start: one of :data:`zskd_nni.synthesis.settings.STARTS`.
+        seed: of target and start.
+    """
+
+    label: int = 0
+    beta: float = 0.1
+    temperature: float = 4.0
+    total_variation: float = 1e-3
+    steps: int = 60
+    start: str = "uniform"
+    seed: int = 0
+
+    def settings(self) -> SynthesisSettings:
+        """The engine's settings.
+
+        Raises:
+            UserError: a value outside its range.
+        """
+        try:
+            return SynthesisSettings(
+                temperature=self.temperature,
+                # Two numbers, so that each image has a limit of its own.
+                max_steps=(1, self.steps) if self.steps > 1 else self.steps,
+                start=self.start,
+                total_variation=(self.total_variation, self.total_variation),
+            )
+        except ValueError as error:
+            raise UserError(f"That cannot be asked: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One impression on its way.
+
+    Attributes:
+        similarity: ``(K, K)`` how alike the teacher finds its classes.
+        concentration: ``(K,)`` of the Dirichlet distribution that the target was drawn from.
+        target: ``(K,)`` what was asked.
+        steps: after how many steps each glimpse was taken, from 0 on.
+        images: ``(len(steps), C, H, W)`` the image at these steps, in the value range.
+        fit: ``(len(steps),)`` ``KL(target || teacher)`` at the question's temperature.
+        fitted: ``(len(steps), K)`` the teacher's probabilities at the question's temperature.
+        seen: ``(len(steps), K)`` the same at temperature 1: what it takes the image for.
+    """
+
+    similarity: Tensor
+    concentration: Tensor
+    target: Tensor
+    steps: list[int]
+    images: Tensor
+    fit: Tensor
+    fitted: Tensor
+    seen: Tensor
+
+
+def shipped_teacher(name: str) -> Teacher:
+    """One of the trained teachers that come with the package.
+
+    :func:`~zskd_nni.models.zoo.trained.trained_names` lists them.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    weights = trained_weights(name)
+    about = provenance(name)
+    network = build_network(about["network"], about["arguments"])
+    load_into(network, load_weights(weights), name)
+    return Teacher(network, build_settings(InputSpec, about["input"], "input"))
+
+
+def explore_one(teacher: Teacher, question: Question, glimpses: int = GLIMPSES) -> Answer:
+    """Draw a target, make one impression for it, and look at it on the way.
+
+    The same image is made ``glimpses`` times over with growing step limits, so that the engine itself is what is seen.
+
+    Args:
+        teacher: on the device to use.
+        question: what is asked.
+        glimpses: how many looks are taken, at least 2; the first is the start, the last the finished impression.
+
+    Raises:
+        UserError: a value of the question outside its range, or synthesis diverged.
+    """
+    limits = _glimpses_at(question.steps, glimpses)
+    similarity, concentration, targets = _targets(teacher, question, 1)
+    made = _made(teacher, question, targets.expand(len(limits), -1), limits, same=True)
+    return Answer(
+        similarity=similarity,
+        concentration=concentration,
+        target=targets[0],
+        steps=made.steps.tolist(),
+        images=made.images,
+        fit=made.fit,
+        fitted=torch.softmax(made.logits / question.temperature, 1),
+        seen=torch.softmax(made.logits, 1),
+    )
+
+
+def explore_class(teacher: Teacher, question: Question, count: int = 20) -> Impressions:
+    """``count`` finished impressions of the question's class, each with a target and a start of its own.
+
+    Raises:
+        UserError: as :func:`explore_one`.
+    """
+    _, _, targets = _targets(teacher, question, count)
+    return _made(teacher, question, targets, [question.steps] * count, same=False)
+
+
+def _targets(teacher: Teacher, question: Question, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not 0 <= question.label < teacher.num_classes:
+        raise UserError(f"The teacher has classes 0 to {teacher.num_classes - 1}, not {question.label}.")
+    try:
+        settings = ZskdSettings(betas=(question.beta,))
+    except ValueError as error:
+        raise UserError(f"That cannot be asked: {error}.") from error
+    similarity = class_similarity(teacher.class_weights().cpu())
+    concentration = concentrations(similarity, question.beta, settings)[question.label]
+    drawn = sample_targets(
+        concentration.expand(count, -1).double().numpy(), derive_seed(question.seed, "targets", question.label)
+    )
+    return similarity, concentration, torch.from_numpy(drawn).float()
+
+
+def _made(teacher: Teacher, question: Question, targets: Tensor, limits: list[int], same: bool) -> Impressions:
+    settings, count = question.settings(), len(limits)
+    starts, free = start_images(
+        question.start, 1 if same else count, teacher.spec, generator(question.seed, "start"), settings.hold
+    )
+    if same:
+        starts = starts.repeat(count, 1, 1, 1)
+        free = None if free is None else free.repeat(count, 1, 1, 1)
+    orders = Orders(
+        targets=targets,
+        starts=starts,
+        temperatures=torch.full((count, 1), question.temperature),
+        prior=torch.full((count,), question.total_variation),
+        limits=torch.tensor(limits, dtype=torch.float32),
+        free=free,
+    )
+    return synthesize_shard(teacher, orders, settings)
+
+
+def _glimpses_at(steps: int, count: int) -> list[int]:
+    """0 to ``steps``, closer together at the start, where most happens; fewer than ``count`` where steps are few."""
+    spread = [round(steps * (place / (count - 1)) ** 2) for place in range(count)]
+    return sorted({0, steps, *spread})

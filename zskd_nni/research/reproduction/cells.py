@@ -1,0 +1,207 @@
+"""A cell: one row of a table, without its seed and scale; and what it comes to for a pair and a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from zskd_nni.data.augmentation import Augmentation
+from zskd_nni.methods.registry import find_method
+from zskd_nni.research.baselines.kd_at import KdAtSettings
+from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import fingerprint_of, plain
+from zskd_nni.runtime.run_identity import settings_identity
+from zskd_nni.runtime.validation import build_settings
+from zskd_nni.training.distillation import DistillationSettings
+
+# Methods that stand behind a transfer source of the registry, under the names that records have.
+SOURCES = {"zskd": "zskd", "sts": "sts", "class-impressions": "class-impressions", "ats": "ats", "real-kd": "real"}
+IMPRESSIONS = ("zskd", "sts", "class-impressions")
+METHODS = (*SOURCES, "zskt", "real-labels", "kd-at", "none", "noise")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row.
+
+    Attributes:
+        pair: of :data:`zskd_nni.research.reproduction.pairs.PAIRS`.
+        method: of :data:`METHODS`.
+        preset: one of the method's; ``""`` for what has none. ``real-kd`` takes the student's temperature and
+            matched layers from it.
+        variant: what is different from the preset, in a word or two; ``""`` for the preset as it is.
+        size: images of the transfer set, or their fraction of the training split, or the preset whose size is taken;
+            None for the own preset's.
+        options: the method's own keys over the preset's.
+        student: keys over the pair's student recipe; ``augmentation`` None takes it away, ``temperature``,
+            ``features``, ``learning_rate`` and ``steps`` None are the pair's own whatever the preset. With ZSKT any
+            key makes its generator a source of images for a student of the pair's recipe.
+        network: which of the pair's students; ``""`` for the first.
+        shots: M, images a class (few-shot KD+AT).
+        transition: whether the mean transition error is measured.
+    """
+
+    pair: str
+    method: str
+    preset: str = ""
+    variant: str = ""
+    size: int | float | str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    student: Mapping[str, Any] = field(default_factory=dict)
+    network: str = ""
+    shots: int | None = None
+    transition: bool = False
+
+    @property
+    def name(self) -> str:
+        """``pair-method[-preset][-network][-variant]``."""
+        return "-".join(part for part in (self.pair, self.method, self.preset, self.network, self.variant) if part)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell at a scale: every setting resolved.
+
+    Attributes:
+        cell: the row.
+        pair: its networks and data.
+        scale: how large.
+        scale_name: its name.
+        options: the method's settings object; None where it has none.
+        student: its recipe.
+        size: images of the transfer set, at most; None for a stream or nothing at all.
+        network: reference and arguments of the student.
+    """
+
+    cell: Cell
+    pair: Pair
+    scale: Scale
+    scale_name: str
+    options: Any
+    student: DistillationSettings
+    size: int | None
+    network: tuple[str, Mapping[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The cell's name, and its scale where that is not ``full``."""
+        return self.cell.name + ("" if self.scale_name == "full" else f"-{self.scale_name}")
+
+    def record_name(self, seed: int) -> str:
+        """File name of the record of a run."""
+        return f"{self.name}-seed{seed}.json"
+
+    @property
+    def plays_alone(self) -> bool:
+        """Whether the student's recipe is the method's own: ZSKT's, without a memory and where the cell names none."""
+        return self.cell.method == "zskt" and not self.options.memory and not self.cell.student
+
+    @property
+    def ingredients(self) -> dict[str, Any]:
+        """Every resolved option of method and student, JSON-able; ZSKT has a student's recipe among its own."""
+        result: dict[str, Any] = {} if self.options is None else settings_identity(self.options)
+        if self.cell.shots is not None:
+            result["images_a_class"] = self.cell.shots
+        if self.cell.method != "none" and not self.plays_alone:
+            result["student"] = settings_identity(self.student)
+        return result
+
+    @property
+    def selected_on(self) -> str:
+        """Where the settings were chosen."""
+        chosen = {**SELECTED_ON, **PAIRS[self.cell.pair].selected_on}
+        names = (f"{self.cell.method}-{self.cell.preset}", self.cell.method, self.cell.preset, "")
+        return next(chosen[name] for name in names if name in chosen)
+
+    def fingerprint(self, teacher: str, seed: int) -> str:
+        """Of a run with the teacher of that fingerprint."""
+        return fingerprint_of([self.identity(teacher), seed])
+
+    def identity(self, teacher: str) -> dict[str, Any]:
+        """What a record must match to count as this run's; ``teacher`` is the teacher's fingerprint."""
+        return {
+            "teacher": teacher,
+            "method": self.cell.method,
+            "ingredients": self.ingredients,
+            "size": self.size,
+            "network": plain(list(self.network)),
+            "block": self.scale.block if self.cell.method in IMPRESSIONS else None,
+            "training_images": self.scale.training_images,
+        }
+
+
+def resolve(cell: Cell, scale_name: str) -> Plan:
+    """The settings of a cell at a scale.
+
+    Raises:
+        UserError: the pair has no such scale, or a setting is not right.
+    """
+    pair = PAIRS[cell.pair]
+    scale = pair.scale(scale_name, cell.pair)
+    student = _student(cell, pair, scale)
+    size: int | None = None
+    if cell.method in SOURCES:
+        whole = min(pair.training_images, scale.training_images or pair.training_images)
+        # Of ATS the two presets are compared with each other, and no paper fixes a size.
+        size = whole if cell.method == "real-kd" else scale.size("" if cell.method == "ats" else cell.preset)
+        if isinstance(cell.size, float):
+            size = max(1, round(cell.size * whole))
+        elif isinstance(cell.size, str):
+            size = scale.size(cell.size)
+        elif cell.size is not None:
+            size = cell.size
+    try:
+        options = _options(cell, pair, scale, student)
+    except ValueError as error:
+        raise UserError(f"{cell.name}: {error}.") from error
+    network = pair.students[cell.network or next(iter(pair.students))]
+    return Plan(cell, pair, scale, scale_name, options, student, size, network)
+
+
+def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
+    student = replace(pair.student, steps=scale.steps, batch=scale.batch or pair.student.batch)
+    # ATS's presets differ in the balancing alone, and are compared with each other: one student for both.
+    if cell.method in SOURCES and cell.method != "ats" and cell.preset in PUBLISHED_STUDENT:
+        published = {**PUBLISHED_STUDENT[cell.preset], **pair.published_student}
+        published["augmentation"] = replace(student.augmentation, **published.get("augmentation", {}))
+        published["steps"] = scale.published_steps or scale.steps
+        published["batch"] = scale.published_batch or student.batch
+        student = replace(student, **published)
+    changes = dict(cell.student)
+    if "augmentation" in changes:
+        changes["augmentation"] = changes["augmentation"] or Augmentation()
+    for key in ("temperature", "features", "learning_rate"):
+        if key in changes and changes[key] is None:
+            changes[key] = getattr(pair.student, key)
+    for key, own in (("steps", scale.steps), ("batch", scale.batch or pair.student.batch)):
+        if key in changes and changes[key] is None:
+            changes[key] = own
+    return replace(student, **changes)
+
+
+def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings) -> Any:
+    if cell.method == "kd-at":
+        return build_settings(KdAtSettings, {**pair.kd_at, **cell.options})
+    if cell.method == "zskt":
+        given: dict[str, Any] = {"batch": student.batch}
+        for changes in (pair.zskt, scale.zskt):
+            given.update(changes.get(cell.preset, changes.get("", {})))
+        given.update(cell.options)
+        if not pair.remembers:
+            given["batch_statistics"] = 0.0
+        return find_method("zskt").options(cell.preset, given)
+    if cell.method == "real-kd":
+        return find_method("real").options("best", {"data": pair.recipe.data})
+    if cell.method not in SOURCES:
+        return None
+    given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in cell.options.items()}
+    if cell.method in IMPRESSIONS:
+        smaller = {**scale.synthesis.get("", {}), **scale.synthesis.get(cell.preset, {})}
+        given["synthesis"] = {**smaller, **given.get("synthesis", {})}
+        if not pair.remembers:  # said as it is: the term has no part in these rows
+            given["synthesis"]["batch_statistics"] = 0.0
+        if cell.method == "sts":
+            given["targets"] = {**pair.sts, **given.get("targets", {})}
+    return find_method(SOURCES[cell.method]).options(cell.preset, given)

@@ -1,0 +1,99 @@
+"""Networks side by side: how often they are right, and how often they choose as their teacher does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zskd_nni.data.datasets import DATA_VARIABLE, LabelledImages, load_images
+from zskd_nni.models.teacher import Teacher, first_tensor
+from zskd_nni.research.tutorial.shown import Table
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.metrics import accuracy, agreement
+
+Network = nn.Module | Callable[[Tensor], Tensor]
+
+
+def images_if_there(name: str, split: str = "test") -> LabelledImages | None:
+    """A data set to measure on, or None, after saying so, where it is not there."""
+    try:
+        return load_images(name, split)
+    except UserError:
+        print(
+            f"There is no {name} here, so that no accuracy is measured and nothing real is shown. "
+            f"Set {DATA_VARIABLE} to a folder that holds it."
+        )
+        return None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one network reaches.
+
+    Attributes:
+        accuracy: on the test data, in percent; None without.
+        agreement: with the teacher on the test data, in [0, 1]; None without.
+        agreement_held_out: on images that nobody learnt on, in [0, 1].
+        parameters: their number; None of what is no module.
+    """
+
+    accuracy: float | None
+    agreement: float | None
+    agreement_held_out: float
+    parameters: int | None
+
+
+@torch.no_grad()
+def measure(
+    networks: Mapping[str, Network | Teacher], teacher: Teacher, data: LabelledImages | None, held_out: Tensor
+) -> dict[str, Measured]:
+    """Measure networks against their teacher.
+
+    Args:
+        networks: by name: modules, which take normalised images; a teacher, or any other function of images in the
+            value range, such as onnxruntime's.
+        teacher: whom they are compared with.
+        data: labelled test images, or None.
+        held_out: images ``(N, C, H, W)`` in the value range that no student learnt on.
+    """
+    spec, device = teacher.spec, str(teacher.device)
+
+    def asked(network: Network | Teacher) -> Callable[[Tensor], Tensor]:
+        if not isinstance(network, nn.Module):
+            return network
+        network = network.eval().to(device)
+        return lambda images: first_tensor(network(spec.normalise(images.clone())))
+
+    teachers = None if data is None else logits_on(teacher, data, spec, device)
+    expected = teacher.predict(held_out.float())
+    result = {}
+    for name, network in networks.items():
+        answer, right, alike = asked(network), None, None
+        if data is not None and teachers is not None:
+            logits = logits_on(answer, data, spec, device)
+            right, alike = accuracy(logits, data.labels), agreement(logits, teachers)
+        own = torch.cat([answer(part.to(device)).cpu() for part in held_out.float().split(500)])
+        module = network.model if isinstance(network, Teacher) else network
+        count = sum(weight.numel() for weight in module.parameters()) if isinstance(module, nn.Module) else None
+        result[name] = Measured(right, alike, agreement(own, expected), count)
+    return result
+
+
+def measured_table(measured: Mapping[str, Measured], data: LabelledImages | None) -> Table:
+    """Figures of :func:`measure` as a table."""
+    with_data = data is not None
+    columns = ["network", *(["accuracy", "agreement"] if with_data else []), "agreement, held out", "parameters"]
+    rows = []
+    for name, found in measured.items():
+        row = [name]
+        if with_data:
+            assert found.accuracy is not None and found.agreement is not None
+            row += [f"{found.accuracy:.2f} %", f"{100 * found.agreement:.2f} %"]
+        row += [f"{100 * found.agreement_held_out:.2f} %", "-" if found.parameters is None else f"{found.parameters:,}"]
+        rows.append(row)
+    where = f"{len(data):,} test images of {data.name}, opened to measure" if data is not None else "no test data here"
+    return Table(columns, rows, f"{where}; held out: impressions that no student learnt on")

@@ -1,0 +1,358 @@
+"""Pictures of every station between a teacher and its student, for notebooks."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.research.explorer.one_impression import Answer
+from zskd_nni.research.tutorial.shown import Picture, finished, new_figure
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.synthesis import Impressions
+from zskd_nni.synthesis.image_grid import as_picture, impressions_picture
+from zskd_nni.training.checkpoint import History
+from zskd_nni.training.metrics import TransitionResult
+
+if TYPE_CHECKING:
+    from zskd_nni.compression.pruning.speedup import LayerWidths
+
+ASKED, ANSWERED, OTHER = "#90a4ae", "#00796b", "#e64a19"
+# Colours that differ for most people who see few (Okabe and Ito), and two more greys for controls.
+SERIES = ("#00796b", "#e69f00", "#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#546e7a", "#b0bec5")
+_MOST_NUMBERS = 12
+
+
+def _names(names: Sequence[str] | None, classes: int) -> list[str]:
+    if names is None:
+        return [str(number) for number in range(classes)]
+    if len(names) != classes:
+        raise UserError(f"{len(names)} names were given for {classes} classes.")
+    return list(names)
+
+
+def _class_ticks(axis: Any, names: list[str], both: bool, size: int = 8) -> None:
+    step = 1 if len(names) <= 20 else len(names) // 10
+    places = list(range(0, len(names), step))
+    shown = [names[place] for place in places]
+    turned = 0 if max(map(len, shown)) <= 3 else 60
+    axis.set_xticks(places, shown, fontsize=size, rotation=turned, ha="right" if turned else "center",
+                    rotation_mode="anchor" if turned else None)  # fmt: skip
+    if both:
+        axis.set_yticks(places, shown, fontsize=size)
+
+
+def _matrix(matrix: Tensor, names: list[str], title: str, alt: str, diverging: bool, axes: tuple[str, str]) -> Picture:
+    values, classes = matrix.double().numpy(), len(names)
+    figure = new_figure(6.6, 5.6)
+    axis = figure.subplots()
+    # The diagonal is of another size than the rest, in which the differences are.
+    rest = np.abs(values[~np.eye(classes, dtype=bool)])
+    extreme = max(float(rest.max(initial=0.0)), 1e-9)
+    if diverging:
+        drawn = axis.imshow(values, cmap="RdBu_r", vmin=-extreme, vmax=extreme)
+    else:
+        drawn = axis.imshow(values, cmap="YlGnBu", vmin=0, vmax=extreme)
+    figure.colorbar(drawn, ax=axis, shrink=0.85, extend="max").ax.tick_params(labelsize=8)
+    if classes <= _MOST_NUMBERS:
+        for (row, column), value in np.ndenumerate(values):
+            text = f"{value:.2f}".replace("-0.00", "0.00").replace("0.", ".") if diverging else f"{value:.0f}"
+            strong = abs(value) > 0.62 * extreme
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if strong else "#263238")
+    _class_ticks(axis, names, both=True)
+    axis.set_xlabel(axes[0], fontsize=9)
+    axis.set_ylabel(axes[1], fontsize=9)
+    axis.set_title(title, fontsize=11)
+    return finished(figure, alt)
+
+
+def similarity_picture(similarity: Tensor, names: Sequence[str] | None = None) -> Picture:
+    """How alike a teacher finds its classes, as a heat map.
+
+    Args:
+        similarity: ``(K, K)`` cosines, :func:`zskd_nni.methods.zskd.class_similarity`.
+        names: of the classes.
+    """
+    shown = _names(names, len(similarity))
+    others = similarity - 2 * torch.eye(len(similarity))
+    one, other = divmod(int(others.argmax()), len(similarity))
+    alt = f"Heat map of class similarity; the most alike are {shown[one]} and {shown[other]}."
+    return _matrix(similarity, shown, "How alike the teacher finds its classes", alt, True, ("class", "class"))
+
+
+def confusion_picture(counts: Tensor, names: Sequence[str] | None = None, title: str = "") -> Picture:
+    """Which class is taken for which, as a heat map; colours are scaled to the mistakes.
+
+    Args:
+        counts: ``(K, K)``, rows true, columns chosen, :func:`zskd_nni.training.metrics.confusion`.
+        names: of the classes.
+        title: above it.
+    """
+    shown = _names(names, len(counts))
+    mistakes = counts - torch.diag(counts.diagonal())
+    one, other = divmod(int(mistakes.argmax()), len(counts))
+    alt = f"Heat map of {title or 'mistakes'}; {shown[one]} is most often taken for {shown[other]}."
+    return _matrix(counts, shown, title or "What is taken for what", alt, False, ("chosen", "true"))
+
+
+def targets_picture(rows: Mapping[str, Tensor], label: int, names: Sequence[str] | None = None) -> Picture:
+    """Soft targets that were drawn for one class, as bars.
+
+    Args:
+        rows: by caption, ``(n, K)`` targets; one row of charts each.
+        label: the class they were drawn for; its bar is coloured.
+        names: of the classes.
+    """
+    columns = max(map(len, rows.values()))
+    shown = _names(names, next(iter(rows.values())).shape[1])
+    places = np.arange(len(shown))
+    figure = new_figure(9.4, 0.4 + 1.75 * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
+    for line, (caption, targets) in zip(grid, rows.items(), strict=True):
+        for axis, target in zip(line, targets, strict=False):
+            axis.bar(places, target.numpy(), 0.85, color=[ANSWERED if k == label else ASKED for k in places])
+            axis.set_ylim(0, 1)
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+            _class_ticks(axis, shown, both=False, size=7)
+        for axis in line[len(targets) :]:
+            axis.axis("off")
+        line[0].set_ylabel(caption, fontsize=9)
+    figure.suptitle(f"Soft targets drawn for class {shown[label]}", fontsize=11)
+    alt = f"Bar charts of soft targets for class {shown[label]}, drawn with {', '.join(rows)}."
+    return finished(figure, alt)
+
+
+def gallery_picture(
+    images: Tensor,
+    logits: Tensor,
+    spec: InputSpec,
+    names: Sequence[str] | None = None,
+    columns: int = 10,
+    title: str = "",
+) -> Picture:
+    """A grid of images with the teacher's class and confidence above each.
+
+    Args:
+        images: ``(N, C, H, W)`` in the value range.
+        logits: ``(N, K)`` the teacher's answers.
+        spec: the value range.
+        names: of the classes.
+        columns: images in a row.
+        title: above the grid.
+    """
+    buffer, columns = io.BytesIO(), min(columns, max(1, len(images)))
+    shown = None if names is None else _names(names, logits.shape[1])
+    impressions_picture(images, logits, spec, buffer, columns, title, shown)
+    return Picture(buffer.getvalue(), f"{title or 'Images'}: {len(images)}, with what the teacher sees.", columns * 70)
+
+
+def opinions_picture(
+    made: Impressions, spec: InputSpec, temperature: float, names: Sequence[str] | None = None, columns: int = 3
+) -> Picture:
+    """Images, and beside each what was asked of the teacher and what it answers.
+
+    Args:
+        made: a few of them.
+        spec: the value range.
+        temperature: at which they were fitted.
+        names: of the classes.
+        columns: images in a row.
+    """
+    shown, count = _names(names, made.targets.shape[1]), len(made)
+    answers = torch.softmax(made.logits.float() / temperature, 1)
+    certain, chosen = torch.softmax(made.logits.float(), 1).max(1)
+    rows = -(-count // columns)
+    figure = new_figure(9.4, 0.35 + 1.85 * rows)
+    grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
+    places = np.arange(len(shown))
+    for number in range(rows * columns):
+        left, right = grid[number // columns][2 * (number % columns) :][:2]
+        if number >= count:
+            left.axis("off")
+            right.axis("off")
+            continue
+        left.imshow(as_picture(made.images[number], spec), cmap="gray", vmin=0, vmax=1)
+        left.set_xticks([])
+        left.set_yticks([])
+        left.set_title(f"{shown[int(chosen[number])]}, {100 * float(certain[number]):.0f} %", fontsize=8)
+        right.bar(places - 0.2, made.targets[number].numpy(), 0.4, color=ASKED, label="asked")
+        right.bar(places + 0.2, answers[number].numpy(), 0.4, color=ANSWERED, label="answered")
+        right.set_ylim(0, 1)
+        right.tick_params(labelsize=6)
+        right.spines[["top", "right"]].set_visible(False)
+        _class_ticks(right, shown, both=False, size=6)
+    handles = grid[0][1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    return finished(figure, f"{count} impressions, each beside its soft target and the teacher's answer.")
+
+
+def evolution_picture(answers: Sequence[Answer], spec: InputSpec, names: Sequence[str] | None = None) -> Picture:
+    """Impressions on their way from the start, one row each.
+
+    Args:
+        answers: from :func:`zskd_nni.research.explorer.one_impression.explore_one`.
+        spec: the value range.
+        names: of the classes.
+    """
+    shown = _names(names, len(answers[0].target))
+    columns = max(len(answer.steps) for answer in answers)
+    figure = new_figure(9.4, 1.58 * len(answers) + 0.1)
+    grid = figure.subplots(len(answers), columns, squeeze=False)
+    for line, answer in zip(grid, answers, strict=True):
+        for axis, step, image, fit, seen in zip(
+            line, answer.steps, answer.images, answer.fit, answer.seen, strict=False
+        ):
+            axis.imshow(as_picture(image, spec), cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title("start" if step == 0 else f"step {step}", fontsize=8, pad=3)
+            certain, choice = seen.max(0)
+            text = f"{shown[int(choice)]} {100 * float(certain):.0f} %\nKL {float(fit):.3f}"
+            axis.set_xlabel(text, fontsize=7, labelpad=2)
+        for axis in line[len(answer.steps) :]:
+            axis.axis("off")
+    asked = ", ".join(dict.fromkeys(shown[int(answer.target.argmax())] for answer in answers))
+    return finished(figure, f"Impressions on their way from the start to the answer that was asked for: {asked}.")
+
+
+def curves_picture(histories: Mapping[str, History], ylabel: str = "distillation loss") -> Picture:
+    """Losses along the steps, on a logarithmic scale.
+
+    Args:
+        histories: by name, as :func:`zskd_nni.training.distillation.distill` gives them.
+        ylabel: what is drawn.
+    """
+    figure = new_figure(7.6, 3.4)
+    axis = figure.subplots()
+    for (name, history), colour in zip(histories.items(), SERIES * len(histories), strict=False):
+        losses = [max(loss, 1e-12) for loss in history.losses]
+        axis.plot(history.steps, losses, color=colour, label=name, marker="o" if len(losses) < 3 else None)
+    axis.set_yscale("log")
+    axis.set_xlabel("step", fontsize=9)
+    axis.set_ylabel(ylabel, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    return finished(figure, f"Curves of the {ylabel}: {', '.join(histories)}.")
+
+
+def bars_picture(values: Mapping[str, float | None], title: str, unit: str = "%") -> Picture:
+    """Figures side by side, as horizontal bars.
+
+    Args:
+        values: by name; those that are None (not measured) are left out.
+        title: above them.
+        unit: behind each figure.
+
+    Raises:
+        UserError: nothing was measured.
+    """
+    known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+    if not known:
+        raise UserError("There is nothing to draw: none of the figures was measured.")
+    figure = new_figure(7.6, 0.75 + 0.36 * len(known))
+    axis = figure.subplots()
+    names = list(known)[::-1]
+    drawn = axis.barh(names, [known[name] for name in names], 0.68, color=ANSWERED)
+    axis.bar_label(drawn, [f" {known[name]:.2f} {unit}".rstrip() for name in names], fontsize=8)
+    axis.set_xlim(0, 1.14 * max(known.values()) or 1)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title, fontsize=10)
+    return finished(figure, f"{title}: " + ", ".join(f"{name} {value:.2f} {unit}" for name, value in known.items()))
+
+
+def transitions_picture(results: Mapping[str, TransitionResult], followed: str = "student") -> Picture:
+    """How two networks come to believe in a class on the same way, one chart for each pair.
+
+    Args:
+        results: by name, from :func:`zskd_nni.training.metrics.mean_transition_error`.
+        followed: what the network is called whose gradient was followed; the other is the teacher.
+    """
+    columns = 2 if len(results) == 4 else min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure = new_figure(9.4 if columns > 1 else 5.2, 0.3 + 2.5 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    for (name, result), axis in zip(results.items(), axes, strict=False):
+        steps = np.arange(result.steps)
+        mine, others = result.followed.numpy(), result.other.numpy()
+        axis.fill_between(steps, mine, others, color=OTHER, alpha=0.14)
+        axis.plot(steps, mine, color=OTHER, label=followed)
+        axis.plot(steps, others, color=ANSWERED, label="teacher")
+        axis.set_title(f"{name}: error {result.error:.3f}", fontsize=9)
+        axis.set_ylim(0, 1)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes):
+        axis.axis("off")
+    figure.supxlabel("step towards another class", fontsize=9)
+    figure.supylabel("probability of that class", fontsize=9)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    alt = ", ".join(f"{name} {result.error:.3f}" for name, result in results.items())
+    return finished(figure, f"Transition curves of {followed} and teacher; mean transition error: {alt}.")
+
+
+def embedding_picture(
+    points: Mapping[str, Tensor], labels: Mapping[str, Tensor], behind: str | None = None, classes: int = 10
+) -> Picture:
+    """Sets of images in one plane, a chart for each.
+
+    Args:
+        points: by name of the set, ``(n, 2)``, :func:`zskd_nni.research.tutorial.embedding.embed`.
+        labels: by name, ``(n,)`` the class of each, which gives the colour.
+        behind: a set that is drawn behind every other one in grey, for comparison.
+        classes: their number.
+    """
+    columns = min(3, len(points))
+    rows = -(-len(points) // columns)
+    figure = new_figure(9.4, 0.3 + 3.1 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    for (name, at), axis in zip(points.items(), axes, strict=False):
+        if behind is not None and name != behind:
+            axis.scatter(*points[behind].T.numpy(), s=5, color="#cfd8dc", linewidths=0)
+        colours = labels[name].numpy()
+        axis.scatter(*at.T.numpy(), s=9, c=colours, cmap="tab10", vmin=-0.5, vmax=max(classes, 10) - 0.5, linewidths=0)
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in list(axes):
+        axis.axis("off")
+    beside = "" if behind is None else f", with {behind} in grey behind"
+    return finished(figure, f"Embedding of {', '.join(points)}{beside}.")
+
+
+def widths_picture(layers: Sequence[LayerWidths | Mapping[str, Any]], title: str = "") -> Picture:
+    """Channels of each layer before and after shrinking.
+
+    Args:
+        layers: of :class:`~zskd_nni.compression.pruning.speedup.ShrinkResult`, or of a report's ``pruning``.
+        title: above it.
+    """
+    rows = [layer if isinstance(layer, Mapping) else vars(layer) for layer in layers]
+    rows = [row for row in rows if "Norm" not in row["kind"]]
+    figure = new_figure(7.6, 0.9 + 0.34 * len(rows))
+    axis = figure.subplots()
+    places = np.arange(len(rows))[::-1]
+    before, after = ([row[f"outputs_{when}"] for row in rows] for when in ("before", "after"))
+    drawn = axis.barh(places, before, 0.7, color="#cfd8dc", label="before")
+    axis.barh(places, after, 0.7, color=ANSWERED, label="after")
+    axis.bar_label(drawn, [f" {b} to {a}" if a != b else f" {b}" for b, a in zip(before, after, strict=True)],
+                   fontsize=8, label_type="edge")  # fmt: skip
+    axis.set_yticks(places, [f"{row['name']} ({row['kind']})" for row in rows], fontsize=8)
+    axis.set_xlabel("channels or units", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    axis.set_title(title, fontsize=10)
+    changed = [f"{row['name']} {b} to {a}" for row, b, a in zip(rows, before, after, strict=True) if a != b]
+    return finished(figure, f"Widths of the layers before and after: {', '.join(changed) or 'nothing changed'}.")

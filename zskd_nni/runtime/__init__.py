@@ -1,0 +1,4 @@
+"""Files, locks, seeds, signals, devices, processes and progress: nothing here knows a network.
+
+May import: the standard library, torch and small utilities; no other room.
+"""

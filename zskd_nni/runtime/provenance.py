@@ -1,0 +1,51 @@
+"""Where a result comes from: commit, versions, device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def version() -> str:
+    """The version of this package."""
+    return importlib.metadata.version("zskd-nni")
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, ``+changes`` if it was edited; None outside a checkout."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", "runtime/provenance.py") != "runtime/provenance.py":
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def provenance(device: torch.device | str, seed: int) -> dict[str, Any]:
+    """Commit, versions, device, threads and seed, JSON-able."""
+    names = ("torch", "torchvision", "nni", "numpy", "onnxruntime")
+    versions = {"zskd_nni": version(), "python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
+    return {
+        "commit": commit(),
+        "versions": versions,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }

@@ -1,0 +1,120 @@
+"""Named tensors in safetensors files, and state dicts read so that no code in them runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import is_file, sha256_of_bytes, write_atomic
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write named tensors as safetensors, atomically; returns the SHA-256 of the file."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors_bytes(_without_sharing(ready), metadata)
+    write_atomic(path, data)
+    return sha256_of_bytes(data)
+
+
+def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory; tied weights are written once for each of their names.
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return result
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Named tensors and metadata of a safetensors file.
+
+    Raises:
+        UserError: the file is missing, or is not a sound safetensors file.
+    """
+    path = Path(path)
+    if not is_file(path):
+        raise UserError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a sound safetensors file ({error}).") from error
+
+
+_SEAL = "sha256"
+
+
+def save_sealed(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """As :func:`save_tensors`, with a checksum of the content inside, for :func:`load_sealed`."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(path, plain, {**metadata, _SEAL: _seal(plain, metadata)})
+
+
+def load_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata that :func:`save_sealed` wrote.
+
+    Raises:
+        UserError: the file is missing, not sound, or not as it was written.
+    """
+    tensors, metadata = load_tensors(path)
+    seal = metadata.pop(_SEAL, None)
+    # Copies: what was read is a window on the file, which somebody may damage meanwhile.
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    if seal != _seal(tensors, metadata):
+        raise UserError(f"{path} is not as it was written: its checksum differs. Remove the file to start over.")
+    return tensors, metadata
+
+
+def _seal(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:
+    """A state dict from ``.safetensors``, or from a PyTorch file where ``allow_pt`` says so.
+
+    PyTorch files are read with ``weights_only=True``; nothing in them is run.
+
+    Raises:
+        UserError: no such file, a PyTorch file without the flag, or a file that holds more than weights.
+    """
+    path = Path(path)
+    if not is_file(path):
+        raise UserError(f"There is no weights file {path}; a recipe's paths are meant from its own folder.")
+    if path.suffix == ".safetensors":
+        return load_tensors(path)[0]
+    if not allow_pt:
+        raise UserError(
+            f"{path} is not a .safetensors file. PyTorch's own format is read only where you allow it "
+            "(teacher.allow_pt: true in the recipe, or --set teacher.allow_pt=true; student.allow_pt for a student's)."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickle protocols; what does not fit is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle raises anything
+        raise UserError(
+            f"{path} was refused: it is damaged, or holds more than weights and wants to run code. "
+            "Save the state dict alone, best as .safetensors."
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    entries = content.items() if isinstance(content, dict) else [(None, content)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
+        raise UserError(f"{path} holds no state dict (names and tensors); save model.state_dict().")
+    return content

@@ -1,0 +1,99 @@
+"""Pictures of impressions, labelled with what the teacher sees in each."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.runtime import signals
+from zskd_nni.runtime.files import write_atomic
+
+
+def impressions_picture(
+    images: Tensor,
+    logits: Tensor,
+    spec: InputSpec,
+    path: Path | io.BytesIO,
+    columns: int = 10,
+    title: str = "",
+    names: Sequence[str] | None = None,
+) -> None:
+    """Draw ``(N, C, H, W)`` images in a grid with the teacher's class and confidence above each.
+
+    Args:
+        images: in the value range.
+        logits: ``(N, K)`` the teacher's answers.
+        spec: the value range.
+        path: a ``.png`` file, or memory to write one into.
+        columns: images in a row.
+        title: above the grid.
+        names: of the classes; their numbers where absent.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    confidence, seen = torch.softmax(logits.float(), 1).max(1)
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(columns * 0.95, rows * 1.15 + (0.45 if title else 0)), dpi=110)
+    FigureCanvasAgg(figure)
+    axes = np.atleast_2d(figure.subplots(rows, columns, squeeze=False))
+    for number, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if number >= len(images):
+            continue
+        axis.imshow(as_picture(images[number], spec), cmap="gray", vmin=0, vmax=1)
+        label = int(seen[number])
+        what = label if names is None else names[label]
+        axis.set_title(f"{what}  {100 * float(confidence[number]):.0f}%", fontsize=7, pad=2)
+    if title:
+        figure.suptitle(title, fontsize=9, y=0.998)
+    figure.tight_layout(pad=0.4)
+    signals.check()
+    buffer = io.BytesIO() if isinstance(path, Path) else path
+    figure.savefig(buffer, format="png")
+    if isinstance(path, Path):
+        write_atomic(path, buffer.getvalue())
+
+
+def as_picture(image: Tensor, spec: InputSpec) -> np.ndarray:
+    """What there is to see of ``(C, H, W)``: ``(H, W, 3)`` or ``(H, W)`` in [0, 1].
+
+    Other than three channels have no colours of their own; their mean is shown.
+    """
+    unit = ((image.float() - spec.low) / (spec.high - spec.low)).clamp(0, 1)
+    return (unit.permute(1, 2, 0) if len(unit) == 3 else unit.mean(0)).numpy()
+
+
+def some_of_each(parts: Iterable[tuple[Tensor, Tensor]], per_class: int) -> tuple[Tensor, Tensor]:
+    """Images and logits of up to ``per_class`` impressions of every class, read part by part until there are enough.
+
+    Args:
+        parts: images ``(n, C, H, W)`` and logits ``(n, K)`` of each shard; a shard may hold one class alone.
+        per_class: how many.
+    """
+    images, logits = [], []
+    for some, answers in parts:
+        images.append(some)
+        logits.append(answers)
+        chosen = pick_by_class(torch.cat(logits), per_class)
+        if len(chosen) == per_class * answers.shape[1]:
+            break
+    return torch.cat(images)[chosen], torch.cat(logits)[chosen]
+
+
+def spread(count: int, most: int = 20) -> list[int]:
+    """At most so many of ``range(count)``, evenly, the first among them."""
+    return sorted({index * count // min(count, most) for index in range(min(count, most))})
+
+
+def pick_by_class(logits: Tensor, per_class: int) -> Tensor:
+    """Indices of up to ``per_class`` images of every class the teacher sees, class by class: ``(N, K) -> (M,)``."""
+    seen = logits.argmax(1)
+    chosen = [(seen == label).nonzero().flatten()[:per_class] for label in range(logits.shape[1])]
+    return torch.cat(chosen)

@@ -1,0 +1,27 @@
+"""What a network answers to a set of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.runtime import signals
+
+Network = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def logits_on(
+    network: Network, data: LabelledImages, spec: InputSpec, device: str = "cpu", batch: int | None = None
+) -> Tensor:
+    """Logits ``(N, K)`` of a network that takes images in the spec's value range, on the CPU."""
+    parts = []
+    batch = batch or spec.measuring_batch
+    for first in range(0, len(data), batch):
+        signals.check()
+        parts.append(network(data.pixels(slice(first, first + batch), spec).to(device)).float().cpu())
+    return torch.cat(parts)
