@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -114,8 +116,47 @@ def _field_types(kind: Any) -> dict[str, Any]:
     if hasattr(kind, "model_fields"):
         return {(field.alias or name): field.annotation for name, field in kind.model_fields.items()}
     if hasattr(kind, "__dataclass_fields__"):
-        from typing import get_type_hints
-
         hints = get_type_hints(kind)
         return {name: hints[name] for name, field in kind.__dataclass_fields__.items() if field.init}
     return {}
+
+
+# Ranges of settings: annotations of a dataclass's fields, checked by its ``__post_init__``.
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which values a field may have: ``Annotated[float, Bounds("must be positive", lambda value: value > 0)]``.
+
+    Attributes:
+        sentence: goes on after the field's name.
+        holds: whether a value is allowed.
+    """
+
+    sentence: str
+    holds: Callable[[Any], bool]
+
+
+def one_of(*names: str) -> Bounds:
+    """The bounds of a field that is one of a few words."""
+    return Bounds(f"is one of {', '.join(names)}", lambda value: value in names)
+
+
+Positive = Annotated[float, Bounds("must be positive", lambda value: 0 < value < math.inf)]
+NotNegative = Annotated[float, Bounds("must not be negative", lambda value: 0 <= value < math.inf)]
+Fraction = Annotated[float, Bounds("must lie in [0, 1]", lambda value: 0 <= value <= 1)]
+Count = Annotated[int, Bounds("must be at least 1", lambda value: value >= 1)]
+CountOrZero = Annotated[int, Bounds("must not be negative", lambda value: value >= 0)]
+
+
+def check_bounds(settings: Any) -> None:
+    """Check the fields of a settings dataclass against the :class:`Bounds` in their annotations.
+
+    Raises:
+        ValueError: one sentence about the first value that is outside.
+    """
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        for bounds in getattr(hint, "__metadata__", ()):
+            if isinstance(bounds, Bounds) and not bounds.holds(value):
+                raise ValueError(f"{name} {bounds.sentence}, not {value!r}")
