@@ -33,7 +33,7 @@ from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models.local_response_norm import fast_response_norms
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.recipes.schema import PruningSection
+from zskd_nni.recipes.compression_config import PruningConfig
 from zskd_nni.research.reproduction.pairs import PAIRS, Pair
 from zskd_nni.research.train_teacher import TEACHERS
 from zskd_nni.runtime.files import write_json
@@ -49,7 +49,7 @@ KEPT = Path(__file__).resolve().parent.parent / "build" / "equal-fit"
 TAUGHT = {weights: name for name, (_, _, weights, _) in NETWORKS.items()}
 HELD_OUT = 5000
 STUDENTS = 2
-PRUNING = PruningSection(config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], steps=0)
+PRUNING = PruningConfig(config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], steps=0)
 
 
 def published_images(name: str, teacher: Teacher, targets: Tensor, seed: int) -> Tensor:

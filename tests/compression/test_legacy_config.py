@@ -23,8 +23,8 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import lenet5
 from zskd_nni.pipeline import Run
+from zskd_nni.recipes.compression_config import PruningConfig, QuantizationConfig
 from zskd_nni.recipes.load import load_recipe
-from zskd_nni.recipes.schema import PruningSection, QuantizationSection
 from zskd_nni.runtime.errors import UserError
 
 Config = list[dict[str, Any]]
@@ -39,7 +39,7 @@ def teacher() -> Teacher:
 
 def masks_of(teacher: Teacher, pruner: str, config_list: Config) -> dict[str, torch.Tensor]:
     """The masks of weights and biases that a recipe's pruning section makes."""
-    section = PruningSection(pruner=pruner, config_list=config_list)
+    section = PruningConfig(pruner=pruner, config_list=config_list)
     network = deepcopy(teacher.model).requires_grad_(True)
     evaluator = DataFreeEvaluator(teacher, StoredSource(torch.rand(4, 1, 32, 32), 4, 0, "x"), quiet=True)
     made, _ = make_pruner(network, section, evaluator, teacher)
@@ -154,7 +154,7 @@ def test_quantization_in_legacy_keys_calibrates_as_in_modern_ones(legacy: Any, s
 def test_every_quantizer_takes_legacy_keys(quantizer: str) -> None:
     teacher = small_teacher()
     legacy = {"op_types": BOTH, "quant_types": ["weight"], "quant_bits": 8, "quant_scheme": "affine"}
-    section = QuantizationSection(quantizer=quantizer, config_list=[legacy])
+    section = QuantizationConfig(quantizer=quantizer, config_list=[legacy])
     check_quantization(teacher.model, section, teacher)
     assert not any(hasattr(module, "_nni_wrapper") for module in teacher.model.modules())
 

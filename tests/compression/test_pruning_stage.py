@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.serialization import load_network, save_network
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import alexnet
-from zskd_nni.recipes.schema import DistillerSection, PruningSection
+from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
 from zskd_nni.training.distillation import DistillationSettings
@@ -79,7 +80,7 @@ def pruned(teacher: Teacher, given: Any, tmp_path: Path, scores: Any = None, **s
     distiller = section.pop("distiller", None)
     return prune(
         copy.deepcopy(teacher.model).requires_grad_(True),
-        PruningSection.model_validate({"config_list": HALF, "steps": 30, **section}),
+        PruningConfig(**{"config_list": HALF, "steps": 30, **section}),
         teacher,
         given,
         SETTINGS,
@@ -124,7 +125,7 @@ def test_taylor_finds_the_channels_that_matter_and_leaves_the_weights(source, tm
     teacher = Teacher(NormNet(), SPEC)
     network = copy.deepcopy(teacher.model).requires_grad_(True)
     before = copy.deepcopy(network.state_dict())
-    section = PruningSection(pruner="TaylorPruner", config_list=[{"op_names": ["conv"], "sparse_ratio": 0.5}], steps=20)
+    section = PruningConfig(pruner="TaylorPruner", config_list=[{"op_names": ["conv"], "sparse_ratio": 0.5}], steps=20)
     masks, _ = one_shot_masks(network, section, teacher, source, SETTINGS, seed=0, quiet=True)
     kept = masks["conv"]["weight"].flatten(1).any(1).nonzero().flatten().tolist()
     assert kept == [0, 2, 4, 6]
@@ -149,7 +150,7 @@ def test_slim_under_a_schedule_leaves_its_scales_in_the_weights(source, tmp_path
 
 
 def test_slim_without_batch_normalisation_says_why(teacher):
-    section = PruningSection(pruner="SlimPruner", config_list=HALF)
+    section = PruningConfig(pruner="SlimPruner", config_list=HALF)
     with pytest.raises(UserError, match="batch normalisation, and LeNet5 has none; use TaylorPruner"):
         check_pruning(teacher.model, section, teacher)
 
@@ -198,7 +199,7 @@ def test_images_are_needed_where_channels_are_scored_on_them(teacher, tmp_path):
 
 
 def test_scores_are_those_of_the_images_that_are_given(teacher, source):
-    section = PruningSection(pruner="TaylorPruner", config_list=HALF, steps=30)
+    section = PruningConfig(pruner="TaylorPruner", config_list=HALF, steps=30)
 
     def kept(images: Any) -> list[int]:
         masks, _ = one_shot_masks(teacher.model.requires_grad_(True), section, teacher, images, SETTINGS, 0, True)
@@ -240,7 +241,7 @@ def test_scores_are_those_of_the_images_that_are_given(teacher, source):
     ],
 )
 def test_mistakes_are_told_before_the_work(teacher, section, message):
-    section = PruningSection.model_validate({"config_list": HALF, **section})
+    section = PruningConfig(**{"config_list": HALF, **section})
     with pytest.raises(UserError, match=message):
         check_pruning(teacher.model, section, teacher)
 
@@ -261,12 +262,12 @@ class Padded(nn.Module):
 
 def test_what_cannot_be_shrunken_is_told_before_the_work():
     teacher, weight = Teacher(Padded(), SPEC), {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "target_names": ["weight"]}
-    own = PruningSection(config_list=[{**weight, "dependency_group_id": "mine"}])
+    own = PruningConfig(config_list=[{**weight, "dependency_group_id": "mine"}])
     with pytest.raises(UserError, match=r"bias or BatchNorm .* exclude the layers in question") as refusal:
         check_pruning(teacher.model, own, teacher)
     assert "complete_config_list" not in str(refusal.value)
-    check_pruning(teacher.model, own.model_copy(update={"speedup": False}), teacher)  # nothing is removed then
-    check_pruning(teacher.model, PruningSection(config_list=[weight]), teacher)  # the bias goes with its weight
+    check_pruning(teacher.model, replace(own, speedup=False), teacher)  # nothing is removed then
+    check_pruning(teacher.model, PruningConfig(config_list=[weight]), teacher)  # the bias goes with its weight
 
 
 def test_nni_refusing_in_the_middle_of_a_run_is_a_sentence(teacher, source, tmp_path):
@@ -285,12 +286,12 @@ def test_nni_refusing_in_the_middle_of_a_run_is_a_sentence(teacher, source, tmp_
 )
 def test_what_our_distiller_cannot_take_is_a_sentence(teacher, config, message):
     with pytest.raises(UserError, match=rf"compression\.distiller: ZeroShotDistiller refuses the config .*{message}"):
-        check_distiller(teacher.model, DistillerSection(config_list=[config]), teacher)
+        check_distiller(teacher.model, DistillerConfig(config_list=[config]), teacher)
 
 
 def test_of_a_fused_training_all_steps_count(teacher):
     late = {"pruner": "MovementPruner", "steps": 40, "arguments": {"warmup_step": 4, "cooldown_begin_step": 60}}
-    section = PruningSection.model_validate({"config_list": HALF, **late})
+    section = PruningConfig(**{"config_list": HALF, **late})
     check_pruning(teacher.model, section, teacher, steps=60)
     with pytest.raises(UserError, match="trains for 50 steps"):
         check_pruning(teacher.model, section, teacher, steps=50)
@@ -306,7 +307,7 @@ def test_single_weights_beside_removed_channels_are_told_apart(teacher):
     masks["fc1"]["weight"][:10] = 0
     masks["fc1"]["bias"] = masks["fc1"]["weight"][:, 0].clone()
     masks["fc2"]["weight"][::2, ::3] = 0
-    section = PruningSection(config_list=[{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    section = PruningConfig(config_list=[{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     result = shrunken_to_masks(copy.deepcopy(teacher.model), masks, section, teacher, {})
     assert result.network.fc1.out_features == 110
     assert list(result.masks) == ["fc2"] and list(result.masks["fc2"]) == ["weight"]
@@ -315,9 +316,7 @@ def test_single_weights_beside_removed_channels_are_told_apart(teacher):
 
 def test_sensible_arguments_follow_from_the_steps():
     def of(pruner: str, steps: int, **more: Any) -> dict[str, Any]:
-        return default_arguments(
-            PruningSection.model_validate(dict(pruner=pruner, config_list=HALF, steps=steps, **more))
-        )
+        return default_arguments(PruningConfig(**dict(pruner=pruner, config_list=HALF, steps=steps, **more)))
 
     assert of("TaylorPruner", 0) == {"training_steps": 20}
     assert of("TaylorPruner", 5000) == {"training_steps": 100}
@@ -333,7 +332,7 @@ def test_sensible_arguments_follow_from_the_steps():
 
 @pytest.mark.parametrize("name", ["DynamicLayerwiseDistiller", "Adaptive1dLayerwiseDistiller"])
 def test_nnis_own_distillers_learn_on_impressions(teacher, source, tmp_path, name):
-    section = DistillerSection(
+    section = DistillerConfig(
         name=name, config_list=[{"op_names": ["fc3"], "target_names": ["_output_"], "lambda": 1, "apply_method": "mse"}]
     )
     untaught = pruned(teacher, None, tmp_path)
@@ -346,7 +345,7 @@ def test_a_pruned_alexnet_loads_again_without_the_pruning_code(tmp_path):
     torch.manual_seed(0)
     spec = InputSpec((3, 32, 32))
     teacher = Teacher(alexnet(), spec)
-    section = PruningSection(config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], steps=0)
+    section = PruningConfig(config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], steps=0)
     result = prune(
         copy.deepcopy(teacher.model),
         section,

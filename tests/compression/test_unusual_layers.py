@@ -29,7 +29,7 @@ from zskd_nni.models.onnx_export import check_exportable, onnx_bytes, run_onnx
 from zskd_nni.models.serialization import load_network, save_network
 from zskd_nni.models.shared_modules import called_names, second_names
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.recipes.schema import PruningSection, QuantizationSection
+from zskd_nni.recipes.compression_config import PruningConfig, QuantizationConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings, distill
 
@@ -169,7 +169,7 @@ class WithoutBias(Block):
 
 def pruned(network: nn.Module, **section: Any) -> PrunedNetwork:
     teacher = Teacher(network, SPEC)
-    chosen = PruningSection.model_validate({"config_list": HALF, "steps": 2, **section})
+    chosen = PruningConfig(**{"config_list": HALF, "steps": 2, **section})
     check_pruning(copy.deepcopy(teacher.model), chosen, teacher)
     student = copy.deepcopy(teacher.model).requires_grad_(True)
     return prune(student, chosen, teacher, SOURCE, SETTINGS, quiet=True)
@@ -177,7 +177,7 @@ def pruned(network: nn.Module, **section: Any) -> PrunedNetwork:
 
 def quantized(network: nn.Module, **section: Any) -> Quantization:
     teacher = Teacher(network, SPEC)
-    chosen = QuantizationSection.model_validate({"config_list": ALL_INT8, "steps": 3, **section})
+    chosen = QuantizationConfig(**{"config_list": ALL_INT8, "steps": 3, **section})
     student = copy.deepcopy(teacher.model).requires_grad_(True)
     check_quantization(student, chosen, teacher)
     result = quantize_student(student, chosen, teacher, SOURCE, SETTINGS, train=True, quiet=True)
@@ -323,9 +323,9 @@ def test_silenced_inputs_stay_silent_beside_channels_that_went(speedup: bool) ->
 
 def test_single_weights_without_biases_and_folds_in_one_training() -> None:
     teacher = Teacher(WithoutBias(), SPEC)
-    pruning = PruningSection.model_validate({"pruner": "LevelPruner", "config_list": HALF, "steps": 2})
-    section = QuantizationSection.model_validate(
-        {"quantizer": "QATQuantizer", "config_list": ALL_INT8, "steps": 2, "fused": True, "fuse_batch_norm": True}
+    pruning = PruningConfig(**{"pruner": "LevelPruner", "config_list": HALF, "steps": 2})
+    section = QuantizationConfig(
+        **{"quantizer": "QATQuantizer", "config_list": ALL_INT8, "steps": 2, "fused": True, "fuse_batch_norm": True}
     )
     student = copy.deepcopy(teacher.model).requires_grad_(True)
     assert quantization_config(student, section, teacher)[0]["fuse_names"], "folds that are found without the pruner"

@@ -15,7 +15,7 @@ from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError, error_context
 
 if TYPE_CHECKING:
-    from zskd_nni.recipes.schema import DistillerSection
+    from zskd_nni.recipes.compression_config import DistillerConfig
 
 _NNIS_OWN = {
     "DynamicLayerwiseDistiller": DynamicLayerwiseDistiller,
@@ -25,7 +25,7 @@ _NNIS_OWN = {
 
 def fused_distiller(
     compressor: Compressor,
-    section: DistillerSection | None,
+    section: DistillerConfig | None,
     teacher: Teacher,
     evaluator: DataFreeEvaluator,
     temperature: float,
@@ -77,7 +77,7 @@ def fused_distiller(
         raise UserError(f"compression.distiller: {whose}{name} refuses the config ({text}).") from error
 
 
-def check_distiller(network: nn.Module, section: DistillerSection, teacher: Teacher) -> None:
+def check_distiller(network: nn.Module, section: DistillerConfig, teacher: Teacher) -> None:
     """Find out before the long work begins whether NNI takes this config for this network.
 
     Raises:

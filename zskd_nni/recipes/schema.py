@@ -6,7 +6,6 @@ NNI's own ``config_list`` passes through untouched. Unknown keys are errors that
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -15,16 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from zskd_nni.methods.registry import default_preset, find_method
 from zskd_nni.models.build import FORMS
 from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig, QuantizationConfig, Section
 from zskd_nni.recipes.search_space import check_space
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class NetworkSection(_Section):
+class NetworkSection(Section):
     """A network: how it is built and which weights it gets.
 
     Attributes:
@@ -108,118 +104,7 @@ class TransferSection(BaseModel):
         return find_method(self.method).options(self.preset, self.model_extra or {})
 
 
-class ScheduleSection(_Section):
-    """A pruning schedule over the pruner.
-
-    Attributes:
-        name: NNI's ``AGPPruner`` or ``LinearPruner``.
-        interval: steps between two prunings.
-        total_times: number of prunings.
-    """
-
-    name: Literal["AGPPruner", "LinearPruner"]
-    interval: int = Field(ge=1)
-    total_times: int = Field(ge=1)
-
-
-class PruningSection(_Section):
-    """NNI pruning, fused with distillation, then shrinking.
-
-    Attributes:
-        pruner: name of an NNI pruner.
-        config_list: NNI's own, untouched.
-        arguments: further keyword arguments of the pruner, such as ``training_steps``; sensible ones follow from
-            ``steps``.
-        schedule: of the sparsity; one shot where absent.
-        steps: distillation steps under the masks, before the network is shrunk; ``distillation.steps`` come after.
-        speedup: shrink the network to what the masks leave.
-    """
-
-    pruner: str = "L1NormPruner"
-    config_list: list[dict[str, Any]] = Field(min_length=1)
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    schedule: ScheduleSection | None = None
-    steps: int = Field(default=200, ge=0)
-    speedup: bool = True
-
-    @field_validator("config_list")
-    @classmethod
-    def _sparsity_in_range(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for number, config in enumerate(value):
-            for path, ratio in _sparsities(config, f"{number}"):
-                if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-                    raise ValueError(f"{path}: a sparsity lies in [0, 1), not {ratio!r}")
-        return value
-
-    @model_validator(mode="after")
-    def _schedule_fits(self) -> PruningSection:
-        if self.schedule is not None and self.steps < self.schedule.interval * self.schedule.total_times:
-            raise ValueError(
-                f"steps ({self.steps}) must be at least schedule.interval x schedule.total_times "
-                f"({self.schedule.interval * self.schedule.total_times})"
-            )
-        return self
-
-
-def _sparsities(config: Any, path: str) -> list[tuple[str, Any]]:
-    found = []
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            here = f"{path}.{key}"
-            if key in ("sparse_ratio", "sparsity", "sparsity_per_layer", "total_sparsity"):
-                found.append((here, value))
-            else:
-                found.extend(_sparsities(value, here))
-    return found
-
-
-class QuantizationSection(_Section):
-    """NNI quantization of the finished student, and its export to integers.
-
-    Attributes:
-        quantizer: name of an NNI quantizer.
-        config_list: NNI's own, untouched.
-        arguments: further keyword arguments of the quantizer, such as ``quant_start_step``.
-        fuse_names: modules that act as one, such as ``[conv1, bn1, relu1]``.
-        fuse_batch_norm: find them in the network's graph.
-        steps: distillation steps under quantization; ``PtqQuantizer`` takes none.
-        learning_rate: of those steps; a tenth of the distillation's where absent.
-        calibration_images: images that ranges are read off.
-        fused: prune, quantize and distil in one training instead of one after the other.
-    """
-
-    quantizer: str = "PtqQuantizer"
-    config_list: list[dict[str, Any]] = Field(min_length=1)
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    fuse_names: list[list[str]] = Field(default_factory=list)
-    fuse_batch_norm: bool = False
-    steps: int = Field(default=500, ge=0)
-    learning_rate: float | None = Field(default=None, gt=0)
-    calibration_images: int = Field(default=1000, ge=1)
-    fused: bool = False
-
-
-class DistillerSection(_Section):
-    """Which distiller teaches the student while NNI prunes or quantizes it.
-
-    Attributes:
-        name: ours, or one of NNI's own two.
-        config_list: NNI's distillation config; NNI's own two need one.
-    """
-
-    name: Literal["ZeroShotDistiller", "DynamicLayerwiseDistiller", "Adaptive1dLayerwiseDistiller"] = (
-        "ZeroShotDistiller"
-    )
-    config_list: list[dict[str, Any]] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _nnis_own_need_targets(self) -> DistillerSection:
-        if self.name != "ZeroShotDistiller" and not self.config_list:
-            raise ValueError(f"{self.name} needs a config_list that names what it matches")
-        return self
-
-
-class CompressionSection(_Section):
+class CompressionSection(Section):
     """What NNI does to the student.
 
     Attributes:
@@ -228,9 +113,9 @@ class CompressionSection(_Section):
         distiller: for the trainings under NNI; of the logits where absent.
     """
 
-    pruning: PruningSection | None = None
-    quantization: QuantizationSection | None = None
-    distiller: DistillerSection | None = None
+    pruning: PruningConfig | None = None
+    quantization: QuantizationConfig | None = None
+    distiller: DistillerConfig | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> CompressionSection:
@@ -242,7 +127,7 @@ class CompressionSection(_Section):
         return self
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Real test data, to measure the finished networks and for nothing else.
 
     Attributes:
@@ -254,7 +139,7 @@ class EvaluationSection(_Section):
     split: Literal["train", "test"] = "test"
 
 
-class SearchSection(_Section):
+class SearchSection(Section):
     """An NNI experiment over the recipe, for ``zskd-nni search``; other commands pass over it.
 
     Attributes:
@@ -287,7 +172,7 @@ class SearchSection(_Section):
         return value
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe.
 
     Attributes:

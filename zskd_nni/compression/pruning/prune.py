@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import logging
 import warnings
@@ -36,7 +37,7 @@ from zskd_nni.runtime.errors import UserError, error_context
 from zskd_nni.training.distillation import DistillationSettings
 
 if TYPE_CHECKING:
-    from zskd_nni.recipes.schema import DistillerSection, PruningSection
+    from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig
 
 NORM_PRUNERS = ("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner")
 SCORING_PRUNERS = ("TaylorPruner", "SlimPruner")
@@ -64,17 +65,17 @@ class PrunedNetwork:
     masks: Masks = field(default_factory=dict)
 
 
-def is_data_driven(section: PruningSection) -> bool:
+def is_data_driven(section: PruningConfig) -> bool:
     """Whether the masks come from images, not from the weights alone."""
     return section.pruner not in NORM_PRUNERS
 
 
-def changes_masks_while_learning(section: PruningSection) -> bool:
+def changes_masks_while_learning(section: PruningConfig) -> bool:
     """Whether the masks are only final at the end of the training."""
     return section.schedule is not None or section.pruner == "MovementPruner"
 
 
-def check_pruning(network: nn.Module, section: PruningSection, teacher: Teacher, steps: int | None = None) -> None:
+def check_pruning(network: nn.Module, section: PruningConfig, teacher: Teacher, steps: int | None = None) -> None:
     """Find out before the long work begins whether NNI takes this config for this network, and can shrink it.
 
     Args:
@@ -91,14 +92,14 @@ def check_pruning(network: nn.Module, section: PruningSection, teacher: Teacher,
     source = NoiseSource(teacher.spec, 2)
     _check_steps(section, section.steps if steps is None else steps)
     with error_context("compression.pruning"):
-        check_layers(network, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
+        check_layers(network, teacher.example_input())
     pruner, _ = make_pruner(network, section, DataFreeEvaluator(teacher, source, quiet=True), teacher)
     pruner.unwrap_model()
     if section.speedup:
         _try_to_shrink(network, section, teacher)
 
 
-def _check_steps(section: PruningSection, steps: int) -> None:
+def _check_steps(section: PruningConfig, steps: int) -> None:
     """The numbers of steps that a pruner is told, or that follow from ``steps``, must fit into the training."""
     arguments = {**default_arguments(section), **section.arguments}
     where = "compression.pruning.arguments"
@@ -131,7 +132,7 @@ def _check_number(value: Any, least: int, where: str) -> None:
         raise UserError(f"{where} must be a whole number of at least {least}, not {value!r}.")
 
 
-def _try_to_shrink(network: nn.Module, section: PruningSection, teacher: Teacher) -> None:
+def _try_to_shrink(network: nn.Module, section: PruningConfig, teacher: Teacher) -> None:
     """Shrink a copy to masks of the weights' norms: which channels go differs, whether they can go does not."""
     if section.pruner == "LevelPruner":
         return
@@ -157,7 +158,7 @@ def _try_to_shrink(network: nn.Module, section: PruningSection, teacher: Teacher
 
 def _shrunken(network: nn.Module, masks: Masks, teacher: Teacher) -> ShrinkResult:
     try:
-        return shrink(network, masks, teacher.spec.normalise(teacher.spec.midpoint(2)))
+        return shrink(network, masks, teacher.example_input())
     except CannotShrinkError as error:
         # The config is from complete_config_list already, which the error itself would advise.
         raise UserError(
@@ -168,13 +169,13 @@ def _shrunken(network: nn.Module, masks: Masks, teacher: Teacher) -> ShrinkResul
 
 def prune(
     network: nn.Module,
-    section: PruningSection,
+    section: PruningConfig,
     teacher: Teacher,
     source: TransferSource | None,
     distillation: DistillationSettings,
     *,
     scores: TransferSource | None = None,
-    distiller: DistillerSection | None = None,
+    distiller: DistillerConfig | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     quiet: bool = False,
@@ -225,7 +226,7 @@ def prune(
 
 def started_pruner(
     network: nn.Module,
-    section: PruningSection,
+    section: PruningConfig,
     teacher: Teacher,
     scores: TransferSource,
     evaluator: DataFreeEvaluator,
@@ -253,7 +254,7 @@ def started_pruner(
 
 def one_shot_masks(
     network: nn.Module,
-    section: PruningSection,
+    section: PruningConfig,
     teacher: Teacher,
     scores: TransferSource | None,
     distillation: DistillationSettings,
@@ -277,7 +278,7 @@ def one_shot_masks(
         The masks, and which layers keep all their channels and why.
     """
     copied = copy.deepcopy(network).requires_grad_(True)
-    unscheduled = section.model_copy(update={"schedule": None})
+    unscheduled = dataclasses.replace(section, schedule=None)
     optimizer = None
     if section.pruner in SCORING_PRUNERS:
         # The scores are those of the weights as they are: they must not run away while they are scored.
@@ -307,7 +308,7 @@ def one_shot_masks(
 def shrunken_to_masks(
     network: nn.Module,
     masks: Masks,
-    section: PruningSection,
+    section: PruningConfig,
     teacher: Teacher,
     left_out: dict[str, str],
     history: Any = None,
@@ -361,7 +362,7 @@ def shrunken_to_masks(
     return PrunedNetwork(result.model, record, result.kept, masks_left)
 
 
-def learns_from_choices(section: PruningSection) -> bool:
+def learns_from_choices(section: PruningConfig) -> bool:
     """Whether the fused training needs the teacher's choices as labels beside its logits.
 
     Scores of gradients begin before the student differs from its teacher, where the logits' loss is flat.
@@ -370,7 +371,7 @@ def learns_from_choices(section: PruningSection) -> bool:
 
 
 def make_pruner(
-    network: nn.Module, section: PruningSection, evaluator: DataFreeEvaluator, teacher: Teacher
+    network: nn.Module, section: PruningConfig, evaluator: DataFreeEvaluator, teacher: Teacher
 ) -> tuple[Any, dict[str, str]]:
     """NNI's pruner around ``network``, under its schedule where there is one.
 
@@ -408,7 +409,7 @@ def make_pruner(
     return pruner, left_out
 
 
-def default_arguments(section: PruningSection) -> dict[str, Any]:
+def default_arguments(section: PruningConfig) -> dict[str, Any]:
     """What a pruner's constructor asks for beyond the config, derived from ``steps``; ``arguments`` go over it."""
     if section.pruner == "TaylorPruner":
         if section.schedule is not None:  # one score for each interval, or NNI refuses
@@ -440,7 +441,7 @@ def fold_slim_factors(pruner: Any) -> None:
 
 
 def _config_list(
-    network: nn.Module, section: PruningSection, teacher: Teacher
+    network: nn.Module, section: PruningConfig, teacher: Teacher
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     schema = default_config_schema("pruning")
     config_list = modern_config_list(section.config_list, "pruning")
@@ -448,13 +449,13 @@ def _config_list(
         schema.validate(config)
     if section.pruner == "LevelPruner":
         return config_list, {}  # single weights, not channels: nothing is to be aligned
-    dummy = teacher.spec.normalise(teacher.spec.midpoint(2)).to(next(network.parameters()).device)
+    dummy = teacher.example_input().to(next(network.parameters()).device)
     plan = plan_pruning(network, config_list, dummy)
     return plan.config_list, plan.left_out
 
 
 @contextlib.contextmanager
-def refusals(section: PruningSection, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+def refusals(section: PruningConfig, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """NNI's schema, assertions and key errors as one sentence; its remarks on schedules are not for the user."""
     logger = logging.getLogger("nni.compression.pruning.scheduled_pruner")
     level = logger.level

@@ -33,7 +33,7 @@ from zskd_nni.models.teacher import first_tensor
 from zskd_nni.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from zskd_nni.recipes.schema import DistillerSection
+    from zskd_nni.recipes.compression_config import DistillerConfig
 
 Calibration = dict[str, dict[str, dict[str, Any]]]
 
@@ -108,7 +108,7 @@ def quantize(
     max_epochs: int | None = None,
     temperature: float = 20.0,
     ranges_first: bool = True,
-    distiller: DistillerSection | None = None,
+    distiller: DistillerConfig | None = None,
     **options: Any,
 ) -> Quantization:
     """Quantize ``student`` with one of NNI's quantizers, on the evaluator's images, taught by its teacher.

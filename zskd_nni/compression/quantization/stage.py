@@ -51,14 +51,14 @@ from zskd_nni.training.distillation import DistillationSettings
 from zskd_nni.training.metrics import agreement
 
 if TYPE_CHECKING:
-    from zskd_nni.recipes.schema import DistillerSection, PruningSection, QuantizationSection
+    from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig, QuantizationConfig
 
 EXPORTED = ("PtqQuantizer", "QATQuantizer", "LsqQuantizer", "LsqPlusQuantizer")
 _LEAST_AGREEMENT_AFTER_SHRINKING = 0.98
 
 
 def check_quantization(
-    network: nn.Module, section: QuantizationSection, teacher: Teacher, steps: int | None = None
+    network: nn.Module, section: QuantizationConfig, teacher: Teacher, steps: int | None = None
 ) -> None:
     """Find out before the long work begins whether NNI takes this config for this network, and ONNX what comes of it.
 
@@ -96,7 +96,7 @@ def check_quantization(
             check_exportable(integer_model(Quantization(network, name, config_list, calibration)), teacher.spec)
 
 
-def _check_steps(name: str, section: QuantizationSection, steps: int) -> None:
+def _check_steps(name: str, section: QuantizationConfig, steps: int) -> None:
     if name == "PtqQuantizer":
         return
     if steps < 1:
@@ -115,7 +115,7 @@ def _check_steps(name: str, section: QuantizationSection, steps: int) -> None:
 
 
 def quantization_config(
-    network: nn.Module, section: QuantizationSection, teacher: Teacher, masked: Container[str] = ()
+    network: nn.Module, section: QuantizationConfig, teacher: Teacher, masked: Container[str] = ()
 ) -> list[dict]:
     """NNI's config list of the section with its folds, named or found.
 
@@ -127,7 +127,7 @@ def quantization_config(
             that such folds are not looked for.
     """
     folds = [tuple(names) for names in section.fuse_names]
-    dummy = teacher.spec.normalise(teacher.spec.midpoint(2)).to(next(network.parameters()).device)
+    dummy = teacher.example_input().to(next(network.parameters()).device)
     called = called_names(network, dummy)
     if section.fuse_batch_norm:
         with refused_by(section.quantizer):
@@ -163,13 +163,13 @@ def _of_called(network: nn.Module, config: dict, called: set[str]) -> dict:
 
 def quantize_student(
     network: nn.Module,
-    section: QuantizationSection,
+    section: QuantizationConfig,
     teacher: Teacher,
     source: TransferSource,
     distillation: DistillationSettings,
     *,
     train: bool,
-    distiller: DistillerSection | None = None,
+    distiller: DistillerConfig | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     masks: Masks | None = None,
@@ -223,7 +223,7 @@ def quantize_student(
     return dataclasses.replace(result, student=result.student.cpu().eval())
 
 
-def quantization_settings(section: QuantizationSection, distillation: DistillationSettings) -> DistillationSettings:
+def quantization_settings(section: QuantizationConfig, distillation: DistillationSettings) -> DistillationSettings:
     """The distillation's settings with the section's steps and learning rate.
 
     A tenth of the distillation's rate by default: the student is taught already, and only mends what rounding breaks.
@@ -234,13 +234,13 @@ def quantization_settings(section: QuantizationSection, distillation: Distillati
 
 def compress_in_one_training(
     network: nn.Module,
-    pruning: PruningSection,
-    section: QuantizationSection,
+    pruning: PruningConfig,
+    section: QuantizationConfig,
     teacher: Teacher,
     source: TransferSource,
     distillation: DistillationSettings,
     *,
-    distiller: DistillerSection | None = None,
+    distiller: DistillerConfig | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     quiet: bool = False,
