@@ -12,8 +12,9 @@ import torch
 from helpers import small_teacher
 
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
+from zskd_nni.models.teacher import load_teacher
 from zskd_nni.research.explorer.figure import exploration_picture
-from zskd_nni.research.explorer.one_impression import Question, explore_class, explore_one, shipped_teacher
+from zskd_nni.research.explorer.one_impression import Question, explore_class, explore_one
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
 
@@ -106,7 +107,7 @@ def test_the_picture_is_a_png_that_shows_the_class() -> None:
     assert drawn.startswith(b"\x89PNG")
     assert drawn != exploration_picture(answer, teacher.spec, 3)
     with pytest.raises(UserError, match="No trained weights 'lenet6'"):
-        shipped_teacher("lenet6")
+        load_teacher("lenet6")
 
 
 def test_without_ipywidgets_importing_works_and_showing_says_what_to_install() -> None:

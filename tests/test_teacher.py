@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from helpers import SMALL, random, small_network, small_teacher
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from zskd_nni.data.sources import NoiseSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models import zoo
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.teacher import Teacher, classifier_candidates, first_tensor, record_features
+from zskd_nni.models.onnx_export import export_onnx, run_onnx
+from zskd_nni.models.teacher import Teacher, classifier_candidates, first_tensor, load_teacher, record_features
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
 from zskd_nni.training.distillation import DistillationSettings, distill
@@ -116,7 +119,6 @@ def test_classifier_of_the_zoo(network: nn.Module, path: str) -> None:
     ],
 )
 def test_classifier_of_torchvision(name: str, path: str, side: int) -> None:
-    import torchvision
 
     torch.manual_seed(0)
     network = torchvision.models.get_model(name, weights=None, num_classes=11)
@@ -442,3 +444,113 @@ def test_a_batch_norm_that_remembers_nothing() -> None:
     network.norm = torch.nn.BatchNorm2d(6, track_running_stats=False)
     with pytest.raises(UserError, match=r"'norm' is a BatchNorm without running statistics"):
         Teacher(network, SMALL)
+
+
+# Teachers by name, and what is made of one.
+
+
+def test_a_shape_is_enough_of_a_spec() -> None:
+    teacher = Teacher(small_network(), (1, 8, 8))
+    assert teacher.spec == SMALL
+    assert teacher.fingerprint == small_teacher().fingerprint
+
+
+def test_a_student_is_a_trainable_copy_with_the_same_weights() -> None:
+    teacher = small_teacher()
+    student = teacher.student()
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(student(images), teacher(images))
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    with torch.no_grad():
+        student.head.weight.add_(1)
+    assert not torch.equal(student(images), teacher(images))
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_example_inputs_are_grey_and_normalised() -> None:
+    teacher = Teacher(small_network(), InputSpec((1, 8, 8), mean=(0.25,), std=(0.5,)))
+    assert teacher.example_input().shape == (2, 1, 8, 8)
+    assert teacher.example_input(3).unique().tolist() == [0.5]
+    assert len(teacher.example_input(3)) == 3
+
+
+def test_teachers_by_name() -> None:
+    shipped = load_teacher("lenet5-digits")
+    assert shipped.spec == InputSpec((1, 32, 32))
+    named = load_teacher("zoo:lenet5", (1, 32, 32), "zoo:lenet5-digits")
+    assert named.fingerprint == shipped.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lenet6",), "No trained weights 'lenet6'"),
+        (("lenet5-digits", (1, 32, 32)), "brings its own spec"),
+        (("zoo:lenet5",), "input of 'zoo:lenet5'"),
+        (("zoo:lenet5", (1, 32, 32)), "weights= is missing"),
+        (("zoo:lenet5", (1, 32, 32), "there/is/none.safetensors"), "There is no weights file"),
+        (("zoo:lenet5_half", (1, 32, 32), "zoo:lenet5-digits"), "do not fit the network"),
+    ],
+)
+def test_teachers_that_cannot_be_loaded(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_teacher(*arguments)
+
+
+# What torchvision's transforms say about an input.
+
+
+def test_presets_of_torchvision() -> None:
+    spec = InputSpec.from_transforms(torchvision.models.ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1.transforms())
+    assert spec == InputSpec((3, 384, 384), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize(
+    ("steps", "channels", "spec"),
+    [
+        ([v2.Resize((8, 6)), v2.ToTensor()], None, InputSpec((1, 8, 6))),
+        (
+            [v2.Resize(9), v2.CenterCrop(8), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)],
+            3,
+            InputSpec((3, 8, 8)),
+        ),
+        (
+            [v2.Grayscale(3), v2.RandomCrop(8), v2.Normalize([0.5], [0.25])],
+            None,
+            InputSpec((3, 8, 8), 0, 1, (0.5,), (0.25,)),
+        ),
+        (
+            [v2.RandomResizedCrop(8), v2.ToDtype(torch.float32), v2.Compose([v2.Normalize([9, 8, 7], [3, 2, 1])])],
+            None,
+            InputSpec((3, 8, 8), 0, 255, (9, 8, 7), (3, 2, 1)),
+        ),
+    ],
+)
+def test_lists_of_transforms(steps: list[nn.Module], channels: int | None, spec: InputSpec) -> None:
+    assert InputSpec.from_transforms(v2.Compose(steps), channels) == spec
+    assert InputSpec.from_transforms(nn.Sequential(*steps), channels) == spec
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT.transforms(),
+        v2.Compose([v2.Resize(8), v2.ToTensor()]),
+        v2.Compose([v2.CenterCrop(8), v2.Pad(2)]),
+        v2.Compose([v2.ToTensor()]),
+        "resize",
+    ],
+)
+def test_transforms_that_do_not_tell_the_size(transforms: object) -> None:
+    with pytest.raises(UserError, match=r"height and width.*InputSpec"):
+        InputSpec.from_transforms(transforms)
+
+
+def test_exporting_without_images_and_with_a_transfer_source(tmp_path) -> None:
+    teacher = Teacher(small_network(), InputSpec((1, 8, 8), high=255.0, mean=(100.0,), std=(50.0,)))
+    sources = (None, NoiseSource(teacher.spec, 4), torch.full((3, 1, 8, 8), 7.0))
+    for number, images in enumerate(sources):
+        path = tmp_path / f"{number}.onnx"
+        assert export_onnx(teacher.student(), teacher.spec, str(path), images) < 1e-4
+        images = torch.full((3, 1, 8, 8), 7.0)
+        torch.testing.assert_close(run_onnx(path, images), teacher(images), atol=1e-4, rtol=1e-4)

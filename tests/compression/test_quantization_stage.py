@@ -27,7 +27,7 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.serialization import save_network
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import wrn
-from zskd_nni.recipes.schema import PruningSection, QuantizationSection
+from zskd_nni.recipes.compression_config import PruningConfig, QuantizationConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.tensors import save_tensors
 from zskd_nni.training.distillation import DistillationSettings
@@ -99,8 +99,8 @@ def source() -> StoredSource:
 TEST = patterns(300, 4)[0]
 
 
-def section(**changes: Any) -> QuantizationSection:
-    return QuantizationSection.model_validate({"config_list": INT8, "steps": 15, **changes})
+def section(**changes: Any) -> QuantizationConfig:
+    return QuantizationConfig(**{"config_list": INT8, "steps": 15, **changes})
 
 
 def quantized(teacher: Teacher, source: StoredSource, tmp_path: Path, train: bool = True, **changes: Any) -> Any:
@@ -123,7 +123,7 @@ def agrees(network: nn.Module, teacher: Teacher) -> float:
 
 
 def test_folds_are_read_from_the_graph(teacher):
-    dummy = SPEC.normalise(SPEC.midpoint(2))
+    dummy = SPEC.example_input()
     with_output = [{**INT8[0], "target_names": ["_input_", "weight", "_output_"]}]
     assert batch_norm_folds(teacher.model, INT8, dummy) == [("conv1", "norm1"), ("conv2", "norm2")]
     assert batch_norm_folds(teacher.model, with_output, dummy) == [("conv1", "norm1", "relu1"), ("conv2", "norm2")]
@@ -213,7 +213,7 @@ def test_a_quantization_is_saved_and_loads_again(teacher, source, tmp_path):
 def test_pruned_quantized_and_distilled_in_one_training(teacher, source, tmp_path, pruning, fold):
     small, result = compress_in_one_training(
         copy.deepcopy(teacher.model).requires_grad_(True),
-        PruningSection.model_validate({"config_list": HALF, "steps": 15, **pruning}),
+        PruningConfig(**{"config_list": HALF, "steps": 15, **pruning}),
         section(quantizer="QATQuantizer", steps=25, fused=True, fuse_batch_norm=fold),
         teacher,
         source,
@@ -285,7 +285,7 @@ def test_folds_are_found_where_several_entries_share_a_module_or_none_names_targ
     only_input = {**INT8[0], "target_names": ["_input_"]}
     only_weight = {**INT8[0], "target_names": ["weight"]}
     split = [{key: value for key, value in only_input.items() if key != "target_settings"}, only_weight]
-    dummy = SPEC.normalise(SPEC.midpoint(2))
+    dummy = SPEC.example_input()
     folds = [("conv1", "norm1"), ("conv2", "norm2")]
     assert batch_norm_folds(teacher.model, split, dummy) == folds
     assert batch_norm_folds(teacher.model, [{"op_types": ["Conv2d"], "quant_dtype": "int8"}], dummy) == folds

@@ -30,10 +30,10 @@ from torch.distributed.run import parse_args as launcher_arguments
 
 from zskd_nni.cli import app
 from zskd_nni.compression.evaluator import DataFreeEvaluator
+from zskd_nni.models.teacher import load_teacher
 from zskd_nni.models.zoo import lenet5_half
 from zskd_nni.pipeline import Run
 from zskd_nni.recipes.load import load_recipe, recipe_text
-from zskd_nni.research.explorer.one_impression import shipped_teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings
 
@@ -67,7 +67,7 @@ SMALL = ["transfer.size=120", "transfer.held_out=100", "transfer.synthesis.max_s
 GIVEN: dict[str, Any] = {
     "docs/methods/zskt.md": lambda: {
         "student": lenet5_half(),
-        "teacher": shipped_teacher("lenet5-digits"),
+        "teacher": load_teacher("lenet5-digits"),
         "DataFreeEvaluator": DataFreeEvaluator,
         "DistillationSettings": DistillationSettings,
     },

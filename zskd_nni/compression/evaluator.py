@@ -117,7 +117,7 @@ class DataFreeEvaluator(TorchEvaluator):
         self._calibration_set: Tensor | None = None
         self._own_images: RemovableHandle | None = None
         if dummy_input is None:
-            dummy_input = teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device)
+            dummy_input = teacher.example_input()
         super().__init__(
             self._train,
             given_optimizers,

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from zskd_nni.models import zoo
+from zskd_nni.models.zoo.trained import trained_weights
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import is_file, sha256_of_file
+from zskd_nni.runtime.tensors import load_weights
 
 FORMS = "zoo:NAME, torchvision:NAME, package.module:factory or path/to/file.py:factory"
 
@@ -207,6 +209,23 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     if problems:
         raise UserError(f"The weights in {source} do not fit the network: {'; '.join(problems)}.")
     network.load_state_dict(weights, strict=False)
+
+
+def load_named_weights(network: nn.Module, weights: str, base: Path | None = None, allow_pt: bool = False) -> None:
+    """Load the weights that a recipe names into a network.
+
+    Args:
+        network: changed in place.
+        weights: ``zoo:NAME`` for a shipped teacher's, or a file.
+        base: the folder that a relative file is meant from.
+        allow_pt: also read PyTorch's own format.
+
+    Raises:
+        UserError: there are no such weights, or they do not fit the network.
+    """
+    shipped = weights.startswith("zoo:")
+    file = trained_weights(weights.removeprefix("zoo:")) if shipped else (base or Path()) / weights
+    load_into(network, load_weights(file, allow_pt), weights)
 
 
 def _some(names: list[str], most: int = 3) -> str:

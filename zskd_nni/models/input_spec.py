@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from zskd_nni.runtime.errors import UserError
 
 
 def images_at_once(numbers: int) -> int:
@@ -113,8 +117,70 @@ class InputSpec:
         return images_at_once(math.prod(self.shape))
 
     def midpoint(self, count: int = 1) -> Tensor:
-        """``(count, C, H, W)`` images of the middle of the value range: a harmless probe."""
+        """``(count, C, H, W)`` images whose every value is the middle of the value range: mid-grey."""
         return torch.full((count, *self.shape), (self.low + self.high) / 2)
+
+    def example_input(self, count: int = 2) -> Tensor:
+        """``(count, C, H, W)`` mid-grey images as the network sees them, on the CPU; to trace a network with.
+
+        Example:
+            >>> InputSpec((3, 32, 32), mean=(0.25,), std=(0.5,)).example_input().shape
+            torch.Size([2, 3, 32, 32])
+        """
+        return self.normalise(self.midpoint(count))
+
+    @classmethod
+    def from_transforms(cls, transforms: Any, channels: int | None = None) -> InputSpec:
+        """The input of a network whose images were prepared by torchvision's transforms.
+
+        Args:
+            transforms: a preset (``weights.transforms()``), or a ``Compose`` that ends in a fixed size and has at most
+                one ``Normalize``.
+            channels: of the images. By default one for each number in ``mean``.
+
+        Raises:
+            UserError: the size or the normalisation cannot be read from the transforms.
+
+        Example:
+            >>> from torchvision.models import ResNet18_Weights
+            >>> InputSpec.from_transforms(ResNet18_Weights.DEFAULT.transforms()).shape
+            (3, 224, 224)
+        """
+        size: list[int] = []
+        mean: tuple[float, ...] = (0.0,)
+        std: tuple[float, ...] = (1.0,)
+        high = 1.0
+        for step in _single_transforms(transforms):
+            name = type(step).__name__
+            found = getattr(step, "crop_size", getattr(step, "size", None))
+            if found is not None:
+                size = [found] if isinstance(found, int) else list(found)
+                if len(size) == 1 and name != "Resize":  # Resize to one number keeps the aspect ratio
+                    size *= 2
+            elif name in ("Pad", "FiveCrop", "TenCrop"):
+                size = []
+            if name == "Grayscale" and channels is None:
+                channels = getattr(step, "num_output_channels", None)
+            if name == "ToDtype":
+                high = 1.0 if step.scale else 255.0
+            if hasattr(step, "mean") and hasattr(step, "std"):
+                mean, std = tuple(map(float, step.mean)), tuple(map(float, step.std))
+        if len(size) != 2:
+            raise UserError(
+                f"{transforms!r} does not say the height and width of the images it gives (a crop, or a Resize to two "
+                "numbers); write InputSpec((channels, height, width), mean=..., std=...) instead."
+            )
+        return cls((channels or len(mean), size[0], size[1]), high=high, mean=mean, std=std)
+
+
+def _single_transforms(transforms: Any) -> Iterator[Any]:
+    """The transforms in a (nested) ``Compose`` or ``nn.Sequential``, in order."""
+    inner = getattr(transforms, "transforms", transforms)
+    if isinstance(inner, list | tuple | torch.nn.Sequential):
+        for step in inner:
+            yield from _single_transforms(step)
+    else:
+        yield transforms
 
 
 _KEPT: dict[tuple[InputSpec, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.local_response_norm import fast_response_norms
 from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.zoo.trained import provenance
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.validation import build_settings
 
 OutputAdapter = Callable[[Any], Tensor]
 
@@ -45,7 +49,8 @@ class Teacher:
 
     Args:
         model: any classifier ``(N, C, H, W) -> (N, classes)``; tuples and mappings go through ``output``.
-        spec: shape, value range and normalisation of its input.
+        spec: shape, value range and normalisation of its input; ``(channels, height, width)`` alone for images in
+            [0, 1] that are not normalised.
         classifier: path of the layer that makes the logits (``nn.Linear`` or a 1x1 convolution). Found by
             watching a forward pass where absent.
         output: takes what the model returns and gives the logits; see :func:`first_tensor`.
@@ -66,14 +71,14 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module,
-        spec: InputSpec,
+        spec: InputSpec | tuple[int, int, int],
         classifier: str | None = None,
         output: OutputAdapter | None = None,
         code: str | None = None,
     ) -> None:
         check_finite(model.state_dict())
         _check_answers_do_not_depend_on_the_batch(model)
-        self.spec = spec
+        self.spec = spec = spec if isinstance(spec, InputSpec) else InputSpec(spec)
         self.output = output or first_tensor
         try:
             frozen = copy.deepcopy(model).float().eval().requires_grad_(False)
@@ -83,7 +88,7 @@ class Teacher:
                 "by torch.nn.utils.remove_weight_norm."
             ) from error
         device = next((p.device for p in frozen.parameters()), torch.device("cpu"))
-        self.model = lay_out(frozen, spec.normalise(spec.midpoint(2)).to(device))
+        self.model = lay_out(frozen, spec.example_input().to(device))
         self._has_response_norms = any(isinstance(m, nn.LocalResponseNorm) for m in frozen.modules())
         self.classifier_path, self.num_classes = self._find_classifier(classifier)
         self.fingerprint = self._fingerprint(code)
@@ -108,6 +113,14 @@ class Teacher:
         """Move the copy; returns itself."""
         self.model.to(device)
         return self
+
+    def student(self) -> nn.Module:
+        """A trainable copy of the network with the teacher's weights, in ``eval()`` mode on the teacher's device."""
+        return copy.deepcopy(self.model).requires_grad_(True)
+
+    def example_input(self, count: int = 2) -> Tensor:
+        """``(count, C, H, W)`` normalised mid-grey images on the teacher's device; to trace a network with."""
+        return self.spec.example_input(count).to(self.device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``(N, classes)`` of images ``(N, C, H, W)`` in the spec's value range; differentiable in them."""
@@ -184,6 +197,55 @@ class Teacher:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def load_teacher(
+    name: str,
+    spec: InputSpec | tuple[int, int, int] | None = None,
+    weights: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    classifier: str | None = None,
+    base: Path | None = None,
+    allow_pt: bool = False,
+) -> Teacher:
+    """A trained teacher by its name.
+
+    Args:
+        name: of a shipped teacher, which needs nothing else, or of a network as in
+            :func:`~zskd_nni.models.build.build_network`.
+        spec: the input of a network.
+        weights: of a network: a file, or ``zoo:NAME`` for those of a shipped teacher.
+        arguments: keyword arguments of the network's factory.
+        classifier: path of the layer that makes the logits, where it is not found.
+        base: the folder that relative files are meant from.
+        allow_pt: also read weights in PyTorch's own format.
+
+    Raises:
+        UserError: there is no such teacher, network or file, or they do not fit together.
+
+    Example:
+        >>> teacher = load_teacher("lenet5-digits")
+        >>> teacher.spec.shape, teacher.num_classes
+        ((1, 32, 32), 10)
+    """
+    if ":" not in name:
+        if (spec, weights, arguments) != (None, None, None):
+            raise UserError(f"The teacher {name!r} brings its own spec, weights and arguments; leave them out.")
+        about = provenance(name)
+        name, weights, arguments = about["network"], f"zoo:{name}", about["arguments"]
+        spec = build_settings(InputSpec, about["input"], "input")
+    elif spec is None:
+        raise UserError(f"What is the input of {name!r}? Pass spec=(channels, height, width), or an InputSpec.")
+    if weights is None and name.startswith(("zoo:", "torchvision:")):
+        raise UserError(
+            f"weights= is missing: {name} starts at random, and an untrained network has nothing to teach. Name a "
+            ".safetensors file, or zoo:NAME for a shipped teacher."
+        )
+    network = build_network(name, arguments, base)
+    if weights is not None:
+        load_named_weights(network, weights, base, allow_pt)
+    return Teacher(network, spec, classifier, code=code_fingerprint(name, base))
 
 
 def _is_plain(value: Any) -> bool:

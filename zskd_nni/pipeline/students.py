@@ -91,7 +91,7 @@ class Students:
     def fresh(self) -> nn.Module:
         """The network before anything is done to it; the same at every call."""
         if self.recipe.student is None:
-            return copy.deepcopy(self.teacher.model).cpu().requires_grad_(True)
+            return self.teacher.student().cpu()
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.recipe.seed, "student"))
             return self.loaded.network(self.recipe.student).float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
 import os
@@ -17,24 +16,25 @@ import yaml
 from pydantic import ValidationError
 
 from zskd_nni.data.datasets import NAMED_SETS
-from zskd_nni.models.build import build_network, code_fingerprint, load_into
+from zskd_nni.data.sources import TransferSource
+from zskd_nni.methods.registry import TransferRequest, find_method
+from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.models.zoo.trained import trained_weights
-from zskd_nni.recipes.key_paths import get_at, set_at
+from zskd_nni.recipes.key_paths import apply_changes, get_at
+from zskd_nni.recipes.named_files import named_files
 from zskd_nni.recipes.schema import NetworkSection, Recipe
 from zskd_nni.runtime.errors import UserError, error_context
-from zskd_nni.runtime.tensors import load_weights
 from zskd_nni.runtime.validation import boolean_for_a_number, describe_validation
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe and where its relative paths are meant from.
+    """A recipe and the folder from which its relative paths are resolved.
 
     Attributes:
         recipe: the checked recipe.
         base: folder of its file; None for a packaged one.
-        source: plain mapping it was made of, overrides applied.
+        source: the plain mapping that was checked, overrides applied.
     """
 
     recipe: Recipe
@@ -43,20 +43,14 @@ class LoadedRecipe:
 
     def path(self, text: str) -> Path:
         """``text`` as a path, from the recipe's folder where it is relative."""
-        path = Path(text)
-        return path if path.is_absolute() or self.base is None else self.base / path
+        return (self.base or Path()) / text
 
     def network(self, section: NetworkSection) -> Any:
         """Build a section's network and load its weights."""
         network = build_network(section.model, section.arguments, self.base)
         if section.weights is not None:
             with error_context("teacher.weights" if section is self.recipe.teacher else "student.weights"):
-                file = (
-                    trained_weights(section.weights[4:])
-                    if section.weights.startswith("zoo:")
-                    else self.path(section.weights)
-                )
-                load_into(network, load_weights(file, section.allow_pt), section.weights)
+                load_named_weights(network, section.weights, self.base, section.allow_pt)
         return network
 
     def teacher(self) -> Teacher:
@@ -77,9 +71,30 @@ class LoadedRecipe:
         name = self.recipe.evaluation.data
         return name if name in NAMED_SETS else str(self.path(name))
 
+    def transfer_source(self, teacher: Teacher, folder: Path, **changes: Any) -> TransferSource:
+        """Make the recipe's transfer source, or resume it.
+
+        Args:
+            teacher: the recipe's teacher, on the device that computes.
+            folder: where the method keeps what it makes.
+            changes: fields of the :class:`~zskd_nni.methods.registry.TransferRequest` that the recipe does not give.
+
+        Raises:
+            UserError: as of the method.
+        """
+        section = self.recipe.transfer
+        fields = {
+            "size": section.size,
+            "batch_size": self.recipe.distillation.batch,
+            "seed": self.recipe.seed,
+            "options": section.options(),
+            "base": self.base,
+        }
+        return find_method(section.method).source(teacher, TransferRequest(folder=folder, **{**fields, **changes}))
+
 
 def packaged_folder() -> Path:
-    """Where the packaged recipes lie."""
+    """The folder of the packaged recipes."""
     return Path(str(resources.files("zskd_nni.recipes") / "packaged"))
 
 
@@ -88,11 +103,12 @@ def packaged_names() -> list[str]:
     return sorted(path.stem for path in packaged_folder().glob("*.yml"))
 
 
-_LONGEST, _MOST_VALUES, _DEEPEST = 200_000, 100_000, 50
+# Limits of a recipe: characters, values, and levels of nesting.
+_MOST_CHARACTERS, _MOST_VALUES, _MOST_LEVELS = 200_000, 100_000, 50
 
 
 def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
-    """The YAML of a packaged recipe or of a file, and the folder its relative paths are meant from.
+    """The YAML of a packaged recipe or of a file, and the folder from which its relative paths are resolved.
 
     Raises:
         UserError: there is no such recipe.
@@ -107,10 +123,8 @@ def recipe_text(name_or_file: str) -> tuple[str, Path | None]:
             raise UserError(f"There is no recipe file {path}.") from error
         except (OSError, ValueError) as error:
             raise UserError(f"The recipe {path} cannot be read ({error}).") from error
-    near = difflib.get_close_matches(name_or_file, packaged_names(), 1, 0.5)
-    file = next((f"{name_or_file}{end}" for end in (".yml", ".yaml") if os.path.exists(f"{name_or_file}{end}")), None)
-    if file is not None:
-        near = [file]
+    near = [f"{name_or_file}{end}" for end in (".yml", ".yaml") if os.path.exists(f"{name_or_file}{end}")]
+    near = near or difflib.get_close_matches(name_or_file, packaged_names(), 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"packaged ones: {', '.join(packaged_names())}; or name a .yml file."
     raise UserError(f"There is no recipe {name_or_file!r}; {hint}")
 
@@ -122,69 +136,71 @@ def load_recipe(
 
     Args:
         name_or_file: a packaged recipe's name or a YAML file.
-        overrides: ``key.path=value``, values as YAML.
+        overrides: ``key.path=value``, values as YAML, as a user types them: paths of files are relative to the current
+            folder, not to the recipe's.
         seed: instead of the recipe's.
-        scale: one of the recipe's ``scales``, put over it before the overrides.
+        scale: one of the recipe's ``scales``, applied before the overrides.
 
     Raises:
-        UserError: one sentence on the first thing that is wrong.
+        UserError: one sentence about the first mistake.
+
+    Example:
+        >>> load_recipe("digits-prune50", ["distillation.steps=5"]).recipe.distillation.steps
+        5
     """
     text, base = recipe_text(name_or_file)
-    source = _parse_yaml(text, f"The recipe {name_or_file} is not YAML")
+    named = f"The recipe {name_or_file}"
+    source = _parse_yaml(text, named)
     if not isinstance(source, dict):
-        raise UserError(f"The recipe {name_or_file} must be a mapping with keys such as teacher and transfer.")
-    _check_own_scale(source, f"The recipe {name_or_file}")
+        raise UserError(f"{named} must be a mapping with keys such as teacher and transfer.")
+    _check_own_scale(source, named)
     if scale is not None and scale != "full":
         _apply_scale(source, scale, name_or_file)
-    for override in overrides:
-        if override.partition("=")[0] == "scale":
-            raise UserError("--set scale: a scale is chosen by --scale, which puts its keys over the recipe.")
-        _apply_override(source, override)
+    _apply_overrides(source, overrides, base)
     if seed is not None:
         source["seed"] = seed
-    return LoadedRecipe(check_recipe(source, f"The recipe {name_or_file}"), base, source)
+    return LoadedRecipe(check_recipe(source, named), base, source)
 
 
-def check_recipe(source: Mapping[str, Any], called: str) -> Recipe:
+def check_recipe(source: Mapping[str, Any], named: str) -> Recipe:
     """A recipe from its plain mapping.
 
     Args:
         source: as read from YAML.
-        called: what messages call it.
+        named: what messages call it.
 
     Raises:
-        UserError: one sentence on the first thing that is wrong.
+        UserError: one sentence about the first mistake.
     """
-    if said := boolean_for_a_number(Recipe, source):
-        raise UserError(f"{called}: {said}")
+    if problem := boolean_for_a_number(Recipe, source):
+        raise UserError(f"{named}: {problem}")
     try:
         recipe = Recipe.model_validate(source)
     except ValidationError as error:
-        raise UserError(f"{called}: {describe_validation(error, Recipe)}") from error
-    for path, value in _values_in(source):  # in what is NNI's or a factory's, nobody has looked
+        raise UserError(f"{named}: {describe_validation(error, Recipe)}") from error
+    for keys, value in _values_in(source):  # the schema does not look into the arguments of NNI and of factories
         if isinstance(value, float) and math.isnan(value):
-            raise UserError(f"{called}: {_dotted(path)}a number is expected, not nan.")
+            raise UserError(f"{named}: {_dotted(keys)}a number is expected, not nan.")
     return recipe
 
 
-def _check_own_scale(source: Mapping[str, Any], called: str) -> None:
-    """Refuse a file that calls itself a scale whose keys are not put over it; a search's ``best.yml`` rightly does."""
+def _check_own_scale(source: Mapping[str, Any], named: str) -> None:
+    """Refuse a file that names a scale but has not its values; the ``best.yml`` of a search has them."""
     scale, scales = source.get("scale", "full"), source.get("scales") or {}
     if scale == "full" or not isinstance(scale, str) or not isinstance(scales, Mapping):
         return
     if not isinstance(scales.get(scale), Mapping):
-        known = ", ".join(["full", *map(str, scales)])
-        raise UserError(f"{called}: scale: there is no {scale!r} among its scales ({known}).")
+        raise UserError(f"{named}: scale: there is no {scale!r} among its scales ({', '.join(['full', *scales])}).")
 
-    def stands(path: str, value: Any) -> bool:
+    def has(path: str, value: Any) -> bool:
         try:
             return bool(get_at(source, path) == value)
         except (KeyError, IndexError, ValueError, TypeError):
             return False
 
-    if scales[scale] and not any(stands(str(path), value) for path, value in scales[scale].items()):
+    if scales[scale] and not any(has(str(path), value) for path, value in scales[scale].items()):
         raise UserError(
-            f"{called}: scale says {scale!r}, and nothing of scales.{scale} is put over it; take the key out and run "
+            f"{named}: scale says {scale!r}, and nothing of scales.{scale} is put over it; take the key out and run "
             f"it with --scale {scale}."
         )
 
@@ -194,29 +210,48 @@ def _apply_scale(source: dict[str, Any], scale: str, name: str) -> None:
     if not isinstance(scales, dict) or not isinstance(scales.get(scale), dict):
         known = ", ".join(["full", *map(str, scales)]) if isinstance(scales, dict) else "full"
         raise UserError(f"--scale: the recipe {name} has no scale {scale!r}; it has {known}.")
-    for path, value in scales[scale].items():
-        _put(source, str(path), copy.deepcopy(value), f"scales.{scale}")
+    _apply(source, {str(path): value for path, value in scales[scale].items()}, f"scales.{scale}")
     source["scale"] = scale
 
 
-def _apply_override(source: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not all(path.split(".")):
-        raise UserError(f"--set takes key.path=value, not {override!r}.")
-    value = _parse_yaml(text, f"--set {path}: the value is not YAML")
-    _put(source, path, value, "--set")
+def _apply_overrides(source: dict[str, Any], overrides: Sequence[str], base: Path | None) -> None:
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if path == "scale":
+            raise UserError("--set scale: a scale is chosen by --scale, which puts its keys over the recipe.")
+        if not equals or not all(path.split(".")):
+            raise UserError(f"--set takes key.path=value, not {override!r}.")
+        changes.pop(path, None)  # the last of equal paths counts, and comes last
+        changes[path] = _parse_yaml(text, f"--set {path}: the value")
+    _apply(source, changes, "--set")
+    if base is not None and base != Path.cwd():
+        _resolve_overridden_files(source, tuple(f"{path}." for path in changes), base)
 
 
-def _put(source: dict[str, Any], path: str, value: Any, origin: str) -> None:
-    """Set what stands at a key path."""
+def _apply(source: dict[str, Any], changes: Mapping[str, Any], origin: str) -> None:
     try:
-        set_at(source, path, value)
+        apply_changes(source, changes)
     except ValueError as error:
-        raise UserError(f"{origin} {path}: {error}.") from error
+        raise UserError(f"{origin} {error}.") from error
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """PyYAML takes the last of two equal keys of a mapping without a word."""
+def _resolve_overridden_files(source: dict[str, Any], changed: tuple[str, ...], base: Path) -> None:
+    """Files named on a command line are relative to the current folder; a recipe names them from its own."""
+    for named in named_files(source):
+        if not f"{named.key_path}.".startswith(changed) or os.path.isabs(named.file):
+            continue
+        if os.path.exists(named.file):
+            named.rename(os.path.relpath(named.file, base))
+        elif os.path.exists(base / named.file):
+            raise UserError(
+                f"--set {named.key_path}: paths on a command line are relative to the current folder, where there is "
+                f"no {named.file}; beside the recipe there is {os.path.relpath(base / named.file)}."
+            )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice; PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -230,59 +265,57 @@ class _EachKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse_yaml(text: str, complaint: str) -> Any:
-    if len(text) > _LONGEST:
-        raise UserError(f"{complaint}: it is longer than {_LONGEST:,} characters.")
+def _parse_yaml(text: str, named: str) -> Any:
+    if len(text) > _MOST_CHARACTERS:
+        raise UserError(f"{named} is not YAML: it is longer than {_MOST_CHARACTERS:,} characters.")
     try:
-        content = yaml.load(text, Loader=_EachKeyOnce)
+        content = yaml.load(text, Loader=_UniqueKeyLoader)
     except RecursionError as error:
-        raise UserError(f"{complaint}: it is nested too deeply.") from error
+        raise UserError(f"{named} is not YAML: it is nested too deeply.") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # bad dates, numbers, keys
-        raise UserError(f"{complaint}: {' '.join(str(error).split())}.") from error
-    problem = _not_plain(content)
-    if problem:
-        raise UserError(f"{complaint.split(' is not YAML')[0].split(': the value')[0]}: {problem}.")
+        raise UserError(f"{named} is not YAML: {' '.join(str(error).split())}.") from error
+    if problem := _problem_with_values(content):
+        raise UserError(f"{named}: {problem}.")
     return content
 
 
-_HALVES = re.compile("[\ud800-\udfff]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def _not_plain(content: Any) -> str | None:
-    """What in YAML's answer is not a mapping, list, text, number, truth value or null, or is too much to be meant.
+def _problem_with_values(content: Any) -> str | None:
+    """The first value that is not a mapping, list, text, number, boolean or null, or a structure that is too large.
 
-    References may make a short text stand for more values than fit into memory, or for one that contains itself.
+    With YAML's references a short text may hold more values than fit into memory, or a value that contains itself.
     """
-    for count, (path, value) in enumerate(_values_in(content)):
+    for count, (keys, value) in enumerate(_values_in(content)):
         if count == _MOST_VALUES:
             return f"it holds more than {_MOST_VALUES:,} values"
-        if path.count("\x1f") > _DEEPEST:
-            return f"{_dotted(path)[:60]}... is nested too deeply, or contains itself"
-        if _HALVES.search(path) or (isinstance(value, str) and _HALVES.search(value)):
-            where = f"{path}\x1f{value}" if isinstance(value, str) else path
-            told = _dotted(where).encode("unicode_escape").decode()
-            return f"{told}half a character, as JSON escapes those beyond U+FFFF; write the character itself"
+        if len(keys) > _MOST_LEVELS:
+            return f"{_dotted(keys)[:60]}... is nested too deeply, or contains itself"
+        if any(isinstance(text, str) and _SURROGATES.search(text) for text in (*keys[-1:], value)):
+            where = _dotted((*keys, value) if isinstance(value, str) else keys).encode("unicode_escape").decode()
+            return f"{where}half a character, as JSON escapes those beyond U+FFFF; write the character itself"
         if isinstance(value, dict):
             wrong = next((key for key in value if not isinstance(key, str | int | float | None)), None)
             if wrong is not None:
-                return f"{_dotted(path)}a key is text, not {wrong!r}"
+                return f"{_dotted(keys)}a key is text, not {wrong!r}"
         elif not isinstance(value, list | str | bool | int | float | None):
-            return f"{_dotted(path)}a recipe holds mappings, lists, text, numbers, true, false and null, not {value!r}"
+            return f"{_dotted(keys)}a recipe holds mappings, lists, text, numbers, true, false and null, not {value!r}"
     return None
 
 
-def _values_in(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every value with its path, parts joined by a character that no key has; never ends where content holds itself."""
-    waiting: list[tuple[str, Any]] = [("", content)]
+def _values_in(content: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every value with the keys that lead to it; endless where a value contains itself."""
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), content)]
     yield waiting[0]
     while waiting:
-        path, value = waiting.pop()
+        keys, value = waiting.pop()
         entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for key, entry in entries:
-            yield f"{path}\x1f{key}", entry
+            yield (*keys, key), entry
             if isinstance(entry, dict | list):
-                waiting.append((f"{path}\x1f{key}", entry))
+                waiting.append(((*keys, key), entry))
 
 
-def _dotted(path: str) -> str:
-    return f"{'.'.join(path.split(chr(31))[1:])}: " if path else ""
+def _dotted(keys: tuple[Any, ...]) -> str:
+    return f"{'.'.join(map(str, keys))}: " if keys else ""

@@ -35,7 +35,7 @@ def attention_pairs(student: nn.Module, teacher: Teacher, layers: str | Pairs = 
     """
     if layers == "none":
         return ()
-    probe = teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device)
+    probe = teacher.example_input()
     if isinstance(layers, str):
         sizes = [_last_of_each_size(network, probe) for network in (teacher.model, student)]
         return tuple((sizes[0][size], sizes[1][size]) for size in sizes[0] if size in sizes[1])

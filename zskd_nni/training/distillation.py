@@ -95,7 +95,7 @@ def check_student(student: nn.Module, teacher: Teacher) -> None:
     probe = copy.deepcopy(student).eval()
     try:
         with torch.no_grad():
-            logits = first_tensor(probe(teacher.spec.normalise(teacher.spec.midpoint(2)).to(_device_of(student))))
+            logits = first_tensor(probe(teacher.example_input().to(_device_of(student))))
     except UserError:
         raise
     except Exception as error:
@@ -161,7 +161,7 @@ def distill(
             f"The transfer source gives batches of {source.batch_size} images, the settings ask for {settings.batch} "
             "(DistillationSettings.batch); make them the same."
         )
-    lay_out(student, teacher.spec.normalise(teacher.spec.midpoint(2)).to(_device_of(student)))
+    lay_out(student, teacher.example_input().to(_device_of(student)))
     optimizer, scheduler = student_schedule(student, settings)
     pairs = feature_pairs(student, teacher, settings.features) if settings.feature_weight else ()
     asked, answering = [path for path, _ in pairs], [path for _, path in pairs]

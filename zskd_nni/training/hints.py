@@ -78,7 +78,7 @@ def _told(shape: tuple[int, ...] | None) -> str:
 def _shapes(teacher: Teacher, model: nn.Module, paths: list[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of one image's outputs of the modules at ``paths``, for those that run and give a tensor."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    probe = teacher.spec.normalise(teacher.spec.midpoint(2)).to(device)
+    probe = teacher.example_input().to(device)
     with probing(model), record_features(model, paths) as seen:
         model(probe)
     return {path: tuple(value.shape[1:]) for path, value in seen.items() if isinstance(value, Tensor)}

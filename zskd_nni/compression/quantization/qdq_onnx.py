@@ -118,7 +118,7 @@ def _require_scales(quantization: Quantization, spec: InputSpec) -> None:
     for path in without:
         student.get_submodule(path).register_forward_hook(lambda *_, path=path: reached.append(path))
     with torch.no_grad():
-        student(spec.normalise(spec.midpoint(2)))
+        student(spec.example_input())
     if reached:
         raise UserError(
             f"{reached[0]}.{without[reached[0]]} has no scale, so that {quantization.quantizer} never quantized it; "

@@ -54,7 +54,7 @@ def train_zskt(
     """
     settings = settings or ZsktSettings()
     check_student(student, teacher)
-    lay_out(student, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
+    lay_out(student, teacher.example_input())
     pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
     source = ZsktSource(teacher, settings, settings.batch, seed)
     optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate, fused=True)

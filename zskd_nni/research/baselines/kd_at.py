@@ -129,7 +129,7 @@ def train_kd_at(
     """
     check_student(student, teacher)
     pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
-    lay_out(student, teacher.spec.normalise(teacher.spec.midpoint(2)).to(teacher.device))
+    lay_out(student, teacher.example_input())
     optimizer, scheduler = _optimizer(student, settings, schedule)
     spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, seed)
 

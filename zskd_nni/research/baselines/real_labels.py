@@ -51,7 +51,7 @@ def train_on_labels(
         label: shown beside the progress.
         quiet: no progress.
     """
-    lay_out(student.to(device), spec.normalise(spec.midpoint(2)).to(device))
+    lay_out(student.to(device), spec.example_input().to(device))
     optimizer, scheduler = student_schedule(student, settings)
     batches = LabelledBatches(data, spec, settings.batch, seed)
 

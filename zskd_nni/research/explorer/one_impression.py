@@ -13,14 +13,9 @@ from torch import Tensor
 
 from zskd_nni.data.procedural import start_images
 from zskd_nni.methods.zskd import ZskdSettings, class_similarity, concentrations, sample_targets
-from zskd_nni.models.build import build_network, load_into
-from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.models.zoo.trained import provenance, trained_weights
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import derive_seed, generator
-from zskd_nni.runtime.tensors import load_weights
-from zskd_nni.runtime.validation import build_settings
 from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings, synthesize_shard
 
 GLIMPSES = 8
@@ -89,21 +84,6 @@ class Answer:
     fit: Tensor
     fitted: Tensor
     seen: Tensor
-
-
-def shipped_teacher(name: str) -> Teacher:
-    """One of the trained teachers that come with the package.
-
-    :func:`~zskd_nni.models.zoo.trained.trained_names` lists them.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    weights = trained_weights(name)
-    about = provenance(name)
-    network = build_network(about["network"], about["arguments"])
-    load_into(network, load_weights(weights), name)
-    return Teacher(network, build_settings(InputSpec, about["input"], "input"))
 
 
 def explore_one(teacher: Teacher, question: Question, glimpses: int = GLIMPSES) -> Answer:

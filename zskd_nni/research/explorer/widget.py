@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.teacher import Teacher, load_teacher
 from zskd_nni.models.zoo.trained import trained_names
 from zskd_nni.research.explorer.figure import exploration_picture
-from zskd_nni.research.explorer.one_impression import Answer, Question, explore_class, explore_one, shipped_teacher
+from zskd_nni.research.explorer.one_impression import Answer, Question, explore_class, explore_one
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import write_atomic
 from zskd_nni.synthesis import Impressions
@@ -77,7 +77,7 @@ class Explorer:
         """The chosen one."""
         name = self._teacher.value
         if name not in self._loaded:
-            self._loaded[name] = shipped_teacher(name)
+            self._loaded[name] = load_teacher(name)
         return self._loaded[name]
 
     def keep(self) -> Impressions:

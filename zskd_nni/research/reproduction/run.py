@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.methods.zskt.source import ZsktSource
 from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.build import build_network, load_into
-from zskd_nni.models.teacher import Teacher, first_tensor
-from zskd_nni.models.zoo.trained import trained_weights
+from zskd_nni.models.teacher import Teacher, first_tensor, load_teacher
 from zskd_nni.research.baselines.kd_at import train_kd_at
 from zskd_nni.research.baselines.labelled import few_of_each
 from zskd_nni.research.baselines.real_labels import train_on_labels
@@ -35,7 +34,6 @@ from zskd_nni.runtime.files import fingerprint_of, make_folder, plain, read_json
 from zskd_nni.runtime.locks import FolderInUseError, only_writer
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.runtime.rng import derive_seed
-from zskd_nni.runtime.run_identity import settings_identity
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.synthesis.lazy_images import StoredImages, joined
@@ -85,9 +83,8 @@ class Bench:
             UserError: its weights are not there; says how to make them.
         """
         recipe = self.pair.recipe
-        network = build_network(recipe.network, recipe.arguments)
-        load_into(network, load_tensors(trained_weights(self.pair.teacher))[0], self.pair.teacher)
-        return Teacher(network, recipe.spec).to(self.place.device)
+        weights = f"zoo:{self.pair.teacher}"
+        return load_teacher(recipe.network, recipe.spec, weights, recipe.arguments).to(self.place.device)
 
     @cached_property
     def test(self) -> LabelledImages:
@@ -176,7 +173,7 @@ def make_source(plan: Plan, bench: Bench, seed: int) -> Made:
         [
             teacher.fingerprint,
             cell.method,
-            settings_identity(plan.options),
+            plain(asdict(plan.options)),
             seed,
             block,
             bench.place.device.split(":")[0],
