@@ -28,7 +28,7 @@ from zskd_nni.runtime.distributed import only_writers, team
 from zskd_nni.runtime.errors import UserError, error_context
 from zskd_nni.runtime.files import fingerprint_of, make_folder, plain, read_json, write_json
 from zskd_nni.runtime.rng import derive_seed
-from zskd_nni.runtime.run_identity import resume_or_refuse
+from zskd_nni.runtime.run_identity import RUN_FORMAT, resume_or_refuse
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.synthesis.image_grid import impressions_picture, some_of_each, spread
 
@@ -159,7 +159,7 @@ class Run:
 
     def _write_run(self) -> None:
         if self.team.leads:
-            write_json(self.out / RUN, {"identity": self.identity, "seconds": self.seconds})
+            write_json(self.out / RUN, {"format": RUN_FORMAT, "identity": self.identity, "seconds": self.seconds})
 
     @contextmanager
     def _timed(self, stage: str, again: bool = True) -> Iterator[None]:

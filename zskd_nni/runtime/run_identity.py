@@ -1,38 +1,34 @@
-"""Whose folder is it? What a run is made of stands in a file there, and another run is refused with the difference."""
+"""Which run does a folder belong to? A JSON file in it describes the run; any other run is refused."""
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.runtime.files import plain, read_json
+from zskd_nni.runtime.files import read_json
 
-# Metadata of a settings field that is younger than folders and records which people have: where it has its default,
-# which changes nothing, it is left out of identities, so that those stay good.
-LATER = {"later": True}
-# Metadata of a field behind whose values the mathematics has changed: a number that stands beside them in identities,
-# so that what was begun with the older one is not gone on with. It begins with 2, and rises.
-MEANING = "meaning"
+# Raise the number when an identity or the folder's content changes its meaning.
+RUN_FORMAT = "zskd_nni run 2"
 
 
-def settings_identity(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as JSON has it, for an identity: its fields by name, those of fields that are such too."""
+def check_format(content: dict[str, Any], expected: str, path: Path, remedy: str) -> None:
+    """Refuse a file that another version of this package wrote.
 
-    def described(value: Any) -> Any:
-        if not is_dataclass(value):
-            return value
-        found: dict[str, Any] = {}
-        for field in fields(value):
-            if field.metadata.get("later") and getattr(value, field.name) == field.default:
-                continue
-            found[field.name] = described(getattr(value, field.name))
-            if MEANING in field.metadata:
-                found[f"{field.name}_{MEANING}"] = field.metadata[MEANING]
-        return found
+    Args:
+        content: of the file; its key ``format`` names the format. Version 0.1 wrote run folders without one.
+        expected: the format that this version reads.
+        path: of the file or of its folder, for the message.
+        remedy: a sentence that says how to make the content again.
 
-    return plain(described(settings))
+    Raises:
+        UserError: the format is another one.
+    """
+    if content.get("format") != expected:
+        raise UserError(
+            f"{path} was made by another version of zskd_nni (its format is {content.get('format')!r}, this version "
+            f"reads {expected!r}). {remedy}"
+        )
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
@@ -55,22 +51,29 @@ def _short(value: Any) -> str:
 
 
 def resume_or_refuse(folder: Path, name: str, kind: str, identity: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call of the same run has written into ``folder / name``; empty where the folder is new.
+    """What an earlier call of the same run wrote into ``folder / name``; empty if the folder is new.
 
     Args:
         folder: of the run; it exists, and this process holds its lock.
-        name: of the JSON file that has the run's identity under the key ``identity``.
+        name: of the JSON file. It has :data:`RUN_FORMAT` under ``format`` and the run's identity under ``identity``.
         kind: what such a run is called, for messages.
         identity: of the run that asks.
 
     Raises:
-        UserError: the file is damaged, the folder is another run's, or it holds something else.
+        UserError: the file is damaged or of another version, or the folder belongs to another run or holds something
+            else.
     """
     path = folder / name
     if path.exists():
         known = read_json(path)
         if not isinstance(known, dict) or not isinstance(known.get("identity"), dict):
             raise UserError(f"{path} is damaged; remove {folder} to start over.")
+        check_format(
+            known,
+            RUN_FORMAT,
+            folder,
+            f"The {kind} cannot be continued: run the same command with a new output folder, or remove this one first.",
+        )
         difference = describe_difference(known["identity"], identity)
         if difference:
             raise UserError(f"{folder} belongs to another {kind} ({difference}). Use another output folder.")

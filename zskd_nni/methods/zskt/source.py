@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from zskd_nni.runtime.device import to_device
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.rng import generator
-from zskd_nni.runtime.run_identity import LATER, settings_identity
 from zskd_nni.synthesis.batch_norm_statistics import batch_norms, statistics_distances
 from zskd_nni.training.attention_transfer import Pairs
 from zskd_nni.training.checkpoint import lay_out_like_parameters
@@ -92,15 +91,15 @@ class ZsktSettings:
     attention_distance: str = "squared-mean"
     generator_range: str = "unit"
     autocast: bool = False
-    memory: int = field(default=0, metadata=LATER)
-    new_images: int = field(default=0, metadata=LATER)
-    filling: int = field(default=0, metadata=LATER)
-    figures: int = field(default=0, metadata=LATER)
-    adversarial_weight: float = field(default=1.0, metadata=LATER)
-    class_weight: float = field(default=0.0, metadata=LATER)
-    batch_statistics: float = field(default=0.0, metadata=LATER)
-    total_variation: float = field(default=0.0, metadata=LATER)
-    renewed: bool = field(default=False, metadata=LATER)
+    memory: int = 0
+    new_images: int = 0
+    filling: int = 0
+    figures: int = 0
+    adversarial_weight: float = 1.0
+    class_weight: float = 0.0
+    batch_statistics: float = 0.0
+    total_variation: float = 0.0
+    renewed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rounds", "generator_steps", "student_steps", "latent"):
@@ -167,7 +166,7 @@ class ZsktSource:
         self.teacher, self.settings, self.seed = teacher, settings, seed
         self.size: int | None = None
         self.batch_size = batch_size
-        described = {name: str(getattr(settings, name)) for name in settings_identity(settings)}
+        described = {name: str(getattr(settings, name)) for name in asdict(settings)}
         self.fingerprint = fingerprint_of(["zskt", teacher.fingerprint, described, batch_size, seed])
         self.classes = teacher.num_classes if settings.class_weight else 0
         self.watches_statistics = bool(settings.batch_statistics and batch_norms(teacher.model))

@@ -36,7 +36,7 @@ from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import make_folder, read_json, write_atomic, write_json
 from zskd_nni.runtime.locks import only_writer
-from zskd_nni.runtime.run_identity import resume_or_refuse
+from zskd_nni.runtime.run_identity import RUN_FORMAT, resume_or_refuse
 
 SEARCH, TRIALS, BEST, PROPOSED = "search.json", "trials.json", "best.yml", "proposed.jsonl"
 _POLL = 0.5
@@ -232,16 +232,8 @@ class Search:
         return self._conclude(table)
 
     def _claim(self) -> None:
-        resume_or_refuse(self.out, SEARCH, "search", self._comparable())
-        write_json(self.out / SEARCH, {"identity": self.identity})
-
-    def _comparable(self) -> dict[str, Any]:
-        """The identity; without what an earlier version did not note down, where one began this search."""
-        path = self.out / SEARCH
-        known = read_json(path).get("identity") if path.exists() else None
-        if not isinstance(known, dict) or "files" in known:
-            return self.identity
-        return {key: value for key, value in self.identity.items() if key != "files"}
+        resume_or_refuse(self.out, SEARCH, "search", self.identity)
+        write_json(self.out / SEARCH, {"format": RUN_FORMAT, "identity": self.identity})
 
     def _known_table(self) -> dict[str, Any]:
         path = self.out / TRIALS

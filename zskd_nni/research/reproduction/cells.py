@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from zskd_nni.data.augmentation import Augmentation
@@ -12,7 +12,6 @@ from zskd_nni.research.baselines.kd_at import KdAtSettings
 from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of, plain
-from zskd_nni.runtime.run_identity import settings_identity
 from zskd_nni.runtime.validation import build_settings
 from zskd_nni.training.distillation import DistillationSettings
 
@@ -101,11 +100,11 @@ class Plan:
     @property
     def ingredients(self) -> dict[str, Any]:
         """Every resolved option of method and student, JSON-able; ZSKT has a student's recipe among its own."""
-        result: dict[str, Any] = {} if self.options is None else settings_identity(self.options)
+        result: dict[str, Any] = {} if self.options is None else plain(asdict(self.options))
         if self.cell.shots is not None:
             result["images_a_class"] = self.cell.shots
         if self.cell.method != "none" and not self.plays_alone:
-            result["student"] = settings_identity(self.student)
+            result["student"] = plain(asdict(self.student))
         return result
 
     @property

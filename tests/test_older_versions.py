@@ -1,0 +1,80 @@
+"""What version 0.1 wrote is refused with a sentence that says how to make it again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import is_one_sentence, run_cli
+from torch import nn
+
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.synthesis import ImpressionStore
+from zskd_nni.training.checkpoint import Checkpoint
+from zskd_nni.training.loop import cosine_schedule, fit
+
+MADE = Path(__file__).parent / "data" / "made-by-0.1"
+# What made MADE / "run".
+CHANGES = (
+    "transfer.size=20",
+    "transfer.held_out=10",
+    "transfer.synthesis.shard=20",
+    "transfer.synthesis.max_steps=2",
+    "compression.pruning.steps=2",
+    "compression.quantization.steps=2",
+    "distillation.steps=2",
+    "distillation.batch=10",
+    "controls=[]",
+)
+COMMAND = ["compress", "digits-prune50", *(part for change in CHANGES for part in ("--set", change))]
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MADE, tmp_path / "made"))
+
+
+def hashes(folder: Path) -> dict[Path, str]:
+    return {path: sha256_of_file(path) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_run_folder(old: Path) -> None:
+    before = hashes(old)
+    done = run_cli(*COMMAND, "--out", old / "run", "--threads", 1, "--quiet")
+    assert done.returncode == 2 and is_one_sentence(done.stderr), done.stderr
+    assert "run was made by another version of zskd_nni (its format is None, this version reads" in done.stderr
+    assert "run the same command with a new output folder, or remove this one first." in done.stderr
+    assert hashes(old) == before
+
+
+def test_a_store_of_impressions(old: Path) -> None:
+    message = r"made by another version .* Remove .*impressions and run the command again to make it anew\.$"
+    with pytest.raises(UserError, match=message):
+        ImpressionStore.open(old / "run" / "impressions")
+    with pytest.raises(UserError, match=message):
+        ImpressionStore.create(old / "run" / "impressions", {}, [20], {"threads": 1})
+    done = run_cli("synthesize", *COMMAND[1:], "--out", old / "run" / "impressions", "--quiet")
+    assert done.returncode == 2 and is_one_sentence(done.stderr), done.stderr
+    assert "made by another version of zskd_nni" in done.stderr
+
+
+def test_a_checkpoint(old: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    before = hashes(old)
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors .*Remove the file to start over\.$"):
+        fit(
+            model,
+            optimizer,
+            cosine_schedule(optimizer, 4),
+            lambda step, random: model(torch.ones(1, 3)).square().sum(),
+            steps=4,
+            seed=0,
+            checkpoint=Checkpoint(old / "checkpoint.safetensors", "tiny"),
+            quiet=True,
+        )
+    assert hashes(old) == before
