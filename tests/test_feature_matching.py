@@ -10,8 +10,9 @@ from helpers import SMALL, random, small_network, small_teacher
 from torch import nn
 
 from zskd_nni.data.sources import NoiseSource
+from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.teacher import Teacher, record_features
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import alexnet, alexnet_half, lenet5, lenet5_half
 from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime import signals
@@ -69,9 +70,9 @@ def test_matched_layers_come_nearer_than_unmatched_ones_and_unused_settings_chan
         told = DistillationSettings(steps=150, batch=32, learning_rate=5e-3, **settings)  # type: ignore[arg-type]
         distill(student, teacher, NoiseSource(SMALL, 32), told, seed=2, quiet=True)
         images = torch.rand((200, *SMALL.shape), generator=random(4))
-        with torch.no_grad(), record_features(teacher.model, ["hidden"]) as wanted:
+        with torch.no_grad(), recording_outputs(teacher.model, ["hidden"]) as wanted:
             teacher(images)
-        with torch.no_grad(), record_features(student, ["hidden"]) as seen:
+        with torch.no_grad(), recording_outputs(student, ["hidden"]) as seen:
             student(images)
         return float(feature_loss(seen["hidden"], wanted["hidden"])), student
 

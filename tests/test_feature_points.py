@@ -7,7 +7,7 @@ import torch
 from helpers import SMALL, random, small_teacher
 from torch import Tensor
 
-from zskd_nni.models.hooks import FeaturePoint, module_at, replaced, watched
+from zskd_nni.models.hooks import FeaturePoint, module_at, recording, replacing
 from zskd_nni.runtime.errors import UserError
 
 
@@ -23,8 +23,8 @@ def test_what_passes_is_what_the_network_computes() -> None:
     teacher = small_teacher()
     x = images()
     with (
-        watched(teacher.model, FeaturePoint("head", "input")) as before,
-        watched(teacher.model, FeaturePoint("hidden")) as hidden,
+        recording(teacher.model, FeaturePoint("head", "input")) as before,
+        recording(teacher.model, FeaturePoint("hidden")) as hidden,
     ):
         logits = teacher(x)
         teacher(x)
@@ -38,9 +38,9 @@ def test_what_passes_is_what_the_network_computes() -> None:
 def test_replacing_puts_the_rest_of_the_network_behind_given_features(path: str, side: str) -> None:
     teacher = small_teacher()
     point = FeaturePoint(path, side)
-    with watched(teacher.model, point) as seen:
+    with recording(teacher.model, point) as seen:
         expected = teacher(images(seed=1))
-    with replaced(teacher.model, point, seen[0]):
+    with replacing(teacher.model, point, seen[0]):
         torch.testing.assert_close(teacher(images(seed=2)), expected)
     assert not torch.allclose(teacher(images(seed=2)), expected)
     assert hooks_of(teacher.model) == 0
@@ -49,8 +49,8 @@ def test_replacing_puts_the_rest_of_the_network_behind_given_features(path: str,
 def test_hooks_are_gone_when_the_forward_pass_fails() -> None:
     teacher = small_teacher()
     for context in (
-        watched(teacher.model, FeaturePoint("head")),
-        replaced(teacher.model, FeaturePoint("head"), images()),
+        recording(teacher.model, FeaturePoint("head")),
+        replacing(teacher.model, FeaturePoint("head"), images()),
     ):
         with pytest.raises(RuntimeError), context:
             teacher(torch.rand(2, 3, 8, 8))

@@ -16,9 +16,10 @@ from torchvision.transforms import v2
 from zskd_nni.data.sources import NoiseSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models import zoo
+from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import export_onnx, run_onnx
-from zskd_nni.models.teacher import Teacher, classifier_candidates, first_tensor, load_teacher, record_features
+from zskd_nni.models.teacher import Teacher, classifier_candidates, first_tensor, load_teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
 from zskd_nni.training.distillation import DistillationSettings, distill
@@ -413,15 +414,15 @@ def test_fingerprint_does_not_depend_on_training_mode_or_memory_layout() -> None
     assert Teacher(network.to(memory_format=torch.channels_last), SMALL).fingerprint == plain
 
 
-def test_record_features() -> None:
+def test_recording_outputs() -> None:
     teacher = small_teacher()
     images = torch.rand(2, 1, 8, 8)
-    with record_features(teacher.model, ["conv", "head"]) as features:
+    with recording_outputs(teacher.model, ["conv", "head"]) as features:
         logits = teacher(images)
     assert torch.equal(features["head"], logits)
     assert features["conv"].shape == (2, 6, 3, 3)
     assert all(not module._forward_hooks for module in teacher.model.modules())
-    with pytest.raises(UserError, match="'nothing'"), record_features(teacher.model, ["conv", "nothing"]):
+    with pytest.raises(UserError, match="'nothing'"), recording_outputs(teacher.model, ["conv", "nothing"]):
         pass
     assert all(not module._forward_hooks for module in teacher.model.modules())
 

@@ -1,10 +1,11 @@
-"""An NNI evaluator that needs no data: images from a transfer source, training by the package's own loop."""
+"""An NNI evaluator without data: images from a transfer source, trained on in the package's own loop."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,24 @@ from nni.compression.utils import TorchEvaluator
 from nni.compression.utils.evaluator import Hook
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from zskd_nni.compression.checkpoint_state import FusedState
+from zskd_nni.compression.checkpoint_state import CompressionState
 from zskd_nni.compression.pruning.masks import Masks, held_at_zero
 from zskd_nni.data.sources import TransferSource
+from zskd_nni.models.hooks import evaluating
 from zskd_nni.models.memory_format import copied_images
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.runtime.distributed import team
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.rng import generator
-from zskd_nni.training.checkpoint import Checkpoint, History
+from zskd_nni.training.checkpoint import History
 from zskd_nni.training.data_parallel import DataParallel
-from zskd_nni.training.distillation import DistillationSettings, run_fingerprint, transfer_batch
-from zskd_nni.training.loop import cosine_schedule, fit, training_mode
+from zskd_nni.training.distillation import DistillationSettings, distillation_identity, transfer_batch
+from zskd_nni.training.loop import TrainingRun, cosine_schedule, fit
 from zskd_nni.training.metrics import agreement
 
 _logger = logging.getLogger(__name__)
@@ -41,42 +43,72 @@ _RELATIVE_SCALE_STEP = 0.01
 TrainingStep = Callable[..., Any]
 
 
-class DataFreeEvaluator(TorchEvaluator):
-    """What NNI's pruners, quantizers and distillers train, score and calibrate on, without data.
-
-    The optimiser is AdamW as the settings say, under a cosine over as many steps as NNI asks for; one or both can
-    be replaced by the user's own, made by ``nni.trace``. A batch is the source's images, augmented and normalised:
-    what student and teacher see.
-
-    Processes that share a process group of ``torch.distributed`` train together, each on its part of every batch,
-    where what is fused looks at weights alone (norm pruners, also under a schedule, and distillers). Taylor, Slim and
-    Movement pruners and quantizers look at the images or the gradients of every step: with them each process trains
-    on whole batches, and all do the same.
-
-    Args:
-        teacher: answers; its device is where everything happens.
-        source: the images.
-        settings: learning rate, weight decay, warm-up, augmentation, and the steps of a run for which NNI names
-            neither ``max_steps`` nor ``max_epochs``.
-        seed: names the random streams.
-        checkpoint: a file to keep the state of a training in; the same run again goes on from it. A second training
-            with the same evaluator keeps its state beside it (``name-2``).
-        pseudo_labels: the loss is the cross-entropy on the teacher's choices. Without it the loss is 0 and something
-            fused, such as the distiller, must bring one.
-        calibration_images: images in the calibration set, which ``evaluate`` runs.
-        optimizers: one traced optimiser in place of AdamW.
-        lr_schedulers: one traced schedule of that optimiser in place of the cosine.
-        dummy_input: ``(2, C, H, W)`` of mid-grey by default.
-        masks: what earlier pruning set to zero in the model, and every training is to leave at zero.
-        checkpoint_every: seconds between two writes.
-        label: shown beside the progress.
-        quiet: no progress.
+@dataclass(frozen=True)
+class EvaluatorOptions:
+    """What a :class:`DataFreeEvaluator` seldom needs to be told.
 
     Attributes:
-        histories: of each training, in order.
+        optimizers: one traced optimiser in place of AdamW, as for NNI's ``TorchEvaluator``.
+        lr_schedulers: one traced schedule of that optimiser in place of the cosine.
+        dummy_input: ``(N, C, H, W)``, normalised; two mid-grey images by default.
+        calibration_images: size of the calibration set, which quantizers read ranges from.
+        masks: weights that earlier pruning set to zero, by module and parameter; every training keeps them at zero.
+        train_while_scoring: whether a Taylor or Slim pruner that runs alone, without a schedule or a distiller, also
+            trains the model. By default the model's weights and BatchNorm statistics stay as they are.
+        checkpoint_every: seconds between two writes of the checkpoint.
+        label: shown beside the progress.
+    """
+
+    optimizers: Optimizer | list[Optimizer] | None = None
+    lr_schedulers: LRScheduler | list[LRScheduler] | None = None
+    dummy_input: Tensor | None = None
+    calibration_images: int = 1000
+    masks: Masks = field(default_factory=dict)
+    train_while_scoring: bool = False
+    checkpoint_every: float = 30.0
+    label: str = "compression"
+
+
+class DataFreeEvaluator(TorchEvaluator):
+    """Training, scoring and calibration for NNI's pruners, quantizers and distillers, without data.
+
+    The optimiser is AdamW with the settings' learning rate, under a cosine over as many steps as NNI asks for. A batch
+    is the source's images, augmented and normalised; student and teacher see the same. ``evaluate()`` returns the share
+    of the calibration set on which the bound model chooses the teacher's class, in [0, 1].
+
+    Processes that share a process group of ``torch.distributed`` train together, each on its part of every batch, if
+    the compressors look at weights alone (norm pruners, also under a schedule, and distillers). Taylor, Slim and
+    Movement pruners and quantizers look at the images or gradients of every step. With them every process trains on
+    whole batches, and all do the same.
+
+    Args:
+        teacher: labels every batch. Everything happens on its device.
+        source: the images.
+        settings: temperature of the distillation, learning rate, weight decay, warm-up, augmentation, and the number of
+            steps where NNI names neither ``max_steps`` nor ``max_epochs``.
+        seed: names the random streams.
+        checkpoint: a file to keep the state of a training in; the same run again continues from it. A second training
+            with the same evaluator uses a second file (``name-2``).
+        pseudo_labels: the loss is the cross-entropy with the teacher's choices as labels. Otherwise it is 0, and
+            a fused compressor, such as the distiller, must add one.
+        quiet: show no progress.
+        options: what is seldom needed.
+
+    Attributes:
+        histories: one for each training, in order.
 
     Raises:
         UserError: more than one optimiser, or a schedule without its optimiser.
+
+    Example:
+        >>> from nni.compression.pruning import TaylorPruner
+        >>> from zskd_nni import NoiseSource, load_teacher
+        >>> teacher = load_teacher("lenet5-digits")
+        >>> evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 16), pseudo_labels=True, quiet=True)
+        >>> config_list = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+        >>> _, masks = TaylorPruner(teacher.student(), config_list, evaluator, training_steps=2).compress()
+        >>> masks["conv1"]["weight"].mean().item()
+        0.5
     """
 
     def __init__(
@@ -88,49 +120,36 @@ class DataFreeEvaluator(TorchEvaluator):
         seed: int = 0,
         checkpoint: str | Path | None = None,
         pseudo_labels: bool = False,
-        calibration_images: int = 1000,
-        optimizers: Optimizer | list[Optimizer] | None = None,
-        lr_schedulers: LRScheduler | list[LRScheduler] | None = None,
-        dummy_input: Tensor | None = None,
-        masks: Masks | None = None,
-        checkpoint_every: float = 30.0,
-        label: str = "compression",
         quiet: bool = False,
+        options: EvaluatorOptions | None = None,
     ) -> None:
-        given_optimizers, given_schedules = _listed(optimizers), _listed(lr_schedulers)
-        if len(given_optimizers) > 1 or len(given_schedules) > 1:
+        self.options = options = options or EvaluatorOptions()
+        optimizers, schedules = _as_list(options.optimizers), _as_list(options.lr_schedulers)
+        if len(optimizers) > 1 or len(schedules) > 1:
             raise UserError("DataFreeEvaluator trains with one optimiser and one learning-rate schedule.")
-        if given_schedules and not given_optimizers:
+        if schedules and not optimizers:
             raise UserError("lr_schedulers came without its optimizer; pass both.")
-        if calibration_images < 1:
-            raise UserError(f"calibration_images must be at least 1, not {calibration_images}.")
-        self.teacher, self.source, self.seed = teacher, source, seed
+        if options.calibration_images < 1:
+            raise UserError(f"calibration_images must be at least 1, not {options.calibration_images}.")
+        self.teacher, self.source, self.seed, self.quiet = teacher, source, seed, quiet
         self.settings = settings or DistillationSettings()
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.pseudo_labels, self.calibration_images = pseudo_labels, calibration_images
-        self.checkpoint_every, self.label, self.quiet = checkpoint_every, label, quiet
-        self.masks = masks or {}
+        self.pseudo_labels = pseudo_labels
         self.histories: list[History] = []
         self._tmp_optimizers: list[Optimizer]  # NNI's, until the model is known
-        self._own_optimizer = not given_optimizers
-        self._compression = FusedState(source)
+        self._own_optimizer = not optimizers
+        self._compression = CompressionState(source)
         self._calibration_set: Tensor | None = None
-        self._own_images: RemovableHandle | None = None
-        if dummy_input is None:
-            dummy_input = teacher.example_input()
+        self._copy_hook: RemovableHandle | None = None
+        dummy_input = teacher.example_input() if options.dummy_input is None else options.dummy_input
         super().__init__(
-            self._train,
-            given_optimizers,
-            self._answer_step,
-            given_schedules,
-            dummy_input,
-            self._agreement_on_calibration,
+            self._train, optimizers, self._training_loss, schedules, dummy_input, self._agreement_on_calibration
         )
         self._train_with_single_optimizer = True
-        self._train_with_single_scheduler = bool(given_schedules)
+        self._train_with_single_scheduler = bool(schedules)
 
     def _init_optimizer_helpers(self, pure_model: nn.Module) -> None:
-        # The model is known here and not before, so that the evaluator can be made without it.
+        # NNI calls this once it knows the model, so that the evaluator can be made without one.
         if not self._tmp_optimizers:
             traced = nni.trace(torch.optim.AdamW)
             weights = [parameter for parameter in pure_model.parameters() if parameter.requires_grad]
@@ -142,45 +161,40 @@ class DataFreeEvaluator(TorchEvaluator):
         super()._init_optimizer_helpers(pure_model)
 
     def bind_model(self, model: nn.Module, param_names_map: dict[str, str] | None = None) -> None:
-        """NNI's, and a fresh record of what the fused compressors count with.
+        """As NNI's; forgets the compressors of the training before.
 
-        While bound, the model gets copies of the batches: it may change its input in place, and the teacher is asked
-        about the same images.
+        A bound model gets copies of the batches, since it may change its input in place and the teacher sees the same.
         """
         super().bind_model(model, param_names_map)
-        self._compression = FusedState(self.source, model)
-        self._own_images = model.register_forward_pre_hook(copied_images)
+        self._compression = CompressionState(self.source, model)
+        self._copy_hook = model.register_forward_pre_hook(copied_images)
 
     def unbind_model(self) -> None:
-        """NNI's."""
-        if self._own_images is not None:
-            self._own_images.remove()
-            self._own_images = None
+        """As NNI's."""
+        if self._copy_hook is not None:
+            self._copy_hook.remove()
+            self._copy_hook = None
         super().unbind_model()
 
     def patch_loss(self, patch: Callable[[Tensor, Any], Tensor]) -> None:
-        """NNI's; the compressor behind ``patch`` is noted for the checkpoint."""
+        """As NNI's; also remembers the compressor behind ``patch`` for the checkpoint."""
         self._compression.note(patch)
         super().patch_loss(patch)
 
     def patch_optimizer_step(self, before_step_tasks: list[Callable], after_step_tasks: list[Callable]) -> None:
-        """NNI's; the compressors and optimisers behind the tasks are noted for the checkpoint."""
+        """As NNI's; also remembers the compressors and optimisers behind the tasks for the checkpoint."""
         for task in (*before_step_tasks, *after_step_tasks):
             self._compression.note(task)
         super().patch_optimizer_step(before_step_tasks, after_step_tasks)
 
     def patch_optim_param_group(self, module_name_param_dict: dict[str, list[Tensor]]) -> None:
-        """As NNI's: into the group of the module's other parameters, or the first.
+        """As NNI's: adds parameters to the optimiser's group of their module, or to the first group.
 
-        But no parameter enters the optimiser twice, as the bias of a folded convolution would, and a network may have
-        parameters of its own beside its modules' (a class token), over which NNI stumbles.
+        Unlike NNI's, it adds no parameter twice, such as the bias of a folded convolution. It also accepts a network
+        with parameters outside its modules, such as a class token.
         """
-        known = {
-            id(weight)
-            for optimizer in self._optimizers or []
-            for group in optimizer.param_groups
-            for weight in group["params"]
-        }
+        assert self._optimizers
+        known = {id(weight) for weight in _optimized(self._optimizers[0])}
         fresh = {
             path: [weight for weight in weights if id(weight) not in known]
             for path, weights in module_name_param_dict.items()
@@ -191,19 +205,19 @@ class DataFreeEvaluator(TorchEvaluator):
             self._group_of(path)["params"].extend(weights)
 
     def _group_of(self, path: str) -> dict[str, Any]:
-        """The optimisers' group that holds a parameter of the module ``path``; the first where none does."""
+        """The optimiser's group with a parameter of the module ``path``, or the first group."""
         assert self.model is not None and self._optimizers
         owners = {
             id(weight): name.rpartition(".")[0].removesuffix("._nni_wrapper")
             for name, weight in self.model.named_parameters()
         }
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        groups = self._optimizers[0].param_groups
         holding = (group for group in groups if any(owners.get(id(weight)) == path for weight in group["params"]))
         return next(holding, groups[0])
 
     def _add_scales(self, weights_by_path: dict[str, list[Tensor]]) -> None:
-        # A step of Adam is as long as its learning rate, whatever the gradient: at the weights' rate it would throw
-        # a learnt quantization scale, often as small as that rate, to the other side of 0.
+        # A step of Adam is as long as its learning rate, whatever the gradient. A learnt quantization scale is often as
+        # small as the weights' rate, at which one step would carry it across 0.
         assert self.model is not None and self._optimizers
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         for path, weights in weights_by_path.items():
@@ -215,12 +229,12 @@ class DataFreeEvaluator(TorchEvaluator):
             weights_by_path[path] = [weight for weight in weights if id(weight) not in taken]
 
     def register_hooks(self, hooks: list[Hook]) -> None:
-        """NNI's; what the hooks gather is noted for the checkpoint."""
+        """As NNI's; also remembers the hooks, whose buffers belong into the checkpoint."""
         self._compression.hooks.extend(hooks)
         super().register_hooks(hooks)
 
     def steps_for(self, max_steps: int | None, max_epochs: int | None) -> int:
-        """Optimiser steps of a training: the shorter of the two limits, or the settings' own without any."""
+        """Optimiser steps of a training: the smaller of the two limits, or the settings' number without either."""
         size = self.source.size
         epoch = _STEPS_OF_A_STREAM if size is None else max(1, size // self.source.batch_size)
         limits = [] if max_steps is None else [max_steps]
@@ -229,29 +243,30 @@ class DataFreeEvaluator(TorchEvaluator):
         return min(limits, default=self.settings.steps)
 
     def batch(self, step: int, random: torch.Generator, model: nn.Module | None = None) -> Tensor:
-        """What student and teacher see at a step: ``(N, C, H, W)`` augmented, normalised."""
+        """What student and teacher see at a step: ``(N, C, H, W)``, augmented and normalised."""
         return self.teacher.spec.normalise(
             transfer_batch(self.source, self.teacher, self.settings, step, random, model)
         )
 
     @property
     def calibration_batch(self) -> int:
-        """How many images a quantizer is calibrated on at once: 256, fewer of large ones."""
+        """Images in a batch of the calibration: 256, fewer if they are large."""
         return min(_CALIBRATION_BATCH, self.teacher.spec.measuring_batch)
 
     @torch.no_grad()
     def calibration_set(self) -> Tensor:
-        """The first ``calibration_images`` images of the source as the networks see them, without augmentation."""
+        """The first ``calibration_images`` images of the source ``(N, C, H, W)``, normalised, without augmentation."""
         if self._calibration_set is None:
             parts: list[Tensor] = []
-            wanted = min(self.calibration_images, self.source.size or self.calibration_images)
+            wanted = self.options.calibration_images
+            wanted = min(wanted, self.source.size or wanted)
             while sum(map(len, parts)) < wanted:
                 parts.append(self.source.batch(len(parts), generator(self.seed, "calibration", len(parts)), self.model))
             images = torch.cat(parts)[:wanted].to(self.teacher.device)
             self._calibration_set = self.teacher.spec.normalise(images)
         return self._calibration_set
 
-    def _answer_step(self, batch: Tensor, model: nn.Module) -> Tensor:
+    def _training_loss(self, batch: Tensor, model: nn.Module) -> Tensor:
         logits = first_tensor(model(batch))
         if not self.pseudo_labels:
             return 0.0 * logits.sum()  # keeps the graph, so that a backward pass alone is no error
@@ -259,39 +274,38 @@ class DataFreeEvaluator(TorchEvaluator):
             choices = self.teacher.output(self.teacher.model(batch)).argmax(1)
         return functional.cross_entropy(logits, choices)
 
+    @torch.no_grad()
     def _agreement_on_calibration(self, model: nn.Module) -> float:
-        """Share of the calibration set on which ``model`` chooses as the teacher does, in [0, 1]."""
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                parts = self.calibration_set().split(self.calibration_batch)
-                student = torch.cat([first_tensor(model(part)) for part in parts])
-                teacher = torch.cat([self.teacher.output(self.teacher.model(part)) for part in parts])
-        finally:
-            model.train(was_training)
+        """Share of the calibration set on which ``model`` chooses the teacher's class, in [0, 1]."""
+        with evaluating(model):
+            parts = self.calibration_set().split(self.calibration_batch)
+            student = torch.cat([first_tensor(model(part)) for part in parts])
+            teacher = torch.cat([self.teacher.output(self.teacher.model(part)) for part in parts])
         return agreement(student, teacher)
 
     def _train(
         self,
         model: nn.Module,
-        optimizers: Optimizer,
+        optimizer: Optimizer,
         training_step: TrainingStep,
-        lr_schedulers: SCHEDULER | None = None,
+        lr_scheduler: SCHEDULER | None = None,
         max_steps: int | None = None,
         max_epochs: int | None = None,
     ) -> None:
         steps = self.steps_for(max_steps, max_epochs)
         if steps < 1:
-            return  # a calibration alone
+            return  # only calibration
         if training_step == self._ori_training_step and not self.pseudo_labels:
             _logger.warning(
-                "Nothing brings a loss, so that the weights will not change, and a pruner that scores by gradients "
-                "(Taylor, Movement) finds every score 0: fuse a distiller "
-                "(ZeroShotDistiller.from_compressor) or set pseudo_labels=True."
+                "There is no loss: the weights will not change, and a pruner that scores by gradients (Taylor, "
+                "Movement) finds every score 0. Fuse a distiller (ZeroShotDistiller.from_compressor) or set "
+                "pseudo_labels=True."
             )
-        schedule = lr_schedulers or cosine_schedule(optimizers, steps, min(self.settings.warmup, steps // 2))
-
+        only_scores = self._compression.only_scores() and not self.options.train_while_scoring
+        if only_scores:
+            after_step = _put_back(model, optimizer)
+        else:
+            after_step = held_at_zero(model, self.options.masks) if self.options.masks else None
         shared = DataParallel(team(), divided=self._compression.can_be_divided())
 
         def loss(step: int, random: torch.Generator) -> Tensor:
@@ -299,55 +313,64 @@ class DataFreeEvaluator(TorchEvaluator):
             images = shared.part(whole)
             with shared.forward():
                 value = loss_of(training_step(images, model))
-            return shared.weighed(value, len(images), len(whole))
+            return shared.weighted(value, len(images), len(whole))
 
-        checkpoint = None
-        if self.checkpoint is not None:
-            fingerprint = fingerprint_of(
-                [
-                    run_fingerprint(self.teacher, self.source, self.settings, self.seed, model),
-                    steps,
-                    self.pseudo_labels,
-                    self._compression.description(),
-                ]
-            )
-            checkpoint = Checkpoint(self._checkpoint_path(), fingerprint, self.checkpoint_every)
-        with training_mode(model), warnings.catch_warnings():
-            # NNI puts its own step around the optimiser's, which PyTorch takes for a mistake in the user's loop.
+        run = TrainingRun(
+            steps,
+            seed=self.seed,
+            checkpoint=self._checkpoint_path(),
+            checkpoint_every=self.options.checkpoint_every,
+            label=self.options.label,
+            after_step=after_step,
+            quiet=self.quiet,
+            identity=[
+                distillation_identity(self.teacher, self.source, self.settings),
+                self.pseudo_labels,
+                only_scores,
+                self._compression.description(),
+            ],
+            extra=self._compression,
+            shared=shared,
+        )
+        schedule = lr_scheduler or cosine_schedule(optimizer, steps, min(self.settings.warmup, steps // 2))
+        with warnings.catch_warnings():
+            # NNI replaces the optimiser's step, which PyTorch takes for a mistake in the order of the user's calls.
             warnings.filterwarnings("ignore", "Seems like `optimizer.step\\(\\)` has been overridden")
-            history = fit(
-                model,
-                optimizers,
-                schedule,
-                loss,
-                steps=steps,
-                seed=self.seed,
-                label=self.label,
-                checkpoint=checkpoint,
-                after_step=held_at_zero(model, self.masks) if self.masks else None,
-                extra=self._compression,
-                shared=shared,
-                quiet=self.quiet,
-            )
-        self.histories.append(history)
+            self.histories.append(fit(model, optimizer, schedule, loss, run))
 
-    def _checkpoint_path(self) -> Path:
-        assert self.checkpoint is not None
-        if not self.histories:
-            return self.checkpoint
-        return self.checkpoint.with_name(f"{self.checkpoint.stem}-{len(self.histories) + 1}{self.checkpoint.suffix}")
+    def _checkpoint_path(self) -> Path | None:
+        path = self.checkpoint
+        if path is None or not self.histories:
+            return path
+        return path.with_name(f"{path.stem}-{len(self.histories) + 1}{path.suffix}")
+
+
+def _put_back(model: nn.Module, optimizer: Optimizer) -> Callable[[int], None]:
+    """An ``after_step`` of ``fit`` that undoes the step: weights and BatchNorm statistics are again as they are now."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    held = [*_optimized(optimizer), *(buffer for norm in norms for buffer in norm.buffers(recurse=False))]
+    before = [tensor.detach().clone() for tensor in held]
+
+    @torch.no_grad()
+    def put_back(_: int) -> None:
+        for tensor, value in zip(held, before, strict=True):
+            tensor.copy_(value)
+
+    return put_back
+
+
+def _optimized(optimizer: Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def loss_of(result: Any) -> Tensor:
     """The loss in what a training step returns: a tensor, a sequence's first entry, or a mapping's ``loss``."""
     if isinstance(result, Tensor):
         return result
-    if isinstance(result, dict):
-        return result["loss"]
-    return result[0]
+    return result["loss"] if isinstance(result, dict) else result[0]
 
 
-def _listed(value: Any) -> list:
+def _as_list(value: Any) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

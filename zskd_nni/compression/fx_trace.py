@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, Tracer
 from torch.utils._pytree import tree_map
 
+from zskd_nni.models.hooks import evaluating
 from zskd_nni.runtime.errors import UserError
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -37,9 +39,7 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
         UserError: the model cannot be traced, or does not accept the dummy input.
     """
     name = type(model).__name__
-    flags = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
+    with evaluating(model):
         try:
             graph_module = GraphModule(model, Tracer().trace(model), class_name=name)
         except Exception as error:
@@ -57,11 +57,25 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
                 f"{name} does not accept the dummy input ({_describe(dummy_input)}): {_where(error, model)}: "
                 f"{_innermost(error)}; pass an input of the shape that the model is used with"
             ) from error
-    finally:
-        for module, training in flags.items():
-            module.training = training
     graph_module.training = False
     return graph_module
+
+
+def retrace(graph_module: GraphModule, model: nn.Module) -> GraphModule:
+    """The graph of a network over another network of the same structure, without tracing that one.
+
+    Args:
+        graph_module: from ``trace``.
+        model: such as a copy of the traced network with other weights. Constants that its forward makes are set on
+            it as attributes, as tracing does.
+    """
+    graph = deepcopy(graph_module.graph)
+    for node in graph.nodes:
+        if node.op == "get_attr" and "." not in node.target and not hasattr(model, node.target):
+            setattr(model, node.target, deepcopy(getattr(graph_module, node.target)))
+    moved = GraphModule(model, graph, class_name=type(model).__name__)
+    moved.training = False
+    return moved
 
 
 def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

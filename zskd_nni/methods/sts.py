@@ -41,7 +41,7 @@ from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods import zskd
 from zskd_nni.methods.from_targets import impressions_source
 from zskd_nni.methods.registry import TransferRequest, preset_options
-from zskd_nni.models.hooks import FeaturePoint, module_at, replaced, watched
+from zskd_nni.models.hooks import FeaturePoint, hooked, hooked_at, module_at, recording, replacing
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import generator
@@ -176,7 +176,7 @@ class StsTargets:
         return (spec.low + (spec.high - spec.low) * noise).to(self.teacher.device)
 
     def _features_of_noise(self) -> Tensor:
-        with watched(self.teacher.model, self.point) as seen, torch.no_grad():
+        with recording(self.teacher.model, self.point) as seen, torch.no_grad():
             self.teacher(self._noise(0))
         if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim not in (2, 4) or len(seen[0]) != _PROBES:
             raise UserError(
@@ -186,7 +186,7 @@ class StsTargets:
 
     def _check_that_nothing_goes_around(self) -> None:
         features = self.features(_PROBES, torch.Generator().manual_seed(2)).to(self.teacher.device)
-        with replaced(self.teacher.model, self.point, features), torch.no_grad():
+        with replacing(self.teacher.model, self.point, features), torch.no_grad():
             answers = self.teacher(self._noise(0))
             if not bool(torch.isfinite(answers).all()):
                 raise UserError(
@@ -220,7 +220,7 @@ class StsTargets:
         for part in features.split(self.teacher.spec.measuring_batch):
             # The teacher runs on any images at all; its features at the point are replaced.
             images = self.teacher.spec.midpoint(len(part)).to(self.teacher.device)
-            with replaced(self.teacher.model, self.point, part.to(self.teacher.device)):
+            with replacing(self.teacher.model, self.point, part.to(self.teacher.device)):
                 parts.append(self.teacher(images).cpu())
         return torch.cat(parts)
 
@@ -243,24 +243,17 @@ def _weights_of_units(teacher: Teacher, point: FeaturePoint, units: int, which: 
     order: list[tuple[str, str]] = []  # what happens in a forward pass
     here = ("point", "")
 
-    def mark() -> Any:
-        module = module_at(teacher.model, point.path)
-        if point.side == "input":
-            return module.register_forward_pre_hook(lambda *_: order.append(here))
-        return module.register_forward_hook(lambda *_: order.append(here))
-
-    hooks = [mark()] if point.side == "input" else []
-    for path, layer in layers.items():
-        hooks.append(layer.register_forward_pre_hook(lambda *_, path=path: order.append(("enters", path))))
-        hooks.append(layer.register_forward_hook(lambda *_, path=path: order.append(("leaves", path))))
-    if point.side == "output":
-        hooks.append(mark())  # behind the layer's own mark, if the point is a layer
-    try:
-        with torch.no_grad():
-            teacher(teacher.spec.midpoint(2).to(teacher.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    around_point = hooked_at(teacher.model, point, lambda *_: order.append(here))
+    around_layers = hooked(
+        teacher.model,
+        layers,
+        before=lambda path, _: order.append(("enters", path)),
+        after=lambda path, _: order.append(("leaves", path)),
+    )
+    # If the point is a layer, its input comes before the layer is entered, its output after the layer is left.
+    outer, inner = (around_point, around_layers) if point.side == "input" else (around_layers, around_point)
+    with torch.no_grad(), outer, inner:
+        teacher(teacher.spec.midpoint(2).to(teacher.device))
     place = order.index(here)
     if which == "incoming":
         found = [path for what, path in order[:place] if what == "leaves"][-1:]

@@ -1,19 +1,20 @@
-"""Points inside a network by module path: what passes there can be watched, or replaced, without touching the model.
+"""Forward hooks and training modes that last for one ``with`` block; afterwards the network is as it was.
 
-A point is the input or the output of a module. Everything is done by hooks that are gone when the block ends.
+Modules are named by their path, as in ``model.named_modules()``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zskd_nni.runtime.errors import UserError
+
+Visit = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class FeaturePoint:
     """The input or the output of the module at a path.
 
     Attributes:
-        path: as in ``model.named_modules()``.
+        path: of the module.
         side: ``output`` or ``input`` (the first positional argument).
     """
 
@@ -46,65 +47,123 @@ def module_at(model: nn.Module, path: str, whose: str = "The model") -> nn.Modul
 
 
 @contextmanager
-def watched(model: nn.Module, point: FeaturePoint) -> Iterator[list[Tensor]]:
-    """Within the block, every tensor that passes the point is appended to the list.
+def hooked(
+    model: nn.Module, paths: Iterable[str], before: Visit | None = None, after: Visit | None = None
+) -> Iterator[None]:
+    """Within the block, functions are called whenever one of the modules is.
+
+    Args:
+        model: the network.
+        paths: of the modules.
+        before: called with the path and the first positional argument. What it returns, unless None, replaces the
+            argument.
+        after: called with the path and the output. What it returns, unless None, replaces the output.
 
     Raises:
-        UserError: the model has no such module.
+        UserError: the model has no module at one of the paths.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+        >>> with hooked(model, ["0"], after=lambda path, output: print(path, list(output.shape))):
+        ...     _ = model(torch.zeros(3, 4))
+        0 [3, 2]
     """
-    seen: list[Tensor] = []
 
-    def note_input(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0])
+    def hook_before(path: str, visit: Visit) -> Callable[..., Any]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+            value = visit(path, inputs[0] if inputs else None)
+            return None if value is None else (value, *inputs[1:])
 
-    def note_output(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        seen.append(output)
+        return hook
 
-    module = module_at(model, point.path)
+    def hook_after(path: str, visit: Visit) -> Callable[..., Any]:
+        return lambda _module, _inputs, output: visit(path, output)
+
+    with ExitStack() as handles:
+        for path in paths:
+            module = module_at(model, path)
+            if before is not None:
+                handles.enter_context(module.register_forward_pre_hook(hook_before(path, before)))
+            if after is not None:
+                handles.enter_context(module.register_forward_hook(hook_after(path, after)))
+        yield
+
+
+def hooked_at(model: nn.Module, point: FeaturePoint, visit: Visit) -> AbstractContextManager[None]:
+    """As :func:`hooked`, for one point."""
     if point.side == "input":
-        hook = module.register_forward_pre_hook(note_input)
-    else:
-        hook = module.register_forward_hook(note_output)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+        return hooked(model, [point.path], before=visit)
+    return hooked(model, [point.path], after=visit)
 
 
 @contextmanager
-def replaced(model: nn.Module, point: FeaturePoint, features: Tensor) -> Iterator[None]:
-    """Within the block, ``features`` pass the point instead of what the network makes of its input.
+def recording(model: nn.Module, point: FeaturePoint) -> Iterator[list[Any]]:
+    """Within the block, what passes the point at each call is appended to the list.
+
+    Raises:
+        UserError: the model has no such module.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> with recording(model, FeaturePoint("1", "input")) as features:
+        ...     logits = model(torch.zeros(3, 1, 2, 2))
+        >>> features[0].shape
+        torch.Size([3, 4])
+    """
+    seen: list[Any] = []
+    with hooked_at(model, point, lambda _path, value: seen.append(value)):
+        yield seen
+
+
+@contextmanager
+def recording_outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Within the block, the last output of each module is kept by its path.
+
+    Raises:
+        UserError: the model has no module at one of the paths.
+    """
+    outputs: dict[str, Any] = {}
+    with hooked(model, paths, after=outputs.__setitem__):
+        yield outputs
+
+
+def replacing(model: nn.Module, point: FeaturePoint, features: Tensor) -> AbstractContextManager[None]:
+    """Within the block, ``features`` pass the point instead of what the network computes from its input.
 
     Raises:
         UserError: the model has no such module.
     """
+    return hooked_at(model, point, lambda _path, _value: features)
 
-    def give_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (features, *inputs[1:])
 
-    def give_output(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> Tensor:
-        return features
-
-    module = module_at(model, point.path)
-    if point.side == "input":
-        hook = module.register_forward_pre_hook(give_input)
-    else:
-        hook = module.register_forward_hook(give_output)
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Within the block no forward hook of the model runs, such as those with which NNI collects scores."""
+    kept = [(module, module._forward_hooks) for module in model.modules()]
+    for module, hooks in kept:
+        module._forward_hooks = type(hooks)()
     try:
         yield
     finally:
-        hook.remove()
+        for module, hooks in kept:
+            module._forward_hooks = hooks
 
 
 @contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """Within the block every module is in ``eval()`` and no gradients are recorded."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
+def evaluating(*networks: Callable[..., Any]) -> Iterator[None]:
+    """Within the block every module of the networks is in ``eval()`` mode; afterwards each has its own mode again.
+
+    Args:
+        networks: modules. Other callables have no mode and are left alone.
+    """
+    modules = [module for network in networks if isinstance(network, nn.Module) for module in network.modules()]
+    modes = [module.training for module in modules]
+    for module in modules:
         module.training = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module, mode in modes:
+        for module, mode in zip(modules, modes, strict=True):
             module.training = mode

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.models.hooks import probing
+from zskd_nni.models.hooks import evaluating
 
 
 def lay_out(model: nn.Module, probe: Tensor) -> nn.Module:
@@ -29,7 +29,7 @@ def lay_out(model: nn.Module, probe: Tensor) -> nn.Module:
     shown = probe.clone(memory_format=torch.channels_last)
     begun_with = shown._version
     try:
-        with probing(model):
+        with evaluating(model), torch.no_grad():
             model(shown)
     except RuntimeError as error:
         if "view size is not compatible" in str(error):

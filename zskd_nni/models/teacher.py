@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights
+from zskd_nni.models.hooks import hooked
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.local_response_norm import fast_response_norms
 from zskd_nni.models.memory_format import lay_out
@@ -141,12 +142,8 @@ class Teacher:
                 f"The teacher has no linear layer or 1x1 convolution at {given!r} (classifier); its last ones: {known}."
             )
         calls: list[tuple[str, Tensor]] = []
-        hooks = [
-            module.register_forward_hook(lambda _m, _i, out, path=path: calls.append((path, out)))
-            for path, module in watched.items()
-        ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), hooked(self.model, watched, after=lambda *call: calls.append(call)):
                 # A random image, so that no two layers answer alike by chance.
                 probe = torch.rand((2, *self.spec.shape), generator=torch.Generator().manual_seed(0))
                 probe = self.spec.low + (self.spec.high - self.spec.low) * probe
@@ -158,9 +155,6 @@ class Teacher:
                 f"The teacher cannot take an input of shape {list(self.spec.shape)} ({error}); "
                 "set teacher.input.shape to what it was trained on."
             ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
         if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
             raise UserError(
                 f"The teacher answers 2 images with a tensor of shape {list(logits.shape)}; a classifier gives "
@@ -281,25 +275,3 @@ def _check_answers_do_not_depend_on_the_batch(model: nn.Module) -> None:
                 "answer to an image depends on the images beside it. A teacher must answer each image by itself; give "
                 "the layer running statistics."
             )
-
-
-@contextmanager
-def record_features(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Within the block, the outputs of the modules at ``paths`` are kept by path at every forward pass.
-
-    Raises:
-        UserError: the model has no module at one of the paths.
-    """
-    features: dict[str, Tensor] = {}
-    hooks = []
-    try:
-        for path in paths:
-            try:
-                module = model.get_submodule(path)
-            except AttributeError as error:
-                raise UserError(f"The model has no module {path!r}.") from error
-            hooks.append(module.register_forward_hook(lambda _m, _i, out, path=path: features.__setitem__(path, out)))
-        yield features
-    finally:
-        for hook in hooks:
-            hook.remove()

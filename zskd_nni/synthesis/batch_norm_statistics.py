@@ -1,8 +1,8 @@
-"""What a teacher's BatchNorm layers remember of its training images, and how far a batch of images is from it.
+"""The distance between the BatchNorm statistics of some images and those a teacher has from its training.
 
-Every BatchNorm keeps the mean and the variance of each of its channels over the training. They are part of the
-teacher's weights, and say more about its data than its answers do: images whose own statistics are alike look, to each
-layer, like training images as a crowd (DeepInversion: Yin et al., CVPR 2020, 1912.08795, section 3.2, equation 4).
+A BatchNorm keeps a running mean and variance of each channel. They are part of the teacher's weights, and they say
+more about its training images than its answers do. Images with the same statistics look, to each layer, like a batch of
+training images (DeepInversion: Yin et al., CVPR 2020, 1912.08795, section 3.2, equation 4).
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from zskd_nni.models.hooks import hooked
 from zskd_nni.training.losses import channel_moments, statistics_distance
 
 
@@ -46,8 +47,8 @@ class Moments:
         """Those of ``(N, C, ...)`` features."""
         return cls(len(features), *channel_moments(features))
 
-    def joined(self, other: Moments | None) -> Moments:
-        """Those of both together, as many positions an image taken for granted."""
+    def merged(self, other: Moments | None) -> Moments:
+        """Those of both groups of images together; all images have the same number of positions."""
         if other is None or not other.count:
             return self
         count = self.count + other.count
@@ -56,56 +57,56 @@ class Moments:
         return Moments(count, mean, (spreads[0] + spreads[1]) / count)
 
 
-class Crowd:
-    """Images in flight and those that have left, as a teacher's BatchNorm layers see them together.
+class StatisticsTracker:
+    """Compares the images of each pass, together with retired ones, with the teacher's running statistics.
 
-    Images leave one by one, and where no fresh one takes the place the rest would become ever fewer: the last alone
-    would be asked to have the statistics of all training images. Those that left therefore stay in the crowd as they
-    last were.
+    Images finish one by one. Where no new image takes the place, the batch shrinks, and the last image alone would be
+    asked to have the statistics of all training images. Retired images therefore stay in the sums as they last were.
 
     Args:
         model: the teacher's network, in ``eval()``.
+
+    Attributes:
+        retired: how many images are retired.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = batch_norms(model)
-        self.left = 0
-        self._past: list[Moments] = []  # of those that left, by call of a layer
-        self._passing: list[Tensor] = []  # what went into the layers in the last pass
+        self.model = model
+        self.layers = {path: module for path, module in model.named_modules() if _keeps_statistics(module)}
+        self.retired = 0
+        self._of_retired: list[Moments] = []  # one entry a call of a layer
+        self._inputs: list[Tensor] = []  # of the layers in the last pass
 
     @contextmanager
-    def watching(self) -> Iterator[list[Tensor]]:
-        """As :func:`statistics_distances`, of all images together."""
-        distances: list[Tensor] = []
-        self._passing = []
+    def distances(self) -> Iterator[list[Tensor]]:
+        """Within the block, each BatchNorm that a batch passes appends its distance, a scalar."""
+        found: list[Tensor] = []
+        self._inputs = []
 
-        def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            assert _keeps_statistics(module) and module.running_mean is not None and module.running_var is not None
-            past = self._past[len(distances)] if self._past else None
-            found = Moments.of(inputs[0]).joined(past)
-            distances.append(statistics_distance(found.mean, found.variance, module.running_mean, module.running_var))
-            self._passing.append(inputs[0].detach())
+        def compare(path: str, features: Tensor) -> None:
+            module = self.layers[path]
+            assert module.running_mean is not None and module.running_var is not None
+            retired = self._of_retired[len(found)] if self._of_retired else None
+            moments = Moments.of(features).merged(retired)
+            found.append(statistics_distance(moments.mean, moments.variance, module.running_mean, module.running_var))
+            self._inputs.append(features.detach())
 
-        hooks = [module.register_forward_pre_hook(note) for module in self.layers]
-        try:
-            yield distances
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(self.model, self.layers, before=compare):
+            yield found
 
-    def leave(self, rows: Tensor) -> None:
-        """The images at these rows of the last pass are not in the next one and have no successor."""
-        past: list[Moments | None] = [*self._past] or [None] * len(self._passing)
-        self._past = [Moments.of(f[rows]).joined(p) for f, p in zip(self._passing, past, strict=True)]
-        self.left += len(rows)
+    def retire(self, rows: Tensor) -> None:
+        """The images at these rows of the last pass are finished, and no new ones take their places."""
+        known: list[Moments | None] = [*self._of_retired] or [None] * len(self._inputs)
+        self._of_retired = [Moments.of(f[rows]).merged(m) for f, m in zip(self._inputs, known, strict=True)]
+        self.retired += len(rows)
 
 
 @contextmanager
 def statistics_distances(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the block, each pass of a batch through a BatchNorm appends its distance from what the layer remembers.
+    """Within the block, each BatchNorm that a batch passes appends its distance from its running statistics, a scalar.
 
     The scalars are :func:`zskd_nni.training.losses.statistics_distance`; their sum is DeepInversion's feature
     regularisation.
     """
-    with Crowd(model).watching() as distances:
+    with StatisticsTracker(model).distances() as distances:
         yield distances

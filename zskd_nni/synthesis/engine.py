@@ -1,31 +1,31 @@
-"""The engine: a fixed number of slots, each an image on its way to its target.
+"""The engine: a fixed number of slots, each holding an image that is optimised towards its target.
 
-The published loop optimises 100 images for 1,500 steps, whether they converged after 60 or never will. Here an image
-that has reached its target, its step limit or a standstill leaves, and a fresh one takes its slot with an optimiser
-state of its own. With ``tolerance: null`` all images of a batch leave together, which is the published schedule.
+The published loop optimises 100 images for 1,500 steps each, however early they fit. Here an image that fits, reaches
+its step limit or stops improving is finished. The next image of the shard takes its slot and starts with a new
+optimiser state. With ``tolerance: null`` and one step limit all images of a batch finish together, as published.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from zskd_nni.models.hooks import FeaturePoint, watched
+from zskd_nni.models.hooks import FeaturePoint, recording
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.device import to_device
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.synthesis.batch_norm_statistics import Crowd, batch_norms
+from zskd_nni.synthesis.batch_norm_statistics import StatisticsTracker, batch_norms
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.training.losses import soft_target_divergence, total_variation
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults, as the authors use them
 REFERENCE_TEMPERATURE = 20.0
-_STANDSTILL = 0.99
+_IMPROVEMENT = 0.99  # a divergence below this share of the best one so far counts as progress
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class Impressions:
 
 
 @dataclass(frozen=True)
-class Orders:
-    """What is asked for, one row an impression, on the CPU.
+class ShardInputs:
+    """What the impressions of a shard start from and aim at, one row an impression.
 
     Attributes:
         targets: ``(N, K)`` rows of probabilities.
         starts: ``(N, C, H, W)`` in the teacher's value range.
         temperatures: ``(N, 1)`` the teacher's temperature for each.
         prior: ``(N,)`` weight of the total variation of each.
-        limits: ``(N,)`` float32, after how many steps each leaves at the latest.
-        free: ``(N, 1, H, W)`` which pixels may change, or None for all.
+        limits: ``(N,)`` float32, step limit of each; always on the CPU.
+        free: ``(N, 1, H, W)`` which pixels may change, 1 or 0; None for all.
     """
 
     targets: Tensor
@@ -70,15 +70,20 @@ class Orders:
     limits: Tensor
     free: Tensor | None = None
 
+    def to(self, device: torch.device) -> ShardInputs:
+        """A copy on a device, but for ``limits``: the engine needs them where no step waits for the device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ShardInputs(**{n: v if v is None or n == "limits" else v.to(device) for n, v in values.items()})
+
 
 @dataclass(frozen=True)
 class FeatureTerm:
-    """A further term of the objective, computed from what passes a point inside the teacher.
+    """A further term of the objective, computed from the features at a point inside the teacher.
 
     Attributes:
         point: where the features are taken.
         weight: of the term beside the divergence, at every temperature.
-        value: takes the features ``(N, ...)`` and gives what is to become small, ``(N,)``.
+        value: takes the features ``(N, ...)`` and gives the term ``(N,)``, which is minimised.
     """
 
     point: FeaturePoint
@@ -87,65 +92,152 @@ class FeatureTerm:
 
 
 class _Slots:
-    """The state of the images in flight; every tensor has one row a slot, on the device but for ``index`` and ``due``.
+    """The images being optimised: one row a slot, on the device but for ``index`` and ``due``.
 
-    Which images leave by their step limit is known beforehand, so that no step has to wait for the device to tell.
+    Args:
+        inputs: of the whole shard, on the device.
+        count: of slots.
     """
 
-    _ORDERED = ("targets", "temperatures", "prior")
-    _ROWS = ("images", *_ORDERED, "first", "second", "age", "adam_step", "best", "best_age")
+    images: Tensor
+    targets: Tensor
+    temperatures: Tensor
+    prior: Tensor
+    free: Tensor | None = None
 
-    def __init__(self, count: int, device: torch.device, orders: Orders) -> None:
-        self.device, self.orders = device, orders  # which lie on the device but for the limits
-        self.index = torch.arange(count)  # which image of the shard
-        self.due = orders.limits[:count].long()  # at which turn of the engine each leaves at the latest
-        self.images = orders.starts[:count].clone()  # the caller's stay as they are
-        self.targets = orders.targets[:count].clone()
-        self.temperatures = orders.temperatures[:count].clone()
-        self.prior = orders.prior[:count].clone()
-        self.free = None if orders.free is None else orders.free[:count].clone()
+    def __init__(self, inputs: ShardInputs, count: int) -> None:
+        self.inputs, self.device = inputs, inputs.starts.device
+        self.next_image = count  # the first image of the shard that waits for a slot
+        self.index = torch.arange(count)  # which image of the shard each slot holds
+        self.due = inputs.limits[:count].long()  # turn of the engine at which each reaches its step limit
+        self._given = ("targets", "temperatures", "prior", *(() if inputs.free is None else ("free",)))
+        for name in self._given:
+            setattr(self, name, getattr(inputs, name)[:count].clone())
+        self.images = inputs.starts[:count].clone()
         self.first = torch.zeros_like(self.images)  # Adam's moments
         self.second = torch.zeros_like(self.images)
-        self.age = torch.zeros(count, device=device)  # steps of this image
-        self.adam_step = torch.zeros(count, device=device)  # steps of this Adam state
-        self.best = torch.full((count,), float("inf"), device=device)
-        self.best_age = torch.zeros(count, device=device)
+        self.age = torch.zeros(count, device=self.device)  # steps of this image
+        self.adam_step = torch.zeros(count, device=self.device)  # steps of this Adam state
+        self.best = torch.full((count,), float("inf"), device=self.device)  # lowest divergence so far
+        self.best_age = torch.zeros(count, device=self.device)
+        self._rows = (*self._given, "images", "first", "second", "age", "adam_step", "best", "best_age")
 
-    def refill(self, rows: Tensor, index: Tensor, warm: bool, turn: int) -> None:
-        """Put images ``index`` of the shard into these rows; ``turn`` is that of their first step."""
-        orders = self.orders
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def finished(self, fit: Tensor, turn: int, settings: SynthesisSettings) -> Tensor:
+        """Rows, on the CPU, of the images that fit, do not improve any more or reach their step limit."""
+        leaving = self.due <= turn  # known beforehand: no step waits for the device to tell
+        if settings.tolerance is not None:
+            leaving |= (fit <= settings.tolerance).cpu()
+        if settings.patience:
+            better = fit < self.best * _IMPROVEMENT
+            self.best = torch.where(better, fit, self.best)
+            self.best_age = torch.where(better, self.age, self.best_age)
+            leaving |= (self.age - self.best_age >= settings.patience).cpu()
+        return leaving.nonzero().flatten()
+
+    def adam_update(self, gradient: Tensor, learning_rate: float) -> None:
+        """Adam (Kingma & Ba 2015, algorithm 1) with a step count for each slot."""
+        self.age += 1
+        self.adam_step += 1
+        self.first.lerp_(gradient, 1 - BETA1)
+        self.second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+        correction1 = (1 - BETA1**self.adam_step).view(-1, 1, 1, 1)
+        correction2 = (1 - BETA2**self.adam_step).view(-1, 1, 1, 1)
+        denominator = (self.second / correction2).sqrt_().add_(EPSILON)
+        self.images.sub_(self.first / denominator * (learning_rate / correction1))
+
+    def replace(self, rows: Tensor, warm_start: bool, turn: int) -> Tensor:
+        """Put the next images of the shard into these rows; ``turn`` is that of their first step.
+
+        Returns:
+            The rows for which no image was left. They are removed.
+        """
+        fresh = torch.arange(self.next_image, min(len(self.inputs.targets), self.next_image + len(rows)))
+        self.next_image += len(fresh)
+        filled, removed = rows[: len(fresh)], rows[len(fresh) :]
+        if len(filled):
+            self._fill(filled, fresh, warm_start, turn)
+        if len(removed):
+            stay = torch.ones(len(self), dtype=torch.bool)
+            stay[removed] = False
+            self._keep(stay.nonzero().flatten())
+        return removed
+
+    def _fill(self, rows: Tensor, index: Tensor, warm_start: bool, turn: int) -> None:
         self.index[rows] = index
-        self.due[rows] = turn + orders.limits[index].long()
+        self.due[rows] = turn + self.inputs.limits[index].long()
         rows, index = to_device(rows, self.device), to_device(index, self.device)
-        for name in self._ORDERED:
-            getattr(self, name)[rows] = getattr(orders, name)[index]
-        if self.free is not None and orders.free is not None:
-            self.free[rows] = orders.free[index]
-        self.age[rows] = 0
-        self.best[rows] = float("inf")
-        self.best_age[rows] = 0
-        if not warm:
-            self.images[rows] = orders.starts[index]
-            self.first[rows] = 0
-            self.second[rows] = 0
-            self.adam_step[rows] = 0
+        for name in self._given:
+            getattr(self, name)[rows] = getattr(self.inputs, name)[index]
+        self.age[rows], self.best[rows], self.best_age[rows] = 0, float("inf"), 0
+        if not warm_start:
+            self.images[rows] = self.inputs.starts[index]
+            self.first[rows], self.second[rows], self.adam_step[rows] = 0, 0, 0
 
-    def keep(self, rows: Tensor) -> None:
+    def _keep(self, rows: Tensor) -> None:
         self.index, self.due = self.index[rows], self.due[rows]
         rows = to_device(rows, self.device)
-        for name in self._ROWS:
+        for name in self._rows:
             setattr(self, name, getattr(self, name)[rows])
-        if self.free is not None:
-            self.free = self.free[rows]
+
+
+class _Objective:
+    """What the images minimise: the divergence from their targets (ZSKD equation 5) and what the settings add to it."""
+
+    def __init__(self, teacher: Teacher, settings: SynthesisSettings, term: FeatureTerm | None) -> None:
+        self.teacher, self.settings, self.term = teacher, settings, term
+        self.statistics: StatisticsTracker | None = None
+        if settings.batch_statistics and batch_norms(teacher.model):
+            self.statistics = StatisticsTracker(teacher.model)
+
+    def gradient(self, slots: _Slots) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient ``(n, C, H, W)`` of the images, their divergence ``(n,)`` and the teacher's logits ``(n, K)``."""
+        settings, spec = self.settings, self.teacher.spec
+        images = slots.images.requires_grad_(True)
+        features: list[Tensor] = []
+        distances: list[Tensor] = []
+        with ExitStack() as hooks:
+            if self.term is not None:
+                features = hooks.enter_context(recording(self.teacher.model, self.term.point))
+            if self.statistics is not None:
+                distances = hooks.enter_context(self.statistics.distances())
+            logits = self.teacher(images)
+        fit = soft_target_divergence(logits, slots.targets, slots.temperatures)  # equation 5
+        loss = fit
+        if self.term is not None:
+            loss = loss + self.term.weight * self.term.value(features[-1])
+        if self.statistics is not None:
+            # One distance of all images together. The factor gives each image the same share of it at any batch size.
+            share = (len(loss) + self.statistics.retired) / len(loss)
+            loss = loss + settings.batch_statistics * share * torch.stack(distances).sum()
+        # The divergence's gradient falls with 1 / T. The factor T / 20 keeps the balance with the prior the same at
+        # every temperature; Adam itself does not depend on the scale.
+        total = (loss * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
+        if settings.total_variation != (0.0, 0.0):
+            total = total + (slots.prior * total_variation(images / (spec.high - spec.low))).sum()
+        (gradient,) = torch.autograd.grad(total, images)
+        if slots.free is not None:
+            gradient = gradient * slots.free
+        slots.images = images.detach()
+        return gradient, fit.detach(), logits.detach()
 
 
 class _Results:
-    """What has left, in the order of the shard, on the device: nothing waits for it to be copied."""
+    """The finished images in the order of the shard, on the device: no step waits for a copy."""
 
-    def __init__(self, orders: Orders, device: torch.device) -> None:
-        count = len(orders.targets)
-        self.images, self.logits = torch.zeros_like(orders.starts), torch.zeros_like(orders.targets)
+    def __init__(self, inputs: ShardInputs) -> None:
+        count, device = len(inputs.targets), inputs.starts.device
+        self.images, self.logits = torch.zeros_like(inputs.starts), torch.zeros_like(inputs.targets)
         self.fit, self.steps = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.int32, device=device)
+
+    def add(self, slots: _Slots, rows: Tensor, fit: Tensor, logits: Tensor) -> None:
+        place, rows = to_device(slots.index[rows], slots.device), to_device(rows, slots.device)
+        self.images[place] = slots.images[rows]
+        self.logits[place] = logits[rows].float()
+        self.fit[place] = fit[rows].float()
+        self.steps[place] = slots.age[rows].to(torch.int32)
 
     def require_finite(self, learning_rate: float) -> None:
         """Refuse what has diverged; waits for the device."""
@@ -158,7 +250,7 @@ class _Results:
 
 def synthesize_shard(
     teacher: Teacher,
-    orders: Orders,
+    inputs: ShardInputs,
     settings: SynthesisSettings,
     on_finished: Callable[[int], None] | None = None,
     term: FeatureTerm | None = None,
@@ -167,122 +259,43 @@ def synthesize_shard(
 
     Args:
         teacher: on the device to use.
-        orders: targets, starts and weights.
+        inputs: targets, starts and weights.
         settings: the schedule.
-        on_finished: called with the number of images that left at a step.
+        on_finished: called with the number of images that finished at a step.
         term: added to the objective, if given.
 
     Raises:
         UserError: the teacher's answer or its gradient is not finite.
     """
-    spec, device, count, asked = teacher.spec, teacher.device, len(orders.targets), orders.targets
-    orders = Orders(
-        targets=asked.to(device),
-        starts=orders.starts.to(device),
-        temperatures=orders.temperatures.to(device),
-        prior=orders.prior.to(device),
-        limits=orders.limits,
-        free=None if orders.free is None else orders.free.to(device),
-    )
-    results = _Results(orders, device)
-    slots = _Slots(min(settings.slots, count), device, orders)
-    following = len(slots.index)  # the next image of the shard that waits for a slot
-    early = settings.tolerance is not None or bool(settings.patience)
+    spec, targets = teacher.spec, inputs.targets
+    inputs = inputs.to(teacher.device)
+    results, slots = _Results(inputs), _Slots(inputs, min(settings.slots, len(targets)))
+    objective = _Objective(teacher, settings, term)
     turn = 0
-    with_prior = settings.total_variation != (0.0, 0.0)
-    value_range = spec.high - spec.low
-    crowd = Crowd(teacher.model) if settings.batch_statistics and batch_norms(teacher.model) else None
-
-    while len(slots.index):
+    while len(slots):
         signals.check()
         # The authors' code leaves the rescaling out before the last step and the final answer.
         if settings.range == "rescale" and int(slots.due[0]) - turn > 1:
             slots.images = _rescaled(slots.images, spec.low, spec.high)
-        images = slots.images.requires_grad_(True)
-        seen: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if term is not None:
-            seen = watched(teacher.model, term.point)
-        watching: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if crowd is not None:
-            watching = crowd.watching()
-        with seen as features, watching as distances:
-            logits = teacher(images)
-        fit = soft_target_divergence(logits, slots.targets, slots.temperatures)
-        # A logit's pull falls with 1 / T; the factor keeps the balance with the prior alike at every temperature.
-        # Adam itself does not mind the scale. A term of the method's own has its weight beside the divergence.
-        own = fit if term is None else fit + term.weight * term.value(features[-1])
-        if crowd is not None:  # of all images together, each of which has its share, whoever else is in flight
-            share = (len(own) + crowd.left) / len(own)
-            own = own + settings.batch_statistics * share * torch.stack(distances).sum()
-        objective = (own * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
-        if with_prior:
-            objective = objective + (slots.prior * total_variation(images / value_range)).sum()
-        (gradient,) = torch.autograd.grad(objective, images)
-        if slots.free is not None:
-            gradient = gradient * slots.free
-        slots.images = images.detach()
-        fit, logits = fit.detach(), logits.detach()
-
-        leaving = slots.due <= turn
-        if early:
-            leaving |= _satisfied(slots, fit, settings).cpu()
-        rows = leaving.nonzero().flatten()
-
+        gradient, fit, logits = objective.gradient(slots)
+        rows = slots.finished(fit, turn, settings)
         if len(rows):
-            done, on_device = to_device(slots.index[rows], device), to_device(rows, device)
-            results.images[done] = slots.images[on_device]
-            results.logits[done] = logits[on_device].float()
-            results.fit[done] = fit[on_device].float()
-            results.steps[done] = slots.age[on_device].to(torch.int32)
-            if device.type == "cpu":  # elsewhere at the end of the shard
+            results.add(slots, rows, fit, logits)
+            if teacher.device.type == "cpu":  # elsewhere at the end of the shard
                 results.require_finite(settings.learning_rate)
             if on_finished is not None:
                 on_finished(len(rows))
-
-        if not (settings.warm_start and len(rows)):  # a warm start goes on from the images as they were kept
-            _adam_step(slots, gradient, settings.learning_rate * value_range)
+        if not (settings.warm_start and len(rows)):  # the next batch of a warm start begins at the stored images
+            slots.adam_update(gradient, settings.learning_rate * (spec.high - spec.low))
             if settings.range == "clamp":
                 slots.images.clamp_(spec.low, spec.high)
         if len(rows):
-            fresh = torch.arange(following, min(count, following + len(rows)))
-            following += len(fresh)
-            if len(fresh):
-                slots.refill(rows[: len(fresh)], fresh, settings.warm_start, turn + 1)
-            if len(fresh) < len(rows):
-                stay = torch.ones(len(slots.index), dtype=torch.bool)
-                stay[rows[len(fresh) :]] = False
-                if crowd is not None:
-                    crowd.leave(to_device(rows[len(fresh) :], device))
-                slots.keep(stay.nonzero().flatten())
+            removed = slots.replace(rows, settings.warm_start, turn + 1)
+            if objective.statistics is not None and len(removed):
+                objective.statistics.retire(to_device(removed, teacher.device))
         turn += 1
     results.require_finite(settings.learning_rate)
-    made = (values.cpu() for values in (results.logits, results.fit, results.steps))
-    return Impressions(results.images.cpu(), asked, *made)
-
-
-def _satisfied(slots: _Slots, fit: Tensor, settings: SynthesisSettings) -> Tensor:
-    """``(slots,)`` which images have reached their target, or have come to a standstill."""
-    leaving = torch.zeros_like(fit, dtype=torch.bool)
-    if settings.tolerance is not None:
-        leaving |= fit <= settings.tolerance
-    if settings.patience:
-        better = fit < slots.best * _STANDSTILL
-        slots.best = torch.where(better, fit, slots.best)
-        slots.best_age = torch.where(better, slots.age, slots.best_age)
-        leaving |= slots.age - slots.best_age >= settings.patience
-    return leaving
-
-
-def _adam_step(slots: _Slots, gradient: Tensor, learning_rate: float) -> None:
-    """Adam (Kingma & Ba 2015, algorithm 1) with a step count for each slot."""
-    slots.age += 1
-    slots.adam_step += 1
-    slots.first.lerp_(gradient, 1 - BETA1)
-    slots.second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    correction1 = (1 - BETA1**slots.adam_step).view(-1, 1, 1, 1)
-    correction2 = (1 - BETA2**slots.adam_step).view(-1, 1, 1, 1)
-    denominator = (slots.second / correction2).sqrt_().add_(EPSILON)
-    slots.images.sub_(slots.first / denominator * (learning_rate / correction1))
+    return Impressions(results.images.cpu(), targets, results.logits.cpu(), results.fit.cpu(), results.steps.cpu())
 
 
 def _rescaled(images: Tensor, low: float, high: float) -> Tensor:

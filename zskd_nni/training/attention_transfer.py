@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from zskd_nni.models.hooks import FeaturePoint, module_at, probing, watched
+from zskd_nni.models.hooks import evaluating, hooked, module_at, recording_outputs
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 
@@ -55,34 +56,27 @@ def attention_pairs(student: nn.Module, teacher: Teacher, layers: str | Pairs = 
 
 def _size_at(model: nn.Module, path: str, probe: Tensor, whose: str) -> tuple[int, int]:
     module_at(model, path, whose)
-    with watched(model, FeaturePoint(path)) as seen, probing(model):
+    with recording_outputs(model, [path]) as outputs, evaluating(model), torch.no_grad():
         model(probe)
-    if not seen or not isinstance(seen[-1], Tensor) or seen[-1].ndim != 4:
-        shape = list(seen[-1].shape) if seen and isinstance(seen[-1], Tensor) else "nothing"
+    output = outputs.get(path)
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        shape = list(output.shape) if isinstance(output, Tensor) else "nothing"
         raise UserError(
             f"{whose}'s layer {path!r} has no attention map: it gives {shape}, not (N, channels, height, width)."
         )
-    return seen[-1].shape[2], seen[-1].shape[3]
+    return output.shape[2], output.shape[3]
 
 
 def _last_of_each_size(model: nn.Module, probe: Tensor) -> dict[tuple[int, int], str]:
     groups: dict[tuple[int, int], str] = {}
     layers: dict[tuple[int, int], str] = {}
 
-    def note(module: nn.Module, _inputs: Any, output: Any, path: str = "") -> None:
+    def note(path: str, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-            has_modules = next(module.children(), None) is not None
+            has_modules = next(model.get_submodule(path).children(), None) is not None
             (groups if has_modules else layers)[output.shape[2], output.shape[3]] = path
 
-    hooks = [
-        module.register_forward_hook(lambda m, i, o, path=path: note(m, i, o, path))
-        for path, module in model.named_modules()
-        if path
-    ]
-    try:
-        with probing(model):
-            model(probe)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    paths = [path for path, _ in model.named_modules() if path]
+    with hooked(model, paths, after=note), evaluating(model), torch.no_grad():
+        model(probe)
     return {**layers, **groups}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.models.hooks import module_at, probing
-from zskd_nni.models.teacher import Teacher, record_features
+from zskd_nni.models.hooks import evaluating, module_at, recording_outputs
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 
 Pairs = tuple[tuple[str, str], ...]
@@ -79,6 +79,6 @@ def _shapes(teacher: Teacher, model: nn.Module, paths: list[str]) -> dict[str, t
     """Shapes of one image's outputs of the modules at ``paths``, for those that run and give a tensor."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     probe = teacher.example_input().to(device)
-    with probing(model), record_features(model, paths) as seen:
+    with evaluating(model), torch.no_grad(), recording_outputs(model, paths) as seen:
         model(probe)
     return {path: tuple(value.shape[1:]) for path, value in seen.items() if isinstance(value, Tensor)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from zskd_nni.models.hooks import evaluating
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
@@ -65,20 +65,6 @@ def _answer(network: Network | Teacher, images: Tensor) -> Tensor:
     return first_tensor(network(images))
 
 
-@contextmanager
-def _evaluating(*networks: Network | Teacher) -> Iterator[None]:
-    """Within the block every module is in ``eval()`` mode; afterwards each as it was."""
-    modules = [module for network in networks if isinstance(network, nn.Module) for module in network.modules()]
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-
-
 def transition_curves(
     followed: Network | Teacher,
     other: Network | Teacher,
@@ -108,7 +94,7 @@ def transition_curves(
     at = images.detach().clone()
     rows, targets = torch.arange(len(at), device=at.device), targets.to(at.device)
     first, second = [], []
-    with _evaluating(followed, other), torch.enable_grad():
+    with evaluating(followed, other), torch.enable_grad():
         for step in range(steps):
             signals.check()
             at.requires_grad_(True)
@@ -173,7 +159,7 @@ def mean_transition_error(
     Raises:
         UserError: the networks agree on no image.
     """
-    with _evaluating(followed, other), torch.no_grad():
+    with evaluating(followed, other), torch.no_grad():
         answers = [
             torch.cat([_answer(network, part).argmax(1) for part in images.split(batch)])
             for network in (followed, other)

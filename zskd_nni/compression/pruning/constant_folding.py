@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS
+from zskd_nni.models.hooks import hooked
 
 _FLAT = 1e-5  # relative spread below which a channel counts as constant: rounding only
 
@@ -34,24 +35,19 @@ class InputRanges:
         self.high: dict[str, Tensor] = {}
 
     def __enter__(self) -> InputRanges:
-        self._hooks = [
-            self.model.get_submodule(name).register_forward_pre_hook(self._note(name)) for name in self.names
-        ]
+        self._hooks = hooked(self.model, self.names, before=self._note)
+        self._hooks.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
 
-    def _note(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            channels = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)  # (channels, values)
-            low, high = channels.amin(1), channels.amax(1)
-            self.low[name] = torch.minimum(low, self.low[name]) if name in self.low else low
-            self.high[name] = torch.maximum(high, self.high[name]) if name in self.high else high
-
-        return hook
+    def _note(self, name: str, x: Tensor) -> None:
+        axis = -1 if isinstance(self.model.get_submodule(name), nn.Linear) else 1
+        channels = x.detach().movedim(axis, 0).flatten(1)  # (channels, values)
+        low, high = channels.amin(1), channels.amax(1)
+        self.low[name] = torch.minimum(low, self.low[name]) if name in self.low else low
+        self.high[name] = torch.maximum(high, self.high[name]) if name in self.high else high
 
     def constants(self, name: str, channels: Tensor) -> Tensor | None:
         """The value of each of some input channels, None where one of them varies.

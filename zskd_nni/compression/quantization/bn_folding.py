@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch.nn import functional
 
 from zskd_nni.compression.fx_trace import trace
+from zskd_nni.models.hooks import hooked
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.shared_modules import set_module
 from zskd_nni.models.teacher import first_tensor
@@ -121,15 +122,17 @@ def check_folds(model: nn.Module, folds: Iterable[Sequence[str]], spec: InputSpe
 
 def _changed(model: nn.Module, folds: Iterable[Sequence[str]], images: Tensor, expected: Tensor) -> bool:
     folded = copy.deepcopy(model).eval()
+    activated = []  # paths of the layers whose ReLU is folded
     for first, *others in folds:
         module, followers = folded.get_submodule(first), [folded.get_submodule(name) for name in others]
         for name, value in folded_parameters(module, followers, first).items():
             module.register_parameter(name, nn.Parameter(value))
         if any(isinstance(follower, nn.ReLU) for follower in followers):
-            module.register_forward_hook(lambda _, __, output: functional.relu(output))
+            activated.append(first)
         for name in others:
             set_module(folded, name, nn.Identity())
-    actual = first_tensor(folded(images.clone()))
+    with hooked(folded, activated, after=lambda _, output: functional.relu(output)):
+        actual = first_tensor(folded(images.clone()))
     return not bool(((actual - expected).abs().max() <= _LARGEST_DIFFERENCE * expected.abs().max()).all())
 
 

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from zskd_nni.compression.quantization.bn_folding import folded_parameters
 from zskd_nni.compression.quantization.quantize import Quantization, simulated
+from zskd_nni.models.hooks import hooked
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import checking_batch, onnx_bytes, run_onnx
 from zskd_nni.models.shared_modules import set_module
@@ -115,9 +116,7 @@ def _require_scales(quantization: Quantization, spec: InputSpec) -> None:
         return
     reached: list[str] = []
     student = copy.deepcopy(quantization.student).cpu().float().eval()
-    for path in without:
-        student.get_submodule(path).register_forward_hook(lambda *_, path=path: reached.append(path))
-    with torch.no_grad():
+    with torch.no_grad(), hooked(student, without, after=lambda path, _: reached.append(path)):
         student(spec.example_input())
     if reached:
         raise UserError(

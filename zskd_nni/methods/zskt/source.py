@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional
 from zskd_nni.data.procedural import start_images
 from zskd_nni.methods.zskt.generator import LAYOUT, RANGES, new_generator
 from zskd_nni.methods.zskt.image_memory import ImageMemory, that_fit
+from zskd_nni.models.hooks import evaluating, without_hooks
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.runtime.device import to_device
 from zskd_nni.runtime.errors import UserError
@@ -21,7 +23,7 @@ from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.rng import generator
 from zskd_nni.synthesis.batch_norm_statistics import batch_norms, statistics_distances
 from zskd_nni.training.attention_transfer import Pairs
-from zskd_nni.training.checkpoint import lay_out_like_parameters
+from zskd_nni.training.checkpoint import load_optimizer_state, optimizer_state
 from zskd_nni.training.loop import DivergenceError
 from zskd_nni.training.losses import belief_divergence, total_variation
 
@@ -288,9 +290,9 @@ class ZsktSource:
         weights = list(self.generator.parameters())
         with ExitStack() as stack:
             if student is not None:
-                stack.enter_context(_silent_hooks(student))
+                stack.enter_context(without_hooks(student))
                 if settings.memory:  # its batch statistics are those of the images it learns on
-                    stack.enter_context(_evaluating(student))
+                    stack.enter_context(evaluating(student))
             for _ in range(settings.generator_steps):
                 value, divergence = self._generator_loss(z, student)
                 if not value.requires_grad:  # there is nothing to learn yet: no student, no class, no statistics
@@ -360,7 +362,7 @@ class ZsktSource:
         for entry in self.optimizer.state.values():
             entry.update({k: v.to(device) for k, v in entry.items()})
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """Generator, its optimiser and the images of this round.
 
         Raises:
@@ -371,41 +373,31 @@ class ZsktSource:
                 "ZSKT's generator diverged: its weights or statistics are no longer finite. A smaller learning rate of "
                 "the student or of the generator usually mends it."
             )
-        state = {f"generator.{name}": value for name, value in self.generator.state_dict().items()}
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            state.update({f"optimizer.{index}.{name}": value for name, value in entry.items()})
-        if self.images is not None:
-            state["images"] = self.images
-        if self.memory is not None:
-            state.update(self.memory.state_dict())
-        return {name: value.detach().clone() for name, value in state.items()}
+        return copy.deepcopy(
+            {
+                "generator": self.generator.state_dict(),
+                "optimizer": optimizer_state(self.optimizer),
+                "images": None if self.images is None else self.images.detach(),
+                "memory": None if self.memory is None else self.memory.state_dict(),
+            }
+        )
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave.
 
         Raises:
             UserError: it is another source's.
         """
         self._restart()
-        weights = {name[10:]: value for name, value in state.items() if name.startswith("generator.")}
         try:
-            self.generator.load_state_dict(weights)
-        except RuntimeError as error:
+            self.generator.load_state_dict(state["generator"])
+        except (KeyError, RuntimeError) as error:
             raise UserError("The checkpoint holds no generator of this transfer source: it is another's.") from error
-        entries: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                entries.setdefault(int(index), {})[key] = value.clone()
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
-        lay_out_like_parameters(self.optimizer)
-        self.images = None
-        if "images" in state:  # in the generator's own layout, which a file does not keep and sums depend on
-            layout = LAYOUT if state["images"].shape[1] > 1 else torch.contiguous_format
-            self.images = torch.empty_like(state["images"], device=self.teacher.device, memory_format=layout)
-            self.images.copy_(state["images"])
-        if "memory" in state:
-            self._memory().load_state_dict(state)
+        load_optimizer_state(self.optimizer, copy.deepcopy(state["optimizer"]))
+        images = state["images"]
+        self.images = None if images is None else images.clone().to(self.teacher.device)
+        if state["memory"] is not None:
+            self._memory().load_state_dict(state["memory"])
 
 
 def _is_finite(*values: Tensor) -> bool:
@@ -415,28 +407,3 @@ def _is_finite(*values: Tensor) -> bool:
     at all weights before a checkpoint is written.
     """
     return all(value.device.type != "cpu" or math.isfinite(float(value)) for value in values)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block every module is in ``eval()``; gradients are recorded."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _silent_hooks(model: nn.Module) -> Iterator[None]:
-    """Within the block no forward hook of the model runs: what distillers and pruners gather there is not this."""
-    kept = [(module, module._forward_hooks) for module in model.modules()]
-    for module, hooks in kept:
-        module._forward_hooks = type(hooks)()
-    try:
-        yield
-    finally:
-        for module, hooks in kept:
-            module._forward_hooks = hooks

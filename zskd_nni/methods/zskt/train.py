@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource, _is_finite, cosine
-from zskd_nni.models.hooks import FeaturePoint, watched
+from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.memory_format import lay_out
 from zskd_nni.models.teacher import Teacher, first_tensor
-from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.training.attention_transfer import attention_pairs
-from zskd_nni.training.checkpoint import Checkpoint, History
+from zskd_nni.training.checkpoint import History
 from zskd_nni.training.distillation import check_student
-from zskd_nni.training.loop import DivergenceError, fit, training_mode
+from zskd_nni.training.loop import DivergenceError, RunOptions, TrainingRun, fit
 from zskd_nni.training.losses import attention_distance, attention_map, belief_divergence
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def train_zskt(
     student: nn.Module,
     teacher: Teacher,
     settings: ZsktSettings | None = None,
-    *,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: float = 30.0,
-    label: str = "ZSKT",
-    quiet: bool = False,
+    **options: Unpack[RunOptions],
 ) -> History:
     """Teach ``student`` in place by ZSKT; it comes back in ``eval()`` mode, as its last step left it.
 
@@ -38,12 +33,8 @@ def train_zskt(
         student: takes what the teacher takes, on the teacher's device; trained in ``train()`` mode throughout.
         teacher: in ``eval()``, as ever.
         settings: the preset ``paper`` by default.
-        seed: names the random streams.
-        checkpoint: a file to keep generator, student, both optimisers and schedules in; the same call again goes on
-            from it, bit by bit on the CPU.
-        checkpoint_every: seconds between two writes.
-        label: shown beside the progress.
-        quiet: no progress.
+        **options: ``seed``, ``checkpoint`` (of generator, student, both optimisers and schedules), ``quiet`` and the
+            other :class:`~zskd_nni.training.loop.RunOptions`.
 
     Returns:
         The student's loss along its ``rounds * student_steps`` steps.
@@ -56,7 +47,10 @@ def train_zskt(
     check_student(student, teacher)
     lay_out(student, teacher.example_input())
     pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
-    source = ZsktSource(teacher, settings, settings.batch, seed)
+    options.setdefault("label", "ZSKT")
+    source = ZsktSource(teacher, settings, settings.batch, options.get("seed", 0))
+    identity = [source.fingerprint, [list(pair) for pair in pairs]]
+    run = TrainingRun(settings.rounds * settings.student_steps, identity=identity, extra=source, **options)
     optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cosine(step // settings.student_steps, settings.rounds)
@@ -73,10 +67,10 @@ def train_zskt(
         """The teacher's logits and attention maps, asked for once a batch of images."""
         nonlocal answered
         if answered is None or answered[0] is not images:
-            with torch.no_grad(), source.precision(), ExitStack() as stack:
-                seen = [stack.enter_context(watched(teacher.model, FeaturePoint(path))) for path, _ in pairs]
+            paths = [path for path, _ in pairs]
+            with torch.no_grad(), source.precision(), recording_outputs(teacher.model, paths) as outputs:
                 logits = teacher.output(teacher.model(images))
-            answered = images, logits, [attention_map(features[-1].float()) for features in seen]
+            answered = images, logits, [attention_map(outputs[path].float()) for path in paths]
         return answered[1], answered[2]
 
     current = 0
@@ -86,38 +80,20 @@ def train_zskt(
         current = step
         images = source.normalised(step, random, student)
         answers, attended = answer(images)
-        with source.precision(), ExitStack() as stack:
-            seen = [stack.enter_context(watched(student, FeaturePoint(path))) for _, path in pairs]
+        with source.precision(), recording_outputs(student, [path for _, path in pairs]) as outputs:
             beliefs = first_tensor(student(images))
         # Equation 3.
         value = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
-        for ours, theirs in zip(seen, attended, strict=True):
-            distance = attention_distance(attention_map(ours[-1].float()), theirs, settings.attention_distance)
+        for (_, path), theirs in zip(pairs, attended, strict=True):
+            distance = attention_distance(attention_map(outputs[path].float()), theirs, settings.attention_distance)
             value = value + settings.attention_weight * distance
         if not _is_finite(value.detach()):
             raise DivergenceError("ZSKT diverged: the student's loss is not finite in step {step}.")
         return value
 
-    kept = None
-    if checkpoint is not None:
-        shapes = {name: list(value.shape) for name, value in student.state_dict().items()}
-        fingerprint = fingerprint_of([source.fingerprint, [list(pair) for pair in pairs], shapes])
-        kept = Checkpoint(Path(checkpoint), fingerprint, checkpoint_every)
     hook = optimizer.register_step_pre_hook(clip)
     try:
-        with training_mode(student):
-            return fit(
-                student,
-                optimizer,
-                scheduler,
-                loss,
-                steps=settings.rounds * settings.student_steps,
-                seed=seed,
-                label=label,
-                checkpoint=kept,
-                extra=source,
-                quiet=quiet,
-            )
+        return fit(student, optimizer, scheduler, loss, run)
     except DivergenceError as error:
         raise DivergenceError(str(error).replace("{step}", str(current))) from error
     finally:

@@ -17,9 +17,8 @@ This baseline reads real data.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +28,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni.data.augmentation import augment
 from zskd_nni.data.datasets import LabelledImages
-from zskd_nni.models.hooks import FeaturePoint, watched
+from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.memory_format import lay_out
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.research.baselines.labelled import LabelledBatches
 from zskd_nni.runtime.device import to_device
-from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.training.attention_transfer import Pairs, attention_pairs
-from zskd_nni.training.checkpoint import Checkpoint, History
+from zskd_nni.training.checkpoint import History
 from zskd_nni.training.distillation import DistillationSettings, check_student, student_schedule
-from zskd_nni.training.loop import fit, training_mode
+from zskd_nni.training.loop import RunOptions, TrainingRun, fit
 from zskd_nni.training.losses import attention_loss, belief_divergence
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,7 @@ def train_kd_at(
     data: LabelledImages,
     settings: KdAtSettings,
     schedule: DistillationSettings,
-    *,
-    seed: int = 0,
-    checkpoint: Path | None = None,
-    label: str = "KD+AT",
-    quiet: bool = False,
+    **options: Unpack[RunOptions],
 ) -> History:
     """Teach ``student`` in place; it comes back in ``eval()`` mode, as its last step left it.
 
@@ -119,10 +116,7 @@ def train_kd_at(
         data: the few labelled images.
         settings: weights of the terms.
         schedule: steps, batch and augmentation; its temperature is of no meaning here.
-        seed: names the random streams.
-        checkpoint: a file to keep the state in; the same call again goes on from it.
-        label: shown beside the progress.
-        quiet: no progress.
+        **options: ``seed``, ``checkpoint``, ``quiet`` and the other :class:`~zskd_nni.training.loop.RunOptions`.
 
     Raises:
         UserError: networks or attention layers that do not fit, divergence, a checkpoint of another run.
@@ -131,39 +125,24 @@ def train_kd_at(
     pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
     lay_out(student, teacher.example_input())
     optimizer, scheduler = _optimizer(student, settings, schedule)
-    spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, seed)
+    options.setdefault("label", "KD+AT")
+    identity = ["KD+AT", teacher.fingerprint, data.name, len(data), asdict(settings), asdict(schedule), pairs]
+    run = TrainingRun(schedule.steps, identity=identity, **options)
+    spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, run.seed)
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         images, labels = (to_device(part, teacher.device) for part in batches.batch(step))
         images = augment(images, schedule.augmentation, random, spec.low, spec.high)
-        with ExitStack() as stack:
-            ours = [stack.enter_context(watched(teacher.model, FeaturePoint(path))) for path, _ in pairs]
-            theirs = [stack.enter_context(watched(student, FeaturePoint(path))) for _, path in pairs]
-            with torch.no_grad():
-                answers = teacher(images)
+        with torch.no_grad(), recording_outputs(teacher.model, [path for path, _ in pairs]) as attended:
+            answers = teacher(images)
+        with recording_outputs(student, [path for _, path in pairs]) as followed:
             logits = first_tensor(student(spec.normalise(images)))
         value = (1 - settings.alpha) * functional.cross_entropy(logits, labels)  # equation 1
         divergence = belief_divergence(logits, answers, settings.temperature, "elements")
         value = value + 2 * settings.alpha * settings.temperature**2 * divergence
-        for attended, followed in zip(ours, theirs, strict=True):  # equation 2
-            distance = attention_loss(followed[-1], attended[-1])
+        for ours, theirs in pairs:  # equation 2
+            distance = attention_loss(followed[theirs], attended[ours])
             value = value + settings.attention_weight * 3 / len(pairs) * distance
         return value
 
-    kept = None
-    if checkpoint is not None:
-        shapes = [list(weights.shape) for weights in student.state_dict().values()]
-        described = [teacher.fingerprint, data.name, len(data), repr(asdict(settings)), repr(asdict(schedule)), seed]
-        kept = Checkpoint(checkpoint, fingerprint_of([*described, [list(pair) for pair in pairs], shapes]))
-    with training_mode(student):
-        return fit(
-            student,
-            optimizer,
-            scheduler,
-            loss,
-            steps=schedule.steps,
-            seed=seed,
-            label=label,
-            checkpoint=kept,
-            quiet=quiet,
-        )
+    return fit(student, optimizer, scheduler, loss, run)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from zskd_nni.models.hooks import FeaturePoint, watched
+from zskd_nni.models.hooks import FeaturePoint, recording
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 
@@ -18,7 +18,7 @@ def features(teacher: Teacher, images: Tensor, batch: int = 500) -> Tensor:
     point = FeaturePoint(teacher.classifier_path, "input")
     parts = []
     for part in images.split(batch):
-        with watched(teacher.model, point) as seen:
+        with recording(teacher.model, point) as seen:
             teacher(part.float().to(teacher.device))
         parts.append(seen[-1].flatten(1).float().cpu())
     return torch.cat(parts)
