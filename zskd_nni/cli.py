@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
+import inspect
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from zskd_nni.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from zskd_nni.recipes.load import LoadedRecipe
+
+F = TypeVar("F", bound=Callable[..., None])
 
 app = typer.Typer(
     name="zskd-nni",
@@ -23,30 +31,125 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="A recipe is a packaged name (zskd-nni recipes) or a YAML file. The same command again resumes.",
 )
+_MOST_THREADS = 4096  # the most that a store of impressions records
+_DISTRIBUTED = ("synthesize", "distill", "compress")  # the commands that several processes can share
+RECORDS = Path("results/reproduce")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A packaged recipe, or a YAML file.")]
+# Options that several commands have.
 OutOption = Annotated[Path, typer.Option("--out", help="Output folder; the same command again resumes in it.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a key of the recipe; may be given often."),
-]
-ScaleOption = Annotated[
-    str | None,
-    typer.Option("--scale", metavar="NAME", help="One of the recipe's scales, such as cpu; full where absent."),
-]
 DataRootOption = Annotated[
     Path | None,
     typer.Option("--data-root", help="Folder of real test data; the variable ZSKD_NNI_DATA where absent."),
 ]
-DownloadOption = Annotated[bool, typer.Option("--download", help="Let torchvision fetch test data that is missing.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or cuda:N.")]
-_MOST_THREADS = 4096  # as a store of impressions takes them
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, max=4096, help="CPU threads; all cores where absent.")
+    int | None, typer.Option("--threads", min=1, max=_MOST_THREADS, help="CPU threads; all cores where absent.")
 ]
-_DIVIDED = ("synthesize", "distill", "compress")  # what several processes can do together
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of the records.")]
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """A recipe, what is changed in it, and the output folder."""
+
+    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A packaged recipe, or a YAML file.")]
+    out: OutOption
+    seed: SeedOption = None
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a key of the recipe; may be given often."),
+    ] = None
+    scale: Annotated[
+        str | None,
+        typer.Option("--scale", metavar="NAME", help="One of the recipe's scales, such as cpu; full where absent."),
+    ] = None
+
+    def load(self, *more: str) -> LoadedRecipe:
+        """The recipe with its changes, and ``more`` after them."""
+        from zskd_nni.recipes.load import load_recipe
+
+        return load_recipe(self.recipe, [*(self.changes or ()), *more], self.seed, self.scale)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where real images are."""
+
+    data_root: DataRootOption = None
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch test data that is missing.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What a command computes on, and whether it shows its progress."""
+
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or cuda:N.")] = "cpu"
+    threads: ThreadsOption = None
+    quiet: QuietOption = False
+
+    def prepare(self) -> None:
+        """Set up PyTorch.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        import torch
+
+        torch.set_flush_denormal(True)  # denormals slow a CPU by a factor of up to a hundred
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device is cpu, cuda or cuda:N, not {self.device!r}.")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch finds no usable GPU.")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {self.device}: there are {torch.cuda.device_count()} GPUs, counted from 0.")
+
+
+@dataclass(frozen=True)
+class SearchMachineOptions(MachineOptions):
+    """The same for each trial of a search."""
+
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", min=1, max=_MOST_THREADS, help="CPU threads of a trial; the cores divided where absent."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions(MachineOptions, DataOptions, RecipeOptions):
+    """All options of a command that works through a recipe."""
+
+
+def command(name: str | None = None, hidden: bool = False) -> Callable[[F], F]:
+    """Make a command of a function; a parameter that is one of the dataclasses above stands for an option a field."""
+
+    def register(function: F) -> F:
+        own = inspect.signature(function, eval_str=True).parameters
+        groups: dict[str, Any] = {key: each.annotation for key, each in own.items() if is_dataclass(each.annotation)}
+        fields = {key: inspect.signature(kind, eval_str=True).parameters for key, kind in groups.items()}
+        parameters = [option for key in own for option in fields.get(key, {key: own[key]}).values()]
+
+        def run(**given: Any) -> None:
+            grouped = {key: kind(**{field: given.pop(field) for field in fields[key]}) for key, kind in groups.items()}
+            function(**given, **grouped)
+
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in parameters]
+        )
+        app.command(name or function.__name__, help=inspect.getdoc(function), hidden=hidden)(run)
+        return function
+
+    return register
 
 
 def _tell_version(wanted: bool) -> None:
@@ -56,86 +159,32 @@ def _tell_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _only_what_can_be_divided(
+def _refuse_torchrun_where_one_process_works(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and leave.")
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     from zskd_nni.runtime.torchrun import launched
 
     here = launched()
-    if here is not None and here.size > 1 and context.invoked_subcommand not in _DIVIDED:
+    if here is not None and here.size > 1 and context.invoked_subcommand not in _DISTRIBUTED:
         raise UserError(
-            f"{context.invoked_subcommand} is one process; of several, as torchrun starts them, can do "
-            f"{', '.join(_DIVIDED[:-1])} and {_DIVIDED[-1]}."
+            f"{context.invoked_subcommand} is one process; under torchrun several processes can share "
+            f"{', '.join(_DISTRIBUTED[:-1])} and {_DISTRIBUTED[-1]}."
         )
 
 
-def _prepare(device: str, threads: int | None = None) -> None:
-    import torch
-
-    torch.set_flush_denormal(True)  # denormals slow a CPU by a factor of up to a hundred
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device is cpu, cuda or cuda:N, not {device!r}.") from error
-    if kind.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is cpu, cuda or cuda:N, not {device!r}.")
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch finds no usable GPU.")
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0.")
-
-
-def _run(
-    recipe: str,
-    out: Path,
-    seed: int | None,
-    changes: list[str] | None,
-    scale: str | None,
-    root: Path | None,
-    download: bool,
-    device: str,
-    threads: int | None,
-    quiet: bool,
-    impressions: Path | None = None,
-) -> None:
-    from zskd_nni.pipeline import Run
-    from zskd_nni.pipeline.report_html import render_table
-    from zskd_nni.recipes.load import load_recipe
-    from zskd_nni.runtime.distributed import joined
-
-    loaded = load_recipe(recipe, changes or (), seed, scale)
-    _prepare(device, threads)
-    with joined(device) as own:
-        run = Run(loaded, out, device=own, root=root, download=download, impressions=impressions, quiet=quiet)
-        report = run.compress()
-    if _leads():
-        typer.echo(render_table(report))
-
-
-def _leads() -> bool:
-    """Whether this process speaks, of several that torchrun started."""
+def _echo(text: str) -> None:
+    """Print, in the first process of those that torchrun started."""
     from zskd_nni.runtime.torchrun import launched
 
     here = launched()
-    return here is None or here.rank == 0
+    if here is None or here.rank == 0:
+        typer.echo(text)
 
 
-def _input_of(content: Any, path: Path) -> Any:
-    from zskd_nni.models.input_spec import InputSpec
-    from zskd_nni.runtime.validation import build_settings
-
-    try:
-        return build_settings(InputSpec, dict(content.get("input") or {}), "input")
-    except (AttributeError, TypeError, ValueError) as error:  # what somebody wrote may be anything
-        raise UserError(f"{path} does not describe the network's input: {error}.") from error
-
-
-@app.command()
+@command()
 def demo(
     out: OutOption = Path("out/demo"),
     seed: SeedOption = None,
@@ -143,73 +192,59 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Compress a digit classifier without data: everything at once, in about a minute."""
-    compress("digits-prune50", out, seed, None, None, None, False, "cpu", threads, quiet)
+    compress(RunOptions("digits-prune50", out, seed, threads=threads, quiet=quiet))
 
 
-@app.command()
-def compress(
-    recipe: RecipeArgument,
-    out: OutOption,
-    seed: SeedOption = None,
-    changes: SetOption = None,
-    scale: ScaleOption = None,
-    data_root: DataRootOption = None,
-    download: DownloadOption = False,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
-) -> None:
+@command()
+def compress(options: RunOptions) -> None:
     """Run a whole recipe: impressions, student, controls, export, report."""
-    _run(recipe, out, seed, changes, scale, data_root, download, device, threads, quiet)
-    if _leads():
-        typer.echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
+    _work_through(options.load(), options)
+    out = options.out
+    _echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
 
 
-@app.command()
+def _work_through(loaded: LoadedRecipe, options: RunOptions, impressions: Path | None = None) -> None:
+    from zskd_nni.pipeline import Run
+    from zskd_nni.pipeline.report_html import render_table
+    from zskd_nni.runtime.distributed import joined
+
+    options.prepare()
+    with joined(options.device) as device:
+        report = Run(
+            loaded,
+            options.out,
+            device=device,
+            root=options.data_root,
+            download=options.download,
+            impressions=impressions,
+            quiet=options.quiet,
+        ).compress()
+    _echo(render_table(report))
+
+
+@command()
 def synthesize(
-    recipe: RecipeArgument,
-    out: OutOption,
+    options: RunOptions,
     size: Annotated[int | None, typer.Option("--size", min=1, help="Impressions, instead of the recipe's.")] = None,
-    seed: SeedOption = None,
-    changes: SetOption = None,
-    scale: ScaleOption = None,
-    data_root: DataRootOption = None,
-    download: DownloadOption = False,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
 ) -> None:
     """Make a store of data impressions of a recipe's teacher, or the transfer set of another method."""
-    from zskd_nni.methods.registry import TransferRequest, find_method
-    from zskd_nni.recipes.load import load_recipe
     from zskd_nni.runtime.distributed import joined, team
 
-    loaded = load_recipe(recipe, [*(changes or ()), *([f"transfer.size={size}"] if size else [])], seed, scale)
-    _prepare(device, threads)
-    section = loaded.recipe.transfer
-    request = TransferRequest(
-        size=section.size,
-        batch_size=loaded.recipe.distillation.batch,
-        seed=loaded.recipe.seed,
-        folder=out,
-        options=section.options(),
-        quiet=quiet,
-        root=data_root,
-        download=download,
-        base=loaded.base,
-    )
-    with joined(device) as own_device:
-        teacher = loaded.teacher().to(own_device)
-        if _leads():
-            typer.echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
+    loaded = options.load(*([f"transfer.size={size}"] if size else []))
+    options.prepare()
+    out, method = options.out, loaded.recipe.transfer.method
+    with joined(options.device) as device:
+        teacher = loaded.teacher().to(device)
+        _echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
         if (out / "run.json").exists():
             raise UserError(f"{out} is the folder of a run of compress or distill; choose another --out.")
-        source = find_method(section.method).source(teacher, request)
-        if _leads():
-            typer.echo(_what_was_made(section.method, source.size, out, team().size))
+        source = loaded.transfer_source(
+            teacher, out, quiet=options.quiet, root=options.data_root, download=options.download
+        )
+        _echo(_describe_transfer_set(method, source.size, out, team().size))
 
 
-def _what_was_made(method: str, size: int | None, out: Path, processes: int) -> str:
+def _describe_transfer_set(method: str, size: int | None, out: Path, processes: int) -> str:
     from zskd_nni.synthesis import ImpressionStore
 
     if method == "real":
@@ -219,132 +254,95 @@ def _what_was_made(method: str, size: int | None, out: Path, processes: int) -> 
     if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set
         return f"{size:,} images of {method} in {out}"
     summary = ImpressionStore.open(out).summary()
-    pace = summary["impressions_per_second"]
+    rate = summary["impressions_per_second"]
     return (
         f"{summary['impressions']:,} impressions in {out}: mean divergence {summary['mean_fit']:.4f} after "
         f"{summary['mean_steps']:.1f} steps"
-        + ("" if pace is None else f", {pace:,.0f} a second")
-        + (" and process" if pace is not None and processes > 1 else "")
+        + ("" if rate is None else f", {rate:,.0f} a second")
+        + (" and process" if rate is not None and processes > 1 else "")
     )
 
 
-@app.command()
+@command()
 def distill(
-    recipe: RecipeArgument,
-    out: OutOption,
+    options: RunOptions,
     impressions: Annotated[
         Path | None, typer.Option("--impressions", help="A store made by synthesize, instead of making one.")
     ] = None,
-    seed: SeedOption = None,
-    changes: SetOption = None,
-    scale: ScaleOption = None,
-    data_root: DataRootOption = None,
-    download: DownloadOption = False,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
 ) -> None:
-    """Teach a recipe's student network on impressions: no controls, and NNI's compression is left out."""
-    from zskd_nni.recipes.load import load_recipe
-
-    loaded = load_recipe(recipe, changes or (), seed, scale)
-    if loaded.recipe.student is None:
-        raise UserError(f"The recipe {recipe} names no student network to teach; use zskd-nni compress for it.")
-    plain = [*(changes or ()), "controls=[]", "compression={}"]
-    _run(recipe, out, seed, plain, scale, data_root, download, device, threads, quiet, impressions)
+    """Train a recipe's student network on impressions, without controls and without NNI's compression."""
+    if options.load().recipe.student is None:
+        raise UserError(f"The recipe {options.recipe} names no student network to train; use zskd-nni compress for it.")
+    _work_through(options.load("controls=[]", "compression={}"), options, impressions)
 
 
-@app.command()
+@command()
 def search(
-    recipe: RecipeArgument,
-    out: OutOption,
-    seed: SeedOption = None,
-    changes: SetOption = None,
-    scale: ScaleOption = None,
+    options: RecipeOptions,
+    machine: SearchMachineOptions,
     data_root: DataRootOption = None,
-    device: DeviceOption = "cpu",
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", min=1, max=4096, help="CPU threads of a trial; the cores divided where absent."),
-    ] = None,
     portal: Annotated[
         bool, typer.Option("--portal", help="Open NNI's web portal to the network; it has no password.")
     ] = False,
     port: Annotated[
         int | None, typer.Option("--port", min=1, max=65535, help="Of NNI's web server; a free one where absent.")
     ] = None,
-    quiet: QuietOption = False,
 ) -> None:
     """Search a recipe's settings by an NNI experiment, without data; docs/experiments.md."""
     from zskd_nni.data.datasets import data_root as find_root
     from zskd_nni.pipeline.search.experiment import BEST, Search
     from zskd_nni.pipeline.search.trial_table import render_trials
-    from zskd_nni.recipes.load import load_recipe
 
-    loaded = load_recipe(recipe, changes or (), seed, scale)
-    _prepare(device, threads)
+    loaded, out = options.load(), options.out
+    machine.prepare()
     table = Search(
         loaded,
         out,
-        device=device,
-        threads=threads,
+        device=machine.device,
+        threads=machine.threads,
         root=find_root(data_root),
         portal=portal,
         port=port,
-        quiet=quiet,
+        quiet=machine.quiet,
     ).run()
     typer.echo(render_trials(table))
-    typer.echo(f"\nbest: trial {table['best']}; its recipe: zskd-nni compress {out / BEST}")
+    words = ["zskd-nni", "compress", str(out / BEST), "--out", str((out / BEST).with_suffix(""))]
+    words += [] if data_root is None else ["--data-root", str(data_root)]
+    words += [] if machine.device == "cpu" else ["--device", machine.device]
+    typer.echo(f"\nbest: trial {table['best']}; its recipe: {shlex.join(words)}")
 
 
-@app.command(hidden=True)
+@command(hidden=True)
 def trial(job: Annotated[Path, typer.Argument(metavar="FOLDER", help="As a search wrote it.")]) -> None:
     """One trial of a search; NNI starts it."""
     from zskd_nni.pipeline.search.trial import JOB, run_trial
     from zskd_nni.runtime.files import read_json
 
     settings = read_json(job / JOB)
-    _prepare(settings["device"], settings["threads"])
+    MachineOptions(settings["device"], settings["threads"]).prepare()
     run_trial(job)
 
 
-@app.command()
+@command()
 def evaluate(
-    network: Annotated[Path, typer.Argument(metavar="FILE", help="A student.json (or the folder it lies in).")],
+    network: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A student.json (or the folder it lies in), or an .onnx file.")
+    ],
     data: Annotated[str, typer.Option("--data", help="digits, mnist, fashion-mnist, cifar10, an .npz or a folder.")],
+    where: DataOptions,
     split: Annotated[str, typer.Option("--split", help="train or test.")] = "test",
-    data_root: DataRootOption = None,
-    download: DownloadOption = False,
 ) -> None:
-    """Measure a saved network, and the ONNX files beside it, on labelled images."""
+    """Measure a saved network, and the ONNX files beside it, or one ONNX file, on labelled images."""
     from zskd_nni.data.datasets import load_images
-    from zskd_nni.models.onnx_export import run_onnx
-    from zskd_nni.models.serialization import load_network
-    from zskd_nni.models.teacher import first_tensor
-    from zskd_nni.runtime.files import read_json
-    from zskd_nni.training.inference import logits_on
-    from zskd_nni.training.metrics import accuracy, agreement
+    from zskd_nni.pipeline.evaluate import evaluate_network, evaluate_onnx
 
-    _prepare("cpu")
-    path = network / "student.json" if network.is_dir() else network
-    model = load_network(path)
-    spec = _input_of(read_json(path), path)
-    images = load_images(data, split, data_root, download)
-    logits = logits_on(lambda batch: first_tensor(model(spec.normalise(batch))), images, spec)
-    images.require_labels(logits.shape[1])
-    typer.echo(f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}")
-    for ending in (".onnx", "-int8.onnx"):
-        exported = path.with_name(path.stem + ending)
-        if not exported.exists():
-            continue
-        answered = logits_on(functools.partial(run_onnx, exported), images, spec)
-        typer.echo(
-            f"{exported}: accuracy {accuracy(answered, images.labels):.2f} %, "
-            f"agreement {100 * agreement(answered, logits):.2f} %"
-        )
+    MachineOptions().prepare()
+    measure = evaluate_onnx if network.suffix == ".onnx" else evaluate_network
+    for line in measure(network, lambda: load_images(data, split, where.data_root, where.download)):
+        typer.echo(line)
 
 
-@app.command()
+@command()
 def show(
     store: Annotated[Path, typer.Argument(metavar="FOLDER", help="A store of impressions.")],
     out: Annotated[Path, typer.Option("--out", help="The picture, .png.")] = Path("impressions.png"),
@@ -353,26 +351,27 @@ def show(
     ] = 60,
 ) -> None:
     """Draw a store's impressions, labelled with what the teacher sees in each."""
+    from zskd_nni.pipeline.evaluate import saved_input
     from zskd_nni.synthesis import ImpressionStore
     from zskd_nni.synthesis.image_grid import impressions_picture, some_of_each, spread
 
     if out.suffix != ".png":
         raise UserError(f"--out is a .png file, not {out}.")
     opened = ImpressionStore.open(store)
-    made = [index for index in range(len(opened.plan)) if opened.damage(index) is None]
-    if not made:
+    finished = [index for index in range(len(opened.plan)) if opened.damage(index) is None]
+    if not finished:
         raise UserError(f"{store} holds no finished impressions yet.")
-    spec = _input_of(opened.manifest["identity"], store / "manifest.json")
-    first = opened.read(made[0])
-    shards = (first if index == 0 else opened.read(made[index]) for index in spread(len(made)))
+    spec = saved_input(opened.manifest["identity"], store / "manifest.json")
+    first = opened.read(finished[0])
+    shards = (first if index == 0 else opened.read(finished[index]) for index in spread(len(finished)))
     classes = first.logits.shape[1]
-    images, logits = some_of_each(((one.images, one.logits) for one in shards), max(1, count // classes))
+    images, logits = some_of_each(((shard.images, shard.logits) for shard in shards), max(1, count // classes))
     impressions_picture(images[:count], logits[:count], spec, out, title=str(store))
     typer.echo(f"{out}: {len(images[:count])} of {len(opened):,} impressions")
 
 
-@app.command("recipes")
-def recipes_command(
+@command()
+def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe's YAML.")] = None,
 ) -> None:
     """List the packaged recipes, or print one."""
@@ -383,103 +382,105 @@ def recipes_command(
     if name is not None:
         typer.echo(recipe_text(name)[0], nl=False)
         return
-    width = max(len(entry) for entry in packaged_names())
-    for entry in packaged_names():
-        typer.echo(f"{entry:<{width}}  {yaml.safe_load(recipe_text(entry)[0])['description']}")
+    width = max(map(len, packaged_names()))
+    for each in packaged_names():
+        typer.echo(f"{each:<{width}}  {yaml.safe_load(recipe_text(each)[0])['description']}")
 
 
-@app.command("train-teacher")
+@command("train-teacher")
 def train_teacher_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="lenet5-digits, lenet5-mnist, ...; see --help.")],
     out: OutOption,
+    data: DataOptions,
+    machine: MachineOptions,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of start and order.")] = 0,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Instead of the recipe's.")] = None,
     validation: Annotated[
         bool, typer.Option("--validation", help="Measure on a twelfth held back from the training split.")
     ] = False,
-    data_root: DataRootOption = None,
-    download: DownloadOption = False,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
 ) -> None:
     """Train one of the zoo's teachers on real data.
 
     NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, resnet18-cifar10, wrn-40-2-cifar10,
-    wrn-40-2-cifar100 or wrn-40-2-svhn. It is how the shipped teachers were made; beside the baselines of reproduce it
-    is the one command that trains on real data. A training that was stopped goes on; one that is finished in OUT is not
-    repeated.
+    wrn-40-2-cifar100 or wrn-40-2-svhn. The shipped teachers were made by it. Beside the baselines of reproduce it
+    is the one command that trains on real data. The same command again resumes a training that was stopped, and
+    leaves one that is finished in OUT as it is.
     """
     from zskd_nni.models.zoo.trained import trained_names
     from zskd_nni.research.train_teacher import train_teacher
 
-    _prepare(device, threads)
+    machine.prepare()
     if name in trained_names():
         typer.echo(
-            f"{name} comes with the package: recipes take that one. To use this one, name its file as teacher.weights.",
+            f"{name} comes with the package, and recipes take that one. To use this one, name its file as "
+            "teacher.weights.",
             err=True,
         )
     result = train_teacher(
         name,
         out,
-        root=data_root,
-        download=download,
+        root=data.data_root,
+        download=data.download,
         seed=seed,
         epochs=epochs,
-        device=device,
+        device=machine.device,
         validation=validation,
-        quiet=quiet,
+        quiet=machine.quiet,
     )
     typer.echo(f"{out / name}.safetensors: {result['accuracy']:.2f} % on {result['measured_on']} of {result['data']}")
 
 
-@app.command()
-def reproduce(
-    table: Annotated[str | None, typer.Argument(metavar="[TABLE]", help="A table; all for every cell.")] = None,
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """Which runs of the papers' tables are meant."""
+
+    table: Annotated[str | None, typer.Argument(metavar="[TABLE]", help="A table; all for every cell.")] = None
     cells: Annotated[
-        list[str] | None, typer.Option("--cell", metavar="SUBSTRING", help="Only cells so called; may be given often.")
-    ] = None,
+        list[str] | None,
+        typer.Option("--cell", metavar="SUBSTRING", help="Only cells with this in their name; may be given often."),
+    ] = None
     seeds: Annotated[
         list[int] | None, typer.Option("--seed", min=0, help="Instead of the table's seeds; may be given often.")
-    ] = None,
-    scale: Annotated[str, typer.Option("--scale", metavar="NAME", help="full, cpu or smoke.")] = "full",
-    out: Annotated[Path, typer.Option("--out", help="Transfer sets and students; a later run goes on there.")] = Path(
+    ] = None
+    scale: Annotated[str, typer.Option("--scale", metavar="NAME", help="full, cpu or smoke.")] = "full"
+
+
+@command()
+def reproduce(
+    options: ReproduceOptions,
+    data: DataOptions,
+    machine: MachineOptions,
+    out: Annotated[Path, typer.Option("--out", help="Transfer sets and students; a later run resumes there.")] = Path(
         "runs/reproduce"
     ),
-    results: Annotated[Path, typer.Option("--results", help="Folder of the records.")] = Path("results/reproduce"),
-    list_only: Annotated[
-        bool, typer.Option("--list", help="Show tables, or a table's cells and where they are.")
-    ] = False,
-    data_root: DataRootOption = None,
-    download: DownloadOption = False,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    quiet: QuietOption = False,
+    results: ResultsOption = RECORDS,
+    list_only: Annotated[bool, typer.Option("--list", help="Show tables, or a table's cells and their state.")] = False,
 ) -> None:
     """Run the papers' tables: one record a run, in results/reproduce.
 
-    A run that is finished is not run again, one that was stopped goes on. The same command in a second process takes
-    the cells that the first is not at. Without a TABLE the tables are listed.
+    A run that is finished is not run again, one that was stopped is resumed. The same command in a second process takes
+    the cells that the first is not working on. Without a TABLE the tables are listed.
     """
     from zskd_nni.research.reproduction.run import Place
     from zskd_nni.research.reproduction.session import list_cells, list_tables, run_table
 
-    if table is None:
-        if cells:
+    if options.table is None:
+        if options.cells:
             raise UserError("--cell needs a table; reproduce all --cell finds it in any.")
         typer.echo(list_tables())
         return
-    _prepare(device, threads)
-    place = Place(out, results, data_root, download, device, quiet)
+    machine.prepare()
+    place = Place(out, results, data.data_root, data.download, machine.device, machine.quiet)
+    selected = (options.table, options.cells or [], options.seeds or [], options.scale, place)
     if list_only:
-        typer.echo(list_cells(table, cells or [], seeds or [], scale, place))
-        return
-    run_table(table, cells or [], seeds or [], scale, place, typer.echo)
+        typer.echo(list_cells(*selected))
+    else:
+        run_table(*selected, typer.echo)
 
 
-@app.command("results")
+@command("results")
 def results_command(
-    results: Annotated[Path, typer.Option("--results", help="Folder of the records.")] = Path("results/reproduce"),
+    results: ResultsOption = RECORDS,
     out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("docs/results.md"),
 ) -> None:
     """Write the page of results from the records of reproduce."""
@@ -507,43 +508,38 @@ def main() -> None:
     try:
         with stoppable():
             try:
-                app()  # answers wrong usage itself, with exit code 2
+                app()  # exits with code 2 after wrong usage
             except Interrupted as stop:
                 for signum in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(signum, signal.SIG_IGN)
                 print(f"{stop}; what was finished is kept, the same command goes on from there.", file=sys.stderr)
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(128 + stop.signum)  # nothing is left to do, and another signal must not be answered otherwise
-    except UserError as error:
-        _fail(str(error))
+                os._exit(128 + stop.signum)  # nothing is left to do, and a further signal must not change the exit code
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # a file of the user's that cannot be read, a name that no file can have
-        where = f"{error.filename}: " if error.filename is not None else ""
-        _fail(f"{where}{error.strerror or error}")
-    except MemoryError:
-        _fail(_TOO_LARGE)
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        sentence = _sentence_about(error)
+        if sentence is None:
             raise
-        _fail(_TOO_LARGE)
+        sentence = " ".join(sentence.split())  # an exception of somebody else's code may have line breaks
+        print(f"Error: {sentence}" + ("" if sentence.endswith((".", "?", "!")) else "."), file=sys.stderr)
+        sys.exit(2)
 
 
-_TOO_LARGE = (
-    "There is not enough memory for this. Smaller batches (distillation.batch, transfer.synthesis.slots) or fewer "
-    "images (transfer.size) need less; what was finished is kept"
-)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _sentence_about(error: Exception) -> str | None:
+    """What a user is told about an error; None for one that is a defect."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # a file of the user's that cannot be read, a name that no file can have
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}"
     import torch
 
     # The CPU's allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _fail(sentence: str) -> None:
-    sentence = " ".join(sentence.split())  # somebody else's exception may be in it, line breaks and all
-    print(f"Error: {sentence}" + ("" if sentence.endswith((".", "?", "!")) else "."), file=sys.stderr)
-    sys.exit(2)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            "There is not enough memory for this. Smaller batches (distillation.batch, transfer.synthesis.slots) or "
+            "fewer images (transfer.size) need less; what was finished is kept"
+        )
+    return None

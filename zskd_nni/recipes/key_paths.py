@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 
 def set_at(content: dict[str, Any], path: str, value: Any) -> None:
-    """Put ``value`` at ``path``; mappings that are missing on the way are made, lists are never made longer.
+    """Put ``value`` at ``path``. Missing mappings on the way are created; a list never grows.
 
     Raises:
-        ValueError: the path is empty somewhere, or leads through a list by what is no index of it, or through a value.
+        ValueError: a part of the path is empty, is no index of a list, or lies below a plain value.
+
+    Example:
+        >>> recipe = {"transfer": {"size": 100}}
+        >>> set_at(recipe, "distillation.steps", 5)
+        >>> recipe
+        {'transfer': {'size': 100}, 'distillation': {'steps': 5}}
     """
     keys = path.split(".")
     if not all(keys):
         raise ValueError(f"a key path is key.path, not {path!r}")
     place: Any = content
     for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
+        index: Any = key
+        where = ".".join(keys[:depth])
         if isinstance(place, list):
             if not (key.isascii() and key.isdigit() and int(key) < len(place)):
-                where = ".".join(keys[:depth])
                 raise ValueError(f"{where} is a list of {len(place)}; {key!r} is no index of it")
             index = int(key)
-            if last:
-                place[index] = value
-            else:
-                place = place[index]
-        elif isinstance(place, dict):
-            if last:
-                place[key] = value
-            else:
-                if place.get(key) is None:
-                    place[key] = {}
-                place = place[key]
-        else:
-            raise ValueError(f"{'.'.join(keys[:depth])} is {place!r}, which has no keys")
+        elif not isinstance(place, dict):
+            raise ValueError(f"{where} is {place!r}, which has no keys")
+        if depth == len(keys) - 1:
+            place[index] = value
+        elif isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[index]
 
 
 def get_at(content: Any, path: str) -> Any:
-    """What lies at a path where :func:`set_at` has put something."""
+    """The value at a path where :func:`set_at` has put one."""
     for key in path.split("."):
         content = content[int(key)] if isinstance(content, list) else content[key]
     return content
+
+
+def apply_changes(source: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put values at key paths of a recipe's plain mapping.
+
+    A preset belongs to a method: where ``transfer.method`` changes and the changes name no preset, the new method gets
+    its default one.
+
+    Raises:
+        ValueError: as of :func:`set_at`, with the path in front.
+    """
+    method = _transfer(source).get("method", "zskd")
+    for path, value in changes.items():
+        try:
+            set_at(source, path, copy.deepcopy(value))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    preset_named = changes.keys() & {"transfer", "transfer.preset"}
+    if changes.get("transfer.method", method) != method and not preset_named:
+        _transfer(source).pop("preset", None)
+
+
+def _transfer(source: Mapping[str, Any]) -> dict[str, Any]:
+    section = source.get("transfer")
+    return section if isinstance(section, dict) else {}

@@ -83,7 +83,7 @@ class LoadedRecipe:
             UserError: as of the method.
         """
         section = self.recipe.transfer
-        fields = {
+        fields: dict[str, Any] = {
             "size": section.size,
             "batch_size": self.recipe.distillation.batch,
             "seed": self.recipe.seed,
@@ -190,7 +190,9 @@ def _check_own_scale(source: Mapping[str, Any], named: str) -> None:
     if scale == "full" or not isinstance(scale, str) or not isinstance(scales, Mapping):
         return
     if not isinstance(scales.get(scale), Mapping):
-        raise UserError(f"{named}: scale: there is no {scale!r} among its scales ({', '.join(['full', *scales])}).")
+        raise UserError(
+            f"{named}: scale: there is no {scale!r} among its scales ({', '.join(['full', *map(str, scales)])})."
+        )
 
     def has(path: str, value: Any) -> bool:
         try:

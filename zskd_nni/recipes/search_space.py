@@ -1,7 +1,7 @@
 """Search spaces over a recipe, in NNI's form: key paths of the recipe, each with ``_type`` and ``_value``.
 
-A choice may be nested as NNI's are: its values are mappings with a ``_name``, which is put at the path, and further key
-paths of the recipe that are searched only with that choice.
+A choice may be nested, as in NNI. Its values are then mappings with a ``_name``, the value for the key path, and with
+further key paths that are searched only together with this choice.
 """
 
 from __future__ import annotations
@@ -10,33 +10,34 @@ import copy
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from zskd_nni.recipes.key_paths import set_at
+from zskd_nni.recipes.key_paths import apply_changes
 
-# NNI's types, and how many numbers each wants.
-_NUMBERS = {
-    "randint": 2,
-    "uniform": 2,
-    "quniform": 3,
-    "loguniform": 2,
-    "qloguniform": 3,
-    "normal": 2,
-    "qnormal": 3,
-    "lognormal": 2,
-    "qlognormal": 3,
-}
-TYPES = ("choice", *_NUMBERS)
+# NNI's types; those of numbers take two, and those that begin with q a step besides.
+_OF_NUMBERS = ("uniform", "quniform", "loguniform", "qloguniform", "normal", "qnormal", "lognormal", "qlognormal")
+TYPES = ("choice", "randint", *_OF_NUMBERS)
+_LARGEST_LOGARITHM = 700  # the largest number is about exp(709)
 
 
 def check_space(space: Any, where: str = "") -> None:
-    """Refuse what is no search space.
+    """Check a search space.
+
+    Args:
+        space: as read from YAML.
+        where: key path of the choice in which it is nested, for messages.
 
     Raises:
         ValueError: one sentence that names the key path and what would be right.
+
+    Example:
+        >>> check_space({"distillation.temperature": {"_type": "loguniform", "_value": [1.0, 20.0]}})
+        >>> check_space({"distillation.temperature": {"_type": "uniform", "_value": [5]}})
+        Traceback (most recent call last):
+        ValueError: distillation.temperature: uniform takes 2 numbers, not 1
     """
     if not isinstance(space, Mapping) or not space:
         raise ValueError(f"{where or 'space'} must name at least one key path of the recipe, with _type and _value")
@@ -69,19 +70,13 @@ def _check_choices(values: list[Any], here: str) -> None:
         json.dumps(values, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{here}: a choice must be plain text, numbers, lists and mappings ({error})") from error
-    if not is_nested(values):
-        return
-    for value in values:
-        inner = _inner(value)
-        if inner:
+    for value in values if is_nested(values) else ():
+        if inner := _without_name(value):
             check_space(inner, f"{here}.{value['_name']}")
 
 
-_LARGEST_LOGARITHM = 700  # e to this is what a number can be
-
-
 def _check_numbers(kind: str, values: list[Any], here: str) -> None:
-    count = _NUMBERS[kind]
+    count = 3 if kind.startswith("q") else 2
     if len(values) != count:
         raise ValueError(f"{here}: {kind} takes {count} numbers, not {len(values)}")
     for value in values:
@@ -94,12 +89,12 @@ def _check_numbers(kind: str, values: list[Any], here: str) -> None:
         if values[1] <= 0:
             raise ValueError(f"{here}: the standard deviation must be positive, not {values[1]}")
         if "log" in kind and values[0] > _LARGEST_LOGARITHM:
-            raise ValueError(f"{here}: {kind} takes the logarithm of the middle, at most {_LARGEST_LOGARITHM}")
+            raise ValueError(f"{here}: {kind} takes the logarithm of the median, at most {_LARGEST_LOGARITHM}")
     elif values[0] >= values[1]:
         raise ValueError(f"{here}: the lower bound must be less than the upper one, not {values}")
     elif "log" in kind and values[0] <= 0:
         raise ValueError(f"{here}: {kind} needs a positive lower bound, not {values[0]}")
-    if count == 3 and values[2] <= 0:
+    if kind.startswith("q") and values[2] <= 0:
         raise ValueError(f"{here}: the step must be positive, not {values[2]}")
 
 
@@ -109,14 +104,12 @@ def is_nested(values: list[Any]) -> bool:
 
 
 def flat_parameters(space: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """NNI's parameters as key paths and values; a nested choice gives its name and what belongs to it."""
+    """NNI's parameters as key paths and values; a nested choice becomes its name and the parameters below it."""
     flat: dict[str, Any] = {}
     for path, value in parameters.items():
-        spec = space[path]
-        if spec["_type"] == "choice" and is_nested(spec["_value"]):
-            chosen = next(one for one in spec["_value"] if one["_name"] == value["_name"])
+        if _is_nested_choice(space[path]):
             flat[path] = value["_name"]
-            flat.update(flat_parameters(chosen, {key: one for key, one in value.items() if key != "_name"}))
+            flat.update(flat_parameters(_inner_space(space[path], value["_name"]), _without_name(value)))
         else:
             # NNI multiplies steps, 3 * 0.1 = 0.30000000000000004
             flat[path] = float(f"{value:.12g}") if isinstance(value, float) else value
@@ -124,26 +117,25 @@ def flat_parameters(space: Mapping[str, Any], parameters: Mapping[str, Any]) -> 
 
 
 def with_parameters(source: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe's plain mapping with the values of :func:`flat_parameters` in their places.
+    """A copy of a recipe's plain mapping with the values of :func:`flat_parameters` at their key paths.
 
     Raises:
         ValueError: a path leads nowhere.
     """
     changed = copy.deepcopy(dict(source))
-    for path, value in flat.items():
-        set_at(changed, path, copy.deepcopy(value))
+    apply_changes(changed, flat)
     return changed
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """A key path that is searched, and what of it can be tried beforehand.
+    """One key path that is searched, with values to check before the search.
 
     Attributes:
         path: of the recipe.
-        within: the choices it is nested in, outermost first, each as key path and value.
+        within: the choices in which it is nested, outermost first, as key paths and values.
         kind: NNI's ``_type``.
-        values: every choice, both ends of a range, the middle of a normal distribution.
+        values: every choice, both ends of a range, the median of a normal distribution.
     """
 
     path: str
@@ -153,83 +145,88 @@ class Dimension:
 
 
 def dimensions(space: Mapping[str, Any], within: tuple[tuple[str, Any], ...] = ()) -> Iterator[Dimension]:
-    """All that is searched, what is nested after what it is nested in."""
+    """All dimensions of a space; nested ones after the choice in which they are nested."""
     for path, spec in space.items():
-        yield Dimension(path, within, spec["_type"], tuple(_values(spec)))
-        if spec["_type"] == "choice" and is_nested(spec["_value"]):
-            for value in spec["_value"]:
-                yield from dimensions(_inner(value), (*within, (path, value["_name"])))
+        values = tuple(_values(spec))
+        yield Dimension(path, within, spec["_type"], values)
+        for value in values if _is_nested_choice(spec) else ():
+            yield from dimensions(_inner_space(spec, value), (*within, (path, value)))
 
 
 def corners(space: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """What can be tried beforehand: every choice, and both ends of every range, each alone.
+    """Every choice and both ends of every range, each alone.
 
     Yields:
-        The key path, the value, and the flat parameters it comes with (those of the choice it is nested in, and the
-        first of all that it brings).
+        The key path, the value, and the flat parameters that hold it: those of the choices in which it is nested, and
+        the first of all that are nested in it.
     """
     for one in dimensions(space):
         for value in one.values:
-            yield one.path, value, next(_flats(list(space.items()), {**dict(one.within), one.path: value}))
+            yield one.path, value, next(_assignments(space, {**dict(one.within), one.path: value}))
 
 
 def pairs(space: Mapping[str, Any]) -> Iterator[tuple[Dimension, Any, Dimension, Iterator[dict[str, Any]]]]:
-    """A value of one dimension together with all that can be tried of another, for every two that may meet in a trial.
+    """Every value of one dimension with all values of another, for any two that can meet in a trial.
 
-    Of a normal distribution the middle alone is tried, which says nothing of its other values: it is never the other.
-    What is nested has been tried with the choice it is nested in by :func:`corners`.
+    A normal distribution is never the other one: only its median is tried, which says nothing about its other values.
+    A nested dimension is not paired with the choice in which it is nested; :func:`corners` has them together.
 
     Yields:
-        A dimension, its value, the other dimension, and the flat parameters with each value of the other and of all
-        that the two bring.
+        A dimension, its value, the other dimension, and flat parameters with each value of the other and each of those
+        nested in the two.
     """
     for one, other in permutations(dimensions(space), 2):
-        if "normal" in other.kind or not _meet(one, other):
-            continue
-        above = {**dict(one.within), **dict(other.within)}
-        for value in one.values:
-            yield one, value, other, _with_each(space, {**above, one.path: value}, other)
+        if "normal" not in other.kind and _can_meet(one, other):
+            outer = {**dict(one.within), **dict(other.within)}
+            for value in one.values:
+                yield one, value, other, _with_each(space, {**outer, one.path: value}, other)
 
 
 def _with_each(space: Mapping[str, Any], chosen: Mapping[str, Any], other: Dimension) -> Iterator[dict[str, Any]]:
     for value in other.values:
-        yield from _flats(list(space.items()), {**chosen, other.path: value})
+        yield from _assignments(space, {**chosen, other.path: value})
 
 
-def _meet(one: Dimension, other: Dimension) -> bool:
-    """Whether both can be in one trial, and neither is nested in the other."""
-    above, others = dict(one.within), dict(other.within)
-    apart = {one.path} & {other.path, *others} or other.path in above
-    return not apart and all(above[path] == others[path] for path in above.keys() & others.keys())
+def _can_meet(one: Dimension, other: Dimension) -> bool:
+    """Whether one trial can have both, and neither is nested in the other."""
+    outer, others = dict(one.within), dict(other.within)
+    nested = one.path in (other.path, *others) or other.path in outer
+    return not nested and all(outer[path] == others[path] for path in outer.keys() & others.keys())
 
 
-def _inner(value: Mapping[str, Any]) -> dict[str, Any]:
+def _is_nested_choice(spec: Mapping[str, Any]) -> bool:
+    return spec["_type"] == "choice" and is_nested(spec["_value"])
+
+
+def _inner_space(spec: Mapping[str, Any], name: Any) -> dict[str, Any]:
+    """The space below the nested choice of a name."""
+    return _without_name(next(value for value in spec["_value"] if value["_name"] == name))
+
+
+def _without_name(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: spec for key, spec in value.items() if key != "_name"}
 
 
-def _flats(
-    entries: Sequence[tuple[str, Any]], chosen: Mapping[str, Any], every: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Flat parameters in the order of the space: what is chosen, with all that the nested choices among it may bring.
+def _assignments(space: Mapping[str, Any], chosen: Mapping[str, Any], every: bool = False) -> Iterator[dict[str, Any]]:
+    """Flat parameters in the order of the space: the chosen values, with all that the nested choices among them bring.
 
     Args:
-        entries: of a space, key paths and what NNI is told of them.
-        chosen: values by key path; others are left out.
-        every: leave none out, and vary what is not chosen.
+        space: a search space.
+        chosen: values by key path; other key paths are left out.
+        every: leave no key path out, and vary those that are not chosen.
     """
-    if not entries:
+    if not space:
         yield {}
         return
-    (path, spec), *rest = entries
+    path, spec = next(iter(space.items()))
+    rest = {key: space[key] for key in list(space)[1:]}
     if path not in chosen and not every:
-        yield from _flats(rest, chosen)
+        yield from _assignments(rest, chosen)
         return
     for value in (chosen[path],) if path in chosen else _values(spec):
-        inner: dict[str, Any] = {}
-        if spec["_type"] == "choice" and is_nested(spec["_value"]):
-            inner = next(_inner(one) for one in spec["_value"] if one["_name"] == value)
-        for below in _flats(list(inner.items()), chosen, every=True):
-            for after in _flats(rest, chosen, every):
+        inner = _inner_space(spec, value) if _is_nested_choice(spec) else {}
+        for below in _assignments(inner, chosen, every=True):
+            for after in _assignments(rest, chosen, every):
                 yield {path: value, **below, **after}
 
 
@@ -240,14 +237,13 @@ def _values(spec: Mapping[str, Any]) -> Iterator[Any]:
     elif kind == "randint":
         yield from (values[0], values[1] - 1)
     elif "normal" in kind:
-        middle = math.exp(values[0]) if "log" in kind else values[0]
-        yield _on_grid(middle, values)
+        yield _on_grid(math.exp(values[0]) if "log" in kind else values[0], values)
     else:
         yield from (_on_grid(value, values) for value in values[:2])
 
 
 def _on_grid(value: float, values: list[Any]) -> float:
-    """As NNI rounds: to a multiple of the step, within the bounds."""
+    """Rounded as NNI rounds: to a multiple of the step, within the bounds."""
     if len(values) < 3:
         return value
     rounded = round(value / values[2]) * values[2]
