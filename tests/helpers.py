@@ -28,8 +28,8 @@ from zskd_nni.runtime import signals
 from zskd_nni.runtime.files import sha256_of_file
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
 from zskd_nni.synthesis import ImpressionStore, SynthesisSettings, synthesize
-from zskd_nni.training.checkpoint import Checkpoint, History
-from zskd_nni.training.loop import cosine_schedule, fit
+from zskd_nni.training.checkpoint import History
+from zskd_nni.training.loop import TrainingRun, cosine_schedule, fit
 
 SMALL = InputSpec((1, 8, 8))
 DATA = "ZSKD_NNI_DATA"
@@ -159,7 +159,7 @@ def train(
     every: float = 1e9,
     pause: float = 0.0,
     stop_after: int | None = None,
-    fingerprint: str = "run",
+    identity: str = "run",
     dropout: float = 0.3,
 ) -> tuple[nn.Module, History]:
     """A training run with dropout, batch statistics, Adam and a schedule; also run in other processes."""
@@ -178,11 +178,16 @@ def train(
         if done == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    checkpoint = None if folder is None else Checkpoint(Path(folder) / "run.safetensors", fingerprint, every)
-    history = fit(
-        network, optimizer, scheduler, loss, steps=steps, seed=11, checkpoint=checkpoint, after_step=after, quiet=True
+    run = TrainingRun(
+        steps,
+        seed=11,
+        checkpoint=None if folder is None else Path(folder) / "run.pt",
+        checkpoint_every=every,
+        after_step=after,
+        quiet=True,
+        identity=identity,
     )
-    return network.eval(), history
+    return network, fit(network, optimizer, scheduler, loss, run)
 
 
 def train_stoppably(folder: str, result: str, **options: Any) -> None:

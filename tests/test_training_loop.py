@@ -32,9 +32,9 @@ from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import derive_seed, generator
 from zskd_nni.runtime.tensors import load_sealed, load_tensors, save_sealed, save_tensors
-from zskd_nni.training.checkpoint import Checkpoint, History, load_checkpoint, save_checkpoint
+from zskd_nni.training.checkpoint import Checkpoint, History, TrainingState
 from zskd_nni.training.distillation import DistillationSettings, check_student, distill
-from zskd_nni.training.loop import DivergenceError, cosine_schedule, fit, training_mode
+from zskd_nni.training.loop import DivergenceError, TrainingRun, cosine_schedule, fit, training_mode
 from zskd_nni.training.losses import distillation_loss
 from zskd_nni.training.supervised import SupervisedSettings, train_supervised
 
@@ -64,7 +64,8 @@ def test_the_run_learns_and_its_history_is_the_mean_of_fifty_steps(undisturbed) 
         seen.append(float(value.detach()))
         return value
 
-    history = fit(network, optimizer, cosine_schedule(optimizer, 120, 10), loss, steps=120, seed=11, quiet=True)
+    run = TrainingRun(120, seed=11, quiet=True)
+    history = fit(network, optimizer, cosine_schedule(optimizer, 120, 10), loss, run)
     assert history.losses == losses
     assert history.losses[0] == pytest.approx(sum(seen[:50]) / 50, rel=1e-6)
     assert history.losses[2] == pytest.approx(sum(seen[100:]) / 20, rel=1e-6)
@@ -99,8 +100,7 @@ def test_stopped_by_a_signal_and_resumed(undisturbed, tmp_path: Path, stop: int)
     with pytest.raises(signals.Interrupted) as stopped, signals.stoppable():
         train(tmp_path, stop_after=stop)
     assert stopped.value.signum == signal.SIGTERM
-    _, metadata = load_tensors(tmp_path / "run.safetensors")
-    assert json.loads(metadata["state"])["step"] == stop
+    assert load_sealed(tmp_path / "run.pt")["step"] == stop
     torch.rand(17)  # the global stream goes on elsewhere
     network, history = train(tmp_path)
     assert same_weights(network, undisturbed[0])
@@ -123,7 +123,7 @@ def test_dropout_matters_here(undisturbed) -> None:
 def test_sigterm_in_another_process(undisturbed, tmp_path: Path) -> None:
     result = str(tmp_path / "result.safetensors")
     process = start_process(train_stoppably, str(tmp_path), result, pause=0.02, every=0.05)
-    wait_for(lambda: (tmp_path / "run.safetensors").exists())
+    wait_for(lambda: (tmp_path / "run.pt").exists())
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 143
@@ -138,7 +138,7 @@ def test_sigterm_in_another_process(undisturbed, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_random_moments(undisturbed, tmp_path: Path) -> None:
     moments, result, killed = chance.Random(1), tmp_path / "result.safetensors", 0
-    checkpoint = tmp_path / "run.safetensors"
+    checkpoint = tmp_path / "run.pt"
     for _ in range(4):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = start_process(train_stoppably, str(tmp_path), str(result), pause=0.02, every=0.02)
@@ -147,7 +147,7 @@ def test_killed_at_random_moments(undisturbed, tmp_path: Path) -> None:
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-        load_tensors(checkpoint)  # always whole
+        load_sealed(checkpoint)  # always whole
     assert killed >= 3
     final = start_process(train_stoppably, str(tmp_path), str(result))
     final.join()
@@ -171,21 +171,20 @@ def test_finished_run_is_not_run_again(undisturbed, tmp_path: Path) -> None:
 def checkpointed(tmp_path: Path) -> Path:
     with pytest.raises(signals.Interrupted), signals.stoppable():
         train(tmp_path, stop_after=30)
-    return tmp_path / "run.safetensors"
+    return tmp_path / "run.pt"
 
 
 def test_checkpoint_of_another_run_is_refused(checkpointed: Path) -> None:
     content = checkpointed.read_bytes()
     with pytest.raises(UserError, match="belongs to another run"):
-        train(checkpointed.parent, fingerprint="another")
+        train(checkpointed.parent, identity="another")
     assert checkpointed.read_bytes() == content
 
 
 def rewrite(path: Path, change) -> None:
-    tensors, metadata = load_sealed(path)
-    state = json.loads(metadata["state"])
-    change(tensors, state)
-    save_sealed(path, tensors, {"state": json.dumps(state)})
+    state = load_sealed(path)
+    change(state)
+    save_sealed(path, state)
 
 
 @pytest.mark.parametrize(
@@ -196,20 +195,48 @@ def rewrite(path: Path, change) -> None:
         lambda path: path.write_bytes(b"\xff" * 100),
         lambda path: save_tensors(path, {"a": torch.zeros(1)}),
         lambda path: save_tensors(path, {"a": torch.zeros(1)}, {"state": "{"}),
-        lambda path: rewrite(path, lambda tensors, state: tensors.pop("model.head.weight")),
-        lambda path: rewrite(path, lambda tensors, state: tensors.update({"model.head.weight": torch.zeros(2, 2)})),
-        lambda path: rewrite(path, lambda tensors, state: state.pop("step")),
-        lambda path: rewrite(path, lambda tensors, state: state["history"].update(more=1)),
-        lambda path: rewrite(path, lambda tensors, state: state["history"].update(steps="x")),
-        lambda path: rewrite(path, lambda tensors, state: state.update(step=-1)),
-        lambda path: rewrite(path, lambda tensors, state: state.update(step=float("inf"))),
-        lambda path: rewrite(path, lambda tensors, state: state["optimizer"].update(groups=[])),
+        lambda path: save_sealed(path, ["state"]),
+        lambda path: rewrite(path, lambda state: state["model"].pop("head.weight")),
+        lambda path: rewrite(path, lambda state: state["model"].update({"head.weight": torch.zeros(2, 2)})),
+        lambda path: rewrite(path, lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq")),
+        lambda path: rewrite(path, lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1))),
+        lambda path: rewrite(path, lambda state: state["optimizer"]["param_groups"][0].update(lr="x")),
+        lambda path: rewrite(path, lambda state: state["optimizer"]["param_groups"][0].pop("betas")),
+        lambda path: rewrite(path, lambda state: state["scheduler"].update(last_epoch=None)),
+        lambda path: rewrite(path, lambda state: state.pop("step")),
+        lambda path: rewrite(path, lambda state: state["history"].update(more=1)),
+        lambda path: rewrite(path, lambda state: state["history"].update(steps="x")),
+        lambda path: rewrite(path, lambda state: state.update(step=-1)),
+        lambda path: rewrite(path, lambda state: state.update(step=float("inf"))),
+        lambda path: rewrite(path, lambda state: state["optimizer"].update(param_groups=[])),
     ],
 )
 def test_corrupt_checkpoints_are_refused(checkpointed: Path, harm) -> None:
     harm(checkpointed)
-    with pytest.raises(UserError, match=r"run\.safetensors"):
+    with pytest.raises(UserError, match=r"run\.pt"):
         train(checkpointed.parent)
+
+
+def test_checkpoints_of_an_older_version_are_refused(tmp_path: Path) -> None:
+    older = tmp_path / "student.checkpoint.safetensors"
+    save_tensors(older, {"model.a": torch.zeros(1)}, {"state": "{}"})
+    run = {"steps": 1, "quiet": True}
+    network = small_network()
+    for path in (older, tmp_path / "student.checkpoint.pt"):  # named again, or left in the place of the new one
+        with pytest.raises(UserError, match=r"student\.checkpoint\.safetensors.*older version.*same command again"):
+            fit(network, torch.optim.SGD(network.parameters(), 0.1), None, None, TrainingRun(checkpoint=path, **run))
+    assert older.exists()
+
+
+def test_what_a_checkpoint_holds_is_never_run(checkpointed: Path) -> None:
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(checkpointed.parent / "canary"),)
+
+    rewrite(checkpointed, lambda state: state.update(history=Hostile()))
+    with pytest.raises(UserError, match=r"run\.pt holds more than tensors"):
+        train(checkpointed.parent)
+    assert not (checkpointed.parent / "canary").exists()
 
 
 @pytest.mark.parametrize("steps", [1, 49, 60])
@@ -223,7 +250,7 @@ def test_divergence_names_the_step(steps: int) -> None:
 
     expected = {1: 1, 49: 49, 60: 60}[steps]
     with pytest.raises(UserError, match=rf"up to step {expected} of {steps}"):
-        fit(network, optimizer, None, loss, steps=steps, seed=0, quiet=True)
+        fit(network, optimizer, None, loss, TrainingRun(steps, quiet=True))
 
 
 def test_divergence_names_the_checkpoint_that_was_kept(tmp_path: Path) -> None:
@@ -234,12 +261,12 @@ def test_divergence_names_the_checkpoint_that_was_kept(tmp_path: Path) -> None:
         value = network(torch.rand((4, *SMALL.shape), generator=draws)).square().mean()
         return value * float("nan") if step == 70 else value
 
-    kept = Checkpoint(tmp_path / "run.safetensors", "run", every=0.0)
+    kept = tmp_path / "run.pt"
     with pytest.raises(
-        DivergenceError, match=r"up to step 71 of 100.*The last good checkpoint is kept: .*run\.safetens"
+        DivergenceError, match=r"up to step 71 of 100.*The last good checkpoint is kept: .*run\.pt"
     ):
-        fit(network, optimizer, None, loss, steps=100, seed=0, checkpoint=kept, quiet=True)
-    assert json.loads(load_tensors(kept.path)[1]["state"])["step"] == 70
+        fit(network, optimizer, None, loss, TrainingRun(100, checkpoint=kept, checkpoint_every=0.0, quiet=True))
+    assert load_sealed(kept)["step"] == 70
 
 
 def test_divergence_by_a_real_learning_rate() -> None:
@@ -329,10 +356,10 @@ def test_distillation_resumes_bit_by_bit(tmp_path: Path) -> None:
 
     handle = parts.register_forward_hook(stop)
     with pytest.raises(signals.Interrupted), signals.stoppable():
-        distill(parts, teacher, source, settings, seed=2, checkpoint=tmp_path / "c.safetensors", quiet=True)
+        distill(parts, teacher, source, settings, seed=2, checkpoint=tmp_path / "c.pt", quiet=True)
     handle.remove()
     fresh = small_network(1, dropout=0.2)
-    resumed = distill(fresh, teacher, source, settings, seed=2, checkpoint=tmp_path / "c.safetensors", quiet=True)
+    resumed = distill(fresh, teacher, source, settings, seed=2, checkpoint=tmp_path / "c.pt", quiet=True)
     assert same_weights(whole, fresh)
     assert resumed.losses == history.losses
     assert not fresh.training
@@ -349,7 +376,7 @@ def test_distillation_resumes_bit_by_bit(tmp_path: Path) -> None:
     ],
 )
 def test_distillation_refuses_the_checkpoint_of_another(tmp_path: Path, change: dict) -> None:
-    path = tmp_path / "c.safetensors"
+    path = tmp_path / "c.pt"
     same = {
         "teacher": small_teacher(),
         "source": StoredSource(images(), 16, 5, "set"),
@@ -423,15 +450,15 @@ def test_supervised_training_learns_and_resumes(tmp_path: Path, optimizer: str) 
     with torch.no_grad():
         hits = network(data.pixels(slice(None), SMALL)).argmax(1) == labels
     assert float(hits.float().mean()) > 0.9
-    path, parts = tmp_path / "c.safetensors", small_network(2)
+    path, parts = tmp_path / "c.pt", small_network(2)
     handle = parts.register_forward_hook(
         lambda module, *_: os.kill(os.getpid(), signal.SIGTERM) if int(module.norm.num_batches_tracked) == 20 else None
     )
     with pytest.raises(signals.Interrupted), signals.stoppable():
-        train_supervised(parts, data, SMALL, settings, seed=4, checkpoint=path, fingerprint="f", quiet=True)
+        train_supervised(parts, data, SMALL, settings, seed=4, checkpoint=path, quiet=True)
     handle.remove()
     resumed = small_network(2)
-    train_supervised(resumed, data, SMALL, settings, seed=4, checkpoint=path, fingerprint="f", quiet=True)
+    train_supervised(resumed, data, SMALL, settings, seed=4, checkpoint=path, quiet=True)
     assert same_weights(network, resumed)
 
 
@@ -441,11 +468,11 @@ def test_checkpoint_is_written_at_intervals(tmp_path: Path) -> None:
     seen = []
 
     def loss(step: int, draws: torch.Generator) -> Tensor:
-        seen.append((tmp_path / "c.safetensors").exists())
+        seen.append((tmp_path / "c.pt").exists())
         return network(torch.rand((4, *SMALL.shape), generator=draws)).square().mean()
 
-    checkpoint = Checkpoint(tmp_path / "c.safetensors", "f", every=0)
-    fit(network, optimizer, None, loss, steps=3, seed=0, checkpoint=checkpoint, quiet=True)
+    run = TrainingRun(3, checkpoint=tmp_path / "c.pt", checkpoint_every=0, quiet=True)
+    fit(network, optimizer, None, loss, run)
     assert seen == [False, True, True]
 
 
@@ -468,14 +495,14 @@ def test_schedules_of_pytorch_resume(tmp_path, make):
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         return model, optimizer, make(optimizer)
 
-    checkpoint = Checkpoint(tmp_path / "run.safetensors", "same")
+    checkpoint = Checkpoint(tmp_path / "run.pt", "same")
     model, optimizer, scheduler = parts()
     for _ in range(5):
         optimizer.step()
         scheduler.step()
-    save_checkpoint(checkpoint, model, optimizer, scheduler, 5, History())
+    checkpoint.save(TrainingState(model, optimizer, scheduler), 5, History())
     model, optimizer, again = parts()
-    assert load_checkpoint(checkpoint, model, optimizer, again)[0] == 5
+    assert checkpoint.load(TrainingState(model, optimizer, again))[0] == 5
     assert again.last_epoch == 5
     assert again.get_last_lr() == scheduler.get_last_lr()
 

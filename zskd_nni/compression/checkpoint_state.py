@@ -1,4 +1,4 @@
-"""What NNI's compressors remember during a training, beside weights and optimiser, as named tensors.
+"""What NNI's compressors remember during a training, beside weights and optimiser.
 
 NNI keeps no checkpoint of a compression. Its state is spread over the wrappers (buffers that appear at the first
 forward pass), over counters of the compressors (the step, the times left, whether scales were set), over the
@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zskd_nni.data.sources import TransferSource
-from zskd_nni.training.checkpoint import lay_out_like_parameters
+from zskd_nni.training.checkpoint import load_optimizer_state, optimizer_state
 
+_NORM_PRUNERS = {"LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner"}
+_SCORING = {"TaylorPruner", "SlimPruner"}
 # Weights alone decide their masks; a distiller's loss is a mean over images.
-_DIVISIBLE = (
-    *("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner", "AGPPruner", "LinearPruner"),
-    *("ZeroShotDistiller", "DynamicLayerwiseDistiller"),
-)
+_DIVISIBLE = {*_NORM_PRUNERS, "AGPPruner", "LinearPruner", "ZeroShotDistiller", "DynamicLayerwiseDistiller"}
 _GOALS = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio")
 
 
@@ -37,7 +36,7 @@ def _chooses(compressor: Compressor) -> bool:
     return any(not isinstance(link, str) and link is not None and len(link) > 1 for link in links)
 
 
-class FusedState:
+class CompressionState:
     """Saves and restores everything that a fused compression counts with; the ``extra`` of ``fit``.
 
     Args:
@@ -70,6 +69,11 @@ class FusedState:
             return False
         return all(type(one).__name__ in _DIVISIBLE and not _chooses(one) for one in self._compressors)
 
+    def only_scores(self) -> bool:
+        """Whether this training serves a pruner's scores alone: Taylor or Slim, without schedule or distiller."""
+        names = {type(one).__name__ for one in self._compressors}
+        return bool(names & _SCORING) and names <= {*_SCORING, *_NORM_PRUNERS}
+
     def description(self) -> list[str]:
         """Which compressors there are and what they were told to do; a checkpoint of others is refused.
 
@@ -80,90 +84,75 @@ class FusedState:
             for compressor in self._compressors
         ]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Named tensors on any device."""
-        state: dict[str, Tensor] = {f"source.{name}": value for name, value in self.source.state_dict().items()}
-        for path, module in self._wrapped():
-            for name, value in _own_tensors(module):
-                state[f"shape.{path}:{name}"] = torch.tensor(value.shape, dtype=torch.int64)
-        for number, compressor in enumerate(self._compressors):
-            for name, count in _counters(compressor).items():
-                state[f"counter.{number}:{name}"] = torch.tensor(count, dtype=torch.float64)
-            for name, tensor in _linears(compressor):
-                state[f"linear.{number}:{name}"] = tensor
-            for path, spaces in compressor._target_spaces.items():
-                for target, space in spaces.items():
-                    for key, setting in _settings(space).items():
-                        state[f"setting.{number}:{path}:{target}:{key}"] = _encoded(setting)
-        for number, hook in enumerate(self.hooks):
-            for place, value in enumerate(hook.buffer):
-                if isinstance(value, Tensor):
-                    state[f"hook.{number}:{place}"] = value
-        for number, optimizer in enumerate(self._optimizers):
-            for index, entries in optimizer.state_dict()["state"].items():
-                for key, value in entries.items():
-                    state[f"optimizer.{number}:{index}:{key}"] = torch.as_tensor(value)
-        return state
+    def state_dict(self) -> dict[str, Any]:
+        """Nested tensors and plain values."""
+        return {
+            "source": self.source.state_dict(),
+            "shapes": {
+                path: {name: list(value.shape) for name, value in _own_tensors(module)}
+                for path, module in self._wrapped()
+            },
+            "compressors": [
+                {
+                    "counters": _counters(compressor),
+                    "linears": dict(_linears(compressor)),
+                    "settings": {
+                        path: {target: _settings(space) for target, space in spaces.items()}
+                        for path, spaces in compressor._target_spaces.items()
+                    },
+                }
+                for compressor in self._compressors
+            ],
+            "hooks": [[value for value in hook.buffer if isinstance(value, Tensor)] for hook in self.hooks],
+            "optimizers": [optimizer_state(optimizer) for optimizer in self._optimizers],
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state_dict` gave, before the weights of the bound model are put back."""
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            kind, rest = name.split(".", 1)
-            groups.setdefault(kind, {})[rest] = value
-        self.source.load_state_dict(groups.get("source", {}))
-        self._make_room(groups.get("shape", {}))
-        for number, compressor in enumerate(self._compressors):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, before the weights of the bound model are restored."""
+        self.source.load_state_dict(state["source"])
+        self._make_room(state["shapes"])
+        for compressor, saved in zip(self._compressors, state["compressors"], strict=True):
             known = _counters(compressor)
-            for name, value in _of(groups, "counter", number):
+            for name, value in saved["counters"].items():
                 if name in known:
-                    setattr(compressor, name, type(known[name])(value.item()))
-            linears = dict(_linears(compressor))
-            for name, value in _of(groups, "linear", number):
-                with torch.no_grad():
-                    linears[name].copy_(value)
-            for name, value in _of(groups, "setting", number):
-                path, target, key = name.split(":")
-                compressor._target_spaces[path][target]._setting[key] = _decoded(value)
-        for number, hook in enumerate(self.hooks):
+                    setattr(compressor, name, type(known[name])(value))
+            with torch.no_grad():
+                for name, linear in _linears(compressor):
+                    linear.copy_(saved["linears"][name])
+            for path, targets in saved["settings"].items():
+                for target, settings in targets.items():
+                    compressor._target_spaces[path][target]._setting.update(settings)
+        for hook, values in zip(self.hooks, state["hooks"], strict=True):
             hook.buffer[:] = [
-                value.to(hook.target.device) if isinstance(hook.target, Tensor) else value
-                for _, value in sorted(_of(groups, "hook", number), key=lambda entry: int(entry[0]))
+                value.to(hook.target.device) if isinstance(hook.target, Tensor) else value for value in values
             ]
-        for number, optimizer in enumerate(self._optimizers):
-            entries: dict[int, dict[str, Tensor]] = {}
-            for name, value in _of(groups, "optimizer", number):
-                index, key = name.split(":")
-                entries.setdefault(int(index), {})[key] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
-            lay_out_like_parameters(optimizer)
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            load_optimizer_state(optimizer, saved)
 
     def _wrapped(self) -> Iterator[tuple[str, nn.Module]]:
         for path, module in self.model.named_modules() if self.model is not None else ():
             if isinstance(module, ModuleWrapper) or isinstance(getattr(module, "_nni_wrapper", None), ModuleWrapper):
                 yield path, module
 
-    def _make_room(self, shapes: dict[str, Tensor]) -> None:
+    def _make_room(self, shapes: dict[str, dict[str, list[int]]]) -> None:
         # Scales and ranges are None, or of another shape, until a forward pass; load_state_dict wants them there.
         modules = dict(self._wrapped())
         assert self.model is not None
         anywhere = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
-        for name, shape in shapes.items():
-            path, own = name.rsplit(":", 1)
+        for path, own_shapes in shapes.items():
             module = modules[path]
-            current = module._buffers.get(own)
-            if current is None:
-                current = module._parameters.get(own)
-            if current is not None and list(current.shape) == shape.tolist():
-                continue
-            device = next((tensor.device for tensor in module.parameters()), anywhere)
-            room = torch.zeros(shape.tolist(), device=device if current is None else current.device)
-            if isinstance(current, nn.Parameter):
-                current.data = room
-            elif own in module._parameters:  # the folded bias of a convolution without one
-                module._parameters[own] = nn.Parameter(room, requires_grad=False)
-            else:
-                module._buffers[own] = room
+            for name, shape in own_shapes.items():
+                current = dict(_own_tensors(module)).get(name)
+                if current is not None and list(current.shape) == shape:
+                    continue
+                device = next((tensor.device for tensor in module.parameters()), anywhere)
+                room = torch.zeros(shape, device=device if current is None else current.device)
+                if isinstance(current, nn.Parameter):
+                    current.data = room
+                elif name in module._parameters:  # the folded bias of a convolution without one
+                    module._parameters[name] = nn.Parameter(room, requires_grad=False)
+                else:
+                    module._buffers[name] = room
 
 
 def _held_by(function: Any) -> Iterator[Any]:
@@ -193,18 +182,3 @@ def _linears(compressor: Compressor) -> Iterator[tuple[str, Tensor]]:
 
 def _settings(space: Any) -> dict[str, Any]:
     return {key: space._setting[key] for key in (*_GOALS, "apply_method") if space._setting.get(key) is not None}
-
-
-def _encoded(value: str | float) -> Tensor:
-    if isinstance(value, str):
-        return torch.tensor(list(value.encode()), dtype=torch.uint8)
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _decoded(value: Tensor) -> str | float:
-    return bytes(value.tolist()).decode() if value.dtype == torch.uint8 else value.item()
-
-
-def _of(groups: dict[str, dict[str, Tensor]], kind: str, number: int) -> list[tuple[str, Tensor]]:
-    prefix = f"{number}:"
-    return [(name[len(prefix) :], value) for name, value in groups.get(kind, {}).items() if name.startswith(prefix)]

@@ -19,7 +19,7 @@ from zskd_nni.data.datasets import load_images
 from zskd_nni.models.build import build_network
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.runtime.files import fingerprint_of, make_folder, read_json, sha256_of_file, write_json
+from zskd_nni.runtime.files import make_folder, read_json, sha256_of_file, write_json
 from zskd_nni.runtime.locks import only_writer
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.runtime.rng import derive_seed
@@ -229,7 +229,7 @@ def _train(
     described = json.loads(json.dumps(described))
     measured_on = f"{len(measured)} images of the {'training split, held back' if validation else 'test split'}"
     made = _made_before(folder / name, {**described, "measured_on": measured_on}, seed)
-    checkpoint = folder / f".{name}.checkpoint.safetensors"
+    checkpoint = folder / f".{name}.checkpoint.pt"
     if made is not None:
         checkpoint.unlink(missing_ok=True)  # where the end came between the last two lines of this function
         return made
@@ -241,7 +241,7 @@ def _train(
         seed=seed,
         device=device,
         checkpoint=checkpoint,
-        fingerprint=fingerprint_of([described, seed]),
+        identity=described,
         label=name,
         quiet=quiet,
     )

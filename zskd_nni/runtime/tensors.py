@@ -1,11 +1,12 @@
-"""Named tensors in safetensors files, and state dicts read so that no code in them runs."""
+"""Files of tensors that can be read without running code: safetensors, sealed states, and weights of PyTorch."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,36 +54,52 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a sound safetensors file ({error}).") from error
 
 
-_SEAL = "sha256"
+_HEADER = b"zskd_nni sealed state, format 2\n"
 
 
-def save_sealed(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """As :func:`save_tensors`, with a checksum of the content inside, for :func:`load_sealed`."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(path, plain, {**metadata, _SEAL: _seal(plain, metadata)})
+def save_sealed(path: str | Path, state: Any) -> None:
+    """Write a nested state with its checksum, atomically.
+
+    Args:
+        path: of the file.
+        state: tensors, numbers, strings and None in dicts, lists and tuples. Tensors keep their strides.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    write_atomic(path, _HEADER + hashlib.sha256(content).digest() + content)
 
 
-def load_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata that :func:`save_sealed` wrote.
+def load_sealed(path: str | Path) -> Any:
+    """The state that :func:`save_sealed` wrote, its tensors on the CPU.
+
+    The checksum is compared before anything is unpickled, and then with ``weights_only=True``: no code can run.
 
     Raises:
-        UserError: the file is missing, not sound, or not as it was written.
+        UserError: the file is missing, damaged, of another format, or holds more than tensors and plain values.
     """
-    tensors, metadata = load_tensors(path)
-    seal = metadata.pop(_SEAL, None)
-    # Copies: what was read is a window on the file, which somebody may damage meanwhile.
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    if seal != _seal(tensors, metadata):
+    path = Path(path)
+    if not is_file(path):
+        raise UserError(f"There is no file {path}.")
+    try:
+        with open(path, "rb") as file:
+            header, digest = file.read(len(_HEADER)), file.read(32)
+            content = file.read() if header == _HEADER else b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    if header != _HEADER:
+        raise UserError(
+            f"{path} is not in the format of this version (sealed state, format 2). It is damaged, or an older version "
+            "wrote it. Remove the file and run the same command again: this part of the run starts over."
+        )
+    if digest != hashlib.sha256(content).digest():
         raise UserError(f"{path} is not as it was written: its checksum differs. Remove the file to start over.")
-    return tensors, metadata
-
-
-def _seal(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises anything
+        raise UserError(
+            f"{path} holds more than tensors and plain values, and was not read. Remove the file."
+        ) from error
 
 
 def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:

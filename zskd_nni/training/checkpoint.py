@@ -1,13 +1,13 @@
-"""The checkpoint of a training: everything a resumed run needs to go on bit by bit."""
+"""The checkpoint of a training: everything that a resumed run needs to continue bit by bit."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,12 +15,22 @@ from torch.optim.lr_scheduler import LRScheduler
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.tensors import load_sealed, save_sealed
 
-_LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+# Optimiser state that has one entry for each number of a parameter; other tensors may be scalars.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 @dataclass
 class History:
-    """The loss along a run: mean over each stretch of 50 steps."""
+    """The loss along a run.
+
+    Attributes:
+        steps: the last step of each stretch of 50.
+        losses: the mean loss of each stretch.
+        seconds: spent on training, over all resumed parts.
+        pending: losses of the steps since the last full stretch.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -28,169 +38,173 @@ class History:
     pending: list[float] = field(default_factory=list)
 
 
+_STEP_AND_HISTORY = TypeAdapter(tuple[Annotated[int, Field(ge=0)], History])
+
+
+class Stateful(Protocol):
+    """State beside model, optimiser and schedule, such as a live transfer source's or NNI's compressors'."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be saved: tensors and plain values, nested as :func:`~zskd_nni.runtime.tensors.save_sealed` can."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; called before the model's state is restored."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All parts of a training whose state a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler | None = None
+    extra: Stateful | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all parts, by name."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "scheduler": None if self.scheduler is None else _plain_entries(self.scheduler.state_dict()),
+            "extra": None if self.extra is None else self.extra.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            Exception: of any kind, where the state does not fit.
+        """
+        if self.extra is not None:
+            self.extra.load_state_dict(state["extra"])
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        if self.scheduler is not None:
+            _load_scheduler_state(self.scheduler, state["scheduler"])
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run keeps its state, and what it must match to be taken up again.
+    """The file that keeps a training's state.
 
     Attributes:
-        path: a safetensors file.
-        fingerprint: of everything that shapes the run; a checkpoint of another run is refused.
-        every: seconds between two writes.
+        path: of the file.
+        fingerprint: of everything that shapes the run; the checkpoint of another run is refused.
     """
 
     path: Path
     fingerprint: str
-    every: float = 30.0
+
+    def exists(self) -> bool:
+        """Whether there is a state to continue from.
+
+        Raises:
+            UserError: an older version left its checkpoint in the place of this one.
+        """
+        older = self.path.with_suffix(".safetensors")
+        if self.path.stem.endswith("checkpoint") and older != self.path and older.exists():
+            raise UserError(
+                f"{older} is a checkpoint of an older version, whose format this one cannot continue. Remove the file "
+                "and run the same command again: the training starts over."
+            )
+        return self.path.exists()
+
+    def save(self, training: TrainingState, step: int, history: History) -> None:
+        """Write the state after ``step`` finished steps, atomically."""
+        state = {"fingerprint": self.fingerprint, "step": step, "history": vars(history), **training.state_dict()}
+        save_sealed(self.path, state)
+
+    def load(self, training: TrainingState) -> tuple[int, History]:
+        """Restore a saved state; returns the number of finished steps and the history.
+
+        Raises:
+            UserError: the file is damaged, of an older version, or belongs to another run.
+        """
+        state = load_sealed(self.path)
+        try:
+            if state["fingerprint"] != self.fingerprint:
+                raise UserError(
+                    f"The checkpoint {self.path} belongs to another run (its recipe, teacher or seed differ). "
+                    "Use another output folder, or remove the file to start over."
+                )
+            training.load_state_dict(state)
+            return _STEP_AND_HISTORY.validate_python((state["step"], state["history"]))
+        except UserError:
+            raise
+        except Exception as error:  # a forged content may be wrong in any way
+            raise UserError(
+                f"The checkpoint {self.path} does not fit this run ({' '.join(str(error).split())[:200]}). "
+                "Remove the file to start over."
+            ) from error
 
 
-class Stateful(Protocol):
-    """State beside model, optimiser and schedule: a streaming source, NNI's compressors."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What must be saved, by name."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state_dict` gave; called before the model's state is put back."""
-        ...
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimiser's state without what cannot be saved, such as functions in its groups."""
+    state = optimizer.state_dict()
+    return {"state": state["state"], "param_groups": [_plain_entries(group) for group in state["param_groups"]]}
 
 
-def save_checkpoint(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-    step: int,
-    history: History,
-    extra: Stateful | None = None,
-) -> None:
-    """Write model, optimiser, schedule, extra state and history into one safetensors file, atomically."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    if extra is not None:
-        tensors.update({f"extra.{name}": value for name, value in extra.state_dict().items()})
-    optimizer_state = optimizer.state_dict()
-    plain: dict[str, dict[str, Any]] = {}
-    for index, entry in optimizer_state["state"].items():
+def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Restore what :func:`optimizer_state` gave.
+
+    PyTorch checks neither which entries there are nor their shapes, and its fused kernels would then read beyond them.
+
+    Raises:
+        ValueError: the state is not whole, or of other parameters.
+    """
+    state = optimizer.state_dict()
+    for group, saved_group in zip(state["param_groups"], saved["param_groups"], strict=True):
+        _check_kinds("optimiser", saved_group, group)
+        group.update(saved_group)
+    if len({frozenset(entry) for entry in saved["state"].values()}) > 1:
+        raise ValueError("the optimiser's state is not whole")
+    optimizer.load_state_dict({**state, "state": saved["state"]})
+    for parameter, entry in optimizer.state.items():
         for name, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                plain.setdefault(str(index), {})[name] = value
-    groups = [{k: v for k, v in group.items() if _is_plain(v)} for group in optimizer_state["param_groups"]]
-    state = {
-        "fingerprint": checkpoint.fingerprint,
-        "step": step,
-        "optimizer": {"state": plain, "groups": groups},
-        "scheduler": None if scheduler is None else {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)},
-        "history": vars(history),
-    }
-    save_sealed(checkpoint.path, tensors, {"state": json.dumps(state)})
+            if not isinstance(value, Tensor):
+                continue
+            scalar = value.numel() == 1 and name not in _MOMENTS
+            if value.shape == parameter.shape:
+                # In the parameter's memory layout: fused kernels take both in the order of memory.
+                entry[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
+            elif not scalar and (name in _MOMENTS or value.numel() != parameter.numel()):
+                raise ValueError(f"{name} is of shape {list(value.shape)}, not {list(parameter.shape)}")
+
+
+def _load_scheduler_state(scheduler: LRScheduler, saved: dict[str, Any]) -> None:
+    methods = [key for key in saved if key not in vars(scheduler) and hasattr(scheduler, key)]
+    if methods:
+        raise ValueError(f"the schedule's state is not whole: {', '.join(methods)}")
+    _check_kinds("schedule", saved, scheduler.state_dict())
+    scheduler.load_state_dict(saved)
+
+
+def _check_kinds(whose: str, saved: dict[str, Any], known: dict[str, Any]) -> None:
+    """Refuse a saved state in which an entry of a fresh one is missing or of another type."""
+    wrong = [key for key, value in saved.items() if key in known and not _same_kind(value, known[key])]
+    wrong += [key for key in _plain_entries(known) if key not in saved]
+    if wrong:
+        raise ValueError(f"the {whose}'s state is not whole: {', '.join(sorted(wrong))}")
+
+
+def _plain_entries(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return all(_is_plain(entry) for entry in value)
-    return value is None or isinstance(value, int | float | str | bool)
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, int | float | str | bool | Tensor)
 
 
-def _fits(saved: Any, known: Any) -> bool:
-    """Whether a value of a saved schedule is of the kind that a fresh one has there, if it has any yet."""
+def _same_kind(saved: Any, known: Any) -> bool:
+    """Whether a saved value is of the type that a fresh one has in its place, if it has any yet."""
     if known is None:
         return True
     if isinstance(known, list | tuple):
-        return isinstance(saved, list) and len(saved) == len(known) and all(map(_fits, saved, known))
+        return isinstance(saved, list | tuple) and len(saved) == len(known) and all(map(_same_kind, saved, known))
     if isinstance(known, int | float) and not isinstance(known, bool):
         return isinstance(saved, int | float) and not isinstance(saved, bool)
     return type(saved) is type(known)
-
-
-def load_checkpoint(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-    extra: Stateful | None = None,
-) -> tuple[int, History]:
-    """Put a saved state back; returns the number of finished steps and the history.
-
-    Raises:
-        UserError: the file is damaged, or belongs to another run.
-    """
-    tensors, metadata = load_sealed(checkpoint.path)
-    try:
-        state = json.loads(metadata["state"])
-        if state["fingerprint"] != checkpoint.fingerprint:
-            raise UserError(
-                f"The checkpoint {checkpoint.path} belongs to another run (its recipe, teacher or seed differ). "
-                "Use another output folder, or remove the file to start over."
-            )
-        if extra is not None:
-            extra.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("extra.")})
-        weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
-        model.load_state_dict(weights)
-        optimizer_state = optimizer.state_dict()
-        entries: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"]["state"].items()}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                entries.setdefault(int(index), {})[key] = value
-        for group, saved in zip(optimizer_state["param_groups"], state["optimizer"]["groups"], strict=True):
-            group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
-        if len({frozenset(entry) for entry in entries.values()}) > 1:
-            raise ValueError("the optimiser's state is not whole")
-        optimizer_state["state"] = entries
-        optimizer.load_state_dict(optimizer_state)
-        for weight, entry in optimizer.state.items():
-            other = [k for k, v in entry.items() if isinstance(v, Tensor) and v.numel() not in (1, weight.numel())]
-            if other:
-                raise ValueError(f"the optimiser's {other[0]} is not of its weight's shape")
-        lay_out_like_parameters(optimizer)
-        if scheduler is not None:
-            saved, known = state["scheduler"], scheduler.state_dict()
-            other = [key for key, value in saved.items() if key in known and not _fits(value, known[key])]
-            other += [key for key in saved if key not in known and hasattr(scheduler, key)]  # a method's name
-            other += [key for key, value in known.items() if _is_plain(value) and key not in saved]
-            if other:
-                raise ValueError(f"the schedule's state is not whole: {', '.join(sorted(other))}")
-            scheduler.load_state_dict(state["scheduler"])
-        return _counted(state["step"]), _history(state["history"])
-    except UserError:
-        raise
-    except Exception as error:  # what somebody wrote may be wrong in any way
-        raise UserError(
-            f"The checkpoint {checkpoint.path} does not fit this run ({' '.join(str(error).split())[:200]}). "
-            "Remove the file to start over."
-        ) from error
-
-
-def _counted(step: Any) -> int:
-    if type(step) is not int or step < 0:
-        raise ValueError(f"{step!r} is no number of steps")
-    return step
-
-
-def _history(state: dict[str, Any]) -> History:
-    history = History(**state)
-    lists = (history.steps, history.losses, history.pending)
-    figures = [figure for entries in lists if isinstance(entries, list) for figure in entries]
-    whole = all(isinstance(entries, list) for entries in lists)
-    if not whole or not all(type(figure) in (int, float) for figure in (*figures, history.seconds)):
-        raise ValueError("its history is not one")
-    # A number may be too large for a float, which is an OverflowError here and not in the middle of a training.
-    history.losses, history.pending = list(map(float, history.losses)), list(map(float, history.pending))
-    history.seconds = float(history.seconds)
-    return history
-
-
-def lay_out_like_parameters(optimizer: Optimizer) -> None:
-    """Give moments their parameters' memory layout: a file has them contiguous, fused kernels take them in order."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            for name, value in state.items():
-                if not isinstance(value, Tensor):
-                    continue
-                if name in _LIKE_PARAMETERS and value.shape != parameter.shape:
-                    raise ValueError(f"{name} is of shape {list(value.shape)}, not {list(parameter.shape)}")
-                if value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)

@@ -51,7 +51,7 @@ class DataParallel:
             )
         return images.tensor_split(self.team.size)[self.team.rank]
 
-    def weighed(self, loss: Tensor, part: int, whole: int) -> Tensor:
+    def weighted(self, loss: Tensor, part: int, whole: int) -> Tensor:
         """A mean over ``part`` images, so that everybody's add up to the mean over ``whole``."""
         return loss * (part / whole) if self.divided else loss
 

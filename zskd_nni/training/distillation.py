@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from zskd_nni.data.augmentation import Augmentation, augment
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.hooks import recording_outputs
-from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.runtime.device import to_device
 from zskd_nni.runtime.distributed import team
@@ -155,7 +155,7 @@ def distill(
             f"The transfer source gives batches of {source.batch_size} images, the settings ask for {settings.batch} "
             "(DistillationSettings.batch); make them the same."
         )
-    lay_out(student, teacher.spec.example_input().to(_device_of(student)))
+    use_channels_last(student, teacher.spec.example_input().to(_device_of(student)))
     optimizer, scheduler = student_schedule(student, settings)
     pairs = feature_pairs(student, teacher, settings.features) if settings.feature_weight else ()
     shared = DataParallel(team())

@@ -20,7 +20,7 @@ def logits_on(
 ) -> Tensor:
     """Logits ``(N, K)`` of a network that takes images in the spec's value range, on the CPU."""
     parts = []
-    batch = batch or spec.measuring_batch
+    batch = batch or spec.inference_batch
     for first in range(0, len(data), batch):
         signals.check()
         parts.append(network(data.pixels(slice(first, first + batch), spec).to(device)).float().cpu())

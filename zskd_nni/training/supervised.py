@@ -5,8 +5,8 @@ Nothing that compresses a user's teacher comes here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime.device import to_device
 from zskd_nni.runtime.rng import generator
-from zskd_nni.training.checkpoint import Checkpoint, History
-from zskd_nni.training.loop import cosine_schedule, fit, training_mode
+from zskd_nni.runtime.validation import Count, Positive, check_bounds, one_of
+from zskd_nni.training.checkpoint import History
+from zskd_nni.training.loop import RunOptions, TrainingRun, cosine_schedule, fit
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -38,20 +42,17 @@ class SupervisedSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    epochs: int = 30
-    batch: int = 128
-    optimizer: str = "adamw"
-    learning_rate: float = 2e-3
+    epochs: Count = 30
+    batch: Count = 128
+    optimizer: Annotated[str, one_of("adamw", "sgd")] = "adamw"
+    learning_rate: Positive = 2e-3
     weight_decay: float = 1e-2
     label_smoothing: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"optimizer is adamw or sgd, not {self.optimizer!r}")
-        if self.epochs < 1 or self.batch < 1 or not 0 < self.learning_rate < float("inf"):
-            raise ValueError("epochs and batch must be at least 1 and learning_rate positive")
+        check_bounds(self)
 
 
 def train_supervised(
@@ -60,24 +61,33 @@ def train_supervised(
     spec: InputSpec,
     settings: SupervisedSettings,
     *,
-    seed: int = 0,
     device: str = "cpu",
-    checkpoint: Path | None = None,
-    fingerprint: str = "",
-    label: str = "teacher",
-    quiet: bool = False,
+    identity: Any = None,
+    **options: Unpack[RunOptions],
 ) -> History:
-    """Train ``model`` in place on labels; the last epoch is the result."""
+    """Train ``model`` in place on labels; the last epoch is the result.
+
+    Args:
+        model: takes normalised images, gives logits.
+        data: images and labels.
+        spec: the model's input.
+        settings: epochs, optimiser, augmentation.
+        device: where to train.
+        identity: JSON-able, what a checkpoint must match beside data, settings, seed and the model's shapes.
+        **options: ``seed``, ``checkpoint``, ``quiet`` and the other :class:`~zskd_nni.training.loop.RunOptions`.
+    """
     model.to(device).to(memory_format=torch.channels_last)
     per_epoch = max(1, len(data) // settings.batch)
     steps = settings.epochs * per_epoch
+    options.setdefault("label", "teacher")
+    described = [identity, data.name, len(data), asdict(spec), asdict(settings)]
+    run = TrainingRun(steps, identity=described, **options)
+    rate, decay = settings.learning_rate, settings.weight_decay
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
     else:
-        optimizer = torch.optim.SGD(
-            model.parameters(), settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
-        )
+        optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
     scheduler = cosine_schedule(optimizer, steps, warmup=min(per_epoch, steps // 10))
     order: dict[int, Tensor] = {}
 
@@ -85,7 +95,7 @@ def train_supervised(
         epoch, position = divmod(step, per_epoch)
         if epoch not in order:
             order.clear()
-            order[epoch] = torch.randperm(len(data), generator=generator(seed, "order", epoch))
+            order[epoch] = torch.randperm(len(data), generator=generator(run.seed, "order", epoch))
         index = order[epoch][position * settings.batch : (position + 1) * settings.batch]
         images = to_device(data.pixels(index, spec), device)
         images = augment(images, settings.augmentation, random, spec.low, spec.high)
@@ -94,6 +104,4 @@ def train_supervised(
         labels = to_device(data.labels[index], device)
         return functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
 
-    kept = None if checkpoint is None else Checkpoint(checkpoint, fingerprint)
-    with training_mode(model):
-        return fit(model, optimizer, scheduler, loss, steps=steps, seed=seed, label=label, checkpoint=kept, quiet=quiet)
+    return fit(model, optimizer, scheduler, loss, run)

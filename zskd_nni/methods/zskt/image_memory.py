@@ -55,7 +55,7 @@ class ImageMemory:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Those put in, and the next place; the lasting ones are their maker's."""
-        return {"memory": self.images[: self.kept], "next_place": torch.tensor(self.next_place)}
+        return {"memory": self.images[: self.kept].clone(), "next_place": torch.tensor(self.next_place)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put back what :meth:`state_dict` gave of a memory of this size.

@@ -7,7 +7,7 @@ that a difference to real-data distillation is one of targets alone. This baseli
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,16 @@ from torch.nn import functional
 from zskd_nni.data.augmentation import augment
 from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import first_tensor
 from zskd_nni.research.baselines.labelled import LabelledBatches
 from zskd_nni.runtime.device import to_device
-from zskd_nni.runtime.files import fingerprint_of
-from zskd_nni.training.checkpoint import Checkpoint, History
+from zskd_nni.training.checkpoint import History
 from zskd_nni.training.distillation import DistillationSettings, student_schedule
-from zskd_nni.training.loop import fit, training_mode
+from zskd_nni.training.loop import RunOptions, TrainingRun, fit
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def train_on_labels(
@@ -32,11 +34,8 @@ def train_on_labels(
     spec: InputSpec,
     settings: DistillationSettings,
     *,
-    seed: int = 0,
     device: str = "cpu",
-    checkpoint: Path | None = None,
-    label: str = "real labels",
-    quiet: bool = False,
+    **options: Unpack[RunOptions],
 ) -> History:
     """Train ``student`` in place; it comes back in ``eval()`` mode, as its last step left it.
 
@@ -45,15 +44,15 @@ def train_on_labels(
         data: labelled images.
         spec: the student's input.
         settings: those of distillation; the temperature is of no meaning here.
-        seed: names the random streams.
         device: cpu or cuda.
-        checkpoint: a file to keep the state in; the same call again goes on from it.
-        label: shown beside the progress.
-        quiet: no progress.
+        **options: ``seed``, ``checkpoint``, ``quiet`` and the other :class:`~zskd_nni.training.loop.RunOptions`.
     """
-    lay_out(student.to(device), spec.example_input().to(device))
+    use_channels_last(student.to(device), spec.example_input().to(device))
     optimizer, scheduler = student_schedule(student, settings)
-    batches = LabelledBatches(data, spec, settings.batch, seed)
+    options.setdefault("label", "real labels")
+    identity = ["real labels", data.name, len(data), asdict(settings)]
+    run = TrainingRun(settings.steps, identity=identity, **options)
+    batches = LabelledBatches(data, spec, settings.batch, run.seed)
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         images, labels = batches.batch(step)
@@ -61,20 +60,4 @@ def train_on_labels(
         images = augment(images, settings.augmentation, random, spec.low, spec.high)
         return functional.cross_entropy(first_tensor(student(spec.normalise(images))), labels)
 
-    kept = None
-    if checkpoint is not None:
-        shapes = [list(value.shape) for value in student.state_dict().values()]
-        described = ["real labels", data.name, len(data), repr(asdict(settings)), seed, shapes]
-        kept = Checkpoint(checkpoint, fingerprint_of(described))
-    with training_mode(student):
-        return fit(
-            student,
-            optimizer,
-            scheduler,
-            loss,
-            steps=settings.steps,
-            seed=seed,
-            label=label,
-            checkpoint=kept,
-            quiet=quiet,
-        )
+    return fit(student, optimizer, scheduler, loss, run)
