@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import EQUAL_FIT, NETWORKS, orders_for, plain_network, ways
+from bench import EQUAL_FIT, NETWORKS, inputs_for, plain_network, ways
 from published_loops import zskd_loop
 from torch import Tensor, nn
 
@@ -87,7 +87,7 @@ def compare(name: str, seed: int, size: int, steps: int, known: dict[str, Any]) 
         side, wanted = f"engine, {way}", json.loads(json.dumps(asdict(settings)))
         if record.get(side, {}).get("settings") == wanted:
             continue
-        made = synthesize_shard(teacher, orders_for(teacher, size, settings, seed), settings)
+        made = synthesize_shard(teacher, inputs_for(teacher, size, settings, seed), settings)
         record[side] = {
             "fit": round(float(made.fit.mean()), 4),
             "steps": round(float(made.steps.float().mean()), 1),
@@ -113,7 +113,7 @@ class Lesson:
         self.held_out = training.subset(slice(len(training) - HELD_OUT, None))
         self.answers = logits_on(teacher, self.held_out, teacher.spec)
         network = copy.deepcopy(teacher.model).requires_grad_(True)
-        self.pruned = prune(network, PRUNING, teacher, None, self.settings, quiet=True).network
+        self.pruned = prune(network, PRUNING, teacher, None, self.settings).network
 
     def __call__(self, images: Tensor) -> dict[str, Any]:
         """Mean accuracy and agreement with the teacher, in percent, and the accuracy of each student."""

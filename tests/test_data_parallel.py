@@ -324,7 +324,7 @@ def recipe_without_export(folder: str) -> None:
         source = run.transfer()
         run.held_out()
         run.students.make("student", source)
-        run.students.make("control-none", None, scores=source)
+        run.students.make("control-none", source, train=False)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch import nn
 from zskd_nni.compression import DataFreeEvaluator
 from zskd_nni.compression.nni_config import modern_config_list
 from zskd_nni.compression.pruning.dependency_config import plan_pruning
-from zskd_nni.compression.pruning.prune import make_pruner
+from zskd_nni.compression.pruning.nni_pruner import make_pruner, pruning_plan
 from zskd_nni.compression.quantization.quantize import QUANTIZERS, Calibration, quantize
 from zskd_nni.compression.quantization.stage import check_quantization
 from zskd_nni.data.sources import StoredSource
@@ -42,8 +42,8 @@ def masks_of(teacher: Teacher, pruner: str, config_list: Config) -> dict[str, to
     section = PruningConfig(pruner=pruner, config_list=config_list)
     network = deepcopy(teacher.model).requires_grad_(True)
     evaluator = DataFreeEvaluator(teacher, StoredSource(torch.rand(4, 1, 32, 32), 4, 0, "x"), quiet=True)
-    made, _ = make_pruner(network, section, evaluator, teacher)
-    _, masks = made.compress()
+    plan = pruning_plan(network, section, teacher)
+    _, masks = make_pruner(network, section, plan, evaluator).compress()
     return {f"{name}.{target}": mask for name, targets in masks.items() for target, mask in targets.items()}
 
 

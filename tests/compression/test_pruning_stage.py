@@ -13,14 +13,9 @@ from helpers import digits_network
 from torch import Tensor, nn
 
 from zskd_nni.compression.fuse import check_distiller
-from zskd_nni.compression.pruning.prune import (
-    PrunedNetwork,
-    check_pruning,
-    default_arguments,
-    one_shot_masks,
-    prune,
-    shrunken_to_masks,
-)
+from zskd_nni.compression.pruning.dependency_config import PruningPlan
+from zskd_nni.compression.pruning.nni_pruner import default_arguments, pruning_plan
+from zskd_nni.compression.pruning.prune import PrunedNetwork, check_pruning, one_shot_masks, prune, shrink_to_masks
 from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.data.datasets import load_images
 from zskd_nni.data.sources import NoiseSource, StoredSource
@@ -29,7 +24,7 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.serialization import load_network, save_network
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import alexnet
-from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig
+from zskd_nni.recipes.compression_config import CompressionRun, DistillerConfig, PruningConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
 from zskd_nni.training.distillation import DistillationSettings
@@ -82,14 +77,20 @@ def pruned(teacher: Teacher, given: Any, tmp_path: Path, scores: Any = None, **s
         copy.deepcopy(teacher.model).requires_grad_(True),
         PruningConfig(**{"config_list": HALF, "steps": 30, **section}),
         teacher,
-        given,
+        scores if given is None else given,
         SETTINGS,
-        scores=scores,
-        distiller=distiller,
-        seed=0,
-        checkpoint=tmp_path / "checkpoint.safetensors",
-        quiet=True,
+        train=given is not None,
+        run=CompressionRun(checkpoint=tmp_path / "checkpoint", distiller=distiller, quiet=True),
     )
+
+
+def check(teacher: Teacher, config: PruningConfig, steps: int | None = None) -> None:
+    check_pruning(teacher.model, config, pruning_plan(teacher.model, config, teacher), teacher, steps)
+
+
+def masks_of(network: nn.Module, config: PruningConfig, teacher: Teacher, images: Any) -> Any:
+    plan = pruning_plan(network, config, teacher)
+    return one_shot_masks(network, config, plan, teacher, images, SETTINGS, CompressionRun(quiet=True))
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def test_taylor_finds_the_channels_that_matter_and_leaves_the_weights(source, tm
     network = copy.deepcopy(teacher.model).requires_grad_(True)
     before = copy.deepcopy(network.state_dict())
     section = PruningConfig(pruner="TaylorPruner", config_list=[{"op_names": ["conv"], "sparse_ratio": 0.5}], steps=20)
-    masks, _ = one_shot_masks(network, section, teacher, source, SETTINGS, seed=0, quiet=True)
+    masks = masks_of(network, section, teacher, source)
     kept = masks["conv"]["weight"].flatten(1).any(1).nonzero().flatten().tolist()
     assert kept == [0, 2, 4, 6]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -152,7 +153,7 @@ def test_slim_under_a_schedule_leaves_its_scales_in_the_weights(source, tmp_path
 def test_slim_without_batch_normalisation_says_why(teacher):
     section = PruningConfig(pruner="SlimPruner", config_list=HALF)
     with pytest.raises(UserError, match="batch normalisation, and LeNet5 has none; use TaylorPruner"):
-        check_pruning(teacher.model, section, teacher)
+        check(teacher, section)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_scores_are_those_of_the_images_that_are_given(teacher, source):
     section = PruningConfig(pruner="TaylorPruner", config_list=HALF, steps=30)
 
     def kept(images: Any) -> list[int]:
-        masks, _ = one_shot_masks(teacher.model.requires_grad_(True), section, teacher, images, SETTINGS, 0, True)
+        masks = masks_of(teacher.model.requires_grad_(True), section, teacher, images)
         return masks["conv2"]["weight"].flatten(1).any(1).nonzero().flatten().tolist()
 
     try:
@@ -243,7 +244,7 @@ def test_scores_are_those_of_the_images_that_are_given(teacher, source):
 def test_mistakes_are_told_before_the_work(teacher, section, message):
     section = PruningConfig(**{"config_list": HALF, **section})
     with pytest.raises(UserError, match=message):
-        check_pruning(teacher.model, section, teacher)
+        check(teacher, section)
 
 
 class Padded(nn.Module):
@@ -264,10 +265,10 @@ def test_what_cannot_be_shrunken_is_told_before_the_work():
     teacher, weight = Teacher(Padded(), SPEC), {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "target_names": ["weight"]}
     own = PruningConfig(config_list=[{**weight, "dependency_group_id": "mine"}])
     with pytest.raises(UserError, match=r"bias or BatchNorm .* exclude the layers in question") as refusal:
-        check_pruning(teacher.model, own, teacher)
+        check(teacher, own)
     assert "complete_config_list" not in str(refusal.value)
-    check_pruning(teacher.model, replace(own, speedup=False), teacher)  # nothing is removed then
-    check_pruning(teacher.model, PruningConfig(config_list=[weight]), teacher)  # the bias goes with its weight
+    check(teacher, replace(own, speedup=False))  # nothing is removed then
+    check(teacher, PruningConfig([weight]))  # the bias goes with its weight
 
 
 def test_nni_refusing_in_the_middle_of_a_run_is_a_sentence(teacher, source, tmp_path):
@@ -292,9 +293,9 @@ def test_what_our_distiller_cannot_take_is_a_sentence(teacher, config, message):
 def test_of_a_fused_training_all_steps_count(teacher):
     late = {"pruner": "MovementPruner", "steps": 40, "arguments": {"warmup_step": 4, "cooldown_begin_step": 60}}
     section = PruningConfig(**{"config_list": HALF, **late})
-    check_pruning(teacher.model, section, teacher, steps=60)
+    check(teacher, section, steps=60)
     with pytest.raises(UserError, match="trains for 50 steps"):
-        check_pruning(teacher.model, section, teacher, steps=50)
+        check(teacher, section, steps=50)
 
 
 def test_movement_reaches_its_sparsity_in_few_steps(teacher, source, tmp_path):
@@ -308,7 +309,7 @@ def test_single_weights_beside_removed_channels_are_told_apart(teacher):
     masks["fc1"]["bias"] = masks["fc1"]["weight"][:, 0].clone()
     masks["fc2"]["weight"][::2, ::3] = 0
     section = PruningConfig(config_list=[{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    result = shrunken_to_masks(copy.deepcopy(teacher.model), masks, section, teacher, {})
+    result = shrink_to_masks(copy.deepcopy(teacher.model), masks, section, PruningPlan([]), teacher)
     assert result.network.fc1.out_features == 110
     assert list(result.masks) == ["fc2"] and list(result.masks["fc2"]) == ["weight"]
     assert torch.equal(result.masks["fc2"]["weight"], masks["fc2"]["weight"][:, 10:])
@@ -346,16 +347,7 @@ def test_a_pruned_alexnet_loads_again_without_the_pruning_code(tmp_path):
     spec = InputSpec((3, 32, 32))
     teacher = Teacher(alexnet(), spec)
     section = PruningConfig(config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], steps=0)
-    result = prune(
-        copy.deepcopy(teacher.model),
-        section,
-        teacher,
-        None,
-        SETTINGS,
-        seed=0,
-        checkpoint=tmp_path / "checkpoint.safetensors",
-        quiet=True,
-    )
+    result = prune(copy.deepcopy(teacher.model), section, teacher, None, SETTINGS)
     assert result.network.conv2.out_channels == 64
     files = tmp_path / "small.safetensors", tmp_path / "small.json"
     save_network(result.network, "zoo:alexnet", {}, *files)

@@ -27,7 +27,7 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.serialization import save_network
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import wrn
-from zskd_nni.recipes.compression_config import PruningConfig, QuantizationConfig
+from zskd_nni.recipes.compression_config import CompressionRun, PruningConfig, QuantizationConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.tensors import save_tensors
 from zskd_nni.training.distillation import DistillationSettings
@@ -218,9 +218,7 @@ def test_pruned_quantized_and_distilled_in_one_training(teacher, source, tmp_pat
         teacher,
         source,
         SETTINGS,
-        seed=0,
-        checkpoint=tmp_path / "checkpoint.safetensors",
-        quiet=True,
+        run=CompressionRun(checkpoint=tmp_path / "checkpoint", quiet=True),
     )
     assert small.record["shrunk"] and small.network.conv1.out_channels == 4
     assert not result.folds  # NNI folds no normalisation that a pruner masks

@@ -14,6 +14,7 @@ from torch.nn import functional
 from zskd_nni.compression.fx_trace import trace
 from zskd_nni.compression.pruning.channel_flow import channel_flow
 from zskd_nni.compression.pruning.masks import held_at_zero
+from zskd_nni.compression.pruning.nni_pruner import pruning_plan
 from zskd_nni.compression.pruning.prune import PrunedNetwork, check_pruning, prune
 from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx
 from zskd_nni.compression.quantization.quantize import Quantization, simulated
@@ -27,14 +28,15 @@ from zskd_nni.data.sources import NoiseSource
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import check_exportable, onnx_bytes, run_onnx
 from zskd_nni.models.serialization import load_network, save_network
-from zskd_nni.models.shared_modules import called_names, second_names
+from zskd_nni.models.shared_modules import called_paths, shared_layers
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.recipes.compression_config import PruningConfig, QuantizationConfig
+from zskd_nni.recipes.compression_config import CompressionRun, PruningConfig, QuantizationConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings, distill
 
 SPEC = InputSpec((1, 10, 10), mean=(0.4,), std=(0.3,))
 SOURCE = NoiseSource(SPEC, 8)
+QUIET = CompressionRun(quiet=True)
 SETTINGS = DistillationSettings(steps=3, batch=8, warmup=0)
 IMAGES = torch.rand(100, *SPEC.shape, generator=torch.Generator().manual_seed(1))
 INT8 = {"target_names": ["_input_", "weight"], "quant_dtype": "int8", "quant_scheme": "affine"}
@@ -170,9 +172,10 @@ class WithoutBias(Block):
 def pruned(network: nn.Module, **section: Any) -> PrunedNetwork:
     teacher = Teacher(network, SPEC)
     chosen = PruningConfig(**{"config_list": HALF, "steps": 2, **section})
-    check_pruning(copy.deepcopy(teacher.model), chosen, teacher)
+    plan = pruning_plan(teacher.model, chosen, teacher)
+    check_pruning(teacher.model, chosen, plan, teacher)
     student = copy.deepcopy(teacher.model).requires_grad_(True)
-    return prune(student, chosen, teacher, SOURCE, SETTINGS, quiet=True)
+    return prune(student, chosen, teacher, SOURCE, SETTINGS, plan=plan, run=QUIET)
 
 
 def quantized(network: nn.Module, **section: Any) -> Quantization:
@@ -192,14 +195,14 @@ def exported_as_simulated(quantization: Quantization, tmp_path: Path) -> None:
 
 def test_names_of_a_layer() -> None:
     dummy = SPEC.normalise(IMAGES[:2])
-    assert second_names(Plain()) == {}
-    assert second_names(Listed()) == {"first": ["layers.0"], "second": ["layers.1"]}
-    assert called_names(Listed(), dummy) == {"first", "second", "head"}
-    assert called_names(CalledByTheList(), dummy) == {"layers.0", "layers.1", "head"}
-    assert "auxiliary" not in called_names(Auxiliary().train(), dummy)
+    assert shared_layers(Plain()) == {}
+    assert shared_layers(Listed()) == {"first": ["layers.0"], "second": ["layers.1"]}
+    assert called_paths(Listed(), dummy) == {"first", "second", "head"}
+    assert called_paths(CalledByTheList(), dummy) == {"layers.0", "layers.1", "head"}
+    assert "auxiliary" not in called_paths(Auxiliary().train(), dummy)
     shared = nn.Sequential(Plain(), nn.Identity())
     shared[1] = shared[0]
-    assert second_names(shared) == {}, "the layers of a container that stands in two places have one place in it"
+    assert shared_layers(shared) == {}, "the layers of a container that stands in two places have one place in it"
 
 
 def test_a_layer_with_a_second_name_shrinks_under_both(tmp_path: Path) -> None:
@@ -329,7 +332,7 @@ def test_single_weights_without_biases_and_folds_in_one_training() -> None:
     )
     student = copy.deepcopy(teacher.model).requires_grad_(True)
     assert quantization_config(student, section, teacher)[0]["fuse_names"], "folds that are found without the pruner"
-    made, quantization = compress_in_one_training(student, pruning, section, teacher, SOURCE, SETTINGS, quiet=True)
+    made, quantization = compress_in_one_training(student, pruning, section, teacher, SOURCE, SETTINGS, run=QUIET)
     assert quantization.folds == []
     assert float((made.network.second.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert run_onnx(onnx_bytes(quantization.student, SPEC), IMAGES).isfinite().all()

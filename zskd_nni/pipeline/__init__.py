@@ -9,6 +9,6 @@ May import: :mod:`zskd_nni.compression` and what stands below it.
 """
 
 from zskd_nni.pipeline.run import Run
-from zskd_nni.pipeline.students import Made, Students
+from zskd_nni.pipeline.students import StudentResult, Students
 
-__all__ = ["Made", "Run", "Students"]
+__all__ = ["Run", "StudentResult", "Students"]

@@ -1,4 +1,4 @@
-"""What a run hands over: the student's ONNX files, their sizes, how fast they answer, and the answers themselves."""
+"""The files of a finished student: ONNX in floating point and in integers, their sizes, their latency, their logits."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import export_onnx, run_onnx
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.pipeline.latency import median_latencies
-from zskd_nni.pipeline.students import Made
+from zskd_nni.pipeline.students import StudentResult
 from zskd_nni.runtime.tensors import save_tensors
 
 if TYPE_CHECKING:
-    from zskd_nni.compression.quantization.quantize import Quantization
+    from zskd_nni.compression.quantization.quantize import QuantizedNetwork
 
 STUDENT, INTEGERS = "student.onnx", "student-int8.onnx"
-# Of the held-out images onnxruntime must choose as NNI's simulation does on so many, or there is a warning, an error.
+# Share of the held-out images on which onnxruntime and NNI's simulation must choose the same class. Below the first
+# there is a warning, below the second an error.
 GOOD_AGREEMENT, LEAST_AGREEMENT = 0.995, 0.98
 
 
 def export_student(
-    made: Made, teacher: Teacher, out: Path, held_out: Tensor, fold_asked: bool = False
+    student: StudentResult, teacher: Teacher, out: Path, held_out: Tensor, fold_asked: bool = False
 ) -> dict[str, Any]:
     """Write the student's ONNX files, and the teacher's in ``state/`` to compare them with.
 
     Args:
-        made: the student, whose ``student.safetensors`` lies in ``out``.
+        student: its ``student.safetensors`` is in ``out``.
         teacher: on the CPU.
-        out: of the run.
+        out: folder of the run.
         held_out: images ``(N, C, H, W)`` on which the files are checked.
-        fold_asked: the recipe asked for folds of BatchNorm.
+        fold_asked: whether the recipe asks for folds of BatchNorm.
 
     Returns:
         ``bytes``, ``onnx_difference``, ``latency_ms`` and ``quantization`` of the report.
 
     Raises:
-        UserError: a file answers otherwise than the network.
+        UserError: a file does not compute what its network does.
     """
-    difference = export_onnx(made.network, teacher.spec, out / STUDENT, held_out)
+    difference = export_onnx(student.network, teacher.spec, out / STUDENT, held_out)
     teacher_onnx, teacher_weights = out / "state" / "teacher.onnx", out / "state" / "teacher.safetensors"
-    export_onnx(teacher.model, teacher.spec, teacher_onnx, held_out)  # anew: one from before may be damaged
+    export_onnx(teacher.model, teacher.spec, teacher_onnx, held_out)  # again: a file of an earlier run may be damaged
     save_tensors(teacher_weights, teacher.model.state_dict())
     files = {"teacher": teacher_onnx, "student": out / STUDENT}
     quantization = None
-    if made.quantization is not None:
-        quantization = export_integers(made.quantization, teacher.spec, out / INTEGERS, held_out, fold_asked)
+    if student.quantization is not None:
+        quantization = export_integers(student.quantization, teacher.spec, out / INTEGERS, held_out, fold_asked)
         if quantization["exported"]:
             files["student_int8"] = out / INTEGERS
     latencies = median_latencies(files, held_out[:1])
@@ -68,71 +69,64 @@ def export_student(
 
 
 def export_integers(
-    quantization: Quantization, spec: InputSpec, path: Path, held_out: Tensor, fold_asked: bool = False
+    quantized: QuantizedNetwork, spec: InputSpec, path: Path, held_out: Tensor, fold_asked: bool = False
 ) -> dict[str, Any]:
-    """Write the integer file where the quantizer can be said in ONNX; without one, an older file goes.
+    """Write the integer file if ONNX has operators for the quantizer; otherwise remove an older file.
 
     Args:
-        quantization: of the student.
-        spec: of its input.
+        quantized: the quantized student.
+        spec: its input.
         path: of the file.
-        held_out: images ``(N, C, H, W)`` on which onnxruntime must answer as NNI's simulation does.
-        fold_asked: the recipe asked for folds of BatchNorm.
+        held_out: images ``(N, C, H, W)`` on which onnxruntime must agree with NNI's simulation.
+        fold_asked: whether the recipe asks for folds of BatchNorm.
 
     Returns:
-        What is to be reported of it.
+        ``quantization`` of the report; ``agreement`` is a share in [0, 1].
 
     Raises:
-        UserError: the file answers otherwise than the simulation.
+        UserError: the file does not compute what the simulation does.
     """
+    from zskd_nni.compression.quantization.nni_quantizer import ROUNDING_QUANTIZERS
     from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx
-    from zskd_nni.compression.quantization.stage import EXPORTED
 
-    result: dict[str, Any] = {
-        "quantizer": quantization.quantizer,
-        "folds": [list(names) for names in quantization.folds],
-        "layers": sorted(quantization.calibration),
-        "exported": quantization.quantizer in EXPORTED,
-        "agreement": None,
-        "max_logit_difference": None,
-        "note": "",
-    }
-    notes = []
-    if fold_asked and not result["folds"]:
-        notes.append("fuse_batch_norm found nothing to fold")
-    if not result["exported"]:
+    exported, share, difference = quantized.quantizer in ROUNDING_QUANTIZERS, None, None
+    notes = ["fuse_batch_norm found nothing to fold"] if fold_asked and not quantized.folds else []
+    if exported:
+        export = export_quantized_onnx(quantized, spec, path, held_out, LEAST_AGREEMENT)
+        share, difference = export.agreement, export.max_logit_difference
+        if share < GOOD_AGREEMENT:
+            notes.append(
+                f"warning: onnxruntime and NNI's simulation agree on {share:.1%} of the held-out images only, less "
+                f"than {GOOD_AGREEMENT:.1%}"
+            )
+    else:
+        path.unlink(missing_ok=True)
         notes.append(
-            f"{quantization.quantizer} changes weights by more than rounding: it is simulated, and no integer "
+            f"{quantized.quantizer} changes weights by more than rounding: it is simulated, and no integer "
             "file is written"
         )
-        path.unlink(missing_ok=True)
-        return {**result, "note": "; ".join(notes)}
-    export = export_quantized_onnx(quantization, spec, path, held_out, LEAST_AGREEMENT)
-    result.update(agreement=export.agreement, max_logit_difference=export.max_logit_difference)
-    if export.agreement < GOOD_AGREEMENT:
-        notes.append(
-            f"warning: onnxruntime and NNI's simulation agree on {export.agreement:.1%} of the held-out images "
-            f"only, less than {GOOD_AGREEMENT:.1%}"
-        )
-    return {**result, "note": "; ".join(notes)}
+    return {
+        "quantizer": quantized.quantizer,
+        "folds": [list(names) for names in quantized.folds],
+        "layers": sorted(quantized.calibration),
+        "exported": exported,
+        "agreement": share,
+        "max_logit_difference": difference,
+        "note": "; ".join(notes),
+    }
 
 
-def answers_of(made: Made, spec: InputSpec) -> Callable[[Tensor], Tensor]:
-    """What a student's network answers to images ``(N, C, H, W)``, in floating point."""
-    return _answering(made.network, spec)
+def float_answers(network: nn.Module, spec: InputSpec) -> Callable[[Tensor], Tensor]:
+    """A network as a function of images ``(N, C, H, W)`` in the value range; it leaves them as they are."""
+    return lambda images: first_tensor(network(spec.normalise(images.clone())))
 
 
 def integer_answers(
-    quantization: Quantization, spec: InputSpec, exported: Path | None = None
+    quantized: QuantizedNetwork, spec: InputSpec, exported: Path | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """What a quantized student answers: onnxruntime where there is a file of it, NNI's simulation otherwise."""
+    """A quantized network as such a function: onnxruntime on its file, or NNI's simulation if there is no file."""
     if exported is not None and exported.exists():
         return lambda images: run_onnx(exported, images)
     from zskd_nni.compression.quantization.quantize import simulated
 
-    return _answering(simulated(quantization), spec)
-
-
-def _answering(network: nn.Module, spec: InputSpec) -> Callable[[Tensor], Tensor]:
-    # Copies: a network may change its input in place, and others are asked about the same images.
-    return lambda images: first_tensor(network(spec.normalise(images.clone())))
+    return float_answers(simulated(quantized), spec)

@@ -13,10 +13,11 @@ from torch import Tensor
 from zskd_nni.data.datasets import NAMED_SETS, LabelledImages
 from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.pipeline.export import INTEGERS, answers_of, integer_answers
-from zskd_nni.pipeline.students import Made
+from zskd_nni.pipeline.export import INTEGERS, float_answers, integer_answers
+from zskd_nni.pipeline.students import StudentResult
+from zskd_nni.recipes.compression_config import PruningConfig
 from zskd_nni.recipes.load import LoadedRecipe
-from zskd_nni.recipes.schema import PruningSection, Recipe
+from zskd_nni.recipes.schema import Recipe
 from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.training.inference import logits_on
@@ -43,11 +44,11 @@ class Figures:
         return self.held_out if self.test is None else self.test
 
 
-def answering(teacher: Teacher, made: Mapping[str, Made], out: Path) -> dict[str, Callable[[Tensor], Tensor]]:
+def answering(teacher: Teacher, made: Mapping[str, StudentResult], out: Path) -> dict[str, Callable[[Tensor], Tensor]]:
     """What each network of a run answers to images ``(N, C, H, W)``, the student's integers by the file in ``out``."""
     networks: dict[str, Callable[[Tensor], Tensor]] = {"teacher": teacher}
     for name, one in made.items():
-        networks[name] = answers_of(one, teacher.spec)
+        networks[name] = float_answers(one.network, teacher.spec)
         if one.quantization is not None:
             exported = out / INTEGERS if name == "student" else None
             networks[f"{name}_int8"] = integer_answers(one.quantization, teacher.spec, exported)
@@ -66,7 +67,7 @@ def measure(
         test: test data, where there is some.
     """
     with torch.no_grad():
-        parts = held_out.split(teacher.spec.measuring_batch)
+        parts = held_out.split(teacher.spec.inference_batch)
         answers = {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
     agreements = {name: agreement(logits, answers["teacher"]) for name, logits in answers.items()}
     if test is None:
@@ -82,7 +83,7 @@ def measure(
 def report_content(
     loaded: LoadedRecipe,
     teacher: Teacher,
-    made: Mapping[str, Made],
+    made: Mapping[str, StudentResult],
     figures: Figures,
     exported: Mapping[str, Any],
     *,
@@ -171,7 +172,7 @@ def _learnt_on_it(loaded: LoadedRecipe, options: Any) -> bool:
     return any(name and name not in NAMED_SETS and loaded.path(name).resolve() == measured for name in names)
 
 
-def _control(name: str, made: Made, figures: Figures, recipe: Recipe) -> dict[str, Any]:
+def _control(name: str, made: StudentResult, figures: Figures, recipe: Recipe) -> dict[str, Any]:
     integers = f"{name}_int8"
     return {
         "accuracy": figures.accuracy.get(name),
@@ -205,7 +206,7 @@ def _what_a_control_is(name: str, recipe: Recipe, quantized: bool) -> str:
     return what
 
 
-def _is_data_driven(section: PruningSection) -> bool:
+def _is_data_driven(section: PruningConfig) -> bool:
     from zskd_nni.compression.pruning.prune import is_data_driven
 
     return is_data_driven(section)

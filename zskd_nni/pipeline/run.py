@@ -21,7 +21,7 @@ from zskd_nni.pipeline.export import export_student
 from zskd_nni.pipeline.preflight import check_work
 from zskd_nni.pipeline.report import answering, measure, report_content
 from zskd_nni.pipeline.report_html import write_report
-from zskd_nni.pipeline.students import Made, Students
+from zskd_nni.pipeline.students import StudentResult, Students
 from zskd_nni.recipes.load import LoadedRecipe
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.distributed import only_writers, team
@@ -113,7 +113,7 @@ class Run:
 
     def _check_early(self) -> None:
         """Everything that can be known to be wrong before the long work begins."""
-        check_work(self.recipe, self.students.fresh, self.teacher)
+        check_work(self.students)
         self.measured = self.loaded.data_name() is not None
         if self.loaded.data_name() in NAMED_SETS[1:] and data_root(self.root) is None:
             # A user without data has no test data either; the recipe names where ours were measured.
@@ -190,7 +190,7 @@ class Run:
             source = self.transfer()
             made = {"student": self.students.make("student", source)}
             if "none" in self.recipe.controls:
-                made["none"] = self.students.make("control-none", None, scores=source)
+                made["none"] = self.students.make("control-none", source, train=False)
             if "noise" in self.recipe.controls:
                 noise = NoiseSource(self.teacher.spec, self.recipe.distillation.batch)
                 made["noise"] = self.students.make("control-noise", noise)
@@ -208,7 +208,7 @@ class Run:
         self._tell(f"{path} has the accuracies already, and is left as it is.")
         return report
 
-    def _finish(self, made: dict[str, Made], held_out: Tensor) -> dict[str, Any]:
+    def _finish(self, made: dict[str, StudentResult], held_out: Tensor) -> dict[str, Any]:
         self.teacher.to("cpu")
         with self._timed("export", again=False):
             self.save_student(made["student"])
@@ -221,11 +221,11 @@ class Run:
         write_report(self.out, report)
         return report
 
-    def save_student(self, made: Made) -> None:
+    def save_student(self, made: StudentResult) -> None:
         """Write ``student.json`` and ``student.safetensors``."""
-        self.students.save(Made(made.network), self.out / "student.json", recipe=self.recipe.name)
+        self.students.save(StudentResult(made.network), self.out / "student.json", recipe=self.recipe.name)
 
-    def _report(self, made: dict[str, Made], held_out: Tensor, exported: dict[str, Any]) -> dict[str, Any]:
+    def _report(self, made: dict[str, StudentResult], held_out: Tensor, exported: dict[str, Any]) -> dict[str, Any]:
         test = self._test_data() if self.measured else None
         figures = measure(answering(self.teacher, made, self.out), self.teacher, held_out, test)
         store = self._store()
@@ -258,9 +258,7 @@ class Run:
         """The transfer source of the recipe's method, made or taken up again in ``impressions/``."""
         section = self.recipe.transfer
         if self.given is not None:
-            batch = self.recipe.distillation.batch
-            images = self.given.images_on_disk()
-            return StoredSource(images, batch, self.recipe.seed, self.given.fingerprint, self.device)
+            return self.given.source(self.recipe.distillation.batch, self.recipe.seed, self.device)
         with self._timed("synthesis"):
             self.teacher.to(self.device)
             request = TransferRequest(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from zskd_nni.compression.fx_trace import trace
 from zskd_nni.compression.nni_config import modern_config_list
@@ -21,17 +22,22 @@ _SPARSITY = ("sparse_ratio", "sparse_threshold")
 _LIMITS = ("min_sparse_ratio", "max_sparse_ratio", "global_group_id", "internal_metric_block")
 
 
-@dataclass
+@dataclass(frozen=True)
 class PruningPlan:
-    """A completed config and what it leaves alone.
+    """A completed config, what it does not prune, and the graph it was read from.
+
+    It holds for every network of the same structure, whatever its weights.
 
     Attributes:
         config_list: for any of NNI's structured pruners, one entry a module, in the order of the graph.
         left_out: module path -> why the module is not pruned although the user's config names it.
+        graph: the traced network, for :func:`~zskd_nni.compression.pruning.speedup.shrink`; None where nothing was
+            traced, as for a pruner of single weights.
     """
 
     config_list: list[dict[str, Any]]
     left_out: dict[str, str] = field(default_factory=dict)
+    graph: GraphModule | None = field(default=None, compare=False, repr=False)
 
 
 def complete_config_list(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> list[dict[str, Any]]:
@@ -89,9 +95,9 @@ def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_inpu
     """
     if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
         raise UserError("the model is wrapped by an NNI compressor; complete the config before making the pruner")
-    flow = channel_flow(trace(model, dummy_input))
+    graph = trace(model, dummy_input)
     entries = _entries_by_module(model, config_list)
-    plan = _Planner(model, flow, entries).plan()
+    plan = replace(_Planner(model, channel_flow(graph), entries).plan(), graph=graph)
     if not any(_is_active(entry) for entry in plan.config_list):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left_out.items())[:3])
         raise UserError(f"nothing that the pruning config names can be pruned ({reasons}); name other layers")

@@ -1,4 +1,4 @@
-"""What pruning silenced: multiplied into the weights, kept at zero while the network goes on learning, on disk."""
+"""The masks of pruned weights: multiplied into the weights, kept at zero in further training, saved and loaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,69 @@ from zskd_nni.runtime.tensors import load_tensors, save_tensors
 Masks = dict[str, dict[str, Tensor | None]]
 
 
+def masks_on_cpu(network: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
+    """The masks on the CPU, those of parameters in the parameter's shape, without ``None``."""
+
+    def whole(name: str, target: str, mask: Tensor) -> Tensor:
+        parameter = getattr(network.get_submodule(name), target, None)
+        return mask.cpu().expand(parameter.shape) if isinstance(parameter, nn.Parameter) else mask.cpu()
+
+    return {
+        name: {target: whole(name, target, mask) for target, mask in targets.items() if mask is not None}
+        for name, targets in masks.items()
+    }
+
+
+def sparsity_by_parameter(masks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """``module.parameter`` -> share of zeros in its mask, in [0, 1]."""
+    return {
+        f"{name}.{target}": round(1 - float(mask.double().mean()), 6)
+        for name, targets in masks.items()
+        for target, mask in targets.items()
+    }
+
+
+def removed_channels(masks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
+    """Module path -> positions of the output channels whose whole weight is masked, where there are any."""
+    weights = {name: targets["weight"] for name, targets in masks.items() if "weight" in targets}
+    empty = {name: ~mask.flatten(1).any(1) for name, mask in weights.items() if mask.ndim > 1}
+    return {name: channels.nonzero().flatten().tolist() for name, channels in empty.items() if channels.any()}
+
+
+def remaining_masks(
+    network: nn.Module, masks: Mapping[str, Mapping[str, Tensor]], kept: Mapping[str, tuple[Tensor, Tensor]]
+) -> Masks:
+    """What is masked and still in a pruned network: single weights, or channels that could not be removed.
+
+    Args:
+        network: pruned; some of its channels may have been removed since the masks were made.
+        masks: of the network as it was before, in the shapes of its parameters.
+        kept: module path -> positions of the output and input channels that are left, where any were removed.
+
+    Returns:
+        Masks in the shapes of ``network``'s parameters. A bias that a folded constant has moved from zero is free.
+    """
+    modules = dict(network.named_modules())
+    remaining: Masks = {}
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            parameter = getattr(modules.get(name), target, None)
+            if bool(mask.all()) or not isinstance(parameter, nn.Parameter):
+                continue
+            zeros = parameter.detach() == 0
+            cut = mask
+            for axis, positions in enumerate(kept.get(name, ())):
+                if axis < cut.ndim and cut.shape[axis] != zeros.shape[axis] and int(positions.max()) < cut.shape[axis]:
+                    cut = cut.index_select(axis, positions)
+            if cut.shape == zeros.shape:  # not so for the inputs of a grouped convolution: there all zeros count
+                zeros &= cut == 0
+            if bool(zeros.any()):
+                remaining.setdefault(name, {})[target] = (~zeros).to(mask.dtype)
+    return remaining
+
+
 def multiply_in(network: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
-    """Set to zero what the masks silence; a mask on anything but a parameter is passed over."""
+    """Set the masked weights to zero; a mask on anything but a parameter is ignored."""
     with torch.no_grad():
         for name, targets in masks.items():
             for target, mask in targets.items():
@@ -28,14 +89,14 @@ def multiply_in(network: nn.Module, masks: Mapping[str, Mapping[str, Tensor | No
 
 
 def held_at_zero(network: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> Callable[[int], None]:
-    """An ``after_step`` of :func:`zskd_nni.training.loop.fit` that takes every silenced weight back to zero.
+    """An ``after_step`` of a training that sets every masked weight back to zero.
 
-    An optimiser moves all weights, those at zero too. A quantizer that learns a zero point (LSQ+) would move zero off
-    the grid of its integers: the zero points of such weights are kept whole numbers.
+    An optimiser moves all weights, also those at zero. A quantizer that learns a zero point (LSQ+) would make zero no
+    integer any more, so the zero points of masked weights are rounded.
 
     Args:
         network: as it is trained; NNI keeps the parameters of a wrapped module in the wrapper.
-        masks: by the paths of the modules.
+        masks: by module path.
     """
     held: list[tuple[nn.Parameter, Tensor]] = []
     zero_points: list[nn.Parameter] = []
@@ -75,7 +136,7 @@ def masks_file(description: Path) -> Path:
 
 
 def save_masks(masks: Masks, description: Path) -> dict[str, Any]:
-    """Write the masks; returns what the network's description must hold for :func:`load_masks`."""
+    """Write the masks beside a network's description; returns what the description must hold for :func:`load_masks`."""
     file = masks_file(description)
     tensors = {
         f"{name}:{target}": mask != 0
@@ -90,8 +151,12 @@ def save_masks(masks: Masks, description: Path) -> dict[str, Any]:
 def load_masks(described: Any, description: Path) -> Masks:
     """The masks that :func:`save_masks` wrote.
 
+    Args:
+        described: what :func:`save_masks` returned.
+        description: the network's ``.json`` file.
+
     Raises:
-        UserError: the file is missing, damaged or another one.
+        UserError: the file is missing, damaged or of another network.
     """
     file = masks_file(description)
     tensors, _ = load_tensors(file)

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
-from zskd_nni.compression.fx_trace import copied, input_arguments, trace, unread_nodes
+from zskd_nni.compression.fx_trace import copied, input_arguments, retrace, trace, unread_nodes
 from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, channel_flow
 from zskd_nni.compression.pruning.constant_folding import InputRanges, bias_of_constants
-from zskd_nni.compression.pruning.masks import Masks, multiply_in
+from zskd_nni.compression.pruning.masks import multiply_in
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
 from zskd_nni.models.serialization import drop_modules
-from zskd_nni.models.shared_modules import same_under_all_names, second_names
+from zskd_nni.models.shared_modules import replace_everywhere, shared_layers
 from zskd_nni.runtime.errors import UserError
 
 _CHECK_BATCH_SIZE = 4
@@ -94,7 +94,13 @@ class ShrinkResult:
     note: str = ""
 
 
-def shrink(model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 1e-4) -> ShrinkResult:
+def shrink(
+    model: nn.Module,
+    masks: Mapping[str, Mapping[str, Tensor | None]],
+    dummy_input: Any,
+    tolerance: float = 1e-4,
+    graph: GraphModule | None = None,
+) -> ShrinkResult:
     """Remove the channels that the masks zero, and check that the network still computes the same.
 
     NNI's ``ModelSpeedup`` finds and removes the channels. On top of it: tracing on current PyTorch, local response
@@ -107,6 +113,7 @@ def shrink(model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 
         masks: what a pruner's ``compress`` or ``get_masks`` gives: module path -> parameter name -> 0/1 mask.
         dummy_input: one input, see ``graph.trace``.
         tolerance: the largest allowed difference of any output, relative to ``max(1, |logit|)``.
+        graph: of a network of the same structure, from ``fx_trace.trace``; traced here by default.
 
     Returns:
         The smaller network with its numbers.
@@ -150,7 +157,7 @@ def shrink(model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 
             f"the masks zero {sparsity:.1%} of what they cover but no whole channel, so there is nothing to remove"
         )
     try:
-        candidate, kept, notes = _remove(masked, whole, arguments)
+        candidate, kept, notes = _remove(masked, whole, arguments, graph)
         candidate.eval()  # NNI's new layers are in training mode
         difference, agreement = compare(masked, candidate, arguments)
         if not difference <= tolerance:
@@ -242,7 +249,9 @@ def _relative_distance(expected: Tensor, actual: Tensor) -> float:
 # ---- the masks
 
 
-def _parameter_masks(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
+def _parameter_masks(
+    model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]
+) -> dict[str, dict[str, Tensor]]:
     """The masks as 0/1 tensors of the parameters' shapes; a mask on a layer's output becomes one on its parameters."""
     modules = dict(model.named_modules())
     result: dict[str, dict[str, Tensor]] = {}
@@ -326,12 +335,12 @@ def _removes_whole_channels(targets: dict[str, Tensor]) -> bool:
 
 
 def _remove(
-    masked: nn.Module, masks: dict[str, dict[str, Tensor]], arguments: tuple[Any, ...]
+    masked: nn.Module, masks: dict[str, dict[str, Tensor]], arguments: tuple[Any, ...], graph: GraphModule | None
 ) -> tuple[nn.Module, dict[str, KeptChannels], list[str]]:
     """A copy of the masked network without the channels that are zero, what was kept, and what to know about it."""
     candidate = deepcopy(masked)
     notes: list[str] = []
-    graph_module = trace(candidate, arguments)
+    graph_module = trace(candidate, arguments) if graph is None else retrace(graph, candidate)
     for node in unread_nodes(graph_module):  # NNI stumbles over nodes without a gradient
         graph_module.graph.erase_node(node)
     graph_module.recompile()
@@ -339,7 +348,7 @@ def _remove(
     dropped = _drop_auxiliary_heads(candidate, called)
     if dropped:
         notes.append(f"{', '.join(dropped)}, which only run in training, are dropped")
-    names = second_names(candidate)
+    names = shared_layers(candidate)
     # NNI looks its masks up in the graph, and changes them in place.
     in_graph = {name: {k: v.clone() for k, v in targets.items()} for name, targets in masks.items() if name in called}
     _spread_norm_masks(candidate, in_graph, graph_module)
@@ -356,7 +365,7 @@ def _remove(
             f"NNI cannot shrink {type(masked).__name__}: {type(error).__name__}{': ' + what[0] if what else ''}"
         ) from error
     notes += _fold_constants(masked, candidate, speedup, called, arguments)
-    same_under_all_names(candidate, names)
+    replace_everywhere(candidate, names)
     if any(isinstance(module, PrunedLocalResponseNorm) for module in candidate.modules()):
         notes.append("local response normalisation keeps the neighbourhoods of the original channels")
     return candidate, _kept_channels(speedup), notes
