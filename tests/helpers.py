@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,31 @@ def same_store(first: Path, second: Path) -> bool:
 # Training runs.
 
 
+def tensors_in(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested state, by path."""
+    if isinstance(state, Tensor):
+        yield path, state
+    elif isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from tensors_in(value, f"{path}.{key}")
+
+
+def stop_after(steps: int | None) -> Callable[[int], None]:
+    """An ``after_step`` that sends this process SIGTERM after so many steps."""
+
+    def after_step(done: int) -> None:
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return after_step
+
+
 def train(
     folder: str | Path | None,
     steps: int = 120,
     every: float = 1e9,
     pause: float = 0.0,
-    stop_after: int | None = None,
+    stop: int | None = None,
     identity: str = "run",
     dropout: float = 0.3,
 ) -> tuple[nn.Module, History]:
@@ -174,16 +193,12 @@ def train(
         labels = (images.mean((1, 2, 3)) * 40).long() % 5
         return nn.functional.cross_entropy(network(images), labels)
 
-    def after(done: int) -> None:
-        if done == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     run = TrainingRun(
         steps,
         seed=11,
         checkpoint=None if folder is None else Path(folder) / "run.pt",
         checkpoint_every=every,
-        after_step=after,
+        after_step=stop_after(stop),
         quiet=True,
         identity=identity,
     )

@@ -329,17 +329,17 @@ def test_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Candidates, "block", block)
     with pytest.raises(signals.Interrupted), signals.stoppable():
         made(tmp_path / "cut", brightness_teacher(100, 3000.0), size=350)
-    assert (tmp_path / "cut" / "progress.safetensors").exists()
+    assert (tmp_path / "cut" / "progress.pt").exists()
     found = made(tmp_path / "cut", brightness_teacher(100, 3000.0), size=350)
     assert looked_at.count(0) == looked_at.count(3) == looked_at.count(4) == 1, "nothing was looked at twice"
     assert torch.equal(found.images(), whole.images())
     assert found.description == whole.description
-    assert not (tmp_path / "cut" / "progress.safetensors").exists()
+    assert not (tmp_path / "cut" / "progress.pt").exists()
 
 
 def test_damaged_progress_says_what_to_remove(tmp_path: Path) -> None:
-    (tmp_path / "progress.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"Remove .*progress\.safetensors to begin the set anew\."):
+    (tmp_path / "progress.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"Remove .*progress\.pt to begin the set anew\."):
         made(tmp_path)
 
 

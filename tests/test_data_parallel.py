@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, small_network, small_teacher, wait_for
+from helpers import SMALL, small_network, small_teacher, tensors_in, wait_for
 from launching import append, launch, start_launch
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from zskd_nni.runtime.distributed import only_writers, share, team
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import sha256_of_file
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
-from zskd_nni.training import loop
+from zskd_nni.training.checkpoint import Checkpoint
 from zskd_nni.training.data_parallel import DataParallel
 from zskd_nni.training.distillation import DistillationSettings, distill
 
@@ -45,16 +45,15 @@ def student(
     folder: str, features: str = "none", every: float = 1e9, log: str | None = None, batch: int = BATCH
 ) -> None:
     """In each process; a network with batch normalisation."""
-    loop.Checkpoint.__init__.__defaults__ = (every,)
     network = small_network(1)
     if log is not None:
-        real = loop.save_checkpoint
+        real = Checkpoint.save
 
-        def save(checkpoint, model, optimizer, scheduler, step, *more) -> None:
-            real(checkpoint, model, optimizer, scheduler, step, *more)
+        def save(checkpoint: Checkpoint, training: Any, step: int, history: Any) -> None:
+            real(checkpoint, training, step, history)
             append(log, f"{os.getpid()} {step}")
 
-        loop.save_checkpoint = save
+        Checkpoint.save = save  # type: ignore[method-assign]
         append(log, f"{os.getpid()} started")
     history = distill(
         network,
@@ -62,7 +61,8 @@ def student(
         StoredSource(images(), batch, 5, "set"),
         settings(features=features, batch=batch),
         seed=2,
-        checkpoint=Path(folder) / "student.checkpoint.safetensors",
+        checkpoint=Path(folder) / "student.checkpoint.pt",
+        checkpoint_every=every,
         quiet=True,
     )
     keep(folder, network, history.losses)
@@ -157,7 +157,7 @@ def game_with_dropout(folder: str) -> None:
     source = ZsktSource(teacher, ZsktSettings(rounds=3, student_steps=2, batch=8, width=8), 8, 0)
     network = nn.Sequential(small_network(1), nn.Dropout(0.5))
     history = distill(network, teacher, source, settings(steps=6, batch=8), seed=2, quiet=True)
-    state = {name: value for name, value in source.state_dict().items() if value.is_floating_point()}
+    state = {name: value for name, value in tensors_in(source.state_dict()) if value.is_floating_point()}
     save_tensors(Path(folder) / f"{team().rank}.safetensors", state, {"losses": json.dumps(history.losses)})
 
 
@@ -259,7 +259,7 @@ def fused(folder: str, make: Any, divided: bool) -> None:
         Teacher(network, SMALL),
         StoredSource(images(), BATCH, 5, "set"),
         settings(),
-        checkpoint=Path(folder) / "fused.checkpoint.safetensors",
+        checkpoint=Path(folder) / "fused.checkpoint.pt",
         pseudo_labels=True,
         quiet=True,
     )
@@ -336,7 +336,7 @@ def test_a_whole_recipe(tmp_path: Path) -> None:
         assert (many / path).is_file()
         if path.match("impressions*/shard-*"):
             assert sha256_of_file(one / path) == sha256_of_file(many / path), "impressions are the same to the byte"
-    assert not list(many.rglob("*.checkpoint.safetensors")) and not list(many.rglob(".*.tmp"))
+    assert not list(many.rglob("*.checkpoint.pt")) and not list(many.rglob(".*.tmp"))
     records = [json.loads((place / "out" / "state" / "student.json").read_text())["record"] for place in (one, many)]
     assert records[0]["pruning"]["removed_channels"] == records[1]["pruning"]["removed_channels"]
     for part in ("pruning", "distillation"):

@@ -13,8 +13,7 @@ from torch import nn
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import sha256_of_file
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.training.checkpoint import Checkpoint
-from zskd_nni.training.loop import cosine_schedule, fit
+from zskd_nni.training.loop import TrainingRun, cosine_schedule, fit
 
 MADE = Path(__file__).parent / "data" / "made-by-0.1"
 # What made MADE / "run".
@@ -61,7 +60,8 @@ def test_a_store_of_impressions(old: Path) -> None:
     assert "made by another version of zskd_nni" in done.stderr
 
 
-def test_a_checkpoint(old: Path) -> None:
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "checkpoint.pt"])  # named, or beside where one would be
+def test_a_checkpoint(old: Path, name: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
@@ -72,9 +72,6 @@ def test_a_checkpoint(old: Path) -> None:
             optimizer,
             cosine_schedule(optimizer, 4),
             lambda step, random: model(torch.ones(1, 3)).square().sum(),
-            steps=4,
-            seed=0,
-            checkpoint=Checkpoint(old / "checkpoint.safetensors", "tiny"),
-            quiet=True,
+            TrainingRun(4, checkpoint=old / name, quiet=True),
         )
     assert hashes(old) == before

@@ -21,7 +21,7 @@ def written(folder: Path) -> dict[str, int]:
 def test_finished_teacher_is_not_trained_again(trained):
     folder, result = trained
     before = written(folder)
-    left = folder / ".lenet5-digits.checkpoint.safetensors"
+    left = folder / ".lenet5-digits.checkpoint.pt"
     left.write_bytes(b"of a training whose end came just before this was deleted")
     assert (
         train_teacher("lenet5-digits", folder, epochs=1, quiet=True)

@@ -98,7 +98,7 @@ def test_global_random_state_is_neither_used_nor_changed(undisturbed) -> None:
 @pytest.mark.parametrize("stop", [1, 49, 50, 77, 120])
 def test_stopped_by_a_signal_and_resumed(undisturbed, tmp_path: Path, stop: int) -> None:
     with pytest.raises(signals.Interrupted) as stopped, signals.stoppable():
-        train(tmp_path, stop_after=stop)
+        train(tmp_path, stop=stop)
     assert stopped.value.signum == signal.SIGTERM
     assert load_sealed(tmp_path / "run.pt")["step"] == stop
     torch.rand(17)  # the global stream goes on elsewhere
@@ -110,7 +110,7 @@ def test_stopped_by_a_signal_and_resumed(undisturbed, tmp_path: Path, stop: int)
 def test_stopped_many_times(undisturbed, tmp_path: Path) -> None:
     for stop in (13, 14, 60, 99, 100):
         with pytest.raises(signals.Interrupted), signals.stoppable():
-            train(tmp_path, stop_after=stop)
+            train(tmp_path, stop=stop)
     network, history = train(tmp_path)
     assert same_weights(network, undisturbed[0])
     assert (history.steps, history.losses) == undisturbed[1:]
@@ -159,7 +159,7 @@ def test_killed_at_random_moments(undisturbed, tmp_path: Path) -> None:
 
 def test_finished_run_is_not_run_again(undisturbed, tmp_path: Path) -> None:
     train(tmp_path)
-    network, history = train(tmp_path, stop_after=1)  # no step is taken, so nothing stops it
+    network, history = train(tmp_path, stop=1)  # no step is taken, so nothing stops it
     assert same_weights(network, undisturbed[0])
     assert history.losses == undisturbed[2]
 
@@ -170,7 +170,7 @@ def test_finished_run_is_not_run_again(undisturbed, tmp_path: Path) -> None:
 @pytest.fixture
 def checkpointed(tmp_path: Path) -> Path:
     with pytest.raises(signals.Interrupted), signals.stoppable():
-        train(tmp_path, stop_after=30)
+        train(tmp_path, stop=30)
     return tmp_path / "run.pt"
 
 
@@ -217,17 +217,6 @@ def test_corrupt_checkpoints_are_refused(checkpointed: Path, harm) -> None:
         train(checkpointed.parent)
 
 
-def test_checkpoints_of_an_older_version_are_refused(tmp_path: Path) -> None:
-    older = tmp_path / "student.checkpoint.safetensors"
-    save_tensors(older, {"model.a": torch.zeros(1)}, {"state": "{}"})
-    run = {"steps": 1, "quiet": True}
-    network = small_network()
-    for path in (older, tmp_path / "student.checkpoint.pt"):  # named again, or left in the place of the new one
-        with pytest.raises(UserError, match=r"student\.checkpoint\.safetensors.*older version.*same command again"):
-            fit(network, torch.optim.SGD(network.parameters(), 0.1), None, None, TrainingRun(checkpoint=path, **run))
-    assert older.exists()
-
-
 def test_what_a_checkpoint_holds_is_never_run(checkpointed: Path) -> None:
     class Hostile:
         def __reduce__(self):
@@ -262,9 +251,7 @@ def test_divergence_names_the_checkpoint_that_was_kept(tmp_path: Path) -> None:
         return value * float("nan") if step == 70 else value
 
     kept = tmp_path / "run.pt"
-    with pytest.raises(
-        DivergenceError, match=r"up to step 71 of 100.*The last good checkpoint is kept: .*run\.pt"
-    ):
+    with pytest.raises(DivergenceError, match=r"up to step 71 of 100.*The last good checkpoint is kept: .*run\.pt"):
         fit(network, optimizer, None, loss, TrainingRun(100, checkpoint=kept, checkpoint_every=0.0, quiet=True))
     assert load_sealed(kept)["step"] == 70
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import signal
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, SmallNet, apart, random, small_network, small_teacher
+from helpers import SMALL, SmallNet, apart, random, small_network, small_teacher, stop_after, tensors_in
 from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.methods.zskt import method as zskt
 from zskd_nni.methods.zskt.generator import new_generator
 from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource
 from zskd_nni.methods.zskt.train import train_zskt
@@ -27,9 +23,8 @@ from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import generator
-from zskd_nni.runtime.tensors import load_tensors, save_tensors
+from zskd_nni.runtime.tensors import load_sealed, save_sealed
 from zskd_nni.training.distillation import DistillationSettings, distill
-from zskd_nni.training.loop import fit
 
 SHIFTED = InputSpec((1, 8, 8), mean=(0.3,), std=(0.5,))
 SHORT: dict[str, Any] = {"rounds": 6, "batch": 16, "latent": 10, "width": 16, "student_steps": 4}
@@ -182,50 +177,30 @@ def test_the_student_learns_and_the_generator_looks_for_trouble() -> None:
 # Stopping and going on.
 
 
-class _Stop:
-    """A signal after so many student steps."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-        def stopping(*arguments: Any, **options: Any) -> Any:
-            def after_step(done: int) -> None:
-                if done == after:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-            return fit(*arguments, **{**options, "after_step": after_step})
-
-        monkeypatch.setattr(zskt, "fit", stopping)
-
-
 @pytest.mark.parametrize("latents", ["same", "fresh"])
 @pytest.mark.parametrize("stop", [1, 8, 11, 23])
-def test_stopped_and_resumed_bit_by_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, latents: str, stop: int
-) -> None:
+def test_stopped_and_resumed_bit_by_bit(tmp_path: Path, latents: str, stop: int) -> None:
     settings = ZsktSettings(**SHORT, latents=latents)
-    undisturbed, file = trained(settings, dropout=0.3), tmp_path / "run.safetensors"
-    with monkeypatch.context() as patch:
-        _Stop(patch, stop)
-        with pytest.raises(signals.Interrupted), signals.stoppable():
-            trained(settings, dropout=0.3, checkpoint=file)
-    tensors, metadata = load_tensors(file)
-    state = json.loads(metadata["state"])
+    undisturbed, file = trained(settings, dropout=0.3), tmp_path / "run.pt"
+    with pytest.raises(signals.Interrupted), signals.stoppable():
+        trained(settings, dropout=0.3, checkpoint=file, after_step=stop_after(stop))
+    state = load_sealed(file)
     assert state["step"] == stop
     assert state["scheduler"]["last_epoch"] == stop
-    assert any(name.startswith("extra.generator.") for name in tensors)
-    assert any(name.startswith("extra.optimizer.") for name in tensors)
-    assert any(name.startswith("optimizer.") for name in tensors)
+    assert state["extra"]["generator"]
+    assert state["extra"]["optimizer"]["state"]
+    assert state["optimizer"]["state"]
     torch.rand(11)
     assert same_weights(trained(settings, dropout=0.3, checkpoint=file), undisturbed)
-    final = load_tensors(file)[0]
-    monkeypatch.undo()
-    trained(settings, dropout=0.3, checkpoint=tmp_path / "other.safetensors")
-    other = load_tensors(tmp_path / "other.safetensors")[0]
+    final = dict(tensors_in(load_sealed(file)))
+    trained(settings, dropout=0.3, checkpoint=tmp_path / "other.pt")
+    other = dict(tensors_in(load_sealed(tmp_path / "other.pt")))
     assert final.keys() == other.keys()
     assert all(torch.equal(final[name], other[name]) for name in final)
 
 
 def test_a_checkpoint_of_another_game_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "run.safetensors"
+    file = tmp_path / "run.pt"
     trained(ZsktSettings(**SHORT), checkpoint=file)
     with pytest.raises(UserError, match="belongs to another run"):
         trained(ZsktSettings(**SHORT, latents="fresh"), checkpoint=file)
@@ -250,7 +225,7 @@ class Bursting(nn.Module):
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, at: int, message: str, step: int
 ) -> None:
-    file = tmp_path / "run.safetensors"
+    file = tmp_path / "run.pt"
     with pytest.raises(UserError, match=message) as raised:
         train_zskt(
             Bursting(at),
@@ -263,16 +238,16 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(
     assert f"step {step}" in str(raised.value)
     assert "last good checkpoint is kept" in str(raised.value)
     assert str(file) in str(raised.value)
-    tensors, metadata = load_tensors(file)
-    assert json.loads(metadata["state"])["step"] == step
-    assert all(torch.isfinite(value).all() for value in tensors.values())
+    state = load_sealed(file)
+    assert state["step"] == step
+    assert all(torch.isfinite(value).all() for _, value in tensors_in(state))
 
 
 def test_a_gradient_that_is_not_finite_is_divergence_too(tmp_path: Path) -> None:
     student = small_network(3)
     student.head.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(UserError, match=r"student's gradient is not finite in step 0\.$"):
-        train_zskt(student, small_teacher(), ZsktSettings(**SHORT), checkpoint=tmp_path / "r.safetensors", quiet=True)
+        train_zskt(student, small_teacher(), ZsktSettings(**SHORT), checkpoint=tmp_path / "r.pt", quiet=True)
     assert torch.isfinite(student.head.weight).all()
 
 
@@ -332,8 +307,8 @@ def test_the_images_of_a_round_come_back_as_they_lay_in_memory(tmp_path: Path, c
     settings = ZsktSettings(latent=10, width=16, student_steps=3)
     source, other = (ZsktSource(teacher, settings, 16, 0) for _ in range(2))
     source.batch(0, random(0), teacher.model)
-    save_tensors(tmp_path / "state.safetensors", source.state_dict())
-    other.load_state_dict(load_tensors(tmp_path / "state.safetensors")[0])
+    save_sealed(tmp_path / "state.pt", source.state_dict())
+    other.load_state_dict(load_sealed(tmp_path / "state.pt"))
     assert source.images is not None
     assert other.images is not None
     assert torch.equal(source.images, other.images)
@@ -372,12 +347,12 @@ def test_without_a_student_or_gradients_it_only_makes_images() -> None:
     source = ZsktSource(small_teacher(), ZsktSettings(latent=10, width=16), 16, 0)
     student = small_network(1).train()
     source.batch(0, random(0), student)
-    before = source.state_dict()
+    before = dict(tensors_in(source.state_dict()))
     with torch.no_grad():
         first = source.batch(0, random(7), student)
     assert torch.equal(first, source.batch(5, random(7)))
     assert not torch.equal(first, source.batch(5, random(8)))
-    after = source.state_dict()
+    after = dict(tensors_in(source.state_dict()))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -409,12 +384,8 @@ def test_step_zero_begins_anew() -> None:
     [{}, {"memory": 40, "new_images": 15, "filling": 1, "figures": 8, "class_weight": 0.3, "renewed": True}],
     ids=["images of the round", "a memory"],
 )
-def test_distillation_on_a_live_source_resumes_bit_by_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, more: dict[str, Any]
-) -> None:
-    from zskd_nni.training import distillation
-
-    def taught(checkpoint: Path | None) -> nn.Module:
+def test_distillation_on_a_live_source_resumes_bit_by_bit(tmp_path: Path, stop: int, more: dict[str, Any]) -> None:
+    def taught(checkpoint: Path | None, stop: int | None = None) -> nn.Module:
         settings = ZsktSettings(latent=10, width=16, student_steps=3, rounds=4, **more)
         source = ZsktSource(small_teacher(), settings, 16, 0)
         student = small_network(3, dropout=0.3)
@@ -424,24 +395,16 @@ def test_distillation_on_a_live_source_resumes_bit_by_bit(
             source,
             DistillationSettings(steps=12, batch=16),
             checkpoint=checkpoint,
+            after_step=stop_after(stop),
             quiet=True,
         )
         return student
 
-    undisturbed, file = taught(None), tmp_path / "d.safetensors"
+    undisturbed, file = taught(None), tmp_path / "d.pt"
 
-    def stopping(*arguments: Any, **options: Any) -> Any:
-        def after_step(done: int) -> None:
-            if done == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return fit(*arguments, **{**options, "after_step": after_step})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distillation, "fit", stopping)
-        with pytest.raises(signals.Interrupted), signals.stoppable():
-            taught(file)
-    assert any(name.endswith("memory") for name in load_tensors(file)[0]) == bool(more)
+    with pytest.raises(signals.Interrupted), signals.stoppable():
+        taught(file, stop)
+    assert (load_sealed(file)["extra"]["memory"] is not None) == bool(more)
     assert same_weights(taught(file), undisturbed)
 
 
@@ -451,7 +414,7 @@ def test_a_generator_that_diverges_stops_its_caller() -> None:
     source.batch(0, random(0), student)
     with torch.no_grad():
         student.head.weight.fill_(float("nan"))
-    before = source.state_dict()
+    before = dict(tensors_in(source.state_dict()))
     with pytest.raises(UserError, match=r"generator diverged.*round 1 \(student step 2\)"):
         source.batch(2, random(0), student)
     weights = [name for name in before if name.startswith("generator.") and name.endswith("weight")]

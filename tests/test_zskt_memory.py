@@ -240,7 +240,7 @@ def test_without_gradients_images_come_from_the_memory() -> None:
         first = source.batch(0, random(7), student)
     assert not torch.equal(first, fresh)
     assert torch.equal(first, source.batch(5, random(7)))
-    rows = {tuple(row.flatten().tolist()) for row in before["memory"].float()}
+    rows = {tuple(row.flatten().tolist()) for row in before["memory"]["memory"].float()}
     assert {tuple(row.flatten().tolist()) for row in first} <= rows
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in before.items())
 

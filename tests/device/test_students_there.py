@@ -150,7 +150,7 @@ def test_stopped_and_gone_on_with(kind: str, device: torch.device, tmp_path: Pat
         if done == 23:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    kept = tmp_path / "c.safetensors"
+    kept = tmp_path / "c.pt"
     with pytest.raises(signals.Interrupted), signals.stoppable():
         run(stopped, checkpoint=kept, after_step=stop)
     assert calls[0] == 23

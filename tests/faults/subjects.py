@@ -19,7 +19,7 @@ from zskd_nni.data.sources import StoredSource
 from zskd_nni.pipeline import Run
 from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime.files import remove_leftovers, sha256_of_file
-from zskd_nni.runtime.tensors import save_tensors
+from zskd_nni.runtime.tensors import load_sealed, save_tensors
 from zskd_nni.training.distillation import DistillationSettings
 from zskd_nni.training.supervised import SupervisedSettings, train_supervised
 
@@ -47,17 +47,14 @@ def _result(folder: Path) -> dict[str, str]:
 
 def _checkpointed(total: int) -> Callable[[Path], float]:
     def done(folder: Path) -> float:
-        steps = [_step(path) for path in folder.glob("*.checkpoint.safetensors")]
+        steps = [_step(path) for path in folder.glob("*.checkpoint.pt")]
         return max(steps, default=0) / total
 
     return done
 
 
 def _step(path: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["state"])["step"]
+    return load_sealed(path)["step"]
 
 
 # Synthesis.
@@ -93,30 +90,21 @@ def student(folder: Path) -> None:
     images = torch.rand((48, *SMALL.shape), generator=torch.Generator().manual_seed(3))
     network = small_network(1, dropout=0.2)
     settings = DistillationSettings(temperature=4, steps=STEPS, batch=16, warmup=4)
-    _often()
     history = distill(
         network,
         small_teacher(),
         StoredSource(images, 16, 5, "set"),
         settings,
         seed=2,
-        checkpoint=folder / "student.checkpoint.safetensors",
+        checkpoint=folder / "student.checkpoint.pt",
+        checkpoint_every=0.0,
         quiet=True,
     )
     _keep(folder, network.state_dict(), history.losses)
 
 
-def _often() -> None:
-    """In this process, checkpoints as often as can be; runs of minutes take them every 30 seconds."""
-    from zskd_nni.training.checkpoint import Checkpoint
-
-    Checkpoint.__init__.__defaults__ = (0.0,)
-
-
 def teacher(folder: Path) -> None:
-
     prepare_torch()
-    _often()
     draws = torch.Generator().manual_seed(4)
     images = torch.randint(0, 256, (80, *SMALL.shape), generator=draws, dtype=torch.uint8)
     data = LabelledImages(images, images.float().mean((1, 2, 3)).long() % 5, "made up")
@@ -126,8 +114,8 @@ def teacher(folder: Path) -> None:
         data,
         SMALL,
         SupervisedSettings(epochs=STEPS // 5, batch=16),
-        checkpoint=folder / "teacher.checkpoint.safetensors",
-        fingerprint="teacher",
+        checkpoint=folder / "teacher.checkpoint.pt",
+        checkpoint_every=0.0,
         quiet=True,
     )
     _keep(folder, network.state_dict(), history.losses)
@@ -144,7 +132,7 @@ def zskt(folder: Path) -> None:
         small_teacher(),
         ZsktSettings(rounds=ROUNDS, student_steps=4, batch=8, latent=6, width=4),
         seed=3,
-        checkpoint=folder / "zskt.checkpoint.safetensors",
+        checkpoint=folder / "zskt.checkpoint.pt",
         checkpoint_every=0.0,
         quiet=True,
     )
@@ -159,6 +147,7 @@ def fused(folder: Path) -> None:
     from nni.compression.quantization import QATQuantizer
 
     from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
+    from zskd_nni.compression.evaluator import EvaluatorOptions
     from zskd_nni.models.teacher import Teacher
 
     prepare_torch()
@@ -168,9 +157,9 @@ def fused(folder: Path) -> None:
         Teacher(network, SMALL),
         StoredSource(images, 16, 5, "set"),
         DistillationSettings(warmup=2, learning_rate=1e-3),
-        checkpoint=folder / "fused.checkpoint.safetensors",
-        checkpoint_every=0.0,
+        checkpoint=folder / "fused.checkpoint.pt",
         quiet=True,
+        options=EvaluatorOptions(checkpoint_every=0.0),
     )
     pruner = AGPPruner(L1NormPruner(network, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], evaluator), 4, 6)
     targets = {"target_names": ["_input_", "weight"], "quant_dtype": "int8", "quant_scheme": "affine"}
@@ -200,15 +189,12 @@ def _set(folder: Path) -> dict[str, str]:
 
 
 def _blocks(folder: Path) -> float:
-    from safetensors import safe_open
-
     if (folder / "set" / "set.json").exists():
         return 1.0
-    path = folder / "set" / "progress.safetensors"
+    path = folder / "set" / "progress.pt"
     if not path.exists():
         return 0.0
-    with safe_open(path, framework="pt") as file:
-        return int(file.get_tensor("block")) / 32
+    return int(load_sealed(path)["classes"]["block"]) / 32
 
 
 # A whole recipe.
@@ -227,7 +213,6 @@ TINY = (
 def recipe(folder: Path) -> None:
 
     prepare_torch()
-    _often()
     Run(load_recipe("digits-prune50", TINY), folder / "out", quiet=True).compress()
 
 

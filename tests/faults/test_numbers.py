@@ -156,7 +156,7 @@ def test_each_method_on_each_teacher(kind: str, method: str, tmp_path: Path) -> 
         source = find_method(method).source(teacher, request(method, tmp_path, teacher.num_classes))
         student = small_network(1, teacher.num_classes)
         settings = DistillationSettings(steps=3, batch=4, warmup=0, temperature=4)
-        distill(student, teacher, source, settings, checkpoint=tmp_path / "c.safetensors", quiet=True)
+        distill(student, teacher, source, settings, checkpoint=tmp_path / "c.pt", quiet=True)
         assert not [m for m in (*teacher.model.modules(), *student.modules()) if m._forward_hooks]
         assert all(bool(torch.isfinite(value).all()) for value in student.state_dict().values())
     except UserError as error:
@@ -220,7 +220,7 @@ def test_learning_rates_of_students(rate: float, tmp_path: Path) -> None:
     settings = DistillationSettings(steps=60, batch=4, warmup=0, learning_rate=rate)
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5))
     try:
-        distill(student, teacher, source, settings, checkpoint=tmp_path / "c.safetensors", quiet=True)
+        distill(student, teacher, source, settings, checkpoint=tmp_path / "c.pt", quiet=True)
     except UserError as error:
         assert "smaller learning rate" in str(error)
     finite_everywhere(tmp_path)
@@ -239,7 +239,7 @@ def test_learning_rates_of_zskt(rates: tuple[float, float], tmp_path: Path) -> N
         student_learning_rate=rates[1],
     )
     try:
-        train_zskt(student, teacher, settings, checkpoint=tmp_path / "c.safetensors", checkpoint_every=0, quiet=True)
+        train_zskt(student, teacher, settings, checkpoint=tmp_path / "c.pt", checkpoint_every=0, quiet=True)
     except UserError as error:
         assert "diverged" in str(error)
     finite_everywhere(tmp_path)

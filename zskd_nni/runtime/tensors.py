@@ -90,7 +90,7 @@ def load_sealed(path: str | Path) -> Any:
     if header != _HEADER:
         raise UserError(
             f"{path} is not in the format of this version (sealed state, format 2). It is damaged, or an older version "
-            "wrote it. Remove the file and run the same command again: this part of the run starts over."
+            "wrote it; the same command makes it again. Remove the file to start over."
         )
     if digest != hashlib.sha256(content).digest():
         raise UserError(f"{path} is not as it was written: its checksum differs. Remove the file to start over.")

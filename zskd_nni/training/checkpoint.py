@@ -106,8 +106,8 @@ class Checkpoint:
         older = self.path.with_suffix(".safetensors")
         if self.path.stem.endswith("checkpoint") and older != self.path and older.exists():
             raise UserError(
-                f"{older} is a checkpoint of an older version, whose format this one cannot continue. Remove the file "
-                "and run the same command again: the training starts over."
+                f"{older} is a checkpoint of an older version, whose format this one cannot continue; the same command "
+                "makes it again. Remove the file to start over."
             )
         return self.path.exists()
 
