@@ -20,7 +20,7 @@ from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource
 from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.build import build_network
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.serialization import load_network
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline import Run
@@ -98,10 +98,10 @@ def test_against_a_generator(kind: type[Viewed]) -> None:
 
 def test_others_have_their_channels_last() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 5))
-    lay_out(network, torch.zeros(2, 1, 8, 8))
+    use_channels_last(network, torch.zeros(2, 1, 8, 8))
     assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not network._forward_pre_hooks
-    viewed = lay_out(lay_out(made(Viewed), torch.zeros(2, 1, 8, 8)), torch.zeros(2, 1, 8, 8))
+    viewed = use_channels_last(use_channels_last(made(Viewed), torch.zeros(2, 1, 8, 8)), torch.zeros(2, 1, 8, 8))
     assert viewed.conv.weight.is_contiguous()
     assert len(viewed._forward_pre_hooks) == 1
 
@@ -205,7 +205,7 @@ def test_what_a_file_puts_on_the_path_stays_and_what_we_put_there_does_not(
 
 
 def test_lazy_layers_are_named(project: Path) -> None:
-    with pytest.raises(UserError, match=r"a layer '1' of which only a first pass tells the size \(LazyLinear\)"):
+    with pytest.raises(UserError, match=r"a layer '1' whose size is only known after a forward pass \(LazyLinear\)"):
         build_network("nets_of_mine.py:lazy", base=project)
 
 

@@ -9,7 +9,7 @@ from helpers import require_real_data
 from zskd_nni.data.datasets import load_images
 from zskd_nni.models.build import build_network, load_into
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.zoo.trained import provenance, trained_names, trained_weights
+from zskd_nni.models.zoo.trained import trained_names, trained_weights, training_record
 from zskd_nni.runtime.files import sha256_of_file
 from zskd_nni.runtime.tensors import load_weights
 from zskd_nni.training.inference import logits_on
@@ -19,7 +19,7 @@ LEAST = {"lenet5-digits": 97.0, "lenet5-mnist": 99.2, "lenet5-fashion-mnist": 90
 
 
 def measured(name: str) -> float:
-    about = provenance(name)
+    about = training_record(name)
     network = build_network(about["network"], about["arguments"])
     load_into(network, load_weights(trained_weights(name)), name)
     network.eval()
@@ -32,13 +32,13 @@ def measured(name: str) -> float:
 def test_every_teacher_has_its_provenance():
     assert set(LEAST) <= set(trained_names())
     for name in trained_names():
-        about = provenance(name)
+        about = training_record(name)
         assert about["sha256"] == sha256_of_file(trained_weights(name))
         assert about["provenance"]["versions"]["torch"]
 
 
 def test_digits_teacher():
-    assert measured("lenet5-digits") == pytest.approx(provenance("lenet5-digits")["accuracy"], abs=0.3)
+    assert measured("lenet5-digits") == pytest.approx(training_record("lenet5-digits")["accuracy"], abs=0.3)
     assert measured("lenet5-digits") >= LEAST["lenet5-digits"]
 
 
@@ -46,5 +46,5 @@ def test_digits_teacher():
 @pytest.mark.parametrize("name", ["lenet5-mnist", "lenet5-fashion-mnist", "alexnet-cifar10"])
 def test_teachers_on_real_test_data(name):
     require_real_data()
-    assert measured(name) == pytest.approx(provenance(name)["accuracy"], abs=0.05)
+    assert measured(name) == pytest.approx(training_record(name)["accuracy"], abs=0.05)
     assert measured(name) >= LEAST[name]

@@ -12,7 +12,7 @@ from torch.nn import functional
 from zskd_nni.data.datasets import load_images
 from zskd_nni.models import zoo
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.zoo.trained import provenance, trained_names, trained_weights
+from zskd_nni.models.zoo.trained import trained_names, trained_weights, training_record
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import sha256_of_file
 from zskd_nni.training.inference import logits_on
@@ -170,7 +170,7 @@ def test_other_channels_and_classes(name: str) -> None:
 
 @pytest.mark.parametrize("name", trained_names())
 def test_trained_weights_are_as_described(name: str) -> None:
-    described = provenance(name)
+    described = training_record(name)
     assert described["name"] == name
     assert sha256_of_file(trained_weights(name)) == described["sha256"]
     assert {"network", "arguments", "input", "data", "accuracy", "settings", "provenance"} <= set(described)
@@ -179,7 +179,7 @@ def test_trained_weights_are_as_described(name: str) -> None:
 def test_digits_teacher_reaches_its_described_accuracy() -> None:
     data = load_images("digits", "test")
     logits = logits_on(digits_network().eval(), data, InputSpec((1, 32, 32)))
-    assert accuracy(logits, data.labels) == pytest.approx(provenance("lenet5-digits")["accuracy"], abs=0.3)
+    assert accuracy(logits, data.labels) == pytest.approx(training_record("lenet5-digits")["accuracy"], abs=0.3)
     assert accuracy(logits, data.labels) > 97
 
 

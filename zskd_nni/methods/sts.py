@@ -1,67 +1,75 @@
 """STS: Data-Free Knowledge Distillation with Soft Targeted Transfer Set Synthesis (Wang, AAAI 2021, arXiv 2104.04868).
 
-From the teacher alone: the weights of a layer say how its units go together (equation 1), features of that layer are
-drawn from a multivariate normal distribution of that correlation (equations 2 and 3), the rest of the teacher turns
-them into soft targets (equation 4), images are optimised until the teacher answers with those targets and its units
-are strongly active (equation 5, :mod:`zskd_nni.synthesis`), and the student is distilled on them. All classes are
-drawn jointly: there is no target that contradicts the class it was drawn for.
+Features h of one layer of the teacher T are modelled as multivariate normal. The weights w_i of the layer's units give
+the correlation. The rest g of the teacher turns drawn features into soft targets:
 
-The paper's full text was not obtained and no code of the author was found. What its abstract says: features of an
-intermediate layer are modelled as multivariate normal, and soft targets made of them. What a summary of it says, not
-checked against the text: the correlation comes from the weights, a scale sigma (1.5 for MNIST, 2.0 for CIFAR-10) makes
-it a covariance, an activation term weighs 0.05 (LeNet-5) or 0.1 (AlexNet), and the layer is "FC-2". The numbers of the
-equations here are ours.
+    R(i, j) = <w_i, w_j> / (|w_i| |w_j|)                  correlation of units i and j                  (equation 1)
+    Sigma = s^2 R                                         covariance, s from sigma                      (equation 2)
+    h ~ N(mean, Sigma)                                    features                                      (equation 3)
+    y = softmax(g(h) / tau)                               soft target                                   (equation 4)
+    x = argmin_x KL(y, softmax(T(x) / tau)) + lambda L_a(x),   L_a(x) = -mean |f_T(x)|                  (equation 5)
 
-Every open point is an option, and ``paper`` takes the reading named first:
+f_T are the teacher's features of the layer. This file draws the targets y, :mod:`zskd_nni.synthesis.engine` optimises
+the images x, and the student is distilled on them. All classes are drawn jointly: no target contradicts the class it
+was drawn for.
 
-- ``layer``: "FC-2" is read as the last hidden layer, the input of the classifier; any other by its path.
-- ``weights``: which weights tell the correlation of the units, those that come in (rows) or those that go out (columns;
-  a re-implementation of somebody else's reads the classifier's columns).
-- ``sigma_is``: whether sigma is the standard deviation or the variance (the re-implementation's).
-- ``mean``: 0 (the re-implementation's).
-- ``clamp``: whether drawn features are cut at 0 as behind a ReLU, before they go on. A normal model has negative
-  features; the input of a classifier behind a ReLU has none.
-- ``temperature``: 1, in the targets and in the fit; the re-implementation takes 20. A draw's logits are those that the
-  teacher's own features would have, and softened by 20 they say so little that the activation term drowns them.
+We had neither the paper's full text nor code of the author. Its abstract says that features of an intermediate layer
+are modelled as multivariate normal, and that soft targets are made of them. A summary, not checked against the text,
+says: the correlation comes from the weights; a scale sigma (1.5 for MNIST, 2.0 for CIFAR-10) makes it a covariance; an
+activation term weighs 0.05 (LeNet-5) or 0.1 (AlexNet); the layer is "FC-2". The numbers of the equations here are ours.
+
+Every open point is an option. ``paper`` takes the first reading:
+
+- ``layer``: "FC-2" is the last hidden layer, the input of the classifier. Or any other layer by its path.
+- ``weights``: the correlation is that of the weights into the units (rows). Or of the weights out of them (columns): a
+  third party's re-implementation reads the classifier's columns.
+- ``sigma_is``: sigma is the standard deviation. Or the variance (the re-implementation's reading).
+- ``mean``: 0 (also the re-implementation's).
+- ``clamp``: drawn features stay as they are. Or they are cut at 0, as after a ReLU: a normal model has negative
+  features, and the input of a classifier after a ReLU has none.
+- ``temperature``: 1, in the targets and in the optimisation. The re-implementation takes 20, but a draw's logits are as
+  large as those of the teacher's own features, and softened by 20 they are so flat that the activation term dominates.
 - the activation term is the one of DAFL, minus the mean absolute feature of the modelled layer.
-- ``spatial``: what a convolution's positions share; the paper's layer has none.
-- optimiser and number of images are ZSKD's of the same preset; learning rate and steps 0.05 and 100.
+- ``spatial``: how the positions of a convolution are drawn; the paper's layer has none.
+- optimiser and number of images are ZSKD's of the same preset, with a learning rate of 0.05 and 100 steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from math import inf, prod
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods import zskd
-from zskd_nni.methods.from_targets import impressions_source
-from zskd_nni.methods.registry import TransferRequest, preset_options
+from zskd_nni.methods.from_targets import ImpressionMethod
 from zskd_nni.models.hooks import FeaturePoint, hooked, hooked_at, module_at, recording, replacing
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import generator
+from zskd_nni.runtime.validation import Bounds, NotNegative, Positive, check_bounds, one_of
 from zskd_nni.synthesis import FeatureTerm, SynthesisSettings
 
-_PROBES = 8
+_PROBES = 8  # noise images
+
+Finite = Annotated[float, Bounds("must be a number", lambda value: -inf < value < inf)]
 
 
 @dataclass(frozen=True)
 class StsSettings:
-    """The model of the features, and what becomes of a draw.
+    """The model of the features, and how soft targets are made of draws.
 
     Attributes:
         layer: path of the layer whose output is modelled; None is the input of the classifier.
-        weights: ``incoming`` rows or ``outgoing`` columns tell the correlation of the units.
+        weights: the correlation of the units is that of their ``incoming`` rows or their ``outgoing`` columns.
         sigma: scale of the features.
         sigma_is: ``deviation`` or ``variance``.
         mean: of every unit.
-        clamp: ``none``; ``relu`` cuts draws at 0; ``auto`` does where the teacher's own features there are never
-            negative on noise images.
+        clamp: ``none``; ``relu`` cuts draws at 0; ``auto`` does so if the teacher's own features of noise images are
+            never negative there.
         spatial: positions of a convolution are drawn ``independent`` of each other, or one draw is ``shared`` by all.
         temperature: of the soft targets.
         activation_weight: of the activation term beside the divergence; 0 for none.
@@ -73,31 +81,17 @@ class StsSettings:
     __pydantic_config__ = {"extra": "forbid"}
 
     layer: str | None = None
-    weights: str = "incoming"
-    sigma: float = 1.5
-    sigma_is: str = "deviation"
-    mean: float = 0.0
-    clamp: str = "none"
-    spatial: str = "independent"
-    temperature: float = 20.0
-    activation_weight: float = 0.05
+    weights: Annotated[str, one_of("incoming", "outgoing")] = "incoming"
+    sigma: Positive = 1.5
+    sigma_is: Annotated[str, one_of("deviation", "variance")] = "deviation"
+    mean: Finite = 0.0
+    clamp: Annotated[str, one_of("none", "relu", "auto")] = "none"
+    spatial: Annotated[str, one_of("independent", "shared")] = "independent"
+    temperature: Positive = 20.0
+    activation_weight: NotNegative = 0.05
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("weights", ("incoming", "outgoing")),
-            ("sigma_is", ("deviation", "variance")),
-            ("clamp", ("none", "relu", "auto")),
-            ("spatial", ("independent", "shared")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("sigma", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.activation_weight < float("inf"):
-            raise ValueError(f"activation_weight must not be negative, not {self.activation_weight}")
-        if not -float("inf") < self.mean < float("inf"):
-            raise ValueError(f"mean must be a number, not {self.mean}")
+        check_bounds(self)
 
     @property
     def deviation(self) -> float:
@@ -108,7 +102,12 @@ class StsSettings:
 def unit_rows(weights: Tensor) -> Tensor:
     """Rows scaled to length 1: ``(n, d) -> (n, d)``; their inner products are R (equation 1).
 
-    ``R_ij = <w_i, w_j> / (|w_i| |w_j|)``. A row of zeros stays one: a unit without weights does not vary.
+    A row of zeros stays one: a unit without weights does not vary.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
     """
     return weights / weights.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
@@ -116,35 +115,35 @@ def unit_rows(weights: Tensor) -> Tensor:
 def draw_features(rows: Tensor, count: int, settings: StsSettings, random: torch.Generator) -> Tensor:
     """Draws ``(count, n)`` from ``N(mean, s^2 R)`` (equations 2 and 3), ``R = rows rows^T``.
 
-    With ``g ~ N(0, I_d)``, ``s rows g`` has covariance ``s^2 rows rows^T`` exactly, of whatever rank that is.
+    With ``g ~ N(0, I_d)``, ``s rows g`` has exactly the covariance ``s^2 rows rows^T``, of any rank.
 
     Args:
         rows: ``(n, d)`` of length 1.
         count: how many.
         settings: sigma and mean.
-        random: everything is drawn from it.
+        random: source of all draws.
     """
     g = torch.randn((count, rows.shape[1]), generator=random)
     return settings.mean + settings.deviation * (g @ rows.T)
 
 
 class StsTargets:
-    """The plan of soft targets of a set of impressions.
+    """The soft targets of a set of impressions.
 
     Args:
-        teacher: whose layer is modelled, and whose rest makes the targets.
+        teacher: one of its layers is modelled, the layers after it make the targets.
         settings: of the model.
 
     Attributes:
         point: where features are drawn and activations rewarded.
         shape: ``(n,)`` or ``(n, H, W)`` of the features of one image there.
         rows: ``(n, d)`` weights of the units, scaled to length 1.
-        weights_path: the layer whose weights they are.
+        weights_path: of the layer that has these weights.
         clamped: whether draws are cut at 0.
         term: the activation term, or None.
 
     Raises:
-        UserError: there is no such layer, no weights tell its correlation, or it does not decide the answer alone.
+        UserError: there is no such layer, its units have no weights to read, or a shortcut goes around it.
     """
 
     def __init__(self, teacher: Teacher, settings: StsSettings) -> None:
@@ -152,12 +151,12 @@ class StsTargets:
         layer = settings.layer
         self.point = FeaturePoint(teacher.classifier_path, "input") if layer is None else FeaturePoint(layer)
         module_at(teacher.model, self.point.path, "The teacher")
-        own = self._features_of_noise()
-        self.shape = tuple(own.shape[1:])
+        features = self._features_of_noise()
+        self.shape = tuple(features.shape[1:])
         self.weights_path, weights = _weights_of_units(teacher, self.point, self.shape[0], settings.weights)
-        self.rows = unit_rows(weights.cpu())
-        self.clamped = settings.clamp == "relu" or (settings.clamp == "auto" and bool((own >= 0).all()))
-        self._check_that_nothing_goes_around()
+        self.rows = unit_rows(weights.cpu())  # equation 1
+        self.clamped = settings.clamp == "relu" or (settings.clamp == "auto" and bool((features >= 0).all()))
+        self._check_no_shortcut()
         self.term = None
         if settings.activation_weight:
             self.term = FeatureTerm(self.point, settings.activation_weight, activation_loss)
@@ -171,9 +170,7 @@ class StsTargets:
         }
 
     def _noise(self, seed: int) -> Tensor:
-        spec = self.teacher.spec
-        noise = torch.rand((_PROBES, *spec.shape), generator=torch.Generator().manual_seed(seed))
-        return (spec.low + (spec.high - spec.low) * noise).to(self.teacher.device)
+        return self.teacher.spec.uniform_noise(_PROBES, seed).to(self.teacher.device)
 
     def _features_of_noise(self) -> Tensor:
         with recording(self.teacher.model, self.point) as seen, torch.no_grad():
@@ -184,7 +181,7 @@ class StsTargets:
             )
         return seen[0]
 
-    def _check_that_nothing_goes_around(self) -> None:
+    def _check_no_shortcut(self) -> None:
         features = self.features(_PROBES, torch.Generator().manual_seed(2)).to(self.teacher.device)
         with replacing(self.teacher.model, self.point, features), torch.no_grad():
             answers = self.teacher(self._noise(0))
@@ -201,24 +198,22 @@ class StsTargets:
 
     def features(self, count: int, random: torch.Generator) -> Tensor:
         """``(count, *shape)`` draws from the model, on the CPU."""
-        units, *positions = self.shape
-        places = 1
-        for size in positions:
-            places *= size
-        if places == 1 or self.settings.spatial == "shared":
+        units, *sides = self.shape
+        positions = prod(sides)
+        if self.settings.spatial == "shared":
             drawn = draw_features(self.rows, count, self.settings, random)
-            drawn = drawn.view(count, units, *(1 for _ in positions)).expand(count, *self.shape).contiguous()
+            drawn = drawn.view(count, units, *(1 for _ in sides)).expand(count, *self.shape).contiguous()
         else:
-            drawn = draw_features(self.rows, count * places, self.settings, random)
-            drawn = drawn.view(count, places, units).transpose(1, 2).reshape(count, *self.shape)
+            drawn = draw_features(self.rows, count * positions, self.settings, random)
+            drawn = drawn.view(count, positions, units).transpose(1, 2).reshape(count, *self.shape)
         return drawn.clamp_min(0) if self.clamped else drawn
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """``g(h)``: what the rest of the teacher makes of features ``(N, *shape)``: ``(N, K)``, on the CPU."""
+        """``g(h)``: the teacher's logits with features ``(N, *shape)`` at the point: ``(N, K)``, on the CPU."""
         parts = []
-        for part in features.split(self.teacher.spec.measuring_batch):
-            # The teacher runs on any images at all; its features at the point are replaced.
+        for part in features.split(self.teacher.spec.inference_batch):
+            # The images do not matter: the features at the point are replaced.
             images = self.teacher.spec.midpoint(len(part)).to(self.teacher.device)
             with replacing(self.teacher.model, self.point, part.to(self.teacher.device)):
                 parts.append(self.teacher(images).cpu())
@@ -228,7 +223,7 @@ class StsTargets:
         """``(count, K)`` soft targets ``softmax(g(h) / T)`` (equation 4)."""
         features = self.features(count, generator(seed, "features"))
         targets = torch.softmax(self.logits(features) / self.settings.temperature, 1)
-        # What float32 holds only as a denormal would depend on whether the CPU flushes denormals.
+        # Values that are denormal in float32 would depend on whether the CPU flushes denormals.
         return torch.where(targets < 1e-30, 0.0, targets)
 
 
@@ -238,44 +233,56 @@ def activation_loss(features: Tensor) -> Tensor:
 
 
 def _weights_of_units(teacher: Teacher, point: FeaturePoint, units: int, which: str) -> tuple[str, Tensor]:
-    """Path and weights ``(units, d)`` of the layer that makes the units, or of the one that takes them."""
-    layers = {path: m for path, m in teacher.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    order: list[tuple[str, str]] = []  # what happens in a forward pass
-    here = ("point", "")
+    """Path and weights ``(units, d)`` of the layer that computes the units, or of the one that takes them in.
 
-    around_point = hooked_at(teacher.model, point, lambda *_: order.append(here))
+    Args:
+        teacher: whose layers are searched.
+        point: where the units are.
+        units: how many.
+        which: ``incoming`` or ``outgoing`` weights.
+
+    Raises:
+        UserError: the nearest layer has another number of units, or there is none.
+    """
+    layers = {path: m for path, m in teacher.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    before, after = _layers_around(teacher, point, layers)
+    if which == "incoming":
+        nearest, other, verb = before[-1:], "outgoing", "make"
+        weights = layers[nearest[0]].weight.detach().float().flatten(1) if nearest else torch.empty(0)
+        if len(weights) == units:
+            return nearest[0], weights
+    else:
+        nearest, other, verb = after[:1], "incoming", "take"
+        if nearest:
+            weights = layers[nearest[0]].weight.detach().float()
+            # A linear layer after a flattened convolution has a column for each position of a channel. A convolution
+            # with more input channels than these also takes others in.
+            if weights.shape[1] == units if weights.ndim == 4 else weights.shape[1] % units == 0:
+                return nearest[0], weights.reshape(len(weights), units, -1).transpose(0, 1).flatten(1)
+    reason = f"the nearest, {nearest[0]!r}, has other units" if nearest else "there is none"
+    raise UserError(
+        f"No linear layer or convolution was found to {verb} the {units} units of {point} ({reason}); "
+        f"set targets.weights: {other}, or choose another layer."
+    )
+
+
+def _layers_around(teacher: Teacher, point: FeaturePoint, paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of the layers that have run when a forward pass reaches the point, and those that start after it."""
+    calls: list[tuple[str, str]] = []
+    around_point = hooked_at(teacher.model, point, lambda *_: calls.append(("point", "")))
     around_layers = hooked(
         teacher.model,
-        layers,
-        before=lambda path, _: order.append(("enters", path)),
-        after=lambda path, _: order.append(("leaves", path)),
+        paths,
+        before=lambda path, _: calls.append(("starts", path)),
+        after=lambda path, _: calls.append(("has run", path)),
     )
-    # If the point is a layer, its input comes before the layer is entered, its output after the layer is left.
+    # If the point is a layer, its input comes before the layer starts, its output after the layer has run.
     outer, inner = (around_point, around_layers) if point.side == "input" else (around_layers, around_point)
     with torch.no_grad(), outer, inner:
         teacher(teacher.spec.midpoint(2).to(teacher.device))
-    place = order.index(here)
-    if which == "incoming":
-        found = [path for what, path in order[:place] if what == "leaves"][-1:]
-        weights = layers[found[0]].weight.detach().float().flatten(1) if found else None
-        if weights is not None and len(weights) == units:
-            return found[0], weights
-        other, verb = "outgoing", "make"
-    else:
-        found = [path for what, path in order[place:] if what == "enters"][:1]
-        if found:
-            weight = layers[found[0]].weight.detach().float()
-            # A flattened channel has a column of a linear layer for each position. A convolution of more channels
-            # than these takes others too.
-            whole = weight.shape[1] == units if weight.ndim == 4 else weight.shape[1] % units == 0
-            if whole:
-                return found[0], weight.reshape(len(weight), units, -1).transpose(0, 1).flatten(1)
-        other, verb = "incoming", "take"
-    nearest = f"the nearest, {found[0]!r}, has other units" if found else "there is none"
-    raise UserError(
-        f"No linear layer or convolution was found to {verb} the {units} units of {point} ({nearest}); "
-        f"set targets.weights: {other}, or choose another layer."
-    )
+    place = calls.index(("point", ""))
+    before = [path for event, path in calls[:place] if event == "has run"]
+    return before, [path for event, path in calls[place:] if event == "starts"]
 
 
 @dataclass(frozen=True)
@@ -284,7 +291,7 @@ class StsOptions:
 
     Attributes:
         targets: the model of the features.
-        synthesis: how images are fitted to the targets.
+        synthesis: how images are optimised for the targets.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -305,29 +312,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "max_steps": 100,
         },
     },
-    # Images are fitted as by ZSKD's best. Its temperatures lie about 4, and so does the targets', so that an image's
-    # logits come out near those of the drawn features.
+    # Images are optimised as by ZSKD's best. Its temperatures lie around 4, and so does the targets', so that an
+    # image's logits come out near those of the drawn features.
     "best": {
         "targets": {"sigma": 1.5, "activation_weight": 0.05, "temperature": 4.0, "clamp": "auto"},
         "synthesis": zskd.PRESETS["best"]["synthesis"],
     },
 }
 
-
-class Sts:
-    """STS as a method of recipes."""
-
-    name = "sts"
-    presets = tuple(PRESETS)
-
-    def options(self, preset: str, given: Mapping[str, Any]) -> StsOptions:
-        """The preset with the recipe's own keys over it."""
-        return preset_options(StsOptions, self.name, PRESETS, preset, given)
-
-    def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
-        """Synthesise what is missing of the impressions and draw from them."""
-        options: StsOptions = request.options
-        return impressions_source(teacher, StsTargets(teacher, options.targets), options.synthesis, request)
-
-
-METHOD = Sts()
+METHOD = ImpressionMethod("sts", StsOptions, PRESETS, StsTargets)

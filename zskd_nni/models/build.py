@@ -1,8 +1,8 @@
-"""Naming a network: ``zoo:lenet5``, ``torchvision:resnet18``, ``package.module:factory``, ``file.py:factory``.
+"""Networks by name: ``zoo:lenet5``, ``torchvision:resnet18``, ``package.module:factory``, ``file.py:factory``.
 
-The last two import code that the user wrote; whoever owns the recipe decides what runs. Nothing else in a recipe can.
-What they name must make networks: a class derived from ``nn.Module``, a function of the user's own code, or a function
-of an installed package that is annotated to return an ``nn.Module``. ``os:system`` and ``torch:load`` are none.
+The last two import code of the user. Nothing else in a recipe runs code. A factory must be a class derived from
+``nn.Module``, a function of the user's own code, or a function of an installed package that is annotated to return an
+``nn.Module``: ``os:system`` and ``torch:load`` are refused.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ FORMS = "zoo:NAME, torchvision:NAME, package.module:factory or path/to/file.py:f
 
 
 def build_network(reference: str, arguments: Mapping[str, Any] | None = None, base: Path | None = None) -> nn.Module:
-    """Make a network from its name.
+    """Build a network from its name.
 
     Args:
-        reference: one of the forms above; a factory is a class or function that returns an ``nn.Module``.
+        reference: in one of the forms above; a factory is a class or function that returns an ``nn.Module``.
         arguments: keyword arguments of the factory.
-        base: the folder that a relative ``file.py`` is meant from.
+        base: the folder that a relative ``file.py`` is in.
 
     Raises:
         UserError: there is no such network, or its factory fails.
+
+    Example:
+        >>> build_network("zoo:lenet5", {"num_classes": 26}).fc3.out_features
+        26
     """
     factory = _find_factory(reference, base)
+    arguments = dict(arguments or {})
     try:
-        network = factory(**dict(arguments or {}))
+        network = factory(**arguments)
     except Exception as error:  # a factory may raise anything
-        raise UserError(
-            f"The network {reference!r} could not be built with {dict(arguments or {})}: {error}"
-        ) from error
+        raise UserError(f"The network {reference!r} could not be built with {arguments}: {error}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{reference!r} made a {type(network).__name__}; a factory must return an nn.Module.")
     for path, module in network.named_modules():
         if any(isinstance(value, UninitializedParameter) for value in module.parameters(recurse=False)):
             raise UserError(
-                f"{reference!r} has a layer {path!r} of which only a first pass tells the size "
+                f"{reference!r} has a layer {path!r} whose size is only known after a forward pass "
                 f"({type(module).__name__}); let the factory call the network once on an input of its size."
             )
     return network
@@ -81,7 +84,7 @@ def _find_factory(reference: str, base: Path | None) -> Any:
     if not hasattr(module, name):
         raise UserError(f"{source} has no {name!r} to build a network with.")
     factory = getattr(module, name)
-    if callable(factory) and not _makes_networks(factory):
+    if callable(factory) and not _returns_networks(factory):
         raise UserError(
             f"{reference!r} is no factory of networks: name a class derived from nn.Module, a function of your own, or "
             "one of a package that is annotated to return an nn.Module. A file.py beside the recipe may call any other."
@@ -89,21 +92,26 @@ def _find_factory(reference: str, base: Path | None) -> Any:
     return factory
 
 
-def _makes_networks(factory: Any) -> bool:
-    """Whether somebody can have meant ``factory`` to build a network; a recipe's arguments go to nothing else."""
+def _definition(factory: Any) -> tuple[Any, str]:
+    """The function or class behind partials and decorators, and the module that defines it."""
     while isinstance(factory, partial):
         factory = factory.func
     factory = inspect.unwrap(factory)
-    if isinstance(factory, type) and issubclass(factory, nn.Module):
-        return True
-    home = getattr(factory, "__module__", None) or type(factory).__module__
-    if not _is_standard(home) and not _is_installed(home):
-        return True
-    try:
-        made = get_type_hints(factory).get("return")
-    except Exception:  # annotations may be anything
-        return False
-    return isinstance(made, type) and issubclass(made, nn.Module)
+    return factory, getattr(factory, "__module__", None) or type(factory).__module__
+
+
+def _returns_networks(factory: Any) -> bool:
+    """Whether ``factory`` can be meant to build a network; no other callable gets a recipe's arguments."""
+    factory, module = _definition(factory)
+    made = factory
+    if not isinstance(factory, type):
+        if not _is_installed(module):
+            return True
+        try:
+            made = get_type_hints(factory).get("return")
+        except Exception:  # annotations may be anything
+            return False
+    return isinstance(made, type) and (issubclass(made, nn.Module) or not _is_installed(module))
 
 
 def _is_standard(module: str) -> bool:
@@ -111,9 +119,10 @@ def _is_standard(module: str) -> bool:
 
 
 def _is_installed(module: str) -> bool:
+    """Whether a module belongs to Python or a package, and is not a file of the user's own."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or module.partition(".")[0] == __name__.partition(".")[0]:
-        return True  # compiled in, or gone: not a file that the user wrote
+    if file is None or _is_standard(module) or module.partition(".")[0] == __name__.partition(".")[0]:
+        return True
     folders = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
     path = Path(file).resolve()
     return any(folder in path.parents for folder in folders) or "dist-packages" in path.parts
@@ -128,26 +137,25 @@ def _import_file(path: Path, base: Path | None) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    beside = str(path.resolve().parent)
-    sys.path.insert(0, beside)  # it may import what lies beside it, as when python runs it
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # the file may import its neighbours, as when python runs it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"{path} cannot be imported: {error}") from error
     finally:
-        if beside in sys.path:  # what the file itself has put there stays
-            sys.path.remove(beside)
+        if folder in sys.path:  # what the file itself has added stays
+            sys.path.remove(folder)
     return module
 
 
 def _import_module(name: str, base: Path | None) -> Any:
     if _is_standard(name):
         raise UserError(f"The module {name!r} is part of Python itself and makes no networks.")
-    # Beside the recipe or in the current folder, as python itself would find it; the command's own folder is another.
-    folders = [str(folder) for folder in (base, Path.cwd()) if folder is not None]
     before = list(sys.path)
-    sys.path[:0] = folders
+    # As python itself would find it, which the command, in a folder of its own, does not.
+    sys.path[:0] = [str(folder) for folder in (base, Path.cwd()) if folder is not None]
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
@@ -166,31 +174,31 @@ def network_fingerprint(network: nn.Module) -> str:
 
 
 def code_fingerprint(reference: str, base: Path | None = None) -> str | None:
-    """SHA-256 of the file that a factory of the user's own is defined in; None for networks of packages.
+    """SHA-256 of the file that defines a factory of the user's own; None for networks of packages.
 
-    What that file imports is not looked into.
+    What that file imports is not included.
     """
-    source = reference.rpartition(":")[0]
-    if source in ("zoo", "torchvision"):
+    if reference.startswith(("zoo:", "torchvision:")):
         return None
-    factory = _find_factory(reference, base)
-    while isinstance(factory, partial):
-        factory = factory.func
-    home = getattr(inspect.unwrap(factory), "__module__", None) or type(factory).__module__
-    file = getattr(sys.modules.get(home), "__file__", None)
-    if _is_standard(home) or _is_installed(home) or file is None or not is_file(Path(file)):
+    _, module = _definition(_find_factory(reference, base))
+    if _is_installed(module):
         return None
-    return sha256_of_file(file)
+    file = sys.modules[module].__file__
+    return sha256_of_file(file) if file is not None and is_file(Path(file)) else None
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Put a state dict into a network, whole.
+    """Load a complete state dict into a network.
+
+    Args:
+        network: changed in place, unless there is an error.
+        weights: names as in the network's state dict, or with the ``module.`` of DataParallel before them.
+        source: where they are from, for messages.
 
     Raises:
         UserError: keys are missing or left over, or shapes differ; names them.
     """
     expected = network.state_dict()
-    # DataParallel puts "module." in front of all names
     weights = {name if name in expected else name.removeprefix("module."): value for name, value in weights.items()}
     missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in weights if name not in expected]
@@ -199,13 +207,8 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) ->
         for name, value in weights.items()
         if name in expected and value.shape != expected[name].shape
     ]
-    problems = []
-    if missing:
-        problems.append(f"{_some(missing)} missing")
-    if unexpected:
-        problems.append(f"{_some(unexpected)} not of this network")
-    if shapes:
-        problems.append(_some(shapes))
+    found = ((missing, " missing"), (unexpected, " not of this network"), (shapes, ""))
+    problems = [_first_few(names) + what for names, what in found if names]
     if problems:
         raise UserError(f"The weights in {source} do not fit the network: {'; '.join(problems)}.")
     network.load_state_dict(weights, strict=False)
@@ -217,7 +220,7 @@ def load_named_weights(network: nn.Module, weights: str, base: Path | None = Non
     Args:
         network: changed in place.
         weights: ``zoo:NAME`` for a shipped teacher's, or a file.
-        base: the folder that a relative file is meant from.
+        base: the folder that a relative file is in.
         allow_pt: also read PyTorch's own format.
 
     Raises:
@@ -228,6 +231,6 @@ def load_named_weights(network: nn.Module, weights: str, base: Path | None = Non
     load_into(network, load_weights(file, allow_pt), weights)
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def _first_few(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

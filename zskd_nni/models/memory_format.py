@@ -1,10 +1,7 @@
-"""How a network is called: channels last in memory, where it bears that, and with images of its own.
+"""Channels last in memory, where a network works with it: up to twice as fast on a CPU.
 
-Channels last in memory, where a network bears it: on a CPU pooling and small convolutions are up to twice as fast.
-
-A network that flattens its features by ``x.view(len(x), -1)`` does not: behind a convolution that has its channels last
-such a view is none. It keeps its channels first, and gets its images so. And a network that changes its input in place
-(``x.sub_(0.5)``) gets copies: the images are not its own.
+A network that flattens its features by ``x.view(len(x), -1)`` does not: such a view needs channels first. It gets its
+images in that format instead. A network that changes its input in place (``x.sub_(0.5)``) gets copies of the images.
 """
 
 from __future__ import annotations
@@ -18,37 +15,37 @@ from torch import Tensor, nn
 from zskd_nni.models.hooks import evaluating
 
 
-def lay_out(model: nn.Module, probe: Tensor) -> nn.Module:
-    """Put a network's weights channels last, in place, if it can still answer; returns it.
+def use_channels_last(model: nn.Module, images: Tensor) -> nn.Module:
+    """Convert a network's weights to channels last, in place, if it still runs then; returns it.
 
     Args:
-        model: on the probe's device; its mode and statistics stay as they are.
-        probe: ``(N, C, H, W)`` as it is called with.
+        model: its training mode and running statistics stay as they are.
+        images: ``(N, C, H, W)`` as the network gets them, on its device.
     """
     model.to(memory_format=torch.channels_last)
-    shown = probe.clone(memory_format=torch.channels_last)
-    begun_with = shown._version
+    probe = images.clone(memory_format=torch.channels_last)
+    version = probe._version
     try:
         with evaluating(model), torch.no_grad():
-            model(shown)
+            model(probe)
     except RuntimeError as error:
         if "view size is not compatible" in str(error):
             model.to(memory_format=torch.contiguous_format)
-            _hook(model, _channels_first)
-    except Exception:  # whatever else is wrong is told where it is asked for
+            _add_pre_hook(model, _channels_first)
+    except Exception:  # any other error is reported where the network is used
         pass
-    if shown._version != begun_with:
-        _hook(model, copied_images)
+    if probe._version != version:
+        _add_pre_hook(model, copied_images)
     return model
 
 
-def _hook(model: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]) -> None:
+def _add_pre_hook(model: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]) -> None:
     if hook not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(hook)
 
 
 def copied_images(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook: the network gets copies of its tensors, and may change them."""
+    """A forward pre-hook: the network gets copies of its input tensors, and may change them."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.models.input_spec import InputSpec, images_at_once
+from zskd_nni.models.input_spec import InputSpec, inference_batch
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import write_atomic
 
@@ -138,7 +138,7 @@ def _quiet():  # type: ignore[no-untyped-def]
 
 def checking_batch(images: Tensor) -> int:
     """How many images are answered at once where an export is checked: 500, fewer of large ones."""
-    return min(500, images_at_once(images[0].numel()))
+    return min(500, inference_batch(images[0].numel()))
 
 
 def run_onnx(model: bytes | str | Path, images: Tensor) -> Tensor:

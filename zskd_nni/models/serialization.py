@@ -1,9 +1,9 @@
-"""A network on disk: weights as safetensors, and a JSON description from which it is built again.
+"""A network on disk: weights as safetensors, and a JSON description to build it from.
 
-The description names the factory and its arguments, and lists every layer whose sizes differ from what the factory
-makes, and every module that is gone: a shrunken network is the factory's network with those layers put in their place
-and without those modules. No pruning code is needed to load it, and nothing in either file can run code beyond the
-named factory.
+The description names the factory and its arguments. It lists every layer whose sizes differ from what the factory
+makes, and every module that was removed. A shrunken network is the factory's network with those layers exchanged and
+without those modules, so that loading it needs no pruning code. Nothing in the two files can run code but the named
+factory.
 """
 
 from __future__ import annotations
@@ -18,68 +18,49 @@ from torch import Tensor, nn
 
 from zskd_nni.models.build import build_network, load_into
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
-from zskd_nni.models.shared_modules import same_under_all_names, second_names
+from zskd_nni.models.shared_modules import replace_everywhere, set_module, shared_layers
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json, sha256_of_file, write_json
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
 
 FORMAT = "zskd_nni network 1"
 
-# What says how large a layer is, by type; all of it are constructor arguments.
-_LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    kind.__name__: (kind, arguments)
-    for kind, arguments in (
-        (nn.Linear, ("in_features", "out_features")),
-        *(
-            (
-                kind,
-                (
-                    "in_channels",
-                    "out_channels",
-                    "kernel_size",
-                    "stride",
-                    "padding",
-                    "dilation",
-                    "groups",
-                    "padding_mode",
-                ),
-            )
-            for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        ),
-        *(
-            (kind, ("num_features", "eps", "momentum", "affine", "track_running_stats"))
-            for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        ),
-        *(
-            (kind, ("num_features", "eps", "momentum", "affine", "track_running_stats"))
-            for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d)
-        ),
-        (
-            nn.ConvTranspose2d,
-            (
-                "in_channels",
-                "out_channels",
-                "kernel_size",
-                "stride",
-                "padding",
-                "output_padding",
-                "groups",
-                "dilation",
-                "padding_mode",
-            ),
-        ),
-        (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine")),
-        (nn.GroupNorm, ("num_groups", "num_channels", "eps", "affine")),
-        (nn.PReLU, ("num_parameters",)),
-        (PrunedLocalResponseNorm, ("kept", "size", "alpha", "beta", "k")),
-    )
+# Key of a description -> its type, and what it is in words.
+_ENTRIES: dict[str, tuple[type, str]] = {
+    "network": (str, "the name of a network"),
+    "arguments": (dict, "a mapping"),
+    "layers": (dict, "a mapping"),
+    "dropped": (list, "a list of modules"),
+    "weights": (str, "the name of a file beside it"),
+    "base": (str, "the name of a folder"),
 }
+
+_CONVOLUTION = "in_channels out_channels kernel_size stride padding dilation groups padding_mode"
+_NORM = "num_features eps momentum affine track_running_stats"
+# The constructor arguments that fix a layer's size and behaviour. A bias is handled apart.
+_ARGUMENTS: dict[type[nn.Module], str] = {
+    nn.Linear: "in_features out_features",
+    nn.Conv1d: _CONVOLUTION,
+    nn.Conv2d: _CONVOLUTION,
+    nn.Conv3d: _CONVOLUTION,
+    nn.ConvTranspose2d: f"{_CONVOLUTION} output_padding",
+    nn.BatchNorm1d: _NORM,
+    nn.BatchNorm2d: _NORM,
+    nn.BatchNorm3d: _NORM,
+    nn.InstanceNorm1d: _NORM,
+    nn.InstanceNorm2d: _NORM,
+    nn.LayerNorm: "normalized_shape eps elementwise_affine",
+    nn.GroupNorm: "num_groups num_channels eps affine",
+    nn.PReLU: "num_parameters",
+    PrunedLocalResponseNorm: "kept size alpha beta k",
+}
+_KINDS = {kind.__name__: kind for kind in _ARGUMENTS}
 
 
 def drop_modules(network: nn.Module, paths: Iterable[str]) -> None:
-    """Set submodules to None, as a forward that asks for them expects: heads that only run in training.
+    """Set submodules to None, such as heads that only run in training; ``forward`` must expect that.
 
-    torchvision's networks with such heads have a flag ``aux_logits`` beside them, which promises their answers.
+    torchvision's networks with such heads have a flag ``aux_logits`` beside them, which is set to False.
     """
     for path in paths:
         parent, _, child = path.rpartition(".")
@@ -91,40 +72,39 @@ def drop_modules(network: nn.Module, paths: Iterable[str]) -> None:
 
 def describe_layer(layer: nn.Module) -> dict[str, Any] | None:
     """Type and constructor arguments of a layer whose size can change, or None for any other module."""
-    name = type(layer).__name__
-    if name not in _LAYERS or type(layer) is not _LAYERS[name][0]:
+    kind = type(layer)
+    if kind not in _ARGUMENTS:
         return None
-    description: dict[str, Any] = {"type": name}
-    for argument in _LAYERS[name][1]:
-        value = getattr(layer, argument)
-        description[argument] = list(value) if isinstance(value, tuple) else value
-    if hasattr(layer, "bias") and not name.startswith(("Batch", "Instance", "Group")):
+    values = {name: getattr(layer, name) for name in _ARGUMENTS[kind].split()}
+    description = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    if hasattr(layer, "bias") and not kind.__name__.startswith(("Batch", "Instance", "Group")):
         description["bias"] = layer.bias is not None
-    return description
+    return {"type": kind.__name__, **description}
 
 
 def _build_layer(description: dict[str, Any], path: str, source: Path) -> nn.Module:
-    arguments = dict(description)
-    kind = arguments.pop("type", None)
-    if not isinstance(kind, str) or kind not in _LAYERS or not set(arguments) <= {*_LAYERS[kind][1], "bias"}:
-        raise UserError(f"{source}: the layer {path!r} is described as {kind!r}, which is not a layer known here.")
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in description.items()}
+    name = arguments.pop("type", None)
+    kind = _KINDS.get(name) if isinstance(name, str) else None
+    if kind is None or not arguments.keys() <= {*_ARGUMENTS[kind].split(), "bias"}:
+        raise UserError(f"{source}: the layer {path!r} is described as {name!r}, which is not a layer known here.")
     try:
-        return _LAYERS[kind][0](**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+        return kind(**arguments)
     except Exception as error:  # the arguments may be anything
         raise UserError(f"{source}: the layer {path!r} cannot be built as described ({error}).") from error
 
 
 def _check_size(description: dict[str, Any], path: str, tensors: dict[str, Tensor], source: Path) -> None:
-    """Before memory is taken: a layer is as large as its weights in the file, or it is not made."""
+    """Refuse a layer that is not of the size of its weights in the file, before any memory is allocated for it."""
     with torch.device("meta"):
-        for name, expected in _build_layer(description, path, source).state_dict().items():
-            there = tensors.get(f"{path}.{name}")
-            if there is None or there.shape != expected.shape:
-                shape = "not there" if there is None else list(there.shape)
-                raise UserError(
-                    f"{source}: the layer {path!r} is described with a {name} of {list(expected.shape)}, in the "
-                    f"weights it is {shape}."
-                )
+        expected = _build_layer(description, path, source).state_dict()
+    for name, value in expected.items():
+        found = tensors.get(f"{path}.{name}")
+        if found is None or found.shape != value.shape:
+            raise UserError(
+                f"{source}: the layer {path!r} is described with a {name} of {list(value.shape)}, in the weights it is "
+                f"{'missing' if found is None else list(found.shape)}."
+            )
 
 
 def save_network(
@@ -139,34 +119,33 @@ def save_network(
     """Write ``weights`` (safetensors) and ``description`` (JSON).
 
     Args:
-        network: in any state; made from the factory, layers replaced or modules set to None at most.
-        reference: how :func:`zskd_nni.models.build.build_network` names the factory.
+        network: in any mode; may differ from what the factory makes by exchanged layers and modules set to None.
+        reference: names the factory, as in :func:`zskd_nni.models.build.build_network`.
         arguments: of the factory.
         weights: file to write.
         description: file to write; it names the weights file beside it.
-        base: the folder that a relative ``file.py`` is meant from.
-        extra: further JSON-able content (input, classes, provenance).
+        base: the folder that a relative ``file.py`` is in.
+        extra: further content of the description (input, classes, provenance).
     """
     original = dict(build_network(reference, arguments, base).named_modules())
-    changed = {}
+    layers = {}
     for path, layer in network.named_modules():
         described = describe_layer(layer)
         if described is not None and (path not in original or describe_layer(original[path]) != described):
-            changed[path] = described
+            layers[path] = described
     dropped: list[str] = []
     for path in original:
         parent, _, child = path.rpartition(".")
-        if path and not any(path.startswith(f"{gone}.") for gone in dropped):
+        if path and not path.startswith(tuple(f"{above}." for above in dropped)):
             owner = network.get_submodule(parent)
             if owner._modules.get(child, owner) is None:
                 dropped.append(path)
     save_tensors(weights, network.state_dict())
     content = {
         "format": FORMAT,
-        "network": _seen_from(description.parent, reference, base),
-        **_found_from(description.parent, reference, base),
+        **_located_from(description.parent, reference, base),
         "arguments": arguments,
-        "layers": changed,
+        "layers": layers,
         **({"dropped": dropped} if dropped else {}),
         "weights": weights.name,
         "sha256": sha256_of_file(weights),
@@ -175,63 +154,62 @@ def save_network(
     write_json(description, content)
 
 
-def _seen_from(folder: Path, reference: str, base: Path | None) -> str:
-    # A relative file.py is meant from the recipe's folder; whoever loads the description knows only its own.
+def _located_from(folder: Path, reference: str, base: Path | None) -> dict[str, str]:
+    """The entries that lead from the description's folder to the factory, whose file the recipe names from its own."""
     source, _, name = reference.rpartition(":")
-    if not source.endswith(".py") or Path(source).is_absolute():
-        return reference
-    return f"{os.path.relpath((base or Path.cwd()) / source, folder)}:{name}"
-
-
-def _found_from(folder: Path, reference: str, base: Path | None) -> dict[str, str]:
-    """Where a module beside the recipe is looked for, as seen from the description."""
-    source = reference.rpartition(":")[0]
-    if base is None or source.endswith(".py") or source in ("zoo", "torchvision"):
-        return {}
-    return {"base": os.path.relpath(base, folder)}
+    if source.endswith(".py"):
+        if not Path(source).is_absolute():
+            reference = f"{os.path.relpath((base or Path.cwd()) / source, folder)}:{name}"
+    elif base is not None and source not in ("zoo", "torchvision"):
+        return {"network": reference, "base": os.path.relpath(base, folder)}
+    return {"network": reference}
 
 
 def load_network(description: str | Path) -> nn.Module:
     """Build the network that a JSON description describes and load its weights; in ``eval()`` mode.
 
     Raises:
-        UserError: a file is missing, damaged or not of this kind, or they do not belong together.
+        UserError: a file is missing, damaged or not of this kind, or the two do not belong together.
+
+    Example:
+        >>> import tempfile
+        >>> from zskd_nni.models.zoo import lenet5
+        >>> network = lenet5()
+        >>> network.conv1 = nn.Conv2d(1, 3, 5)
+        >>> network.conv2 = nn.Conv2d(3, 16, 5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_network(network, "zoo:lenet5", {}, Path(folder, "n.safetensors"), Path(folder, "n.json"))
+        ...     load_network(f"{folder}/n.json").conv1.out_channels
+        3
     """
     description = Path(description)
-    content = read_json(description)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    found = read_json(description)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{description} does not describe a network (its format is not {FORMAT!r}).")
-    for key, kind in (("network", str), ("arguments", dict), ("layers", dict)):
-        if not isinstance(content.get(key), kind):
-            raise UserError(f"{description}: {key!r} must be a {kind.__name__}, not {content.get(key)!r}.")
-    name = content.get("weights")
-    if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(f"{description}: 'weights' must be the name of a file beside it, not {name!r}.")
-    weights = description.parent / name
+    content: dict[str, Any] = {"dropped": [], "base": "", **found}
+    for key, (kind, meaning) in _ENTRIES.items():
+        value: Any = content.get(key)
+        if not isinstance(value, kind) or (key == "weights" and Path(value).name != value):
+            raise UserError(f"{description}: {key!r} must be {meaning}, not {value!r}.")
+    weights = description.parent / content["weights"]
     tensors, _ = load_tensors(weights)
     if sha256_of_file(weights) != content.get("sha256"):
         raise UserError(f"{weights} is not the file that {description.name} describes: its checksum differs.")
-    base = content.get("base", "")
-    if not isinstance(base, str):
-        raise UserError(f"{description}: 'base' must be the name of a folder, not {base!r}.")
-    network = build_network(content["network"], content.get("arguments"), description.parent / base)
-    dropped = content.get("dropped", [])
-    there = {path for path, _ in network.named_modules()} - {""}
-    if not isinstance(dropped, list) or not all(isinstance(path, str) for path in dropped) or set(dropped) - there:
+    network = build_network(content["network"], content["arguments"], description.parent / content["base"])
+    dropped = content["dropped"]
+    paths = {path for path, _ in network.named_modules()} - {""}
+    if not all(isinstance(path, str) and path in paths for path in dropped):
         raise UserError(f"{description}: 'dropped' must list modules of {content['network']}, not {dropped!r}.")
     drop_modules(network, dropped)
-    names = second_names(network)
-    for path, described in content.get("layers", {}).items():
-        parent, _, child = path.rpartition(".")
-        try:
-            owner = network.get_submodule(parent)
-            owner.get_submodule(child)
-        except AttributeError as error:
-            raise UserError(f"{description}: {content['network']} has no layer {path!r}.") from error
-        if not child or not isinstance(described, dict):
+    shared = shared_layers(network)
+    paths = {path for path, _ in network.named_modules()}
+    for path, described in content["layers"].items():
+        if path not in paths:
+            raise UserError(f"{description}: {content['network']} has no layer {path!r}.")
+        if not path or not isinstance(described, dict):
             raise UserError(f"{description}: the layer {path!r} is not described.")
         _check_size(described, path, tensors, description)
-        owner.register_module(child, _build_layer(described, path, description))
-    same_under_all_names(network, names)
+        set_module(network, path, _build_layer(described, path, description))
+    replace_everywhere(network, shared)
     load_into(network, tensors, str(weights))
     return network.eval()

@@ -1,14 +1,14 @@
-"""Layers that a network knows by several names, and which names its forward calls."""
+"""Layers that stand in several places of a network, and which of these places ``forward`` calls."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zskd_nni.models.hooks import hooked
 from zskd_nni.runtime.errors import UserError
 
 
@@ -18,11 +18,11 @@ def set_module(network: nn.Module, path: str, module: nn.Module) -> None:
     network.get_submodule(parent).register_module(name, module)
 
 
-def second_names(network: nn.Module) -> dict[str, list[str]]:
-    """The layers with parameters that stand in several places: first path -> the others.
+def shared_layers(network: nn.Module) -> dict[str, list[str]]:
+    """The layers with parameters that stand in several places: first path -> the other paths.
 
-    The first is that of ``network.named_modules()``. A container that stands in several places is one place for what it
-    holds.
+    The first path is that of ``network.named_modules()``. A container that stands in several places counts as one place
+    for the layers in it.
     """
     paths: dict[nn.Module, list[str]] = {module: [path] for path, module in network.named_modules()}
     for parent, container in network.named_modules():
@@ -30,59 +30,50 @@ def second_names(network: nn.Module) -> dict[str, list[str]]:
             path = f"{parent}.{name}" if parent else name
             if module is not None and path not in paths[module]:
                 paths[module].append(path)
-    return {
-        first: others
-        for module, (first, *others) in paths.items()
-        if others and next(module.parameters(recurse=False), None) is not None
-    }
+    return {first: others for module, (first, *others) in paths.items() if others and _has_parameters(module)}
 
 
-def same_under_all_names(network: nn.Module, names: dict[str, list[str]]) -> None:
-    """What has replaced a layer at its first place is put in its other places too.
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def replace_everywhere(network: nn.Module, shared: dict[str, list[str]]) -> None:
+    """Put the layer at each first path in the other places too.
 
     Args:
         network: changed in place.
-        names: :func:`second_names` of the network before layers were replaced.
+        shared: :func:`shared_layers` of the network before layers were replaced at their first paths.
     """
-    for first, others in names.items():
-        module = network.get_submodule(first)
+    for first, others in shared.items():
         for path in others:
-            set_module(network, path, module)
+            set_module(network, path, network.get_submodule(first))
 
 
 @torch.no_grad()
-def called_names(network: nn.Module, images: Tensor) -> set[str]:
-    """The places of layers with parameters that ``forward`` calls in ``eval()``, by any of their names.
+def called_paths(network: nn.Module, images: Tensor) -> set[str]:
+    """The paths by which ``forward`` calls layers with parameters in ``eval()`` mode.
 
     Args:
         network: left as it is.
         images: ``(N, C, H, W)``, normalised.
     """
     probe = copy.deepcopy(network).eval()
-    called: set[str] = set()
-
-    def listen(module: nn.Module, path: str) -> None:
-        def note(*_: Any) -> None:
-            called.add(path)
-
-        module.register_forward_pre_hook(note)
-
-    names = second_names(probe)
-    for path, module in list(probe.named_modules()):
-        if path not in names and next(module.parameters(recurse=False), None) is not None:
-            listen(module, path)
-    for first, others in names.items():
+    for first, others in shared_layers(probe).items():
         for path in (first, *others):
             twin = copy.copy(probe.get_submodule(path))  # another module with the same parameters
-            twin._forward_pre_hooks = OrderedDict()
+            twin._forward_pre_hooks = OrderedDict(twin._forward_pre_hooks)
             set_module(probe, path, twin)
-            listen(twin, path)
-    probe(images.clone())
+    called: set[str] = set()
+    paths = [path for path, module in probe.named_modules() if _has_parameters(module)]
+    with hooked(probe, paths, before=lambda path, _: called.add(path)):
+        probe(images.clone())
     return called
 
 
-def check_layers(network: nn.Module, images: Tensor) -> None:
-    """Whether NNI can compress the layers: by weights that are parameters, and in their first place alone.
+def check_compressible(network: nn.Module, images: Tensor) -> None:
+    """Refuse layers that NNI cannot compress.
+
+    NNI needs weights that are stored parameters, and layers that ``forward`` calls by their first path alone.
 
     Args:
         network: left as it is.
@@ -95,16 +86,13 @@ def check_layers(network: nn.Module, images: Tensor) -> None:
         if "weight_orig" in module._parameters and "weight" not in module._parameters:
             raise UserError(
                 f"the weight of {path!r} is computed anew at every call, as by torch.nn.utils.spectral_norm, and NNI "
-                "compresses weights that are stored; take that away first (torch.nn.utils.remove_spectral_norm)"
+                "compresses stored weights; remove that first (torch.nn.utils.remove_spectral_norm)"
             )
-    names = second_names(network)
-    if not names:
-        return
-    called = called_names(network, images)
-    for first, others in names.items():
-        for path in others:
-            if path in called:
-                raise UserError(
-                    f"{first!r} and {path!r} are one layer of {type(network).__name__}, and forward calls it as "
-                    f"{path!r}; NNI would compress {first!r} alone; give the layer one name"
-                )
+    shared = shared_layers(network)
+    called = called_paths(network, images) if shared else set()
+    for first, others in shared.items():
+        for path in called.intersection(others):
+            raise UserError(
+                f"{first!r} and {path!r} are one layer of {type(network).__name__}, and forward calls it as {path!r}; "
+                f"NNI would compress {first!r} alone; give the layer one name"
+            )

@@ -17,8 +17,8 @@ from zskd_nni.models.build import build_network, code_fingerprint, load_named_we
 from zskd_nni.models.hooks import hooked
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.local_response_norm import fast_response_norms
-from zskd_nni.models.memory_format import lay_out
-from zskd_nni.models.zoo.trained import provenance
+from zskd_nni.models.memory_format import use_channels_last
+from zskd_nni.models.zoo.trained import training_record
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.validation import build_settings
 
@@ -89,7 +89,7 @@ class Teacher:
                 "by torch.nn.utils.remove_weight_norm."
             ) from error
         device = next((p.device for p in frozen.parameters()), torch.device("cpu"))
-        self.model = lay_out(frozen, spec.example_input().to(device))
+        self.model = use_channels_last(frozen, spec.example_input().to(device))
         self._has_response_norms = any(isinstance(m, nn.LocalResponseNorm) for m in frozen.modules())
         self.classifier_path, self.num_classes = self._find_classifier(classifier)
         self.fingerprint = self._fingerprint(code)
@@ -131,7 +131,7 @@ class Teacher:
     def predict(self, images: Tensor, batch: int | None = None) -> Tensor:
         """Logits ``(N, classes)`` on the CPU, without gradients, in batches."""
         with torch.no_grad():
-            parts = images.split(batch or self.spec.measuring_batch)
+            parts = images.split(batch or self.spec.inference_batch)
             return torch.cat([self(part.to(self.device)).cpu() for part in parts])
 
     def _find_classifier(self, given: str | None) -> tuple[str, int]:
@@ -226,7 +226,7 @@ def load_teacher(
     if ":" not in name:
         if (spec, weights, arguments) != (None, None, None):
             raise UserError(f"The teacher {name!r} brings its own spec, weights and arguments; leave them out.")
-        about = provenance(name)
+        about = training_record(name)
         name, weights, arguments = about["network"], f"zoo:{name}", about["arguments"]
         spec = build_settings(InputSpec, about["input"], "input")
     elif spec is None:

@@ -106,8 +106,7 @@ def check_folds(model: nn.Module, folds: Iterable[Sequence[str]], spec: InputSpe
         missing = [name for name in names if name not in known]
         if missing:
             raise UserError(f"fuse_names: the model has no module {missing[0]!r}, which the fold {list(names)} names.")
-    noise = torch.rand(4, *spec.shape, generator=torch.Generator().manual_seed(0)) * (spec.high - spec.low) + spec.low
-    images = spec.normalise(noise).to(next(model.parameters()).device)
+    images = spec.normalise(spec.uniform_noise(4)).to(next(model.parameters()).device)
     expected = first_tensor(copy.deepcopy(model).eval()(images.clone()))
     if _changed(model, folds, images, expected):
         for names in folds:

@@ -63,7 +63,7 @@ class ImageGenerator(nn.Module):
             nn.BatchNorm2d(channels),  # with weights of its own; no tanh
         )
         self.bounded = bounded
-        low, high = spec.ends()
+        low, high = spec.normalised_range()
         self.register_buffer("middle", ((low + high) / 2).view(-1, 1, 1), persistent=False)
         self.register_buffer("reach", ((high - low) / 2).view(-1, 1, 1), persistent=False)
 
@@ -94,7 +94,7 @@ def new_generator(
     if output_range == "input":
         last = network.layers[-1]
         assert isinstance(last, nn.BatchNorm2d)
-        low, high = spec.ends()
+        low, high = spec.normalised_range()
         with torch.no_grad():
             last.bias.copy_((low + high) / 2)
             last.weight.copy_((high - low) / math.sqrt(12))  # the deviation of uniform noise over the range

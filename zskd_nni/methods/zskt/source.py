@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.data.procedural import start_images
-from zskd_nni.methods.zskt.generator import LAYOUT, RANGES, new_generator
+from zskd_nni.methods.zskt.generator import RANGES, new_generator
 from zskd_nni.methods.zskt.image_memory import ImageMemory, that_fit
 from zskd_nni.models.hooks import evaluating, without_hooks
 from zskd_nni.models.teacher import Teacher, first_tensor
@@ -339,7 +339,7 @@ class ZsktSource:
     def _span(self, device: torch.device) -> Tensor:
         """``(C, 1, 1)`` the width of each channel's normalised range; kept, a copy from the CPU would wait for it."""
         if self.span is None or self.span.device != device:
-            low, high = self.teacher.spec.ends()
+            low, high = self.teacher.spec.normalised_range()
             self.span = (high - low).view(-1, 1, 1).to(device)
         return self.span
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource, _is_finite, cosine
 from zskd_nni.models.hooks import recording_outputs
-from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.training.attention_transfer import attention_pairs
 from zskd_nni.training.checkpoint import History
@@ -45,7 +45,7 @@ def train_zskt(
     """
     settings = settings or ZsktSettings()
     check_student(student, teacher)
-    lay_out(student, teacher.example_input())
+    use_channels_last(student, teacher.example_input())
     pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
     options.setdefault("label", "ZSKT")
     source = ZsktSource(teacher, settings, settings.batch, options.get("seed", 0))

@@ -9,21 +9,7 @@ from zskd_nni.models.zoo.lenet import LeNet5, lenet5, lenet5_half
 from zskd_nni.models.zoo.wrn import WideResNet, wrn
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {
-    "lenet5": lenet5,
-    "lenet5_half": lenet5_half,
-    "alexnet": alexnet,
-    "alexnet_half": alexnet_half,
-    "wrn": wrn,
+    factory.__name__: factory for factory in (lenet5, lenet5_half, alexnet, alexnet_half, wrn)
 }
 
-__all__ = [
-    "FACTORIES",
-    "AlexNet",
-    "LeNet5",
-    "WideResNet",
-    "alexnet",
-    "alexnet_half",
-    "lenet5",
-    "lenet5_half",
-    "wrn",
-]
+__all__ = ["FACTORIES", "AlexNet", "LeNet5", "WideResNet", *FACTORIES]

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from zskd_nni.data.augmentation import augment
 from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.models.hooks import recording_outputs
-from zskd_nni.models.memory_format import lay_out
+from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.research.baselines.labelled import LabelledBatches
 from zskd_nni.runtime.device import to_device
@@ -123,7 +123,7 @@ def train_kd_at(
     """
     check_student(student, teacher)
     pairs = attention_pairs(student, teacher, settings.attention if settings.attention_weight else "none")
-    lay_out(student, teacher.example_input())
+    use_channels_last(student, teacher.example_input())
     optimizer, scheduler = _optimizer(student, settings, schedule)
     options.setdefault("label", "KD+AT")
     identity = ["KD+AT", teacher.fingerprint, data.name, len(data), asdict(settings), asdict(schedule), pairs]
