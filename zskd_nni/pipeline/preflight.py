@@ -49,7 +49,7 @@ def _check_compression(students: Students) -> None:
         check_quantization(fresh(), quantization, teacher, fused_steps)
     if recipe.compression.distiller is not None:
         from zskd_nni.compression.fuse import check_distiller
-        from zskd_nni.compression.quantization.quantize import quantizer_class_name
+        from zskd_nni.compression.quantization.nni_quantizer import quantizer_class_name
 
         calibrated = quantization is None or quantizer_class_name(quantization.quantizer) == "PtqQuantizer"
         if calibrated and (pruning is None or pruning.steps == 0):

@@ -14,10 +14,10 @@ from zskd_nni.runtime.files import sha256_of_file
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
 
 # Module path -> parameter name -> 0/1 mask of the parameter's shape; NNI has None for what it does not mask.
-Masks = dict[str, dict[str, Tensor | None]]
+Masks = Mapping[str, Mapping[str, Tensor | None]]
 
 
-def masks_on_cpu(network: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
+def masks_on_cpu(network: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
     """The masks on the CPU, those of parameters in the parameter's shape, without ``None``."""
 
     def whole(name: str, target: str, mask: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def remaining_masks(
         Masks in the shapes of ``network``'s parameters. A bias that a folded constant has moved from zero is free.
     """
     modules = dict(network.named_modules())
-    remaining: Masks = {}
+    remaining: dict[str, dict[str, Tensor]] = {}
     for name, targets in masks.items():
         for target, mask in targets.items():
             parameter = getattr(modules.get(name), target, None)
@@ -78,7 +78,7 @@ def remaining_masks(
     return remaining
 
 
-def multiply_in(network: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+def multiply_in(network: nn.Module, masks: Masks) -> None:
     """Set the masked weights to zero; a mask on anything but a parameter is ignored."""
     with torch.no_grad():
         for name, targets in masks.items():
@@ -88,7 +88,7 @@ def multiply_in(network: nn.Module, masks: Mapping[str, Mapping[str, Tensor | No
                     parameter.mul_(mask.to(parameter.device))
 
 
-def held_at_zero(network: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> Callable[[int], None]:
+def held_at_zero(network: nn.Module, masks: Masks) -> Callable[[int], None]:
     """An ``after_step`` of a training that sets every masked weight back to zero.
 
     An optimiser moves all weights, also those at zero. A quantizer that learns a zero point (LSQ+) would make zero no
@@ -162,7 +162,7 @@ def load_masks(described: Any, description: Path) -> Masks:
     tensors, _ = load_tensors(file)
     if not isinstance(described, dict) or sha256_of_file(file) != described.get("sha256"):
         raise UserError(f"{file} is not the file that {description.name} describes: its checksum differs.")
-    masks: Masks = {}
+    masks: dict[str, dict[str, Tensor]] = {}
     for key, mask in tensors.items():
         name, _, target = key.rpartition(":")
         masks.setdefault(name, {})[target] = mask

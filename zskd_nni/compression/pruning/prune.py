@@ -225,21 +225,21 @@ def shrink_to_masks(
         UserError: the smaller network does not compute what the masked one does.
     """
     network = network.cpu().eval()
-    masks = masks_on_cpu(network, masks)
-    sparsity = sparsity_by_parameter(masks)
+    on_cpu = masks_on_cpu(network, masks)
+    sparsity = sparsity_by_parameter(on_cpu)
     record: dict[str, Any] = {
         "pruner": config.pruner,
         "schedule": None if config.schedule is None else config.schedule.name,
         "scored_on_images": is_data_driven(config),
         "steps_under_masks": 0 if history is None else config.steps,
         "sparsity": sparsity,
-        "removed_channels": removed_channels(masks),
+        "removed_channels": removed_channels(on_cpu),
         "left_out": plan.left_out,
         "history": None if history is None else {"steps": history.steps, "losses": history.losses},
     }
     kept: dict[str, KeptChannels] = {}
     if config.speedup:
-        result = _shrink(network, masks, plan, teacher)
+        result = _shrink(network, on_cpu, plan, teacher)
         network, kept, note = result.model, result.kept, result.note
         if not result.shrunken:
             note = f"{note}; the masks are multiplied into the weights, the network is as large as before"
@@ -252,12 +252,12 @@ def shrink_to_masks(
             layers=[dataclasses.asdict(layer) for layer in result.layers],
         )
     else:
-        multiply_in(network, masks)
+        multiply_in(network, on_cpu)
         note = "speedup is off: the masks are multiplied into the weights, nothing was removed"
         record["shrunk"] = False
     record.update(note=note, zeros=share_of_zeros(network, sparsity))
     positions = {name: (channels.outputs, channels.inputs) for name, channels in kept.items()}
-    return PrunedNetwork(network, record, kept, remaining_masks(network, masks, positions))
+    return PrunedNetwork(network, record, kept, remaining_masks(network, on_cpu, positions))
 
 
 def _shrink(network: nn.Module, masks: Masks, plan: PruningPlan, teacher: Teacher) -> ShrinkResult:
