@@ -11,10 +11,8 @@ import torch
 from helpers import require_real_data
 from torch import Tensor, nn
 
-from zskd_nni.compression import DataFreeEvaluator
 from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx
 from zskd_nni.compression.quantization.quantize import quantize
-from zskd_nni.compression.quantization.stage import quantize_student
 from zskd_nni.data.datasets import LabelledImages, load_images
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.methods.registry import transfer_source
@@ -23,7 +21,7 @@ from zskd_nni.models.onnx_export import run_onnx
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import lenet5
 from zskd_nni.models.zoo.trained import trained_weights
-from zskd_nni.recipes.schema import QuantizationSection
+from zskd_nni.recipes.compression_config import CompressionRun, QuantizationConfig
 from zskd_nni.runtime.tensors import load_weights
 from zskd_nni.training.distillation import DistillationSettings
 from zskd_nni.training.inference import logits_on
@@ -84,8 +82,8 @@ def test_on_mnists_test_images(
 ) -> None:
     torch.manual_seed(0)
     student = copy.deepcopy(teacher.model).requires_grad_(True)
-    evaluator = DataFreeEvaluator(teacher, source, SETTINGS, quiet=True)
-    quantization = quantize(student, name, int8(scheme), evaluator, max_steps=steps, temperature=4)
+    config = QuantizationConfig(int8(scheme), quantizer=name, steps=steps or 0, learning_rate=SETTINGS.learning_rate)
+    quantization = quantize(student, config, teacher, source, SETTINGS, run=CompressionRun(quiet=True))
     path = tmp_path / "int8.onnx"
     export = export_quantized_onnx(quantization, SPEC, path, mnist.pixels(slice(0, 3000), SPEC), LEAST)
     assert export.agreement >= LEAST
@@ -114,17 +112,9 @@ def test_folded_batch_normalisation_on_the_digits_test_images(tmp_path: Path) ->
     train_supervised(network, load_images("digits", "train"), SPEC, SupervisedSettings(epochs=8, batch=64), quiet=True)
     teacher, test = Teacher(network, SPEC), load_images("digits", "test")
     assert accuracy(logits_on(teacher, test, SPEC), test.labels) > 90
-    section = QuantizationSection(quantizer="QATQuantizer", config_list=int8("affine"), fuse_batch_norm=True, steps=30)
-    quantization = quantize_student(
-        copy.deepcopy(teacher.model).requires_grad_(True),
-        section,
-        teacher,
-        made_of(teacher, tmp_path / "impressions"),
-        SETTINGS,
-        train=True,
-        quiet=True,
-    )
-    assert quantization is not None
+    section = QuantizationConfig(quantizer="QATQuantizer", config_list=int8("affine"), fuse_batch_norm=True, steps=30)
+    images = made_of(teacher, tmp_path / "impressions")
+    quantization = quantize(teacher.student(), section, teacher, images, SETTINGS, run=CompressionRun(quiet=True))
     assert {names[:2] for names in quantization.folds} == {("conv1", "bn1"), ("conv2", "bn2")}
     path = tmp_path / "int8.onnx"
     export = export_quantized_onnx(quantization, SPEC, path, test.pixels(slice(None), SPEC), LEAST)

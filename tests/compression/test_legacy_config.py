@@ -16,7 +16,9 @@ from zskd_nni.compression import DataFreeEvaluator
 from zskd_nni.compression.nni_config import modern_config_list
 from zskd_nni.compression.pruning.dependency_config import plan_pruning
 from zskd_nni.compression.pruning.nni_pruner import make_pruner, pruning_plan
-from zskd_nni.compression.quantization.quantize import QUANTIZERS, Calibration, quantize
+from zskd_nni.compression.quantization.calibration import Calibration
+from zskd_nni.compression.quantization.nni_quantizer import QUANTIZERS
+from zskd_nni.compression.quantization.quantize import quantize
 from zskd_nni.compression.quantization.stage import check_quantization
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.models.input_spec import InputSpec
@@ -110,8 +112,7 @@ def test_groups_and_alignment_are_found_for_legacy_keys_too() -> None:
 
 def calibrated(teacher: Teacher, config_list: Config) -> Calibration:
     source = StoredSource(torch.rand((8, *teacher.spec.shape), generator=random(1)), 8, 0, "x")
-    network = deepcopy(teacher.model).requires_grad_(True)
-    return quantize(network, "ptq", config_list, DataFreeEvaluator(teacher, source, quiet=True)).calibration
+    return quantize(teacher.student(), QuantizationConfig(config_list), teacher, source).calibration
 
 
 @pytest.mark.parametrize(

@@ -8,26 +8,21 @@ import onnx
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
-from nni.compression.quantization import QATQuantizer
+from nni.compression.quantization import LsqPlusQuantizer, QATQuantizer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
 from zskd_nni.compression.pruning.speedup import KeptChannels, shrink
+from zskd_nni.compression.quantization.calibration import slice_calibration
+from zskd_nni.compression.quantization.nni_quantizer import quantizer_class_name, with_fuse_names
 from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx, quantized_onnx_bytes
-from zskd_nni.compression.quantization.quantize import (
-    Quantization,
-    quantize,
-    quantizer_class_name,
-    simulated,
-    slice_calibration,
-    sliced,
-    with_fuse_names,
-)
+from zskd_nni.compression.quantization.quantize import QuantizedNetwork, quantize, simulated, slice_quantization
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import lenet5
+from zskd_nni.recipes.compression_config import CompressionRun, QuantizationConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings
 from zskd_nni.training.metrics import agreement
@@ -117,19 +112,21 @@ def norm_teacher() -> Teacher:
 TEST = examples(1000, 5)[0]
 
 
+SOURCE = StoredSource(examples(400, 4)[0], 32, 0, "patterns")
+SETTINGS = DistillationSettings(temperature=4.0, warmup=2, learning_rate=5e-4, steps=40)
+
+
 def evaluator_for(teacher: Teacher) -> DataFreeEvaluator:
-    source = StoredSource(examples(400, 4)[0], 32, 0, "patterns")
-    settings = DistillationSettings(warmup=2, learning_rate=5e-4, steps=40)
-    return DataFreeEvaluator(teacher, source, settings, quiet=True)
+    return DataFreeEvaluator(teacher, SOURCE, SETTINGS, quiet=True)
 
 
 def student_of(teacher: Teacher) -> nn.Module:
     return copy.deepcopy(teacher.model).requires_grad_(True)
 
 
-def quantized(teacher: Teacher, name: str, config_list: list[dict], **options) -> Quantization:
-    options.setdefault("temperature", 4.0)
-    return quantize(student_of(teacher), name, config_list, evaluator_for(teacher), **options)
+def quantized(teacher: Teacher, name: str, config_list: list[dict], **options) -> QuantizedNetwork:
+    config = QuantizationConfig(config_list, quantizer=name, **{"steps": 40, "learning_rate": 5e-4, **options})
+    return quantize(student_of(teacher), config, teacher, SOURCE, SETTINGS, run=CompressionRun(quiet=True))
 
 
 @torch.no_grad()
@@ -137,14 +134,14 @@ def answers(model: nn.Module, images: Tensor = TEST) -> Tensor:
     return model.eval()(SPEC.normalise(images))
 
 
-def agrees(quantization: Quantization, teacher: Teacher) -> float:
+def agrees(quantization: QuantizedNetwork, teacher: Teacher) -> float:
     return agreement(answers(simulated(quantization)), teacher.predict(TEST))
 
 
 def test_ptq_takes_no_step_and_computes_with_the_ranges_it_saw(teacher):
     result = quantized(teacher, "ptq", config())
     assert all(
-        torch.equal(value, teacher.model.state_dict()[name]) for name, value in result.student.state_dict().items()
+        torch.equal(value, teacher.model.state_dict()[name]) for name, value in result.network.state_dict().items()
     )
     entry = result.calibration["fc1"]["weight"]
     weight = teacher.model.fc1.weight
@@ -167,7 +164,7 @@ def test_the_simulation_answers_as_nnis_own_wrapped_network(teacher):
     wrapped = answers(student)
     calibration = quantizer.get_calibration_config()
     distiller.unwrap_model()
-    again = simulated(Quantization(student, "QATQuantizer", config(), calibration))
+    again = simulated(QuantizedNetwork(student, "QATQuantizer", config(), calibration))
     torch.testing.assert_close(answers(again), wrapped)
     assert not torch.equal(answers(student), wrapped)
 
@@ -182,12 +179,12 @@ def test_the_simulation_answers_as_nnis_own_wrapped_network(teacher):
     ],
 )
 def test_training_quantizers_keep_the_teachers_answers(teacher, name, config_list):
-    result = quantized(teacher, name, config_list, max_steps=30)
+    result = quantized(teacher, name, config_list, steps=30)
     assert agrees(result, teacher) > 0.97
-    assert not any(hasattr(module, "_nni_wrapper") for module in result.student.modules())
+    assert not any(hasattr(module, "_nni_wrapper") for module in result.network.modules())
     changed = [
         name
-        for name, value in result.student.state_dict().items()
+        for name, value in result.network.state_dict().items()
         if not torch.equal(value, teacher.model.state_dict()[name])
     ]
     assert len(changed) == 10
@@ -196,20 +193,24 @@ def test_training_quantizers_keep_the_teachers_answers(teacher, name, config_lis
 def test_training_beats_calibration_where_bits_are_few(teacher):
     few = config("int3", "int8", "symmetric")
     calibrated = agrees(quantized(teacher, "ptq", few), teacher)
-    learnt = agrees(quantized(teacher, "qat", few, max_steps=100), teacher)
+    learnt = agrees(quantized(teacher, "qat", few, steps=100), teacher)
     assert learnt > calibrated + 0.02
 
 
-def test_ranges_first_is_what_makes_signed_lsq_plus_work(teacher):
-    with_ranges = agrees(quantized(teacher, "lsq_plus", config(), max_steps=1), teacher)
-    without = agrees(quantized(teacher, "lsq_plus", config(), max_steps=1, ranges_first=False), teacher)
+def test_starting_from_the_ranges_is_what_makes_signed_lsq_plus_work(teacher):
+    with_ranges = agrees(quantized(teacher, "lsq_plus", config(), steps=1), teacher)
+    student = student_of(teacher)
+    quantizer = LsqPlusQuantizer(student, config(), evaluator_for(teacher))
+    distiller = ZeroShotDistiller.from_compressor(quantizer, [], teacher)
+    distiller.compress(1, None)
+    calibration = quantizer.get_calibration_config()
+    distiller.unwrap_model()
+    without = agrees(QuantizedNetwork(student.eval(), "LsqPlusQuantizer", config(), calibration), teacher)
     assert with_ranges > 0.97 and without < 0.5
 
 
 def test_learnt_scales_stay_positive(teacher):
-    evaluator = evaluator_for(teacher)
-    evaluator.settings = DistillationSettings(warmup=2, learning_rate=2e-2)
-    result = quantize(student_of(teacher), "lsq", config(scheme="symmetric"), evaluator, max_steps=40)
+    result = quantized(teacher, "lsq", config(scheme="symmetric"), learning_rate=2e-2)
     before = quantized(teacher, "ptq", config(scheme="symmetric")).calibration
     for path, targets in result.calibration.items():
         for target, entry in targets.items():
@@ -228,7 +229,7 @@ def test_learnt_scales_stay_positive(teacher):
     ],
 )
 def test_quantizers_that_change_weights_are_simulated_but_not_exported(teacher, name, config_list):
-    result = quantized(teacher, name, config_list, max_steps=3)
+    result = quantized(teacher, name, config_list, steps=3)
     model = simulated(result)
     answers(model)
     path = config_list[0]["op_names"][0]
@@ -258,8 +259,10 @@ def test_mistakes_are_told(teacher):
 
 
 def test_a_network_that_answers_nan_is_refused(teacher):
+    student = student_of(teacher)
+    student.fc3.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        quantized(teacher, "ptq", config(), dummy_input=torch.full((1, 1, 32, 32), float("nan")))
+        quantize(student, QuantizationConfig(config()), teacher, SOURCE, run=CompressionRun(quiet=True))
 
 
 def test_scales_by_channel_are_cut_as_the_channels_are():
@@ -300,12 +303,12 @@ def test_pruned_quantized_distilled_and_shrunken_the_simulation_stays(teacher):
     wrapped = answers(student)
     masks, calibration = pruner.get_masks(), quantizer.get_calibration_config()
     distiller.unwrap_model()
-    whole = Quantization(student.eval(), "QATQuantizer", config_list, calibration)
+    whole = QuantizedNetwork(student.eval(), "QATQuantizer", config_list, calibration)
     small = shrink(student, masks, evaluator.get_dummy_input())
     assert small.parameters_after < 0.5 * small.parameters_before
     with pytest.raises(UserError, match="slice the calibration"):
-        simulated(Quantization(small.model, "QATQuantizer", config_list, calibration))
-    result = sliced(whole, small.model, small.kept)
+        simulated(QuantizedNetwork(small.model, "QATQuantizer", config_list, calibration))
+    result = slice_quantization(whole, small.model, small.kept)
     assert len(result.calibration["conv2"]["weight"]["scale"]) == 8
     smaller = answers(simulated(result))
     assert agreement(smaller, wrapped) > 0.99
@@ -328,7 +331,7 @@ def test_pruned_quantized_distilled_and_shrunken_the_simulation_stays(teacher):
     ],
 )
 def test_onnxruntime_answers_as_nnis_simulation(teacher, tmp_path, name, config_list):
-    result = quantized(teacher, name, config_list, max_steps=20)
+    result = quantized(teacher, name, config_list, steps=20)
     path = tmp_path / "student.onnx"
     coarse = config_list[0]["quant_dtype"] == "uint4"  # a level is 1/15 of the range, and many logits are equal
     export = export_quantized_onnx(result, SPEC, path, TEST, 0.98 if coarse else 0.995)
@@ -350,13 +353,13 @@ def test_onnxruntime_answers_as_nnis_simulation(teacher, tmp_path, name, config_
 
 @pytest.mark.parametrize("name", ["ptq", "qat"])
 def test_folded_batchnorm_is_gone_from_the_file(norm_teacher, tmp_path, name):
-    result = quantized(norm_teacher, name, FOLDED, fuse_names=FOLDS, max_steps=20)
+    result = quantized(norm_teacher, name, FOLDED, fuse_names=FOLDS, steps=20)
     assert agrees(result, norm_teacher) > 0.97
     export = export_quantized_onnx(result, SPEC, tmp_path / "student.onnx", TEST)
     assert export.agreement >= 0.995 and export.max_logit_difference < 0.05
     kinds = {node.op_type for node in onnx.load(tmp_path / "student.onnx").graph.node}
     assert "BatchNormalization" not in kinds and {"Conv", "QuantizeLinear", "DequantizeLinear"} <= kinds
-    assert isinstance(result.student.norm1, nn.BatchNorm2d)
+    assert isinstance(result.network.norm1, nn.BatchNorm2d)
 
 
 def test_a_file_that_answers_otherwise_is_not_written(teacher, tmp_path, monkeypatch):

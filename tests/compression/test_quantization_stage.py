@@ -13,15 +13,11 @@ from torch.nn import functional
 
 from zskd_nni.compression.pruning.masks import Masks, multiply_in
 from zskd_nni.compression.quantization.bn_folding import batch_norm_folds
+from zskd_nni.compression.quantization.nni_quantizer import quantizer_config_list
 from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx, integer_model
-from zskd_nni.compression.quantization.quantize import simulated
+from zskd_nni.compression.quantization.quantize import quantize, simulated
 from zskd_nni.compression.quantization.serialization import calibration_file, load_quantization, save_calibration
-from zskd_nni.compression.quantization.stage import (
-    check_quantization,
-    compress_in_one_training,
-    quantization_config,
-    quantize_student,
-)
+from zskd_nni.compression.quantization.stage import check_quantization, compress_in_one_training
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.serialization import save_network
@@ -104,17 +100,8 @@ def section(**changes: Any) -> QuantizationConfig:
 
 
 def quantized(teacher: Teacher, source: StoredSource, tmp_path: Path, train: bool = True, **changes: Any) -> Any:
-    return quantize_student(
-        copy.deepcopy(teacher.model).requires_grad_(True),
-        section(**changes),
-        teacher,
-        source,
-        SETTINGS,
-        train=train,
-        seed=0,
-        checkpoint=tmp_path / "checkpoint.safetensors",
-        quiet=True,
-    )
+    run = CompressionRun(checkpoint=tmp_path / "checkpoint.pt", quiet=True)
+    return quantize(teacher.student(), section(**changes), teacher, source, SETTINGS, train=train, run=run)
 
 
 @torch.no_grad()
@@ -155,28 +142,20 @@ def test_a_training_quantizer_that_may_not_train_is_calibrated(teacher, source, 
     result = quantized(teacher, source, tmp_path, train=False, quantizer="QATQuantizer")
     assert result.quantizer == "PtqQuantizer"
     assert all(
-        torch.equal(value, teacher.model.state_dict()[name]) for name, value in result.student.state_dict().items()
+        torch.equal(value, teacher.model.state_dict()[name]) for name, value in result.network.state_dict().items()
     )
     dorefa = [{"op_names": ["conv2"], "target_names": ["weight"], "quant_dtype": "int8", "quant_scheme": "affine"}]
-    assert quantized(teacher, source, tmp_path, train=False, quantizer="DoReFaQuantizer", config_list=dorefa) is None
+    with pytest.raises(UserError, match="DoReFaQuantizer cannot be calibrated without training"):
+        quantized(teacher, source, tmp_path, train=False, quantizer="DoReFaQuantizer", config_list=dorefa)
 
 
 def test_the_finished_student_is_left_as_it_is(teacher, source, tmp_path):
     network = copy.deepcopy(teacher.model).requires_grad_(True)
     before = copy.deepcopy(network.state_dict())
-    result = quantize_student(
-        network,
-        section(quantizer="QATQuantizer", steps=5),
-        teacher,
-        source,
-        SETTINGS,
-        train=True,
-        seed=0,
-        checkpoint=tmp_path / "checkpoint.safetensors",
-        quiet=True,
-    )
+    run = CompressionRun(checkpoint=tmp_path / "checkpoint.pt", quiet=True)
+    result = quantize(network, section(quantizer="QATQuantizer", steps=5), teacher, source, SETTINGS, run=run)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert not torch.equal(result.student.conv1.weight, before["conv1.weight"])
+    assert not torch.equal(result.network.conv1.weight, before["conv1.weight"])
 
 
 def test_a_quantization_is_saved_and_loads_again(teacher, source, tmp_path):
@@ -184,7 +163,7 @@ def test_a_quantization_is_saved_and_loads_again(teacher, source, tmp_path):
     result = quantized(teacher, source, tmp_path, quantizer="PtqQuantizer", fuse_batch_norm=True)
     description = tmp_path / "student.json"
     save_network(
-        result.student,
+        result.network,
         f"{__name__}:Residual",
         {},
         description.with_suffix(".safetensors"),
@@ -293,7 +272,7 @@ def test_folds_are_found_where_several_entries_share_a_module_or_none_names_targ
     with_output = [*split, {"op_types": ["Conv2d"], "target_names": ["_output_"], "quant_dtype": "uint8"}]
     section_of = section(fuse_batch_norm=True, config_list=with_output)
     check_quantization(teacher.model, section_of, teacher)
-    assert quantization_config(teacher.model, section_of, teacher)[2]["fuse_names"] == [("conv1", "norm1", "relu1")]
+    assert quantizer_config_list(teacher.model, section_of, teacher)[2]["fuse_names"] == [("conv1", "norm1", "relu1")]
 
 
 @pytest.mark.parametrize(
@@ -314,22 +293,14 @@ def test_weights_that_pruning_set_to_zero_are_zero_integers(teacher, source, tmp
     multiply_in(network, masks)
     config = copy.deepcopy(INT8)
     config[0]["quant_scheme"] = config[0]["target_settings"]["weight"]["quant_scheme"] = scheme
-    result = quantize_student(
-        network,
-        section(quantizer=quantizer, config_list=config, fuse_batch_norm=fold, learning_rate=1e-2),
-        teacher,
-        source,
-        SETTINGS,
-        train=True,
-        masks=masks,
-        quiet=True,
-    )
-    moved = torch.equal(result.student.head.weight, network.head.weight)
+    chosen = section(quantizer=quantizer, config_list=config, fuse_batch_norm=fold, learning_rate=1e-2)
+    result = quantize(network, chosen, teacher, source, SETTINGS, masks=masks, run=CompressionRun(quiet=True))
+    moved = torch.equal(result.network.head.weight, network.head.weight)
     assert moved == (quantizer == "PtqQuantizer")
     model = integer_model(result)
     for name, targets in masks.items():
         gone = targets["weight"] == 0
-        assert (result.student.get_submodule(name).weight[gone] == 0).all()
+        assert (result.network.get_submodule(name).weight[gone] == 0).all()
         layer = model.get_submodule(name)
         levels = layer.parameter_levels["weight"]
         zero = levels.zero_point.view(-1, *[1] * (gone.dim() - 1)).expand(gone.shape)
@@ -337,7 +308,7 @@ def test_weights_that_pruning_set_to_zero_are_zero_integers(teacher, source, tmp
 
 
 def test_folds_that_are_named_stay_and_others_are_found(teacher):
-    configs = quantization_config(
+    configs = quantizer_config_list(
         teacher.model, section(fuse_names=[["conv2", "norm2"]], fuse_batch_norm=True), teacher
     )
     assert configs[0]["fuse_names"] == [("conv2", "norm2"), ("conv1", "norm1")]

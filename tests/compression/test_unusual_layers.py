@@ -16,13 +16,12 @@ from zskd_nni.compression.pruning.channel_flow import channel_flow
 from zskd_nni.compression.pruning.masks import held_at_zero
 from zskd_nni.compression.pruning.nni_pruner import pruning_plan
 from zskd_nni.compression.pruning.prune import PrunedNetwork, check_pruning, prune
+from zskd_nni.compression.quantization.nni_quantizer import quantizer_config_list
 from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx
-from zskd_nni.compression.quantization.quantize import Quantization, simulated
+from zskd_nni.compression.quantization.quantize import QuantizedNetwork, quantize, simulated
 from zskd_nni.compression.quantization.stage import (
     check_quantization,
     compress_in_one_training,
-    quantization_config,
-    quantize_student,
 )
 from zskd_nni.data.sources import NoiseSource
 from zskd_nni.models.input_spec import InputSpec
@@ -178,17 +177,17 @@ def pruned(network: nn.Module, **section: Any) -> PrunedNetwork:
     return prune(student, chosen, teacher, SOURCE, SETTINGS, plan=plan, run=QUIET)
 
 
-def quantized(network: nn.Module, **section: Any) -> Quantization:
+def quantized(network: nn.Module, **section: Any) -> QuantizedNetwork:
     teacher = Teacher(network, SPEC)
     chosen = QuantizationConfig(**{"config_list": ALL_INT8, "steps": 3, **section})
     student = copy.deepcopy(teacher.model).requires_grad_(True)
     check_quantization(student, chosen, teacher)
-    result = quantize_student(student, chosen, teacher, SOURCE, SETTINGS, train=True, quiet=True)
+    result = quantize(student, chosen, teacher, SOURCE, SETTINGS, run=QUIET)
     assert result is not None
     return result
 
 
-def exported_as_simulated(quantization: Quantization, tmp_path: Path) -> None:
+def exported_as_simulated(quantization: QuantizedNetwork, tmp_path: Path) -> None:
     export = export_quantized_onnx(quantization, SPEC, tmp_path / "q.onnx", IMAGES)
     assert export.agreement == 1 and export.max_logit_difference < 0.02
 
@@ -249,7 +248,7 @@ def test_a_layer_that_never_runs_is_left_out(tmp_path: Path) -> None:
 def test_scales_are_learnt_beside_a_parameter_of_the_network_itself(quantizer: str, tmp_path: Path) -> None:
     network = Token()
     quantization = quantized(network, quantizer=quantizer, learning_rate=0.01)
-    assert not torch.equal(quantization.student.token, network.token), "it is trained"
+    assert not torch.equal(quantization.network.token, network.token), "it is trained"
     exported_as_simulated(quantization, tmp_path)
 
 
@@ -326,13 +325,13 @@ def test_silenced_inputs_stay_silent_beside_channels_that_went(speedup: bool) ->
 
 def test_single_weights_without_biases_and_folds_in_one_training() -> None:
     teacher = Teacher(WithoutBias(), SPEC)
-    pruning = PruningConfig(**{"pruner": "LevelPruner", "config_list": HALF, "steps": 2})
+    pruning = PruningConfig(pruner="LevelPruner", config_list=HALF, steps=2)
     section = QuantizationConfig(
-        **{"quantizer": "QATQuantizer", "config_list": ALL_INT8, "steps": 2, "fused": True, "fuse_batch_norm": True}
+        quantizer="QATQuantizer", config_list=ALL_INT8, steps=2, fused=True, fuse_batch_norm=True
     )
     student = copy.deepcopy(teacher.model).requires_grad_(True)
-    assert quantization_config(student, section, teacher)[0]["fuse_names"], "folds that are found without the pruner"
+    assert quantizer_config_list(student, section, teacher)[0]["fuse_names"], "folds that are found without the pruner"
     made, quantization = compress_in_one_training(student, pruning, section, teacher, SOURCE, SETTINGS, run=QUIET)
     assert quantization.folds == []
     assert float((made.network.second.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
-    assert run_onnx(onnx_bytes(quantization.student, SPEC), IMAGES).isfinite().all()
+    assert run_onnx(onnx_bytes(quantization.network, SPEC), IMAGES).isfinite().all()

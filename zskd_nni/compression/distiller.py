@@ -20,9 +20,10 @@ from schema import SchemaError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.models.teacher import OutputAdapter, Teacher, first_tensor
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.training.distillation import check_student
+from zskd_nni.training.distillation import DistillationSettings, check_student
 from zskd_nni.training.losses import distillation_loss
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
             of a mapping.
         origin_loss_lambda: weight of the evaluator's own loss. At 0 that loss is never looked at.
         existed_wrappers: NNI's, from :meth:`from_compressor`.
-        temperature: T > 0 of both softmaxes (ZSKD: 20).
+        temperature: T > 0 of both softmaxes; by default that of a ``DataFreeEvaluator``'s settings, and that of
+            ``DistillationSettings`` for any other evaluator.
 
     Raises:
         UserError: the teacher is the student, another number of classes, no evaluator, a temperature that is not
@@ -70,11 +72,14 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         origin_loss_lambda: float = 0.0,
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
-        temperature: float = 20.0,
+        temperature: float | None = None,
     ) -> None:
-        self.temperature = _checked_temperature(temperature)
         if evaluator is None:
             raise UserError("ZeroShotDistiller needs an evaluator: it brings the images and the optimiser.")
+        if temperature is None:
+            settings = evaluator.settings if isinstance(evaluator, DataFreeEvaluator) else DistillationSettings()
+            temperature = settings.temperature
+        self.temperature = _checked_temperature(temperature)
         given = teacher_model.model if isinstance(teacher_model, Teacher) else teacher_model
         if given is model:
             raise UserError("The teacher is the student itself; give the distiller a copy of the model from before.")
@@ -110,7 +115,7 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         origin_loss_lambda: float = 0.0,
         evaluator: Evaluator | None = None,
         *,
-        temperature: float = 20.0,
+        temperature: float | None = None,
     ) -> ZeroShotDistiller:
         """A distiller on top of ``compressor``; its ``compress`` runs both. Arguments as in the constructor."""
         return super(TeacherModelBasedDistiller, cls).from_compressor(
@@ -246,16 +251,25 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
             for name, setting in settings.items():
                 _check_keys(setting, _SETTING_KEYS, f"config_list[{number}].target_settings.{name}")
             for setting in (config, *settings.values()):
-                if isinstance(setting.get("lambda"), int):
-                    setting["lambda"] = float(setting["lambda"])  # NNI's schema takes an int, its setter refuses it
                 if "temperature" in setting:
                     setting["temperature"] = _checked_temperature(setting["temperature"])
-        given, self.config_list = self.config_list, [_without_temperature(config) for config in self.config_list]
+        given = with_float_lambdas(self.config_list)
+        self.config_list = [_without_temperature(config) for config in given]
         try:
             super()._validate_config()
         except SchemaError as error:
             raise UserError(f"The distiller's config_list is not valid: {str(error).splitlines()[-1]}.") from error
         self.config_list = [_with_nested_temperature(config) for config in given]
+
+
+def with_float_lambdas(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A copy with every ``lambda`` as a float: NNI's schema accepts an int, its setter does not."""
+    result = copy.deepcopy(config_list)
+    for config in result:
+        for setting in (config, *config.get("target_settings", {}).values()):
+            if isinstance(setting.get("lambda"), int):
+                setting["lambda"] = float(setting["lambda"])
+    return result
 
 
 def default_teacher_predict(batch: Any, teacher: nn.Module) -> Any:

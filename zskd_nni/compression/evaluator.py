@@ -251,7 +251,7 @@ class DataFreeEvaluator(TorchEvaluator):
     @property
     def calibration_batch(self) -> int:
         """Images in a batch of the calibration: 256, fewer if they are large."""
-        return min(_CALIBRATION_BATCH, self.teacher.spec.measuring_batch)
+        return min(_CALIBRATION_BATCH, self.teacher.spec.inference_batch)
 
     @torch.no_grad()
     def calibration_set(self) -> Tensor:

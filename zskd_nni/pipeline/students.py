@@ -301,7 +301,7 @@ class Students:
         self.save(student, description, **extra)
 
     def _save_quantized(
-        self, quantization: Quantization, description: Path, live: TransferSource | None = None
+        self, quantized: QuantizedNetwork, description: Path, live: TransferSource | None = None
     ) -> None:
         from zskd_nni.compression.quantization.serialization import save_calibration
 

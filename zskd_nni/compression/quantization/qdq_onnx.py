@@ -1,20 +1,21 @@
-"""Real integers in ONNX from NNI's calibration: int8 weights, and QuantizeLinear / DequantizeLinear at activations.
+"""A quantized network as ONNX with integer weights, and QuantizeLinear / DequantizeLinear at its activations.
 
 NNI simulates: its quantized network computes in floating point, and its files are as large as before. Here every
-quantized module of the student is replaced by one that says the same in ONNX's operators, and the whole is exported.
+quantized module is replaced by one that computes the same with ONNX's operators, and the whole network is exported.
 
-Where a config quantizes inputs and weights alone, onnxruntime reads integers but multiplies in floating point; where it
-quantizes outputs too, whole layers run on integers.
+If a config quantizes only inputs and weights, onnxruntime reads integers but multiplies in floating point. If it also
+quantizes outputs, whole layers run on integers.
 
-NNI's rounding is kept: ``(round(clamp(z + x / s, qmin, qmax)) - z) * s``. ONNX takes an integer ``z`` alone; what
-LSQ+ learns beyond it becomes a constant offset, added before and subtracted after: with ``z = n + f`` the same levels
-are reached by ``x + f s`` and ``n``. Types of fewer than 8 bits are stored in 8, and clipped to their own range. NNI's
-int8 ends at -127, ONNX's at -128: an activation below the calibrated range may come out one step lower here.
+NNI's rounding is kept: ``(round(clamp(z + x / s, qmin, qmax)) - z) * s``. ONNX has only integer zero points. What LSQ+
+learns beyond an integer becomes a constant offset, added before and subtracted after: for ``z = n + f`` the same levels
+result from ``x + f s`` and ``n``. Types of fewer than 8 bits are stored in 8 and clipped to their own range. NNI's int8
+ends at -127, ONNX's at -128: an activation below the calibrated range may come out one step lower.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.compression.quantization.bn_folding import folded_parameters
-from zskd_nni.compression.quantization.quantize import Quantization, simulated
+from zskd_nni.compression.quantization.nni_quantizer import ROUNDING_QUANTIZERS
+from zskd_nni.compression.quantization.quantize import QuantizedNetwork, simulated
+from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.hooks import hooked
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import checking_batch, onnx_bytes, run_onnx
@@ -35,18 +38,18 @@ from zskd_nni.runtime.files import write_atomic
 from zskd_nni.training.metrics import agreement
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CHECKED_IMAGES = 500  # of a transfer source
 
 
 @dataclass(frozen=True)
 class QuantizedExport:
-    """What was written, and how onnxruntime answers.
+    """The written file and how onnxruntime's answers compare.
 
     Attributes:
-        agreement: share of the images on which onnxruntime chooses as NNI's simulation does, in [0, 1].
+        agreement: share of the images on which onnxruntime chooses the same class as NNI's simulation, in [0, 1].
         max_logit_difference: between the two, relative to the simulation's largest logit (at least 1).
         bytes: size of the file.
-        float_bytes: size of the same student's file without quantization.
+        float_bytes: size of the file of the same network without quantization.
     """
 
     agreement: float
@@ -56,103 +59,127 @@ class QuantizedExport:
 
 
 def export_quantized_onnx(
-    quantization: Quantization, spec: InputSpec, path: str | Path, images: Tensor, least_agreement: float = 0.995
+    quantized: QuantizedNetwork,
+    spec: InputSpec,
+    path: str | Path,
+    images: Tensor | TransferSource,
+    least_agreement: float = 0.995,
 ) -> QuantizedExport:
-    """Write the quantized student as ONNX and check onnxruntime's answers against NNI's simulation.
+    """Write a quantized network as ONNX, after checking onnxruntime's answers against NNI's simulation.
 
     Args:
-        quantization: what ``quantize`` gave.
-        spec: the student's input; the normalisation becomes part of the file.
-        path: an ``.onnx`` file.
-        images: ``(N, C, H, W)`` in the value range, on which both must agree.
-        least_agreement: the smallest share of images with the same choice.
+        quantized: the result of :func:`~zskd_nni.compression.quantization.quantize.quantize`.
+        spec: its input. The normalisation becomes part of the file.
+        path: the ``.onnx`` file to write.
+        images: ``(N, C, H, W)`` in the value range to compare the answers on, or a transfer source, of which the first
+            500 are taken.
+        least_agreement: smallest share of images, in [0, 1], on which both must choose the same class.
 
     Raises:
-        UserError: the quantization cannot be said in ONNX, or onnxruntime answers otherwise.
+        UserError: ONNX has no operators for the quantization, or onnxruntime answers differently.
+
+    Example:
+        >>> import tempfile
+        >>> from zskd_nni import NoiseSource, QuantizationConfig, load_teacher, quantize
+        >>> teacher = load_teacher("lenet5-digits")
+        >>> images = NoiseSource(teacher.spec, 64)
+        >>> layers = {"op_types": ["Conv2d", "Linear"], "target_names": ["_input_", "weight"], "quant_dtype": "int8"}
+        >>> quantized = quantize(teacher.student(), QuantizationConfig([layers]), teacher, images)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = export_quantized_onnx(quantized, teacher.spec, f"{folder}/int8.onnx", images, 0.98)
+        >>> written.bytes < 0.3 * written.float_bytes
+        True
     """
-    data = quantized_onnx_bytes(quantization, spec)
-    simulation = simulated(quantization).cpu().float()
+    images = (images if isinstance(images, Tensor) else _first_images(images)).cpu()
+    data = quantized_onnx_bytes(quantized, spec)
+    simulation = simulated(quantized).cpu().float()
     with torch.no_grad():
-        copies = images.cpu().clone()  # the network may change its input in place
+        copies = images.clone()  # the network may change its input in place
         parts = [first_tensor(simulation(spec.normalise(part))) for part in copies.split(checking_batch(images))]
-    expected = torch.cat(parts)
-    answered = run_onnx(data, images.cpu())
-    share = agreement(answered, expected)
-    difference = float((answered - expected).abs().max() / expected.abs().max().clamp_min(1))
+    expected, actual = torch.cat(parts), run_onnx(data, images)
+    share = agreement(actual, expected)
+    difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1))
     if not share >= least_agreement:
         raise UserError(
             f"onnxruntime and NNI's simulation of the quantized network agree on {share:.1%} of {len(images)} images, "
             f"less than {least_agreement:.1%}; the file was not written."
         )
     write_atomic(path, data)
-    return QuantizedExport(share, difference, len(data), len(onnx_bytes(quantization.student, spec)))
+    return QuantizedExport(share, difference, len(data), len(onnx_bytes(quantized.network, spec)))
 
 
-def quantized_onnx_bytes(quantization: Quantization, spec: InputSpec) -> bytes:
-    """The quantized student as ONNX: input ``images (N, C, H, W)`` in the value range, output ``logits (N, K)``.
+def _first_images(source: TransferSource) -> Tensor:
+    random, parts = torch.Generator().manual_seed(0), list[Tensor]()
+    while sum(map(len, parts)) < min(_CHECKED_IMAGES, source.size or _CHECKED_IMAGES):
+        parts.append(source.batch(len(parts), random))
+    return torch.cat(parts)
+
+
+def quantized_onnx_bytes(quantized: QuantizedNetwork, spec: InputSpec) -> bytes:
+    """A quantized network as ONNX: input ``images (N, C, H, W)`` in the value range, output ``logits (N, K)``.
 
     Raises:
-        UserError: DoReFa's or BNN's quantization, other than 2 to 8 bits, scales by anything but tensor or channel, or
-            none at all.
+        UserError: DoReFa's or BNN's quantization, other than 2 to 8 bits, scales of anything but tensors or channels,
+            or no scales.
     """
-    if quantization.quantizer in ("DoReFaQuantizer", "BNNQuantizer"):
+    if quantized.quantizer not in ROUNDING_QUANTIZERS:
         raise UserError(
-            f"{quantization.quantizer} changes weights by more than rounding and cannot be exported to int8; "
+            f"{quantized.quantizer} changes weights by more than rounding and cannot be exported to int8; "
             "use PtqQuantizer, QATQuantizer, LsqQuantizer or LsqPlusQuantizer."
         )
-    _require_scales(quantization, spec)
-    return onnx_bytes(integer_model(quantization), spec)
+    _require_scales(quantized, spec)
+    return onnx_bytes(integer_model(quantized), spec)
 
 
-def _require_scales(quantization: Quantization, spec: InputSpec) -> None:
-    """A layer that answers and has no scales would be written as floating point, in a file said to hold integers."""
+def _require_scales(quantized: QuantizedNetwork, spec: InputSpec) -> None:
+    """Refuse a called layer without scales: the file would hold it in floating point."""
     without = {
         path: target
-        for path, targets in quantization.calibration.items()
+        for path, targets in quantized.calibration.items()
         for target, entry in targets.items()
-        if entry["scale"] is None and target in _always_there(quantization.student.get_submodule(path))
+        if entry["scale"] is None and target in _always_present(quantized.network.get_submodule(path))
     }
     if not without:
         return
-    reached: list[str] = []
-    student = copy.deepcopy(quantization.student).cpu().float().eval()
-    with torch.no_grad(), hooked(student, without, after=lambda path, _: reached.append(path)):
-        student(spec.example_input())
-    if reached:
+    called: list[str] = []
+    network = copy.deepcopy(quantized.network).cpu().float().eval()
+    with torch.no_grad(), hooked(network, without, after=lambda path, _: called.append(path)):
+        network(spec.example_input())
+    if called:
         raise UserError(
-            f"{reached[0]}.{without[reached[0]]} has no scale, so that {quantization.quantizer} never quantized it; "
+            f"{called[0]}.{without[called[0]]} has no scale, so that {quantized.quantizer} never quantized it; "
             "train it for more steps (compression.quantization.steps), more than quant_start_step."
         )
 
 
-def integer_model(quantization: Quantization) -> nn.Module:
-    """A copy of the student with integer weights, made of ONNX's quantization operators. It can only be exported.
+def _always_present(module: nn.Module) -> set[str]:
+    """Targets of every call of the module; a second input may be optional."""
+    return {"_input_0", "_output_0", *(name for name, _ in module.named_parameters(recurse=False))}
+
+
+def integer_model(quantized: QuantizedNetwork) -> nn.Module:
+    """A copy of the network with integer weights and ONNX's quantization operators. It can only be exported.
 
     Raises:
         UserError: see :func:`quantized_onnx_bytes`.
     """
-    model = copy.deepcopy(quantization.student).cpu().float().eval()
+    model = copy.deepcopy(quantized.network).cpu().float().eval()
     modules = dict(model.named_modules())
-    folds = {names[0]: names[1:] for names in quantization.folds}
-    for path, targets in quantization.calibration.items():
+    folds = {names[0]: names[1:] for names in quantized.folds}
+    for path, targets in quantized.calibration.items():
         followers = [modules[name] for name in folds.get(path, ())]
-        set_module(model, path, _Quantized(modules[path], targets, followers, path))
+        set_module(model, path, _IntegerModule(modules[path], targets, followers, path))
         for name in folds.get(path, ()):
             set_module(model, name, nn.Identity())
     return model
 
 
-def _always_there(module: nn.Module) -> set[str]:
-    """Targets that every call of the module has; a second input may be optional."""
-    return {"_input_0", "_output_0", *(name for name, _ in module.named_parameters(recurse=False))}
-
-
-class _Levels(nn.Module):
+class _TensorQuantization(nn.Module):
     """Scale, integer zero point and range of one tensor.
 
     Args:
         entry: NNI's calibration of it.
-        axes: which of its axes may have a scale for each channel.
+        channel_axes: which of its axes may have a scale for each channel.
         where: its name, for messages.
     """
 
@@ -162,10 +189,9 @@ class _Levels(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, entry: dict[str, Any], axes: tuple[int, ...], where: str) -> None:
+    def __init__(self, entry: dict[str, Any], channel_axes: tuple[int, ...], where: str) -> None:
         super().__init__()
-        name = entry["quant_dtype"]
-        bits, unsigned = int(entry["quant_bits"]), name.startswith("uint")
+        bits, unsigned = int(entry["quant_bits"]), entry["quant_dtype"].startswith("uint")
         if not 2 <= bits <= 8:
             raise UserError(f"{where} is quantized to {bits} bits; ONNX files are written with 2 to 8.")
         self.qmin: int = 0 if unsigned else 1 - 2 ** (bits - 1)
@@ -174,45 +200,44 @@ class _Levels(nn.Module):
         dtype = torch.uint8 if unsigned else torch.int8
         scale, zero = entry["scale"].double(), entry["zero_point"].double()
         zero = zero.expand_as(scale) if zero.numel() == 1 else zero
-        self.by_channel = scale.numel() > 1
-        self.axis = 0
-        if self.by_channel:
+        self.attributes: dict[str, int] = {}  # of ONNX's operators
+        if scale.numel() > 1:
             long = [axis for axis, size in enumerate(scale.shape) if size > 1]
-            if len(long) != 1 or long[0] not in axes:
+            if len(long) != 1 or long[0] not in channel_axes:
                 raise UserError(
                     f"{where} has scales of shape {list(scale.shape)}; ONNX files are written with one scale for a "
                     "tensor or for each of its channels."
                 )
-            self.axis = long[0]
-        # Whatever is cut off here goes into the offset.
+            self.attributes = {"axis": long[0]}
+        # The offset takes what is cut off here.
         integer = zero.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-        shape = (-1,) if self.by_channel else ()
-        offset = (zero - integer) * scale
+        shape = (-1,) if self.attributes else ()
         self.has_offset = bool((zero - integer).abs().max() > 1e-6)
         self.register_buffer("scale", scale.float().reshape(shape))
         self.register_buffer("zero_point", integer.to(dtype).reshape(shape))
         if self.has_offset:
-            self.register_buffer("offset", offset.float())
+            self.register_buffer("offset", ((zero - integer) * scale).float())
         if self.narrow:
             self.register_buffer("low", ((self.qmin - integer) * scale).float())
             self.register_buffer("high", ((self.qmax - integer) * scale).float())
-        # The tensor as NNI has it, so that integers come from its own arithmetic, bit for bit.
+        # In NNI's shape and type, so that the integers come from NNI's own arithmetic, bit for bit.
         self._nni = entry["scale"].float(), entry["zero_point"].float()
 
-    def integers(self, tensor: Tensor) -> Tensor:
-        """The integers that NNI's simulation rounds a parameter to, in the type's 8 bits."""
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """The level of each number of a parameter, as NNI's simulation rounds it."""
         scale, zero = self._nni
-        levels = torch.round(torch.clamp(zero + tensor.detach() / scale, self.qmin, self.qmax))
-        return levels.to(self.zero_point.dtype)
+        return torch.round(torch.clamp(zero + tensor.detach() / scale, self.qmin, self.qmax))
 
-    def restored(self, integers: Tensor) -> Tensor:
+    def simulated(self, tensor: Tensor) -> Tensor:
+        """A parameter as NNI's simulation has it, in floating point."""
+        scale, zero = self._nni
+        return (self.rounded(tensor) - zero) * scale
+
+    def dequantize(self, integers: Tensor) -> Tensor:
         """DequantizeLinear of integers."""
+        inputs = (integers, self.scale, self.zero_point)
         tensor = torch.onnx.ops.symbolic(
-            "DequantizeLinear",
-            (integers, self.scale, self.zero_point),
-            {"axis": self.axis} if self.by_channel else {},
-            dtype=torch.float32,
-            shape=integers.shape,
+            "DequantizeLinear", inputs, self.attributes, dtype=torch.float32, shape=integers.shape
         )
         return tensor - self.offset if self.has_offset else tensor
 
@@ -222,24 +247,21 @@ class _Levels(nn.Module):
             tensor = tensor + self.offset
         if self.narrow:
             tensor = torch.minimum(torch.maximum(tensor, self.low), self.high)
+        inputs = (tensor, self.scale, self.zero_point)
         integers = torch.onnx.ops.symbolic(
-            "QuantizeLinear",
-            (tensor, self.scale, self.zero_point),
-            {"axis": self.axis} if self.by_channel else {},
-            dtype=self.zero_point.dtype,
-            shape=tensor.shape,
+            "QuantizeLinear", inputs, self.attributes, dtype=self.zero_point.dtype, shape=tensor.shape
         )
-        return self.restored(integers)
+        return self.dequantize(integers)
 
 
-class _Quantized(nn.Module):
-    """One module of the student with what NNI folds into it, between the quantization of its inputs and output.
+class _IntegerModule(nn.Module):
+    """A module with the modules that NNI folds into it, between the quantization of its inputs and of its output.
 
     Args:
-        module: a convolution or linear layer, whose weight becomes integers; of any other module quantized
-            parameters keep their floating point and take the values that the quantization leaves.
+        module: the weight of a convolution or linear layer is stored in integers. Quantized parameters of any other
+            module stay in floating point, with the values that the quantization leaves.
         targets: its calibration by target.
-        followers: BatchNorm and ReLU folded into it.
+        followers: BatchNorm and ReLU that are folded into it.
         path: its name, for messages.
     """
 
@@ -253,34 +275,30 @@ class _Quantized(nn.Module):
         self.stored = type(module) in (*_CONVOLUTIONS, nn.Linear)
         for target, entry in targets.items():
             if entry["scale"] is None:
-                continue  # never reached by a batch, so that NNI does not quantize it either
-            kind, _, place = target[1:].partition("_") if target.startswith("_") else ("", "", target)
-            levels = _Levels(entry, (1,) if kind else (0, 1), f"{path}.{target}")
-            if kind and not place.isdigit():
+                continue  # no batch has reached it, so that NNI does not quantize it either
+            kind, _, position = target[1:].partition("_") if target.startswith("_") else ("", "", target)
+            levels = _TensorQuantization(entry, (1,) if kind else (0, 1), f"{path}.{target}")
+            if kind and not position.isdigit():
                 raise UserError(f"{path}.{target} is named, not numbered; only positional activations are exported.")
             if kind:
-                (self.inputs if kind == "input" else self.outputs)[place] = levels
-                continue
-            integers = levels.integers(parameters[target])
-            if self.stored:
+                (self.inputs if kind == "input" else self.outputs)[position] = levels
+            elif self.stored:
                 self.parameter_levels[target] = levels
-                self.register_buffer(f"{target}_", integers)
+                self.register_buffer(f"{target}_", levels.rounded(parameters.pop(target)).to(levels.zero_point.dtype))
             else:
-                scale, zero = levels._nni
-                parameters[target] = (integers - zero) * scale
+                parameters[target] = levels.simulated(parameters[target])
         self.module = module
         for name, value in parameters.items():
-            if self.stored and name not in self.parameter_levels:
+            if self.stored:
                 self.register_buffer(f"{name}_", value)
-            elif not self.stored:
+            else:
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if self.stored:
-            for name in ("weight", "bias"):  # the float weights must not end up in the file
-                setattr(module, name, None)
+            module.weight = module.bias = None  # type: ignore[assignment]  # so that the file has no float weights
 
     @property
     def weight(self) -> Tensor | None:
-        """As the network may read it beside calling the module: in floating point."""
+        """In floating point: the network may read it beside calling the module."""
         return self._parameter("weight")
 
     @property
@@ -289,31 +307,24 @@ class _Quantized(nn.Module):
         return self._parameter("bias")
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """The module's, with every quantized tensor passed through its integers."""
-        taken = [
-            self.inputs[str(place)](argument) if str(place) in self.inputs else argument
-            for place, argument in enumerate(arguments)
-        ]
-        output = self._computed(*taken, **named)
+        """As the module's, with every quantized tensor rounded to its integers."""
+        output = self._compute(*_quantize_each(self.inputs, arguments), **named)
         if self.relu:
             output = functional.relu(output)
         if isinstance(output, Tensor):
-            return self.outputs["0"](output) if "0" in self.outputs else output
-        return type(output)(
-            self.outputs[str(place)](entry) if str(place) in self.outputs else entry
-            for place, entry in enumerate(output)
-        )
+            return next(_quantize_each(self.outputs, (output,)))
+        return type(output)(_quantize_each(self.outputs, output))
 
-    def _computed(self, *arguments: Any, **named: Any) -> Any:
+    def _compute(self, *arguments: Any, **named: Any) -> Any:
         if not self.stored:
             return self.module(*arguments, **named)
         weight, bias = self.weight, self.bias
         assert weight is not None
-        given = arguments[0] if arguments else named["input"]
+        layer_input = arguments[0] if arguments else named["input"]
         if isinstance(self.module, nn.Linear):
-            return functional.linear(given, weight, bias)
+            return functional.linear(layer_input, weight, bias)
         assert isinstance(self.module, _CONVOLUTIONS)
-        return self.module._conv_forward(given, weight, bias)
+        return self.module._conv_forward(layer_input, weight, bias)
 
     def _parameter(self, name: str) -> Tensor | None:
         if not self.stored:
@@ -321,4 +332,9 @@ class _Quantized(nn.Module):
         value: Tensor | None = getattr(self, f"{name}_", None)
         if value is None or name not in self.parameter_levels:
             return value
-        return cast(_Levels, self.parameter_levels[name]).restored(value)
+        return cast(_TensorQuantization, self.parameter_levels[name]).dequantize(value)
+
+
+def _quantize_each(levels: nn.ModuleDict, values: Iterable[Any]) -> Iterator[Any]:
+    for position, value in enumerate(values):
+        yield levels[str(position)](value) if str(position) in levels else value

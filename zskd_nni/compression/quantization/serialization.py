@@ -1,4 +1,4 @@
-"""A quantized student on disk: the network as every other one, its scales as safetensors, the rest as JSON."""
+"""A quantized network on disk: the network like any other, its scales as safetensors, the rest as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from zskd_nni.compression.quantization.quantize import Calibration, Quantization, with_fuse_names
+from zskd_nni.compression.quantization.calibration import Calibration
+from zskd_nni.compression.quantization.nni_quantizer import with_fuse_names
+from zskd_nni.compression.quantization.quantize import QuantizedNetwork
 from zskd_nni.models.serialization import load_network
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json, sha256_of_file
@@ -19,42 +21,40 @@ def calibration_file(description: Path) -> Path:
     return description.with_suffix(".calibration.safetensors")
 
 
-def save_calibration(quantization: Quantization, description: Path) -> dict[str, Any]:
+def save_calibration(quantized: QuantizedNetwork, description: Path) -> dict[str, Any]:
     """Write the scales; returns what the network's description must hold for :func:`load_quantization`."""
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for path, targets in quantization.calibration.items():
+    plain: Calibration = {}
+    for path, targets in quantized.calibration.items():
         for target, entry in targets.items():
-            kept = plain.setdefault(path, {}).setdefault(target, {})
+            saved = plain.setdefault(path, {}).setdefault(target, dict(entry))
             for key, value in entry.items():
                 if isinstance(value, Tensor):
                     name = f"{path}:{target}:{key}"
                     tensors[name] = value
-                    kept[key] = {"tensor": name}
-                else:
-                    kept[key] = value
+                    saved[key] = {"tensor": name}
     file = calibration_file(description)
     save_tensors(file, tensors)
     return {
-        "quantizer": quantization.quantizer,
-        "config_list": quantization.config_list,
+        "quantizer": quantized.quantizer,
+        "config_list": quantized.config_list,
         "calibration": plain,
         "calibration_sha256": sha256_of_file(file),
     }
 
 
-def load_quantization(description: Path) -> Quantization:
-    """The quantization that :func:`save_calibration` and ``save_network`` wrote.
+def load_quantization(description: Path) -> QuantizedNetwork:
+    """The quantized network that :func:`save_calibration` and ``save_network`` wrote.
 
     Raises:
-        UserError: a file is missing, damaged or not of this kind.
+        UserError: a file is missing, damaged or of another kind.
     """
-    student = load_network(description)
-    kept = read_json(description).get("quantization")
+    network = load_network(description)
+    saved = read_json(description).get("quantization")
     file = calibration_file(description)
     tensors, _ = load_tensors(file)
     try:
-        if sha256_of_file(file) != kept["calibration_sha256"]:
+        if sha256_of_file(file) != saved["calibration_sha256"]:
             raise UserError(f"{file} is not the file that {description.name} describes: its checksum differs.")
         calibration: Calibration = {
             path: {
@@ -63,9 +63,9 @@ def load_quantization(description: Path) -> Quantization:
                 }
                 for target, entry in targets.items()
             }
-            for path, targets in kept["calibration"].items()
+            for path, targets in saved["calibration"].items()
         }
-        config_list = with_fuse_names(student, kept["config_list"])
-        return Quantization(student, kept["quantizer"], config_list, calibration)
+        config_list = with_fuse_names(network, saved["config_list"])
+        return QuantizedNetwork(network, saved["quantizer"], config_list, calibration)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{description} holds no whole quantization ({error}); remove it to make it again.") from error

@@ -1,0 +1,259 @@
+"""NNI's quantizers: which there are, their config lists completed for a network, and their refusals as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import re
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from nni.compression.base.compressor import Pruner, Quantizer
+from nni.compression.base.config import select_modules_by_config
+from nni.compression.quantization import (
+    BNNQuantizer,
+    DoReFaQuantizer,
+    LsqPlusQuantizer,
+    LsqQuantizer,
+    PtqQuantizer,
+    QATQuantizer,
+)
+from schema import SchemaError
+from torch import nn
+
+from zskd_nni.compression.evaluator import DataFreeEvaluator
+from zskd_nni.compression.nni_config import modern_config_list
+from zskd_nni.compression.quantization.bn_folding import batch_norm_folds
+from zskd_nni.compression.quantization.calibration import Calibration, plain_calibration
+from zskd_nni.models.shared_modules import called_paths
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.recipes.compression_config import QuantizationConfig
+from zskd_nni.runtime.errors import UserError
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "PtqQuantizer": PtqQuantizer,
+    "QATQuantizer": QATQuantizer,
+    "LsqQuantizer": LsqQuantizer,
+    "LsqPlusQuantizer": LsqPlusQuantizer,
+    "DoReFaQuantizer": DoReFaQuantizer,
+    "BNNQuantizer": BNNQuantizer,
+}
+_SHORT_NAMES = {
+    "ptq": "PtqQuantizer",
+    "qat": "QATQuantizer",
+    "lsq": "LsqQuantizer",
+    "lsq_plus": "LsqPlusQuantizer",
+    "dorefa": "DoReFaQuantizer",
+    "bnn": "BNNQuantizer",
+    "LSQQuantizer": "LsqQuantizer",
+    "LSQPlusQuantizer": "LsqPlusQuantizer",
+}
+# They only round weights and activations, so that ONNX has operators for the result; PTQ can replace them.
+ROUNDING_QUANTIZERS = ("PtqQuantizer", "QATQuantizer", "LsqQuantizer", "LsqPlusQuantizer")
+_NAME_LISTS = (
+    *("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re"),
+    "target_names",
+)
+
+
+def quantizer_class_name(name: str) -> str:
+    """NNI's class name for a class name or a short name.
+
+    Raises:
+        UserError: names the nearest.
+    """
+    name = _SHORT_NAMES.get(name, name)
+    if name not in QUANTIZERS:
+        names = [*QUANTIZERS, *_SHORT_NAMES]
+        near = _SHORT_NAMES.get(name.lower()) or difflib.get_close_matches(name, names, 1, 0.0)[0]
+        raise UserError(
+            f"compression.quantization.quantizer: NNI has no quantizer {name!r}; the nearest is {near!r}. "
+            f"There are {', '.join(QUANTIZERS)}."
+        )
+    return name
+
+
+def folds_of(config_list: list[dict]) -> list[tuple[str, ...]]:
+    """The folds that a config list names."""
+    return [tuple(names) for config in config_list for names in config.get("fuse_names", ())]
+
+
+def quantizer_config_list(
+    network: nn.Module, config: QuantizationConfig, teacher: Teacher, masked: Container[str] = ()
+) -> list[dict]:
+    """NNI's config list, in the keys of NNI 3, with the folds that the config names or asks to find.
+
+    Args:
+        network: what is quantized, unwrapped.
+        config: config list and folds.
+        teacher: knows the input.
+        masked: modules under a pruner's masks in the same training. NNI cannot fold a masked BatchNorm, so such folds
+            are left out.
+    """
+    dummy = teacher.example_input().to(next(network.parameters()).device)
+    called = called_paths(network, dummy)
+    folds = [tuple(names) for names in config.fuse_names]
+    if config.fuse_batch_norm:
+        with nni_errors_as_sentences(config.quantizer):
+            found = batch_norm_folds(network, with_fuse_names(network, config.config_list, folds), dummy)
+        folds.extend(names for names in found if _can_fold(network, names, masked))
+    return [_without_uncalled(network, entry, called) for entry in with_fuse_names(network, config.config_list, folds)]
+
+
+def _can_fold(network: nn.Module, names: tuple[str, ...], masked: Container[str]) -> bool:
+    # NNI folds the shift of the normalisation into the layer's bias, which a masked layer without one does not get.
+    without_bias = names[0] in masked and getattr(network.get_submodule(names[0]), "bias", None) is None
+    return not without_bias and not any(name in masked for name in names[1:])
+
+
+def _without_uncalled(network: nn.Module, config: dict, called: set[str]) -> dict:
+    """The config without layers that ``forward`` never calls in ``eval()``, such as an auxiliary head.
+
+    NNI fails over them.
+    """
+    uncalled = [
+        name
+        for name in select_modules_by_config(network, config)[0]
+        if name not in called and next(network.get_submodule(name).parameters(recurse=False), None) is not None
+    ]
+    named = [name for name in uncalled if name in config.get("op_names", ())]
+    if named:
+        raise UserError(
+            f"the quantization config names {named[0]!r}, which forward never calls when the network is evaluated: "
+            "there is nothing to calibrate it on; leave it out"
+        )
+    return {**config, "exclude_op_names": [*config.get("exclude_op_names", ()), *uncalled]} if uncalled else config
+
+
+def with_fuse_names(model: nn.Module, config_list: list[dict], fuse_names: Sequence[Sequence[str]] = ()) -> list[dict]:
+    """The config list, in the keys of NNI 3, with each of ``fuse_names`` in the entry that selects its first module.
+
+    Raises:
+        UserError: no entry selects the first module of a fold, or a key is unknown or has a wrong value.
+    """
+    result = modern_config_list(config_list, "quantization")
+    for number, config in enumerate(result):
+        _check_entry(config, f"compression.quantization.config_list.{number}")
+        if "fuse_names" in config:
+            config["fuse_names"] = _checked_folds(config["fuse_names"], f"config_list.{number}.fuse_names")
+    for names in _checked_folds(fuse_names, "fuse_names"):
+        homes = [config for config in result if names[0] in select_modules_by_config(model, config)[0]]
+        if not homes:
+            raise UserError(f"fuse_names: no config of config_list selects {names[0]!r}, the first of {list(names)}.")
+        # Where several entries select a module, NNI folds a ReLU only by an entry that names the output.
+        with_output = [config for config in homes if "_output_" in config.get("target_names", ())]
+        home = (with_output or homes)[0] if len(names) > 2 else homes[0]
+        home["fuse_names"] = [*home.get("fuse_names", []), names]
+    return result
+
+
+def _check_entry(config: dict, where: str) -> None:
+    for key in _NAME_LISTS:
+        value = config.get(key, [])
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{where}.{key} must be a list of words, not {value!r}.")
+        for pattern in value if key.endswith("_re") else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}.{key}: {pattern!r} is no regular expression ({error}).") from error
+    settings = config.get("target_settings", {})
+    if not isinstance(settings, dict) or not all(isinstance(setting, dict) for setting in settings.values()):
+        raise UserError(f"{where}.target_settings must map targets such as weight to settings, not {settings!r}.")
+
+
+def _checked_folds(folds: Any, key: str) -> list[tuple[str, ...]]:
+    listed = isinstance(folds, list | tuple)
+    for names in folds if listed else [folds]:
+        known = listed and isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        if not known or not 2 <= len(names) <= 3:
+            raise UserError(
+                f"compression.quantization.{key} must list folds of 2 or 3 modules such as [conv1, bn1, relu1], not "
+                f"{names!r}."
+            )
+    return [tuple(names) for names in folds]
+
+
+@contextlib.contextmanager
+def nni_errors_as_sentences(name: str) -> Iterator[None]:
+    """Raise NNI's schema, assertion and look-up errors as a :class:`UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (SchemaError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"NNI's {name} refuses the config ({text}).") from error
+
+
+def make_quantizer(
+    model: nn.Module,
+    name: str,
+    config_list: list[dict],
+    evaluator: DataFreeEvaluator,
+    arguments: dict[str, Any],
+    pruner: Pruner | None = None,
+) -> Quantizer:
+    """NNI's quantizer around ``model``, or on top of the pruner that is around it.
+
+    LSQ and LSQ+ start with the scales that fit the calibration set. NNI starts them with 0.01 for every tensor, and
+    LSQ+ with a zero point that leaves a signed type only its negative numbers.
+
+    Raises:
+        UserError: NNI refuses the config or the arguments.
+    """
+    ranges = None
+    if name in ("LsqQuantizer", "LsqPlusQuantizer"):
+        ranges = calibrate(model, name, config_list, evaluator, "symmetric" if name == "LsqQuantizer" else "affine")
+    with nni_errors_as_sentences(name):
+        if pruner is None:
+            quantizer = QUANTIZERS[name](model, config_list, evaluator, **arguments)
+        else:
+            quantizer = QUANTIZERS[name].from_compressor(pruner, config_list, **arguments)
+    if ranges is not None:
+        _start_with(quantizer, ranges)
+    return quantizer
+
+
+def calibrate(
+    model: nn.Module, name: str, config_list: list[dict], evaluator: DataFreeEvaluator, scheme: str = "affine"
+) -> Calibration:
+    """The ranges of ``model`` on the evaluator's calibration set, read by PTQ on a copy.
+
+    Raises:
+        UserError: NNI cannot calibrate what the config asks for, such as a granularity that fits no tensor. The message
+            names the quantizer ``name``.
+    """
+    config_list = copy.deepcopy(config_list)
+    for config in config_list:
+        config.setdefault("quant_dtype", "int8")
+        for setting in (config, *config.get("target_settings", {}).values()):
+            setting["quant_scheme"] = scheme
+    quantizer = make_quantizer(copy.deepcopy(model), "PtqQuantizer", config_list, evaluator, {})
+    with nni_errors_as_sentences(name):
+        quantizer.compress(0, None)
+    quantizer.unwrap_model()
+    return plain_calibration(quantizer.get_calibration_config())
+
+
+def _start_with(quantizer: Any, ranges: Calibration) -> None:
+    """Give LSQ or LSQ+ the scales that fit ``ranges``."""
+    device = next(weight.device for weight in quantizer.bound_model.parameters() if weight.numel())
+    for path, targets in quantizer._target_spaces.items():
+        wrapper = quantizer._module_wrappers[path]
+        for target, space in targets.items():
+            entry = ranges[path][target]
+            scale, zero = entry["scale"].to(device), entry["zero_point"].to(device)
+            if isinstance(quantizer, LsqQuantizer):
+                # LSQ has no zero point: an unsigned type reaches from 0 to its largest number.
+                scale = torch.maximum(entry["tracked_max"].abs(), entry["tracked_min"].abs()).to(device) / space.qmax
+                scale = scale.clamp_min(torch.finfo(torch.float32).eps)
+                space.zero_point = torch.zeros_like(scale) if space._scaler else torch.tensor(0.0, device=device)
+            else:
+                learned = nn.Parameter(zero if space._scaler else zero.view(1))
+                setattr(wrapper, f"{target}_zero_point", learned)
+            # New parameters: those that NNI registers for LSQ+ are on the CPU, wherever the network is.
+            setattr(wrapper, f"{target}_scale", nn.Parameter(scale if space._scaler else scale.view(1)))
+    quantizer.is_init = True
