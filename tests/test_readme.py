@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from zskd_nni.models.onnx_export import run_onnx
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import wrn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,31 +75,62 @@ def test_the_table_of_shrunken_networks_is_that_of_its_result_file():
         assert row["provenance"]["commit"] and not row["provenance"]["commit"].endswith("+changes")
 
 
-@pytest.mark.parametrize("network", [None, lambda: wrn(depth=10, width=1, in_channels=1)], ids=["plain", "residual"])
-def test_the_example_in_python_runs_as_it_stands(tmp_path, monkeypatch, caplog, network):
-    """And with a residual network in the place of the one it builds."""
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    (example,) = [block.split("```")[0] for block in blocks if "ZeroShotDistiller" in block]
-    assert "size=8000" in example
-    assert "2000" in example
+def example_of(page):
+    (example,) = (ROOT / page).read_text().split("```python\n")[1:]
+    return example.split("```")[0]
+
+
+def run_smaller(example, sizes, names):
+    """The page's own code; only the sizes are smaller."""
+    for size, smaller in sizes.items():
+        assert size in example
+        example = example.replace(size, smaller)
+    exec(example, names)
+
+
+def test_the_example_in_python_runs_as_it_stands(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    before, after = example.split("\nteacher = ")
-    names = {}
-    if network is None:
-        exec(before, names)
-    else:
-        names["model"] = network()
-        after = "\n".join([line for line in before.splitlines() if "import" in line]) + "\nteacher = " + after
-    if network is None:
-        after = "teacher = " + after
-    model = names["model"]
-    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
-    channels = model.conv1.out_channels
-    # Only the sizes are smaller.
-    smaller = after.replace("size=8000", "size=60").replace("2000", "4").replace("300", "2")
-    exec(smaller, names)  # the README's own code
+    example, names = example_of("README.md"), {}
+    assert len(example.splitlines()) <= 12
+    run_smaller(example, {"size=8000": "size=60", "steps=2000": "steps=4", "steps=500": "steps=12"}, names)
+    assert "Nothing brings a loss" not in caplog.text  # else every score is 0, and the last channels go
+    assert (tmp_path / "impressions" / "manifest.json").exists()
+    teacher, pruned = names["teacher"], names["pruned"].network
+    assert pruned.conv1.out_channels == teacher.model.conv1.out_channels // 2
+    images = torch.rand(3, 1, 32, 32)
+    answers = run_onnx("student.onnx", images)
+    torch.testing.assert_close(answers, pruned(images).detach(), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(answers, teacher(images), atol=1e-2)
+    assert run_onnx("student-int8.onnx", images).shape == (3, 10)
+    assert Path("student-int8.onnx").stat().st_size < 0.5 * Path("student.onnx").stat().st_size
+
+
+def test_the_example_prunes_as_the_recipe_does(monkeypatch, tmp_path):
+    """Scoring moves no weight: with no step under the masks, what is left of the student is the teacher's."""
+    monkeypatch.chdir(tmp_path)
+    example, names = example_of("README.md"), {}
+    run_smaller(example.split("export_onnx(p")[0], {"size=8000": "size=60", "steps=2000": "steps=0"}, names)
+    kept = {tuple(row) for row in names["teacher"].model.conv1.weight.flatten(1).tolist()}
+    left = [tuple(row) for row in names["pruned"].network.conv1.weight.flatten(1).tolist()]
+    assert len(left) == len(kept) // 2
+    assert kept.issuperset(left)
+
+
+@pytest.mark.parametrize("network", [None, lambda: wrn(depth=10, width=1, in_channels=1)], ids=["plain", "residual"])
+def test_the_example_with_classes_of_nni_runs(tmp_path, monkeypatch, caplog, network):
+    """And with a residual network in the place of the one it loads."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/howto/prune-and-quantize.md").read_text()
+    example, names = page.split("```python\n")[1].split("```")[0], {}
+    if network is not None:
+        names["teacher"] = Teacher(network(), (1, 32, 32))
+        example = example.replace('teacher = load_teacher("lenet5-mnist")\n', "")
+    sizes = {"size=8000": "size=60", "steps=2000": "steps=4", "training_steps=300": "training_steps=2"}
+    run_smaller(example, sizes, names)
     assert "Nothing brings a loss" not in caplog.text  # else every score is 0, and the last channels go
     assert isinstance(names["distiller"], names["ZeroShotDistiller"])
-    assert names["small"].conv1.out_channels == channels // 2
-    assert any(not value.equal(weights[name]) for name, value in model.named_parameters())
+    model = names["teacher"].model
+    assert names["small"].conv1.out_channels == model.conv1.out_channels // 2
+    weights = dict(model.named_parameters())
+    assert any(not value.equal(weights[name]) for name, value in names["student"].named_parameters())
     assert (tmp_path / "impressions" / "manifest.json").exists()

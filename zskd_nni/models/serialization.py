@@ -188,8 +188,8 @@ def load_network(description: str | Path) -> nn.Module:
         raise UserError(f"{description} does not describe a network (its format is not {FORMAT!r}).")
     content: dict[str, Any] = {"dropped": [], "base": "", **found}
     for key, (kind, meaning) in _ENTRIES.items():
-        value: Any = content.get(key)
-        if not isinstance(value, kind) or (key == "weights" and Path(value).name != value):
+        value = content.get(key)
+        if not isinstance(value, kind) or (key == "weights" and Path(str(value)).name != value):
             raise UserError(f"{description}: {key!r} must be {meaning}, not {value!r}.")
     weights = description.parent / content["weights"]
     tensors, _ = load_tensors(weights)
