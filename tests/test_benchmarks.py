@@ -15,11 +15,11 @@ from helpers import SMALL, small_network, small_teacher
 
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models.build import build_network
+from zskd_nni.research.reproduction.context import Workspace
 from zskd_nni.research.reproduction.records import read_records
-from zskd_nni.research.reproduction.run import Place
-from zskd_nni.research.reproduction.session import run_table
+from zskd_nni.research.reproduction.session import Selection, run_table
 from zskd_nni.synthesis import SynthesisSettings
-from zskd_nni.synthesis.engine import Orders, synthesize_shard
+from zskd_nni.synthesis.engine import ShardInputs, synthesize_shard
 from zskd_nni.training.losses import soft_target_divergence
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -45,17 +45,17 @@ def test_the_published_loop_and_the_engine_reach_the_same_fit(loops: ModuleType)
     targets = ZskdTargets(teacher, ZskdSettings()).targets(0, 40, 40, 3)
     settings = SynthesisSettings(max_steps=60, learning_rate=0.01, range="rescale", slots=40)
     torch.manual_seed(7)
-    orders = Orders(
+    inputs = ShardInputs(
         targets, torch.rand((40, *SMALL.shape)), torch.full((40, 1), 20.0), torch.zeros(40), torch.full((40,), 60.0)
     )
-    engine = synthesize_shard(teacher, orders, settings)
+    engine = synthesize_shard(teacher, inputs, settings)
     torch.manual_seed(7)
     images, fit = loops.zskd_loop(
         model.eval().requires_grad_(False), targets, SMALL.shape, steps=60, batch=40, learning_rate=0.01
     )
     again = soft_target_divergence(model(images), targets, 20.0)
     assert torch.allclose(fit, again, atol=1e-5)
-    start = soft_target_divergence(teacher(orders.starts), targets, 20.0).mean()
+    start = soft_target_divergence(teacher(inputs.starts), targets, 20.0).mean()
     assert fit.mean() < 0.95 * start
     assert abs(float(fit.mean() - engine.fit.mean())) < 0.05 * float(start - fit.mean())
 
@@ -118,8 +118,8 @@ def test_settings_are_tried_on_a_slice_that_neither_teacher_nor_student_has_seen
     )
     assert "seed 1" in done.stdout and "accuracy: " in done.stdout and " +- " in done.stdout
     teacher = json.loads((tmp_path / "teachers" / "lenet5-digits.json").read_text())
-    assert teacher["trained_on"] == "1318 images of the training split"
-    assert teacher["measured_on"] == "119 images of the training split, held back"
+    assert teacher["trained_on"] == "1294 images of the training split"
+    assert teacher["measured_on"] == "143 images of the training split, held back"
     assert "20 steps" in done.stderr + done.stdout
 
 
@@ -140,8 +140,9 @@ def test_operations_are_counted_by_hand() -> None:
 
 
 def test_transition_curves_are_drawn_from_records(tmp_path: Path) -> None:
-    place = Place(tmp_path / "runs", tmp_path / "results", quiet=True)
-    run_table("digits", ["digits-zskt-paper", "digits-kd-at-10-a-class"], [0], "smoke", place, lambda _: None)
+    workspace = Workspace(tmp_path / "runs", tmp_path / "results", quiet=True)
+    selection = Selection("digits", ["digits-zskt-paper", "digits-kd-at-10-a-class"], [0], "smoke")
+    run_table(selection, workspace, lambda _: None)
     found = script("transition_curves").chosen(read_records(tmp_path / "results"), "digits", "smoke")
     assert list(found) == ["kd-at-10-a-class", "zskt-paper"]
     for result in found.values():

@@ -21,14 +21,19 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import lenet5
 from zskd_nni.recipes.load import load_recipe
+from zskd_nni.research.reproduction import context as contexts
 from zskd_nni.research.reproduction import run as running
+from zskd_nni.research.reproduction import sources
 from zskd_nni.research.reproduction.cells import METHODS, Cell, resolve
+from zskd_nni.research.reproduction.context import PairContext, Workspace
+from zskd_nni.research.reproduction.estimate import estimate_seconds
 from zskd_nni.research.reproduction.page import mean_and_deviation, render_page
 from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT
 from zskd_nni.research.reproduction.published import PUBLISHED, TARGETS
 from zskd_nni.research.reproduction.records import NEEDED, read_record, read_records
-from zskd_nni.research.reproduction.run import Bench, Place, make_source, run_cell, status
-from zskd_nni.research.reproduction.session import run_table
+from zskd_nni.research.reproduction.run import CellRun
+from zskd_nni.research.reproduction.session import Selection, run_table
+from zskd_nni.research.reproduction.sources import make_source
 from zskd_nni.research.reproduction.tables import TABLES, Table, choose_cells, find_table
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
@@ -41,8 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
 
 
-def place_in(folder: Path) -> Place:
-    return Place(folder / "runs", folder / "results", quiet=True)
+def workspace_in(folder: Path) -> Workspace:
+    return Workspace(folder / "runs", folder / "results", quiet=True)
 
 
 def call(*arguments: object) -> tuple[int, str]:
@@ -125,9 +130,9 @@ def test_what_is_finished_is_not_run_again(digits: Path) -> None:
 
 def test_other_settings_are_run_again(digits: Path, tmp_path: Path) -> None:
     plan = resolve(Cell("digits", "zskd", "best", student={"steps": 3}), "smoke")
-    bench = Bench("digits", place_in(digits))
-    assert running.status(plan, bench, SEED) == "other settings"
-    assert running.status(plan, Bench("digits", place_in(tmp_path)), SEED) == "not run"
+    context = PairContext("digits", workspace_in(digits))
+    assert CellRun(plan, context, SEED).status() == "other settings"
+    assert CellRun(plan, PairContext("digits", workspace_in(tmp_path)), SEED).status() == "not run"
 
 
 def test_the_page_of_real_records(digits: Path, tmp_path: Path) -> None:
@@ -159,7 +164,7 @@ def test_no_record_no_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"fingerprint": None}, "'fingerprint'"),
+        ({"networks": None}, "'networks'"),
         ({"provenance": None}, "'provenance'"),
         ({"provenance": {}}, "'provenance'"),
         ({"accuracy": "x"}, "'accuracy'"),
@@ -239,15 +244,15 @@ def test_no_two_rows_of_a_table_are_one_run(name: str) -> None:
 
 def test_seconds_of_killed_processes_are_those_of_their_shards(digits: Path, tmp_path: Path) -> None:
     plan = resolve(Cell("digits", "zskd", "best"), "smoke")
-    whole = make_source(plan, Bench("digits", place_in(tmp_path)), SEED)
+    whole = make_source(plan, PairContext("digits", workspace_in(tmp_path)), SEED)
     clock = next((tmp_path / "runs" / "transfer").rglob("seconds.json"))
     assert whole.seconds > 0
     clock.unlink()  # as a process leaves it that is killed before the end
-    again = make_source(plan, Bench("digits", place_in(tmp_path)), SEED)
+    again = make_source(plan, PairContext("digits", workspace_in(tmp_path)), SEED)
     assert again.seconds >= ImpressionStore.open(clock.parent / "set").summary()["seconds"] > 0
     clock.write_text("{}")
-    with pytest.raises(UserError, match=r"seconds\.json is not whole"):
-        make_source(plan, Bench("digits", place_in(tmp_path)), SEED)
+    with pytest.raises(UserError, match=r"seconds\.json is incomplete"):
+        make_source(plan, PairContext("digits", workspace_in(tmp_path)), SEED)
 
 
 # Names.
@@ -259,7 +264,7 @@ def test_seconds_of_killed_processes_are_those_of_their_shards(digits: Path, tmp
         (["mian"], "There is no table 'mian'; did you mean main"),
         (["main", "--cell", "mnist-zkd"], "No cell of the table is called 'mnist-zkd'; did you mean mnist-zskd"),
         (["digits", "--scale", "cpu"], "--scale: digits has no scale 'cpu'; it has full, smoke."),
-        (["cifar100-wrn"], "No trained weights 'wrn-40-2-cifar100' come with the package"),
+        (["cifar10-wrn"], "No trained weights 'wrn-40-2-cifar10' come with the package"),
     ],
 )
 def test_unknown_names_end_in_a_sentence(
@@ -314,7 +319,7 @@ def test_a_name_means_one_cell_and_every_cell_has_settings() -> None:
             published = cell.preset in PUBLISHED_STUDENT and cell.method != "ats"
             steps = plan.scale.published_steps if published else None
             assert plan.ingredients["student"]["steps"] == (steps or plan.scale.steps)
-        assert running.estimate(plan) > 0
+        assert estimate_seconds(plan) > 0
 
 
 def test_every_scale_of_a_pair_has_settings() -> None:
@@ -429,7 +434,7 @@ def test_each_ingredient_is_alone() -> None:
 def test_each_ingredient_of_zskt_is_alone(pair: str) -> None:
     table = TABLES["zskt-ablation"].cells
     plans = {cell.variant: resolve(cell, "full") for cell in table if cell.pair == pair}
-    assert not any(plan.plays_alone for plan in plans.values())
+    assert not any(plan.zskt_trains_student for plan in plans.values())
     assert len({repr(plan.student) for plan in plans.values()}) == 1
 
     def apart(one: str, other: str) -> set[str]:
@@ -452,9 +457,9 @@ def test_each_ingredient_of_zskt_is_alone(pair: str) -> None:
 
 def test_a_cell_that_names_the_students_recipe_does_not_play_the_papers_game() -> None:
     game, source = Cell("digits", "zskt", "fresh"), Cell("digits", "zskt", "fresh", "source", student={"steps": 9})
-    assert resolve(game, "smoke").plays_alone
+    assert resolve(game, "smoke").zskt_trains_student
     assert "student" not in resolve(game, "smoke").ingredients
-    assert not resolve(source, "smoke").plays_alone
+    assert not resolve(source, "smoke").zskt_trains_student
     assert resolve(source, "smoke").ingredients["student"]["steps"] == 9
 
 
@@ -471,39 +476,39 @@ def test_published_numbers_and_targets_are_of_rows() -> None:
 # Transfer sets.
 
 
-def images_of(plan: Any, bench: Bench) -> torch.Tensor:
-    source = make_source(plan, bench, 1).source
+def images_of(plan: Any, context: PairContext) -> torch.Tensor:
+    source = make_source(plan, context, 1).source
     assert isinstance(source, StoredSource)
     return source.images[:]
 
 
 def test_a_smaller_set_is_the_beginning_of_the_larger_one(tmp_path: Path) -> None:
-    bench = Bench("digits", place_in(tmp_path))
-    small = images_of(resolve(Cell("digits", "zskd", "best", size=25), "smoke"), bench)
+    context = PairContext("digits", workspace_in(tmp_path))
+    small = images_of(resolve(Cell("digits", "zskd", "best", size=25), "smoke"), context)
     stores = sorted((tmp_path / "runs").rglob("shard-*.safetensors"))
     before = [(path, path.stat().st_mtime_ns) for path in stores]
     assert len(stores) == 2
     large = images_of(
-        resolve(Cell("digits", "zskd", "best", "not-augmented", student={"augmentation": None}), "smoke"), bench
+        resolve(Cell("digits", "zskd", "best", "not-augmented", student={"augmentation": None}), "smoke"), context
     )
     assert (len(small), len(large)) == (25, 40)
     assert torch.equal(small, large[:25])
     assert [(path, path.stat().st_mtime_ns) for path in stores] == before  # shared, not made again
     assert sorted((tmp_path / "runs").rglob("shard-*.safetensors")) == stores
     assert not torch.equal(large[:20], large[20:])
-    other = make_source(resolve(Cell("digits", "zskd", "best"), "smoke"), bench, 2).source
+    other = make_source(resolve(Cell("digits", "zskd", "best"), "smoke"), context, 2).source
     assert not torch.equal(other.images[:], large)  # type: ignore[union-attr]
 
 
 def test_a_set_that_is_being_made_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench("digits", place_in(tmp_path))
+    context = PairContext("digits", workspace_in(tmp_path))
     plan = resolve(Cell("digits", "zskd", "paper"), "smoke")
-    expected = images_of(plan, bench)
+    expected = images_of(plan, context)
     home = next((tmp_path / "runs" / "transfer").iterdir()) / "block-000"
     lock = only_writer(home)
     lock.__enter__()
-    monkeypatch.setattr(running.time, "sleep", lambda _: lock.__exit__(None, None, None))
-    assert torch.equal(images_of(plan, bench), expected)
+    monkeypatch.setattr(sources.time, "sleep", lambda _: lock.__exit__(None, None, None))
+    assert torch.equal(images_of(plan, context), expected)
 
 
 def constant_teacher() -> Teacher:
@@ -515,10 +520,10 @@ def constant_teacher() -> Teacher:
 
 
 def test_a_teacher_that_cannot_balance_leaves_the_counts(tmp_path: Path) -> None:
-    bench = Bench("digits", place_in(tmp_path))
-    bench.teacher = constant_teacher()
+    context = PairContext("digits", workspace_in(tmp_path))
+    context.teacher = constant_teacher()
     cell = Cell("digits", "ats", "paper", "uniform", options={"sources": ("noise-uniform",)})
-    record = run_cell(resolve(cell, "smoke"), bench, SEED)
+    record = CellRun(resolve(cell, "smoke"), context, SEED).run()
     assert record is not None
     assert record["accuracy"]["student"] is None
     assert "the teacher puts all" in record["outcome"]
@@ -533,41 +538,46 @@ def test_a_teacher_that_cannot_balance_leaves_the_counts(tmp_path: Path) -> None
 
 def test_stopped_and_resumed_bit_by_bit(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in synthesis, in training and while it is measured, a run ends as one that never stopped."""
-    calls, check = 0, signals.check
+    calls = 0
 
-    def stop_now_and_then() -> None:
+    def asked() -> int:
         nonlocal calls
         calls += 1
-        if calls in (7, 20, 30):
-            raise signals.Interrupted(15)
-        check()
+        return 15 if calls in (7, 20, 30) else 0
 
-    monkeypatch.setattr(signals, "check", stop_now_and_then)
+    def check() -> None:
+        if asked():
+            raise signals.Interrupted(15)
+
+    monkeypatch.setattr(signals, "asked", asked)
+    monkeypatch.setattr(signals, "check", check)
     stops = 0
     while True:
         try:
-            run_table("digits", ["digits-zskd-best"], [SEED], "smoke", place_in(tmp_path), lambda _: None)
+            run_table(
+                Selection("digits", ["digits-zskd-best"], [SEED], "smoke"), workspace_in(tmp_path), lambda _: None
+            )
             break
         except signals.Interrupted:
             stops += 1
     assert stops == 3
     name = "digits-zskd-best-smoke-seed0"
     ours, theirs = (read_json(folder / "results" / f"{name}.json") for folder in (tmp_path, digits))
-    for key in ("accuracy", "agreement", "mte", "calibration_error", "ingredients", "fingerprint", "history"):
+    for key in ("accuracy", "agreement", "mte", "calibration_error", "ingredients", "sizes", "history"):
         assert ours[key] == theirs[key]
     weights = [next((f / "runs" / "students").glob(f"{name}-*")) / "student.safetensors" for f in (tmp_path, digits)]
     assert sha256_of_file(weights[0]) == sha256_of_file(weights[1])
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
-    bench, plan = Bench("digits", place_in(tmp_path)), resolve(Cell("digits", "none"), "smoke")
-    assert run_cell(plan, bench, SEED) is not None
+    context, plan = PairContext("digits", workspace_in(tmp_path)), resolve(Cell("digits", "none"), "smoke")
+    assert CellRun(plan, context, SEED).run() is not None
     record = next((tmp_path / "results").iterdir())
     record.unlink()
     said: list[str] = []
     with only_writer(next((tmp_path / "runs" / "students").iterdir())):
-        run_table("digits", ["digits-none"], [SEED], "smoke", place_in(tmp_path), said.append)
-    assert "1 runs were left to another process that is at them" in said
+        run_table(Selection("digits", ["digits-none"], [SEED], "smoke"), workspace_in(tmp_path), said.append)
+    assert "1 runs were left to another process that is running them" in said
     assert not record.exists()
 
 
@@ -583,7 +593,7 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(TABLES, "digits", Table("Failures", "", cells))
     said: list[str] = []
     with pytest.raises(UserError, match=r"digits-noise-too-fast-smoke seed 0 failed: .*diverged.* 4 more failed\.$"):
-        run_table("digits", [], [SEED], "smoke", place_in(tmp_path), said.append)
+        run_table(Selection("digits", [], [SEED], "smoke"), workspace_in(tmp_path), said.append)
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["digits-none-smoke-seed0.json"]
     assert "ZSKT diverged" in said[1] or "generator diverged" in said[1]
     assert "step" in said[1]
@@ -625,7 +635,8 @@ def altered(
     names = {"cell": cell.name, "pair": cell.pair, "method": cell.method, "preset": cell.preset or None}
     changed.update(names, variant=cell.variant or None, seed=seed, scale=scale)
     changed["accuracy"] = {"teacher": teacher, "student": student}
-    changed["fingerprint"] = resolve(cell, scale).fingerprint(changed["provenance"]["teacher"], seed)
+    plan = resolve(cell, scale)
+    changed.update(ingredients=plan.ingredients, sizes=plan.sizes, networks={"student": list(plan.network)})
     return changed
 
 
@@ -669,7 +680,6 @@ def test_balanced_beside_unbalanced_by_seed(a_record: dict[str, Any]) -> None:
     for preset, by_seed in values.items():
         for seed, value in by_seed.items():
             record = altered(a_record, balance_cell(preset, "uniform"), seed, value)
-            record["ingredients"] = {"sources": ["noise-uniform"]}
             record["transfer"] = {"counts": {"candidates": [9], "own": [3, 4], "repeats": [1, 0], "nearest": [0, 0]}}
             records.append(record)
     differences = [10.0, 9.0, 11.0]
@@ -687,15 +697,16 @@ def test_records_of_cells_that_are_gone_are_named(a_record: dict[str, Any]) -> N
 def test_nothing_is_scored_on_test_data_before_the_student_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, order = place_in(tmp_path), []
+    place, order = workspace_in(tmp_path), []
 
     def scored(*arguments: Any, **options: Any) -> Any:
         order.append(bool(list(place.runs.rglob("student.safetensors"))))
         return original(*arguments, **options)
 
     original = running.logits_on
-    monkeypatch.setattr(running, "logits_on", scored)
-    record = run_cell(resolve(Cell("digits", "noise"), "smoke"), Bench("digits", place), SEED)
+    for module in (running, contexts):
+        monkeypatch.setattr(module, "logits_on", scored)
+    record = CellRun(resolve(Cell("digits", "noise"), "smoke"), PairContext("digits", place), SEED).run()
     assert record is not None and record["accuracy"]["teacher"] == pytest.approx(98.89, abs=0.01)
     assert order == [True, True]  # the student, the teacher
 
@@ -704,7 +715,6 @@ def test_counts_of_a_source_that_only_some_seeds_balance(a_record: dict[str, Any
     records = []
     for seed, value in ((0, 80.0), (1, None)):
         record = altered(a_record, balance_cell("paper", "uniform"), seed, value)
-        record["ingredients"] = {"sources": ["noise-uniform"]}
         made = {"own": [3, 4], "repeats": [1, 0], "nearest": [0, 0]} if value else {}
         record["transfer"] = {"counts": {"candidates": [9], **made}}
         records.append(record)
@@ -716,7 +726,7 @@ def test_records_of_older_settings_do_not_count_beside_newer_ones(a_record: dict
     cell = Cell("mnist", "zskd", "best")
     records = [altered(a_record, cell, seed, 90.0 + seed) for seed in (0, 1, 2)]
     older = Cell("mnist", "zskd", "best", student={"steps": 11})
-    records[2]["fingerprint"] = altered(a_record, older, 2, 0.0)["fingerprint"]
+    records[2]["ingredients"] = altered(a_record, older, 2, 0.0)["ingredients"]
     page = render_page(records)
     assert f"**{statistics.mean([90.0, 91.0]):.2f}" in line_of(page, "| zskd | best | - |")
     assert "`mnist-zskd-best (full) seed 2`" in page
@@ -727,7 +737,7 @@ def test_a_cell_whose_records_are_all_older_has_no_row(a_record: dict[str, Any])
     records = [altered(a_record, cell, seed, 90.0 + seed) for seed in (0, 1)]
     for record, steps in zip(records, (11, 12), strict=True):
         changed = Cell("mnist", "zskd", "best", student={"steps": steps})
-        record["fingerprint"] = altered(a_record, changed, record["seed"], 0.0)["fingerprint"]
+        record["ingredients"] = altered(a_record, changed, record["seed"], 0.0)["ingredients"]
     page = render_page(records)
     assert "| zskd | best |" not in page
     assert "`mnist-zskd-best (full) seed 0`, `mnist-zskd-best (full) seed 1`" in page
@@ -764,24 +774,26 @@ def test_a_mean_says_which_seeds_have_no_student(a_record: dict[str, Any]) -> No
 
 
 def test_a_transition_error_that_is_asked_for_later_is_measured(tmp_path: Path) -> None:
-    bench = Bench("digits", place_in(tmp_path))
+    context = PairContext("digits", workspace_in(tmp_path))
     plan = resolve(Cell("digits", "noise"), "smoke")
-    assert run_cell(plan, bench, SEED) is not None
+    assert CellRun(plan, context, SEED).run() is not None
     with_error = resolve(Cell("digits", "noise", transition=True), "smoke")
-    assert [status(one, bench, SEED) for one in (plan, with_error)] == ["finished", "begun"]
-    record = run_cell(with_error, bench, SEED)
+    assert [CellRun(one, context, SEED).status() for one in (plan, with_error)] == ["finished", "begun"]
+    record = CellRun(with_error, context, SEED).run()
     assert record is not None
     assert record["mte_asked"] == {"images": 3, "steps": 5}
-    assert [status(one, bench, SEED) for one in (plan, with_error)] == ["finished", "finished"]
+    assert [CellRun(one, context, SEED).status() for one in (plan, with_error)] == ["finished", "finished"]
     longer = replace(with_error, scale=replace(with_error.scale, mte_steps=6))
-    assert status(longer, bench, SEED) == "begun"
+    assert CellRun(longer, context, SEED).status() == "begun"
 
 
 def test_what_was_begun_on_another_device_is_not_gone_on_with(tmp_path: Path) -> None:
-    place, plan = place_in(tmp_path), resolve(Cell("digits", "noise"), "smoke")
-    on_cpu = running._home(plan, Bench("digits", place), 0, "f" * 64)
-    elsewhere = running._home(plan, Bench("digits", replace(place, device="cuda:0")), 0, "f" * 64)
-    assert elsewhere == on_cpu.with_name(f"{on_cpu.name}-cuda")
+    place, plan = workspace_in(tmp_path), resolve(Cell("digits", "noise"), "smoke")
+    on_cpu, elsewhere = (
+        CellRun(plan, PairContext("digits", replace(place, device=device)), 0) for device in ("cpu", "cuda:0")
+    )
+    elsewhere.context.teacher = on_cpu.context.teacher  # there is no such device here
+    assert elsewhere.folder == on_cpu.folder.with_name(f"{on_cpu.folder.name}-cuda")
 
 
 def test_all_tables_at_a_scale_that_some_pairs_lack(tmp_path: Path) -> None:
@@ -789,14 +801,6 @@ def test_all_tables_at_a_scale_that_some_pairs_lack(tmp_path: Path) -> None:
     assert code == 0 and "mnist-zskd-best-cpu" in output and "digits-" not in output
     code, output = call("reproduce", "digits", "--scale", "cpu", "--list", *at(tmp_path))
     assert code == 2 and "digits has no scale 'cpu'" in output
-
-
-def test_a_hundred_classes_have_room_at_the_smallest_scale() -> None:
-    for cell in TABLES["cifar100-wrn"].cells:
-        plan = resolve(cell, "smoke")
-        if plan.size is not None and cell.method != "real-kd":
-            assert plan.size % 200 == 0, cell.name  # two betas a class
-        assert plan.scale.training_images is None
 
 
 def test_selected_on_is_of_the_method_or_else_of_the_preset() -> None:

@@ -396,18 +396,18 @@ def train_teacher_command(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of start and order.")] = 0,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Instead of the recipe's.")] = None,
     validation: Annotated[
-        bool, typer.Option("--validation", help="Measure on a twelfth held back from the training split.")
+        bool, typer.Option("--validation", help="Measure on the last 5,000 training images, held back.")
     ] = False,
 ) -> None:
     """Train one of the zoo's teachers on real data.
 
-    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, resnet18-cifar10, wrn-40-2-cifar10,
-    wrn-40-2-cifar100 or wrn-40-2-svhn. The shipped teachers were made by it. Beside the baselines of reproduce it
+    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, resnet18-cifar10 or
+    wrn-40-2-cifar10. The shipped teachers were made by it. Beside the baselines of reproduce it
     is the one command that trains on real data. The same command again resumes a training that was stopped, and
     leaves one that is finished in OUT as it is.
     """
     from zskd_nni.models.zoo.trained import trained_names
-    from zskd_nni.research.train_teacher import train_teacher
+    from zskd_nni.research.train_teacher import TeacherTraining, train_teacher
 
     machine.prepare()
     if name in trained_names():
@@ -416,17 +416,16 @@ def train_teacher_command(
             "teacher.weights.",
             err=True,
         )
-    result = train_teacher(
-        name,
-        out,
-        root=data.data_root,
-        download=data.download,
+    training = TeacherTraining(
         seed=seed,
         epochs=epochs,
-        device=machine.device,
         validation=validation,
+        root=data.data_root,
+        download=data.download,
+        device=machine.device,
         quiet=machine.quiet,
     )
+    result = train_teacher(name, out, training)
     typer.echo(f"{out / name}.safetensors: {result['accuracy']:.2f} % on {result['measured_on']} of {result['data']}")
 
 
@@ -461,8 +460,8 @@ def reproduce(
     A run that is finished is not run again, one that was stopped is resumed. The same command in a second process takes
     the cells that the first is not working on. Without a TABLE the tables are listed.
     """
-    from zskd_nni.research.reproduction.run import Place
-    from zskd_nni.research.reproduction.session import list_cells, list_tables, run_table
+    from zskd_nni.research.reproduction.context import Workspace
+    from zskd_nni.research.reproduction.session import Selection, list_cells, list_tables, run_table
 
     if options.table is None:
         if options.cells:
@@ -470,12 +469,12 @@ def reproduce(
         typer.echo(list_tables())
         return
     machine.prepare()
-    place = Place(out, results, data.data_root, data.download, machine.device, machine.quiet)
-    selected = (options.table, options.cells or [], options.seeds or [], options.scale, place)
+    workspace = Workspace(out, results, data.data_root, data.download, machine.device, machine.quiet)
+    selection = Selection(options.table, options.cells or (), options.seeds or (), options.scale)
     if list_only:
-        typer.echo(list_cells(*selected))
+        typer.echo(list_cells(selection, workspace))
     else:
-        run_table(*selected, typer.echo)
+        run_table(selection, workspace, typer.echo)
 
 
 @command("results")
@@ -484,17 +483,17 @@ def results_command(
     out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("docs/results.md"),
 ) -> None:
     """Write the page of results from the records of reproduce."""
+    from zskd_nni.research.reproduction.context import available_teachers
     from zskd_nni.research.reproduction.page import render_page
     from zskd_nni.research.reproduction.pairs import PAIRS
     from zskd_nni.research.reproduction.records import read_records
-    from zskd_nni.research.reproduction.run import teachers_here
     from zskd_nni.runtime.files import make_folder, write_atomic
 
     records = read_records(results)
     if not records:
         raise UserError(f"--results: there is no record in {results}; {out} is left as it is.")
     make_folder(out.parent)
-    teachers = teachers_here({record["pair"] for record in records} & set(PAIRS))
+    teachers = available_teachers({record["pair"] for record in records} & set(PAIRS))
     write_atomic(out, render_page(records, teachers))
     typer.echo(f"{out}: {len(records)} records")
 

@@ -10,8 +10,8 @@ import torch
 
 from zskd_nni.models.zoo import wrn
 from zskd_nni.recipes.load import load_recipe
-from zskd_nni.research.reproduction.run import Place
-from zskd_nni.research.reproduction.session import run_table
+from zskd_nni.research.reproduction.context import Workspace
+from zskd_nni.research.reproduction.session import Selection, run_table
 from zskd_nni.runtime.files import read_json
 from zskd_nni.runtime.tensors import save_tensors
 
@@ -123,9 +123,9 @@ def test_pruned_and_quantized_in_one_training(parts: tuple[str, ...], device: to
 def test_a_cell_of_the_tables(cell: str, device: torch.device, tmp_path: Path) -> None:
     records = []
     for where in (torch.device("cpu"), device):
-        place = Place(tmp_path / where.type, tmp_path / where.type / "results", device=str(where), quiet=True)
-        run_table("digits", [cell], [0], "smoke", place, lambda said: None)
-        records += [read_json(path) for path in place.results.glob("*.json")]
+        workspace = Workspace(tmp_path / where.type, tmp_path / where.type / "results", device=str(where), quiet=True)
+        run_table(Selection("digits", [cell], [0], "smoke"), workspace, lambda said: None)
+        records += [read_json(path) for path in workspace.results.glob("*.json")]
     here, there = records
     assert there["accuracy"]["teacher"] == pytest.approx(here["accuracy"]["teacher"], abs=0.3)
     assert there["accuracy"]["student"] == pytest.approx(here["accuracy"]["student"], abs=3)

@@ -16,7 +16,7 @@ from zskd_nni.methods.zskd import ZskdSettings, class_similarity, concentrations
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import derive_seed, generator
-from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings, synthesize_shard
+from zskd_nni.synthesis import Impressions, ShardInputs, SynthesisSettings, synthesize_shard
 
 GLIMPSES = 8
 
@@ -147,7 +147,7 @@ def _made(teacher: Teacher, question: Question, targets: Tensor, limits: list[in
     if same:
         starts = starts.repeat(count, 1, 1, 1)
         free = None if free is None else free.repeat(count, 1, 1, 1)
-    orders = Orders(
+    inputs = ShardInputs(
         targets=targets,
         starts=starts,
         temperatures=torch.full((count, 1), question.temperature),
@@ -155,7 +155,7 @@ def _made(teacher: Teacher, question: Question, targets: Tensor, limits: list[in
         limits=torch.tensor(limits, dtype=torch.float32),
         free=free,
     )
-    return synthesize_shard(teacher, orders, settings)
+    return synthesize_shard(teacher, inputs, settings)
 
 
 def _glimpses_at(steps: int, count: int) -> list[int]:

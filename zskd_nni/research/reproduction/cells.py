@@ -10,6 +10,7 @@ from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.methods.registry import find_method
 from zskd_nni.research.baselines.kd_at import KdAtSettings
 from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
+from zskd_nni.research.reproduction.records import Record
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of, plain
 from zskd_nni.runtime.validation import build_settings
@@ -19,6 +20,8 @@ from zskd_nni.training.distillation import DistillationSettings
 SOURCES = {"zskd": "zskd", "sts": "sts", "class-impressions": "class-impressions", "ats": "ats", "real-kd": "real"}
 IMPRESSIONS = ("zskd", "sts", "class-impressions")
 METHODS = (*SOURCES, "zskt", "real-labels", "kd-at", "none", "noise")
+# Keys of older records that are no settings.
+RETIRED = ("batch_statistics_meaning",)
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,31 @@ class Plan:
         return f"{self.name}-seed{seed}.json"
 
     @property
-    def plays_alone(self) -> bool:
-        """Whether the student's recipe is the method's own: ZSKT's, without a memory and where the cell names none."""
+    def zskt_trains_student(self) -> bool:
+        """Whether ZSKT's own optimiser and schedule train the student, as published.
+
+        With a memory, or if the cell names a student recipe, ZSKT is a source of images like any other.
+        """
         return self.cell.method == "zskt" and not self.options.memory and not self.cell.student
 
     @property
     def ingredients(self) -> dict[str, Any]:
-        """Every resolved option of method and student, JSON-able; ZSKT has a student's recipe among its own."""
-        result: dict[str, Any] = {} if self.options is None else plain(asdict(self.options))
+        """Every setting of method and student, JSON-able."""
+        result: dict[str, Any] = {} if self.options is None else asdict(self.options)
         if self.cell.shots is not None:
             result["images_a_class"] = self.cell.shots
-        if self.cell.method != "none" and not self.plays_alone:
-            result["student"] = plain(asdict(self.student))
-        return result
+        if self.cell.method != "none" and not self.zskt_trains_student:
+            result["student"] = asdict(self.student)
+        return plain(result)
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """What of the scale shapes a run beside the ingredients."""
+        return {
+            "size": self.size,
+            "block": self.scale.block if self.cell.method in IMPRESSIONS else None,
+            "training_images": self.scale.training_images,
+        }
 
     @property
     def selected_on(self) -> str:
@@ -115,20 +130,37 @@ class Plan:
         return next(chosen[name] for name in names if name in chosen)
 
     def fingerprint(self, teacher: str, seed: int) -> str:
-        """Of a run with the teacher of that fingerprint."""
-        return fingerprint_of([self.identity(teacher), seed])
+        """Of a run with the teacher of that fingerprint; names the folder of an unfinished run."""
+        network = plain(list(self.network))
+        return fingerprint_of([teacher, self.cell.method, self.ingredients, self.sizes, network, seed])
 
-    def identity(self, teacher: str) -> dict[str, Any]:
-        """What a record must match to count as this run's; ``teacher`` is the teacher's fingerprint."""
-        return {
-            "teacher": teacher,
-            "method": self.cell.method,
-            "ingredients": self.ingredients,
-            "size": self.size,
-            "network": plain(list(self.network)),
-            "block": self.scale.block if self.cell.method in IMPRESSIONS else None,
-            "training_images": self.scale.training_images,
-        }
+    def matches(self, record: Record) -> bool:
+        """Whether a record is of a run with these settings; its teacher and its seed are not looked at.
+
+        A setting that the record does not name is younger than the record: it had its default then. Older records name
+        of the sizes only the number of images; the others follow from their scale.
+        """
+        defaults = {} if self.options is None else asdict(type(self.options)())
+        defaults = plain({**defaults, "student": asdict(DistillationSettings())})
+        wanted = self.ingredients
+        recorded = _with_defaults(record["ingredients"], {k: v for k, v in defaults.items() if k in wanted})
+        images = {} if self.size is None or record["impressions"] is None else {"size": record["impressions"]}
+        return (
+            record["method"] == self.cell.method
+            and record["networks"].get("student") == plain(list(self.network))
+            and {**self.sizes, **images, **record.get("sizes", {})} == self.sizes
+            and recorded == wanted
+        )
+
+
+def _with_defaults(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded settings over the defaults, nested ones alike."""
+    result = dict(defaults)
+    for key, value in recorded.items():
+        if key not in RETIRED:
+            nested = isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+            result[key] = _with_defaults(value, defaults[key]) if nested else value
+    return result
 
 
 def resolve(cell: Cell, scale_name: str) -> Plan:
@@ -188,7 +220,7 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
         for changes in (pair.zskt, scale.zskt):
             given.update(changes.get(cell.preset, changes.get("", {})))
         given.update(cell.options)
-        if not pair.remembers:
+        if not pair.teacher_has_batch_norm:
             given["batch_statistics"] = 0.0
         return find_method("zskt").options(cell.preset, given)
     if cell.method == "real-kd":
@@ -199,7 +231,7 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
     if cell.method in IMPRESSIONS:
         smaller = {**scale.synthesis.get("", {}), **scale.synthesis.get(cell.preset, {})}
         given["synthesis"] = {**smaller, **given.get("synthesis", {})}
-        if not pair.remembers:  # said as it is: the term has no part in these rows
+        if not pair.teacher_has_batch_norm:  # said as it is: the term has no part in these rows
             given["synthesis"]["batch_statistics"] = 0.0
         if cell.method == "sts":
             given["targets"] = {**pair.sts, **given.get("targets", {})}

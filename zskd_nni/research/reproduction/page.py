@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
-from zskd_nni.research.reproduction.cells import Cell, Plan, resolve
+from zskd_nni.research.reproduction.cells import Cell, resolve
 from zskd_nni.research.reproduction.pairs import PAIRS
 from zskd_nni.research.reproduction.published import PUBLISHED, TARGETS, Published, Target
+from zskd_nni.research.reproduction.records import Record, teacher_of
 from zskd_nni.research.reproduction.tables import TABLES, Table
 
-Record = dict[str, Any]
 Group = list[Record]  # the seeds of a cell at a scale
 
 TITLES = {
@@ -21,8 +20,6 @@ TITLES = {
     "digits": "Digits, LeNet-5 to LeNet-5-Half",
     "cifar10-alexnet": "CIFAR-10, AlexNet to AlexNet-Half",
     "cifar10-wrn": "CIFAR-10, WRN-40-2 to WRN-16",
-    "cifar100-wrn": "CIFAR-100, WRN-40-2 to WRN-16",
-    "svhn-wrn": "SVHN, WRN-40-2 to WRN-16",
 }
 
 # The tables are wide: without the columns at its sides the page has room for them.
@@ -118,38 +115,28 @@ def render_page(records: Iterable[Record], teachers: Mapping[str, str] | None = 
 
 
 def take_out_older(groups: dict[tuple[str, str], Group], now: Mapping[str, str] | None = None) -> list[str]:
-    """Keep the records of present settings, and of one teacher of each pair; names what was taken out.
+    """Keep the records of present settings, and of one teacher of each pair; returns the names of the others.
 
     Args:
         groups: is changed.
-        now: by pair the teacher's fingerprint; where there is none the teacher that most of the records have.
+        now: by pair the teacher's fingerprint; for other pairs the teacher that most of the records have.
     """
     cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
     known = [key for key in groups if key[0] in cells and key[1] in PAIRS[cells[key[0]].pair].scales]
-    plans = {key: resolve(cells[key[0]], key[1]) for key in known}
-    present = {key: [record for record in groups[key] if _is_of(record, plan)] for key, plan in plans.items()}
+    present = {key: list(filter(resolve(cells[key[0]], key[1]).matches, groups[key])) for key in known}
     teachers: dict[str, Counter[str]] = {}
-    for key, group in present.items():
-        teachers.setdefault(plans[key].cell.pair, Counter()).update(_teacher_of(record) for record in group)
-    taken = []
-    for key, group in present.items():
-        pair = plans[key].cell.pair
-        usual = teachers[pair].most_common(1)
-        wanted = (now or {}).get(pair) or (usual[0][0] if usual else None)
-        kept = [record for record in group if _teacher_of(record) == wanted]
-        taken += [f"{key[0]} ({key[1]}) seed {record['seed']}" for record in groups[key] if record not in kept]
-        groups[key] = kept
+    for (cell, _), group in present.items():
+        teachers.setdefault(cells[cell].pair, Counter()).update(map(teacher_of, group))
+    removed = []
+    for (cell, scale), group in present.items():
+        pair = cells[cell].pair
+        wanted = (now or {}).get(pair) or next((name for name, _ in teachers[pair].most_common(1)), None)
+        kept = [record for record in group if teacher_of(record) == wanted]
+        removed += [f"{cell} ({scale}) seed {record['seed']}" for record in groups[cell, scale] if record not in kept]
+        groups[cell, scale] = kept
         if not kept:
-            del groups[key]
-    return taken
-
-
-def _is_of(record: Record, plan: Plan) -> bool:
-    return record["fingerprint"] == plan.fingerprint(_teacher_of(record), record["seed"])
-
-
-def _teacher_of(record: Record) -> str:
-    return str(record["provenance"]["teacher"])
+            del groups[cell, scale]
+    return removed
 
 
 def _pairs(table: Table) -> list[str]:

@@ -1,20 +1,21 @@
-"""The teacher-student pairs and their sizes: plain data, one place to tune.
+"""The pairs of teacher and student, and the sizes of their runs: plain data, the one place to tune.
 
-The student's recipe (steps, batch, optimiser, schedule, augmentation) is one for a pair: what differs between its rows
-is the images alone. The exceptions follow the preset, and are the same for the data-free rows of that preset and the
-real-data row of that name. For ``paper`` and ``author-code`` the temperature is 20 and no hidden layers are matched, as
-ZSKD fixes them, and the learning rate, the batch and the augmentation, which it leaves open, are those that were chosen
-for it; for everything else they are the pair's own, chosen with ``best``. So they are for both presets of ATS, which
-differ in the balancing alone. ZSKT's ``paper`` and ``fresh`` are the whole game of its paper, with the student's
-optimiser in it, and so is few-shot KD+AT where networks have BatchNorm; ZSKT's ``best`` has the pair's recipe.
+All rows of a pair train the student in the same way (steps, batch, optimiser, schedule, augmentation); only the images
+differ. The exceptions follow the preset:
+
+- ``paper`` and ``author-code``, data-free or with real data, have temperature 20 and match no hidden layers, as ZSKD
+  prescribes. Learning rate, batch and augmentation, which the paper leaves open, were chosen for these presets.
+- All others, including both presets of ATS, have the pair's own recipe, which was chosen with ``best``.
+- ZSKT's ``paper`` and ``fresh`` train the student with ZSKT's own optimiser, as published. So does few-shot KD+AT if
+  the networks have BatchNorm.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.models.build import build_network
@@ -27,7 +28,7 @@ _PUBLISHED: dict[str, Any] = {"temperature": 20.0, "features": "none"}
 # Keys of the student's recipe that a preset fixes.
 PUBLISHED_STUDENT = {"paper": _PUBLISHED, "author-code": _PUBLISHED}
 CHOSEN = "the last 5,000 images of Fashion-MNIST's training split"
-# By method and preset, or else by method, or else by preset; "" for the rest.
+# By method and preset, else by method, else by preset; "" for the rest.
 SELECTED_ON = {
     "": CHOSEN,
     "paper": f"the paper's settings; what it leaves open on {CHOSEN}",
@@ -53,6 +54,17 @@ _COLOUR_SELECTED_ON = {
 }
 
 
+class Speed(NamedTuple):
+    """How many image-steps of synthesis, student steps and rounds of ZSKT one core makes in a second."""
+
+    image_steps: float
+    student_steps: float
+    zskt_rounds: float
+
+
+_LENET_SPEED = Speed(3000.0, 40.0, 1.5)
+
+
 @dataclass(frozen=True)
 class Scale:
     """How large a run is.
@@ -60,13 +72,13 @@ class Scale:
     Attributes:
         sizes: images of the transfer set by preset; ``""`` for presets that are not named.
         steps: of the student.
-        block: impressions are made in blocks of so many, so that a larger set begins with the smaller one.
-        synthesis: keys put over those of a preset, by preset; ``""`` for all.
-        zskt: keys put over those of a ZSKT preset, by preset; ``""`` for presets that are not named.
+        block: impressions are made in blocks of this size, so that a larger set begins with the smaller one.
+        synthesis: changes to a preset's synthesis keys, by preset; ``""`` for all.
+        zskt: changes to a ZSKT preset, by preset; ``""`` for presets that are not named.
         batch: images a step, instead of the pair's.
         mte_images: agreed test images on which the mean transition error is measured (the paper: 1,000).
         mte_steps: K (the paper: 100).
-        training_images: of the training split at most so many are read; None for all.
+        training_images: largest number of images read of the training split; None for all.
         published_steps: of a student of the presets of :data:`PUBLISHED_STUDENT`, where not ``steps``.
         published_batch: images a step of such a student, where not ``batch``.
     """
@@ -94,19 +106,18 @@ class Pair:
 
     Attributes:
         teacher: a name of :data:`zskd_nni.research.train_teacher.TEACHERS`.
-        students: network and arguments by name; the first is meant where none is named.
-        student: its recipe; ``steps`` are the scale's.
+        students: network and arguments by name; a cell that names none takes the first.
+        student: how it is trained; ``steps`` are the scale's.
         scales: by name.
         unrelated: a set of natural images that are not the teacher's, for ATS.
-        training_images: of the whole training split, which fractions are meant of.
-        zskt: keys put over those of a ZSKT preset at every scale, as there.
-        sts: keys of STS's targets put over those of a preset.
-        kd_at: keys of KD+AT.
-        published_student: keys of the student's recipe that were chosen for the presets of :data:`PUBLISHED_STUDENT`;
-            those of its augmentation are put over the pair's.
-        selected_on: where the settings of a method or preset were chosen, if not where :data:`SELECTED_ON` says.
-        speed: image-steps of synthesis, student steps and rounds of ZSKT that one core makes in a second, for
-            estimates.
+        training_images: size of the whole training split; sizes given as a fraction refer to it.
+        zskt: changes to a ZSKT preset at every scale, by preset.
+        sts: changes to STS's targets.
+        kd_at: changes to KD+AT's settings.
+        published_student: changes to the student's recipe for the presets of :data:`PUBLISHED_STUDENT`; those of its
+            augmentation are changes to the pair's.
+        selected_on: where the settings of a method or preset were chosen; :data:`SELECTED_ON` for the rest.
+        speed: of one CPU core, for estimates.
     """
 
     teacher: str
@@ -120,11 +131,11 @@ class Pair:
     kd_at: Mapping[str, Any] = field(default_factory=dict)
     published_student: Mapping[str, Any] = field(default_factory=dict)
     selected_on: Mapping[str, str] = field(default_factory=dict)
-    speed: tuple[float, float, float] = (3000.0, 40.0, 1.5)
+    speed: Speed = _LENET_SPEED
 
     @functools.cached_property
-    def remembers(self) -> bool:
-        """Whether the teacher has BatchNorm layers, which remember statistics of its training."""
+    def teacher_has_batch_norm(self) -> bool:
+        """Whether the teacher has BatchNorm layers, whose running statistics describe its training data."""
         return bool(batch_norms(build_network(self.recipe.network, self.recipe.arguments)))
 
     @property
@@ -143,12 +154,11 @@ class Pair:
         return self.scales[name]
 
 
-_HALF: dict[str, tuple[str, dict[str, Any]]] = {"half": ("zoo:lenet5_half", {})}
 _SMALL_MOVES = Augmentation(rotation=8, translation=0.05, scale=(0.9, 1.1), shear=3)
 _MIRRORED_MOVES = Augmentation(rotation=2, translation=0.01, scale=(0.985, 1.015), flip=0.5)
 _COLOUR_MOVES = Augmentation(translation=0.1, scale=(0.9, 1.1), flip=0.5)
 
-# Small enough that all cells of a pair are a matter of seconds: for tests, and to see that everything is in place.
+# Each cell takes seconds: for tests, and to see that everything is in place.
 _SMOKE = Scale(
     sizes={"": 40},
     steps=12,
@@ -169,8 +179,8 @@ _SMOKE = Scale(
     mte_steps=5,
     training_images=3000,
 )
-# With LeNet-5 the generator is by far the dearest part of ZSKT; a quarter of its width costs a tenth. Where its images
-# start and what the divergence is averaged over was chosen on the slice: 57.6, 65.7 and 68.7 after 250 rounds.
+# With LeNet-5 the generator takes most of ZSKT's time; a quarter of its width takes a tenth. The range of its images
+# and what the divergence is averaged over were chosen on the slice: 57.6, 65.7 and 68.7 % after 250 rounds.
 _LENET_ZSKT: dict[str, dict[str, Any]] = {
     "": {"width": 32, "rounds": 1000, "generator_range": "input", "divergence": "images"},
     "best": {"width": 32},
@@ -178,15 +188,15 @@ _LENET_ZSKT: dict[str, dict[str, Any]] = {
 # SGD at 0.1 is for networks with BatchNorm.
 _LENET_KD_AT = {"optimizer": "student"}
 _LENET_PUBLISHED: dict[str, Any] = {"learning_rate": 0.01, "augmentation": {"contrast": 0.3}}
-# The paper's students see far more images than 12,000 steps show. On a slice of MNIST, with a teacher that has not seen
-# it: 94.8 after 12,000 steps; 98.2 and 98.4 (seeds 0, 1) after 48,000 with images moved twice as far; 95.7 after 12,000
-# with batches of 512.
+# The paper's students see far more images than there are in 12,000 steps. On a slice of MNIST that the teacher has not
+# seen: 94.8 % after 12,000 steps, 95.7 % with batches of 512; 98.2 and 98.4 % (seeds 0, 1) after 48,000 steps with
+# images moved twice as far.
 _MNIST_PUBLISHED: dict[str, Any] = {
     "learning_rate": 0.01,
     "augmentation": {"contrast": 0.3, "rotation": 16, "translation": 0.1, "scale": (0.8, 1.2), "shear": 6},
 }
-# Students without hidden layers to match lie far apart from seed to seed: on the slice 83.4 and 76.1 (128 a step),
-# 79.4 with images moved less. Batches of 512 bring them nearer to each other and further (Scale.published_batch).
+# Students that match no hidden layers differ much from seed to seed: on the slice 83.4 and 76.1 % with batches of 128,
+# 79.4 % with images moved less. Batches of 512 reduce the spread and raise the mean (Scale.published_batch).
 _FASHION_PUBLISHED: dict[str, Any] = {
     "learning_rate": 0.01,
     "augmentation": {"contrast": 0.3, "rotation": 4, "translation": 0.03, "scale": (0.95, 1.05), "shear": 1.5},
@@ -194,41 +204,40 @@ _FASHION_PUBLISHED: dict[str, Any] = {
 # What ZSKD's paper preset leaves open was chosen with LeNet-5; CIFAR-10's networks take smaller steps.
 _SMALL_STEPS = {"learning_rate": 0.05, "max_steps": 100}
 
-_WRN_STUDENTS = {
-    "wrn-16-1": ("zoo:wrn", {"depth": 16, "width": 1}),
-    "wrn-16-2": ("zoo:wrn", {"depth": 16, "width": 2}),
-}
-_WRN_STUDENT = DistillationSettings(temperature=4, batch=128, learning_rate=2e-3, augmentation=_COLOUR_MOVES)
-_WRN_CPU = Scale(
-    sizes={"": 1000, "author-code": 200},
-    steps=1500,
-    block=250,
-    synthesis={"paper": {**_SMALL_STEPS, "shard": 50, "slots": 50}, "best": {"shard": 50, "slots": 50}},
-    zskt={
-        "": {"rounds": 150, "width": 32, "batch": 32},
-        "best": {"width": 32, "memory": 2000, "new_images": 64, "figures": 500},
-    },
-    batch=32,
-    mte_images=5,
-)
+_LENET_CPU = Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"": {"rounds": 300}, "best": {}})
+
+
+def _lenet_pair(name: str, **more: Any) -> Pair:
+    """What the pairs with LeNet-5 have in common; ``batch`` and ``augmentation`` are the student's."""
+    student = DistillationSettings(
+        temperature=4,
+        batch=more.pop("batch", 128),
+        learning_rate=0.005,
+        features="auto",
+        feature_weight=3,
+        augmentation=more.pop("augmentation", _SMALL_MOVES),
+    )
+    return Pair(
+        teacher=f"lenet5-{name}",
+        students={"half": ("zoo:lenet5_half", {})},
+        student=student,
+        zskt=_LENET_ZSKT,
+        kd_at=_LENET_KD_AT,
+        **{"published_student": _LENET_PUBLISHED, "selected_on": _LENET_SELECTED_ON, **more},
+    )
+
 
 PAIRS: dict[str, Pair] = {
-    "mnist": Pair(
-        teacher="lenet5-mnist",
-        students=_HALF,
-        student=DistillationSettings(
-            temperature=4, batch=128, learning_rate=0.005, features="auto", feature_weight=3, augmentation=_SMALL_MOVES
-        ),
+    "mnist": _lenet_pair(
+        "mnist",
         scales={
             # 24,000 is the paper's headline for MNIST; the schedule of best's student is Fashion-MNIST's.
             "full": Scale(sizes={"": 24000}, steps=12000, published_steps=48000),
-            "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"": {"rounds": 300}, "best": {}}),
+            "cpu": _LENET_CPU,
             "smoke": _SMOKE,
         },
         unrelated="fashion-mnist",
         training_images=60000,
-        zskt=_LENET_ZSKT,
-        kd_at=_LENET_KD_AT,
         published_student=_MNIST_PUBLISHED,
         selected_on={
             **_LENET_SELECTED_ON,
@@ -237,36 +246,22 @@ PAIRS: dict[str, Pair] = {
             "paper": f"{SELECTED_ON['paper']}; the student's moves and steps on that of MNIST's",
         },
     ),
-    "fashion-mnist": Pair(
-        teacher="lenet5-fashion-mnist",
-        students=_HALF,
-        student=DistillationSettings(
-            temperature=4,
-            batch=128,
-            learning_rate=0.005,
-            features="auto",
-            feature_weight=3,
-            augmentation=_MIRRORED_MOVES,
-        ),
+    "fashion-mnist": _lenet_pair(
+        "fashion-mnist",
+        augmentation=_MIRRORED_MOVES,
         scales={
             # 48,000 is the paper's headline for Fashion-MNIST.
             "full": Scale(sizes={"": 24000, "paper": 48000, "author-code": 48000}, steps=12000, published_batch=512),
-            "cpu": Scale(sizes={"": 6000, "author-code": 2000}, steps=2500, zskt={"": {"rounds": 300}, "best": {}}),
+            "cpu": _LENET_CPU,
             "smoke": _SMOKE,
         },
         unrelated="mnist",
         training_images=60000,
-        zskt=_LENET_ZSKT,
-        kd_at=_LENET_KD_AT,
         published_student=_FASHION_PUBLISHED,
-        selected_on=_LENET_SELECTED_ON,
     ),
-    "digits": Pair(
-        teacher="lenet5-digits",
-        students=_HALF,
-        student=DistillationSettings(
-            temperature=4, batch=64, learning_rate=0.005, features="auto", feature_weight=3, augmentation=_SMALL_MOVES
-        ),
+    "digits": _lenet_pair(
+        "digits",
+        batch=64,
         scales={
             "full": Scale(
                 sizes={"": 1500},
@@ -279,10 +274,6 @@ PAIRS: dict[str, Pair] = {
         },
         unrelated="digits",
         training_images=1437,
-        zskt=_LENET_ZSKT,
-        kd_at=_LENET_KD_AT,
-        published_student=_LENET_PUBLISHED,
-        selected_on=_LENET_SELECTED_ON,
     ),
     "cifar10-alexnet": Pair(
         teacher="alexnet-cifar10",
@@ -315,71 +306,37 @@ PAIRS: dict[str, Pair] = {
         training_images=50000,
         sts={"sigma": 2.0, "activation_weight": 0.1},
         selected_on=_COLOUR_SELECTED_ON,
-        speed=(250.0, 6.0, 0.3),
+        speed=Speed(250.0, 6.0, 0.3),
     ),
     "cifar10-wrn": Pair(
         teacher="wrn-40-2-cifar10",
-        students=_WRN_STUDENTS,
-        student=_WRN_STUDENT,
+        students={
+            "wrn-16-1": ("zoo:wrn", {"depth": 16, "width": 1}),
+            "wrn-16-2": ("zoo:wrn", {"depth": 16, "width": 2}),
+        },
+        student=DistillationSettings(temperature=4, batch=128, learning_rate=2e-3, augmentation=_COLOUR_MOVES),
         scales={
             "full": Scale(
                 sizes={"": 40000}, steps=40000, block=40000, synthesis={"paper": _SMALL_STEPS}, mte_images=1000
             ),
-            "cpu": _WRN_CPU,
+            "cpu": Scale(
+                sizes={"": 1000, "author-code": 200},
+                steps=1500,
+                block=250,
+                synthesis={"paper": {**_SMALL_STEPS, "shard": 50, "slots": 50}, "best": {"shard": 50, "slots": 50}},
+                zskt={
+                    "": {"rounds": 150, "width": 32, "batch": 32},
+                    "best": {"width": 32, "memory": 2000, "new_images": 64, "figures": 500},
+                },
+                batch=32,
+                mte_images=5,
+            ),
             "smoke": _SMOKE,
         },
         unrelated="cifar100",
         training_images=50000,
         sts={"sigma": 2.0, "activation_weight": 0.1},
         selected_on=_COLOUR_SELECTED_ON,
-        speed=(40.0, 1.0, 0.1),
-    ),
-    "cifar100-wrn": Pair(
-        teacher="wrn-40-2-cifar100",
-        students={
-            name: (network, {**arguments, "num_classes": 100}) for name, (network, arguments) in _WRN_STUDENTS.items()
-        },
-        student=_WRN_STUDENT,
-        scales={
-            "full": Scale(
-                sizes={"": 40000}, steps=40000, block=40000, synthesis={"paper": _SMALL_STEPS}, mte_images=100
-            ),
-            "cpu": _WRN_CPU,
-            # every class has a target of each beta, and 100 real images
-            "smoke": replace(_SMOKE, sizes={"": 200}, block=200, training_images=None),
-        },
-        unrelated="cifar10",
-        training_images=50000,
-        sts={"sigma": 2.0, "activation_weight": 0.1},
-        selected_on=_COLOUR_SELECTED_ON,
-        speed=(40.0, 1.0, 0.1),
-    ),
-    "svhn-wrn": Pair(
-        teacher="wrn-40-2-svhn",
-        students=_WRN_STUDENTS,
-        student=DistillationSettings(
-            temperature=4,
-            batch=128,
-            learning_rate=2e-3,
-            augmentation=Augmentation(translation=0.1, scale=(0.9, 1.1)),
-        ),
-        scales={
-            # 50,000 rounds are the paper's for SVHN, 80,000, the preset's, for CIFAR-10.
-            "full": Scale(
-                sizes={"": 40000},
-                steps=40000,
-                block=40000,
-                synthesis={"paper": _SMALL_STEPS},
-                zskt={"": {"rounds": 50000}, "best": {}},
-                mte_images=1000,
-            ),
-            "cpu": _WRN_CPU,
-            "smoke": _SMOKE,
-        },
-        unrelated="cifar10",
-        training_images=73257,
-        sts={"sigma": 2.0, "activation_weight": 0.1},
-        selected_on=_COLOUR_SELECTED_ON,
-        speed=(40.0, 1.0, 0.1),
+        speed=Speed(40.0, 1.0, 0.1),
     ),
 }

@@ -53,9 +53,6 @@ PUBLISHED: dict[tuple[str, str, str], Published] = {
     ("cifar10-wrn", "kd-at-100", "wrn-16-1"): Published(76.0, _CURVES),
     ("cifar10-wrn", "kd-at-200", "wrn-16-1"): Published(81.25, _ZSKT, 94.73, 0.68),
     ("cifar10-wrn", "kd-at-200", "wrn-16-2"): Published(86.39, _ZSKT, 94.73),
-    ("svhn-wrn", "zskt", "wrn-16-1"): Published(94.06, "ZSKT, NeurIPS 2019, section 4", 96.5, 0.09),
-    ("svhn-wrn", "kd-at-10", "wrn-16-1"): Published(24.57, _CURVES),
-    ("svhn-wrn", "kd-at-100", "wrn-16-1"): Published(77.72, _CURVES),
 }
 
 

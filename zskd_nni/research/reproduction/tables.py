@@ -117,9 +117,11 @@ def _ablation(pair: str) -> list[Cell]:
     paper, best = zskd.PRESETS["paper"]["synthesis"], zskd.PRESETS["best"]["synthesis"]
     published = {**asdict(SynthesisSettings()), **paper}
     ingredients = {name: keys for name, keys in INGREDIENTS.items() if all(key in best for key in keys)}
-    named = {key for keys in INGREDIENTS.values() for key in keys}
+    left_out = {key for keys in INGREDIENTS.values() for key in keys}
+    if not PAIRS[pair].teacher_has_batch_norm:
+        left_out.add("batch_statistics")
     for key in best:
-        if key not in named and best[key] != published[key] and (key != "batch_statistics" or PAIRS[pair].remembers):
+        if key not in left_out and best[key] != published[key]:
             ingredients[key.replace("_", "-")] = (key,)
 
     def alone(
@@ -200,7 +202,7 @@ def _zskt_ablation(pair: str) -> list[Cell]:
         plain = published.get(key, getattr(ZsktSettings(), key))
         if zskt.PRESETS["best"].get(key, plain) != plain:
             ingredients[name] = {key: plain}
-    if not PAIRS[pair].remembers:
+    if not PAIRS[pair].teacher_has_batch_norm:
         del ingredients["batch-statistics"]
 
     def cell(variant: str, options: Mapping[str, Any]) -> Cell:
@@ -312,8 +314,6 @@ TABLES: dict[str, Table] = {
         PAIRED_SEEDS,
     ),
     "cifar10-wrn": Table("CIFAR-10, WRN-40-2", "To WRN-16-1 and WRN-16-2.", _students_of("cifar10-wrn")),
-    "cifar100-wrn": Table("CIFAR-100, WRN-40-2", "To WRN-16-1 and WRN-16-2.", _students_of("cifar100-wrn")),
-    "svhn-wrn": Table("SVHN, WRN-40-2", "To WRN-16-1 and WRN-16-2.", _students_of("svhn-wrn")),
 }
 
 
