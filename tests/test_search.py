@@ -24,12 +24,13 @@ from zskd_nni.compression.quantization.quantize import simulated
 from zskd_nni.compression.quantization.serialization import load_quantization
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.pipeline import Run
-from zskd_nni.pipeline.search import experiment as search_module
+from zskd_nni.pipeline.search import space_check
 from zskd_nni.pipeline.search.experiment import BEST, SEARCH, Search
-from zskd_nni.pipeline.search.job import check_carried, named_files, relocated, relocated_choices
+from zskd_nni.pipeline.search.job import check_files_can_be_copied, file_hashes, relocated, relocated_choices
 from zskd_nni.pipeline.search.nni_config import experiment_config, tuner_config
-from zskd_nni.pipeline.search.nni_manager import lives
+from zskd_nni.pipeline.search.nni_manager import is_running
 from zskd_nni.pipeline.search.probe_set import load_probe, make_probe, save_probe
+from zskd_nni.pipeline.search.space_check import check_pairs
 from zskd_nni.pipeline.search.trial import JOB, PROBE, RECIPE, measure, run_trial
 from zskd_nni.pipeline.search.trial_table import render_trials
 from zskd_nni.pipeline.search.tuner import RememberingTuner
@@ -116,7 +117,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [one for one in processes if lives(one)]
+    return [one for one in processes if is_running(one)]
 
 
 def other_addresses() -> list[str]:
@@ -385,22 +386,20 @@ def test_what_goes_together_with_some_value_is_left_to_the_trials(tmp_path: Path
     Search(load_recipe(write(tmp_path, content)), tmp_path / "out", quiet=True)
 
 
-def test_the_recipes_that_are_checked_two_by_two_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    search, checked = Search(load(tmp_path), tmp_path / "out", quiet=True), []
+def test_the_recipes_that_are_checked_two_by_two_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
 
-    def problem(flat: dict[str, Any]) -> str:
+    def problem(flat: dict[str, Any]) -> str | None:
         checked.append(flat)
-        return "" if flat["b"] == 49 else "It is wrong."
+        return None if flat["b"] == 49 else "It is wrong."
 
     space = {name: {"_type": "choice", "_value": list(range(50))} for name in ("a", "b")}
-    search.section = search.section.model_copy(update={"space": space})
-    monkeypatch.setattr(search, "_problem", problem)
-    search._check_pairs()
+    check_pairs(space, problem)
     assert len(checked) == 400 == len({str(flat) for flat in checked})
-    monkeypatch.setattr(search_module, "_MOST_TOGETHER", 3000)
+    monkeypatch.setattr(space_check, "MOST_RECIPES", 3000)
     checked.clear()
     with pytest.raises(UserError, match=r"space\.a: no value of it goes with 0 at b \(It is wrong\); nest a under"):
-        search._check_pairs()
+        check_pairs(space, problem)
     assert len(checked) == 2500, "each two once"
 
 
@@ -549,19 +548,18 @@ def test_two_by_two_is_what_may_meet_in_a_trial() -> None:
 
 
 def test_the_probe_set_is_the_teachers_alone(tmp_path: Path, digits_teacher: Teacher) -> None:
-    images, classes = make_probe(digits_teacher, 300, seed=3)
+    probe = make_probe(digits_teacher, 300, seed=3)
+    images, classes = probe.images, probe.labels
     assert images.dtype == torch.uint8
     assert images.shape == (300, 1, 32, 32)
-    again, _ = make_probe(digits_teacher, 300, seed=3)
-    assert torch.equal(images, again)
-    other, _ = make_probe(digits_teacher, 300, seed=4)
-    assert not torch.equal(images, other)
+    assert torch.equal(images, make_probe(digits_teacher, 300, seed=3).images)
+    assert not torch.equal(images, make_probe(digits_teacher, 300, seed=4).images)
     assert len(classes.unique()) == 10
     assert classes.bincount(minlength=10).max() < 120, "no class rules"
     save_probe(tmp_path / PROBE, digits_teacher, 300, 3)
-    loaded, same = load_probe(tmp_path / PROBE, digits_teacher.spec)
-    assert torch.equal(same, classes)
-    assert torch.equal(digits_teacher(loaded).argmax(1), classes)
+    loaded = load_probe(tmp_path / PROBE)
+    assert torch.equal(loaded.labels, classes)
+    assert torch.equal(digits_teacher(loaded.pixels(slice(None), digits_teacher.spec)).argmax(1), classes)
 
 
 def test_a_trial_measures_its_deployable_file(tmp_path: Path, digits_teacher: Teacher) -> None:
@@ -626,7 +624,8 @@ def test_bits_without_an_integer_file_are_measured_in_simulation(
         assert told["file"] == "student.onnx"
         folder = tmp_path / "trials" / told["folder"]
         assert told["bytes"] == (folder / "student.onnx").stat().st_size
-        images, classes = load_probe(job / PROBE, digits_teacher.spec)
+        probe = load_probe(job / PROBE)
+        images, classes = probe.pixels(slice(None), digits_teacher.spec), probe.labels
         network = simulated(load_quantization(folder / "state" / "student-quantized.json"))
         with torch.no_grad():
             answers = first_tensor(network(digits_teacher.spec.normalise(images)))
@@ -810,8 +809,8 @@ def test_carried_files_keep_apart(tmp_path: Path) -> None:
     loaded, job = load_recipe(write(tmp_path, content)), tmp_path / "job"
     job.mkdir()
     (job / PROBE).write_text("the probe set")
-    check_carried(loaded, {})
-    carried = relocated(loaded, job, carry=True)
+    check_files_can_be_copied(loaded, {})
+    carried = relocated(loaded, job, copy_files=True)
     file, _, factory = carried["teacher"]["model"].rpartition(":")
     assert factory == "make"
     assert Path(file).stem.isidentifier()
@@ -821,7 +820,7 @@ def test_carried_files_keep_apart(tmp_path: Path) -> None:
     assert all(place.startswith("files/") for place in places)
     assert [Path(place).suffix for place in places[:2]] == [".safetensors"] * 2
     assert (job / PROBE).read_text() == "the probe set"
-    assert relocated(loaded, job, carry=True) == carried
+    assert relocated(loaded, job, copy_files=True) == carried
     assert sorted(entry.name for entry in (job / "files").iterdir()) == sorted(Path(place).name for place in places)
 
 
@@ -961,17 +960,17 @@ def test_files_of_choices_are_carried(tmp_path: Path) -> None:
         "student.weights": {"_type": "choice", "_value": ["a.safetensors", "zoo:lenet5-digits"]},
     }
     loaded, job = load_recipe(write(tmp_path, content)), tmp_path / "job"
-    check_carried(loaded, space)
-    first, second = relocated_choices(loaded, space, job, carry=True)
+    check_files_can_be_copied(loaded, space)
+    first, second = relocated_choices(loaded, space, job, copy_files=True)
     assert first["path"] == "transfer.sources"
     assert first["moved"][0] == "shapes"
     assert (job / first["moved"][1]).read_text() == "b.npz"
     assert (second["path"], second["value"]) == ("student.weights", "a.safetensors")
     assert (job / second["moved"]).read_text() == "a.safetensors"
-    assert list(named_files(loaded, space)) == ["a.safetensors", "b.npz"]
+    assert list(file_hashes(loaded, space)) == ["a.safetensors", "b.npz"]
     space = sources(["images"])
     with pytest.raises(UserError, match=r"transfer\.sources\.0: .*images is a folder.*nothing but files"):
-        check_carried(loaded, space)
+        check_files_can_be_copied(loaded, space)
 
 
 def sources(*choices: list[str]) -> dict[str, Any]:
@@ -983,12 +982,15 @@ def test_folders_are_not_carried(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     content = {**tiny(training_service=remote(tmp_path)), "evaluation": {"data": "images"}}
     loaded = load_recipe(write(tmp_path, content))
-    for refuse in (lambda: check_carried(loaded, {}), lambda: relocated(loaded, tmp_path / "out", carry=True)):
+    for refuse in (
+        lambda: check_files_can_be_copied(loaded, {}),
+        lambda: relocated(loaded, tmp_path / "out", copy_files=True),
+    ):
         with pytest.raises(UserError, match=r"evaluation\.data: .*images is a folder.*nothing but files.*\.npz"):
             refuse()
     assert relocated(loaded, tmp_path / "out")["evaluation"]["data"] == "../images"
     search = Search(loaded, tmp_path / "out", portal=True, quiet=True)  # no trial measures on it
-    assert search._handed().source["evaluation"] is None
+    assert search._trial_recipe().source["evaluation"] is None
     content["transfer"] = {"method": "ats", "size": 40, "held_out": 20, "sources": ["shapes", "images"]}
     with pytest.raises(UserError, match=r"transfer\.sources\.1: .*images is a folder"):
         Search(load_recipe(write(tmp_path, content)), tmp_path / "out", portal=True, quiet=True)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from zskd_nni.data.datasets import NAMED_SETS
+from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, load_images
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.methods.registry import TransferRequest, find_method
 from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights
@@ -70,6 +70,25 @@ class LoadedRecipe:
             return None
         name = self.recipe.evaluation.data
         return name if name in NAMED_SETS else str(self.path(name))
+
+    def evaluation_data(self, teacher: Teacher, root: Path | None, download: bool = False) -> LabelledImages:
+        """Read the evaluation data that the recipe names.
+
+        Args:
+            teacher: the recipe's teacher, to whose input and classes the data must fit.
+            root: folder of named data sets; the variable ``ZSKD_NNI_DATA`` where absent.
+            download: let torchvision fetch them there.
+
+        Raises:
+            UserError: the data is not there, or does not fit.
+        """
+        name = self.data_name()
+        assert self.recipe.evaluation is not None and name is not None
+        with error_context("evaluation.data"):
+            data = load_images(name, self.recipe.evaluation.split, root, download)
+            data.require_labels(teacher.num_classes)
+            data.pixels(slice(0, 1), teacher.spec)  # refuses channels that do not fit
+        return data
 
     def transfer_source(self, teacher: Teacher, folder: Path, **changes: Any) -> TransferSource:
         """Make the recipe's transfer source, or resume it.

@@ -1,14 +1,13 @@
 """The probe set: images on which all trials of a search are compared, made from the teacher alone.
 
-A student agrees with its teacher best on images of the kind it learnt on, so that agreement on a trial's own held-out
-impressions says more about the impressions than about the student. The probe set is made once, before any trial, from
-nothing but the teacher and a seed; no method's own targets, settings or generator have a part in it, and no trial is
-taught on it. Three kinds of images share it equally, so that none of the ways in which methods make theirs is at home:
+A student agrees with its teacher best on images of the kind it was trained on. Agreement on a trial's own held-out
+impressions would say more about the impressions than about the student. So one probe set is made before the first
+trial, from nothing but the teacher and a seed. It takes no method's targets, settings or generator, and no trial trains
+on it. Three kinds of images share it equally, so that no method's own kind dominates:
 
-- ``figures``: procedural pictures and smooth noise, of every class (as the teacher sees it) as many as can be had;
-- ``steered``: other such pictures, taken some gradient steps towards a class drawn by chance, each with a confidence
-  drawn by chance;
-- ``between``: pairs of both, mixed by a share drawn by chance, so that decisions are tried where they change.
+- ``figures``: procedural images and smooth noise, as many of each class (as the teacher sees it) as can be found;
+- ``steered``: other such images after some gradient steps towards a random class, each to a random confidence;
+- ``between``: pairs of both, mixed in random proportion, so that decisions are tried where they change.
 
 Images are bytes, as real ones are.
 """
@@ -21,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.data.procedural import start_images
-from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.rng import generator
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
+from zskd_nni.training.inference import logits_on
 
 KINDS = ("figures", "steered", "between")
 _CANDIDATES = 10  # figures that are looked at for each one taken
@@ -35,71 +35,63 @@ _STEPS, _RATE = 40, 0.04  # of Adam, in units of the value range
 _BATCH = 250
 
 
-def make_probe(teacher: Teacher, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def make_probe(teacher: Teacher, count: int, seed: int) -> LabelledImages:
     """Draw the probe set.
 
     Args:
         teacher: on any device; its answers choose and steer the images.
-        count: how many, at least three.
+        count: number of images, at least three.
         seed: names the random streams.
 
     Returns:
-        ``(count, C, H, W)`` uint8 images of the value range, in the order of :data:`KINDS`, and the teacher's classes
-        ``(count,)`` int64, both on the CPU.
+        ``(count, C, H, W)`` images in the order of :data:`KINDS`, with the teacher's classes as labels.
     """
-    share = count // 3
+    spec, share = teacher.spec, count // 3
     figures = _figures(teacher, count - 2 * share, seed)
     steered = _steered(teacher, share, seed)
-    between = _between(torch.cat([figures, steered]), share, seed)
-    images = _as_bytes(torch.cat([figures, steered, between]), teacher.spec)
-    return images, _answers(teacher, from_bytes(images, teacher.spec)).argmax(1)
-
-
-def _answers(teacher: Teacher, images: Tensor) -> Tensor:
-    parts = []
-    with torch.no_grad():
-        for part in images.split(_BATCH):
-            signals.check()
-            parts.append(teacher(part.to(teacher.device)).float().cpu())
-    return torch.cat(parts)
+    images = torch.cat([figures, steered, _between(torch.cat([figures, steered]), share, seed)])
+    data = ((images - spec.low) / (spec.high - spec.low) * 255).round().clamp_(0, 255).to(torch.uint8)
+    unlabelled = LabelledImages(data, torch.zeros(count, dtype=torch.int64), "the probe set")
+    labels = logits_on(teacher, unlabelled, spec, str(teacher.device), _BATCH).argmax(1)
+    return LabelledImages(data, labels, unlabelled.name)
 
 
 def _figures(teacher: Teacher, count: int, seed: int) -> Tensor:
-    """Figures and smooth noise; those of rare classes are taken first."""
-    kept: list[Tensor] = []
-    quota = -(-count // teacher.num_classes)
-    room = torch.full((teacher.num_classes,), quota)
+    """Procedural images and smooth noise; those of rare classes are taken first."""
+    taken: list[Tensor] = []
     spare: list[Tensor] = []
-    looked = 0
-    while looked < _CANDIDATES * count and sum(map(len, kept)) < count:
-        images = start_images("mixed", _BATCH, teacher.spec, generator(seed, "probe", "figures", looked))[0]
-        looked += _BATCH
-        chosen = _answers(teacher, images).argmax(1)
-        taken = torch.zeros(_BATCH, dtype=torch.bool)
-        for index, kind in enumerate(chosen.tolist()):
-            if room[kind] > 0:
-                room[kind] -= 1
-                taken[index] = True
-        kept.append(images[taken])
+    room = torch.full((teacher.num_classes,), -(-count // teacher.num_classes))
+    looked_at = 0
+    while looked_at < _CANDIDATES * count and sum(map(len, taken)) < count:
+        signals.check()
+        images = start_images("mixed", _BATCH, teacher.spec, generator(seed, "probe", "figures", looked_at))[0]
+        looked_at += _BATCH
+        with torch.no_grad():
+            classes = teacher(images.to(teacher.device)).argmax(1)
+        fits = torch.zeros(_BATCH, dtype=torch.bool)
+        for index, label in enumerate(classes.tolist()):
+            if room[label] > 0:
+                room[label] -= 1
+                fits[index] = True
+        taken.append(images[fits])
         if sum(map(len, spare)) < count:
-            spare.append(images[~taken])
-    return torch.cat([*kept, *spare])[:count]
+            spare.append(images[~fits])
+    return torch.cat([*taken, *spare])[:count]
 
 
 def _steered(teacher: Teacher, count: int, seed: int) -> Tensor:
-    """Pictures on their way to a class, to a confidence between one half and one."""
-    spec, width, parts = teacher.spec, teacher.spec.high - teacher.spec.low, []
+    """Images on their way to a class, with a target confidence between one half and one."""
+    spec, classes, parts = teacher.spec, teacher.num_classes, []
     for first in range(0, count, _BATCH):
         size = min(_BATCH, count - first)
         random = generator(seed, "probe", "steered", first)
         images = start_images("mixed", size, spec, random)[0].to(teacher.device)
-        goal = torch.randint(teacher.num_classes, (size,), generator=random)
+        goal = torch.randint(classes, (size,), generator=random)
         confidence = 0.5 + 0.5 * torch.rand((size, 1), generator=random)
-        others = (1 - confidence) / max(teacher.num_classes - 1, 1)
-        target = others.expand(size, teacher.num_classes).clone().scatter_(1, goal[:, None], confidence)
-        target = target.to(teacher.device)
+        others = (1 - confidence) / max(classes - 1, 1)
+        target = others.expand(size, classes).clone().scatter_(1, goal[:, None], confidence).to(teacher.device)
         images.requires_grad_(True)
-        optimizer = torch.optim.Adam([images], _RATE * width)
+        optimizer = torch.optim.Adam([images], _RATE * (spec.high - spec.low))
         for _ in range(_STEPS):
             signals.check()
             loss = functional.cross_entropy(teacher(images), target, reduction="sum")
@@ -119,25 +111,18 @@ def _between(images: Tensor, count: int, seed: int) -> Tensor:
     return share * images[first] + (1 - share) * images[second]
 
 
-def _as_bytes(images: Tensor, spec: InputSpec) -> Tensor:
-    return ((images - spec.low) / (spec.high - spec.low) * 255).round().clamp_(0, 255).to(torch.uint8)
-
-
-def from_bytes(images: Tensor, spec: InputSpec) -> Tensor:
-    """``(N, C, H, W)`` bytes as floats in the value range."""
-    return images.float().div_(255).mul_(spec.high - spec.low).add_(spec.low)
-
-
 def save_probe(path: Path, teacher: Teacher, count: int, seed: int) -> None:
-    """Make the probe set and write it, unless it is there already."""
+    """Make the probe set and write it, unless ``path`` has it already."""
     made_by = fingerprint_of(["probe", 1, teacher.fingerprint, count, seed])
     if path.exists() and load_tensors(path)[1].get("made_by") == made_by:
         return
-    images, classes = make_probe(teacher, count, seed)
-    save_tensors(path, {"images": images, "classes": classes}, {"made_by": made_by, "kinds": ", ".join(KINDS)})
+    probe = make_probe(teacher, count, seed)
+    save_tensors(
+        path, {"images": probe.images, "classes": probe.labels}, {"made_by": made_by, "kinds": ", ".join(KINDS)}
+    )
 
 
-def load_probe(path: Path, spec: InputSpec) -> tuple[Tensor, Tensor]:
-    """Images ``(N, C, H, W)`` in the value range and the teacher's classes ``(N,)``."""
+def load_probe(path: Path) -> LabelledImages:
+    """The probe set of :func:`save_probe`."""
     tensors, _ = load_tensors(path)
-    return from_bytes(tensors["images"], spec), tensors["classes"]
+    return LabelledImages(tensors["images"], tensors["classes"], "the probe set")

@@ -1,17 +1,15 @@
-"""A tuner with a memory, around any of NNI's: a search that was stopped goes on with what it knew.
+"""A tuner with a memory, around any of NNI's, so that a stopped search resumes with all that it knew.
 
-NNI's own ``resume`` tells its tuner of finished trials only, counts what was cancelled as done, starts the tuner's
-random numbers from the beginning, and may take a trial for another. So each start of a search is a new NNI experiment,
-whose tuner is told first what is known, and proposes first what was proposed and never finished.
+NNI's own ``resume`` tells its tuner of finished trials only, counts cancelled ones as done, restarts the tuner's random
+numbers, and may confuse trials. So each start of a search is a new NNI experiment. Its tuner is first told the known
+results, and first proposes what was proposed before and never finished.
 
-This file is copied beside the experiment and loaded by NNI's dispatcher process, which has ten seconds to start: it
-imports nothing but NNI.
+NNI's dispatcher process loads a copy of this file, and has ten seconds to start: it imports nothing but NNI.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from nni.tools.package_utils.tuner_factory import create_builtin_class_instance, create_customized_class_instance
@@ -26,62 +24,60 @@ class RememberingTuner(Tuner):
     Args:
         tuner: NNI's mapping of it.
         known: finished trials, ``{"parameter": ..., "value": ...}``.
-        again: parameters to propose first.
-        proposed: file to which every proposal is added, one JSON mapping a line.
+        unfinished: parameters to propose first.
+        proposed: file to which every new proposal is added, one JSON mapping a line.
     """
 
     def __init__(
-        self, tuner: dict[str, Any], known: list[dict[str, Any]], again: list[dict[str, Any]], proposed: str
+        self, tuner: dict[str, Any], known: list[dict[str, Any]], unfinished: list[dict[str, Any]], proposed: str
     ) -> None:
         if "className" in tuner:
             self.inner = create_customized_class_instance(tuner)
         else:
             self.inner = create_builtin_class_instance(tuner["name"], tuner.get("classArgs"), "tuners")
-        self.known, self.again, self.begun, self.proposed = known, list(again), list(again), proposed
-        self.ours: dict[int, dict[str, Any]] = {}
+        self.known, self.unfinished, self.proposed = known, unfinished, proposed
+        self.waiting = list(unfinished)
+        self.resumed: dict[int, dict[str, Any]] = {}
 
     def update_search_space(self, search_space: dict[str, Any]) -> None:
-        """The space comes first, then what is known in it."""
+        """Pass the space on, and then what is known in it."""
         self.inner.update_search_space(search_space)
         if self.known:
             self.inner.import_data(self.known)
             self.known = []
 
     def generate_multiple_parameters(self, parameter_id_list: list[int], **kwargs: Any) -> list[dict[str, Any]]:
-        """What was begun before, then what the tuner proposes; fewer where it has no more."""
-        ids, first = list(parameter_id_list), []
-        while ids and self.again:
-            self.ours[ids[0]] = self.again.pop(0)
-            first.append(self.ours[ids.pop(0)])
-        if "st_callback" in kwargs:
-            kwargs["st_callback"] = self._writing(kwargs["st_callback"])
-        return first + [self._written(one) for index in ids for one in self._new(index, **kwargs)]
+        """The unfinished parameters, then the tuner's proposals; fewer if it has no more."""
+        ids = list(parameter_id_list)
+        while ids and self.waiting:
+            self.resumed[ids.pop(0)] = self.waiting.pop(0)
+        first = [self.resumed[index] for index in parameter_id_list if index in self.resumed]
+        if send := kwargs.get("st_callback"):
+            kwargs["st_callback"] = lambda index, parameters: send(index, self._record(parameters))
+        return first + [self._record(each) for index in ids for each in self._propose(index, **kwargs)]
 
-    def _new(self, parameter_id: int, **kwargs: Any) -> list[Any]:
-        """One proposal, or none; not of what was begun before, unless the tuner insists."""
+    def _propose(self, parameter_id: int, **kwargs: Any) -> list[Any]:
+        """One proposal, or none; none of the unfinished ones, unless the tuner insists."""
         for _ in range(_TRIES):
             found = self.inner.generate_multiple_parameters([parameter_id], **kwargs)
-            if not found or found[0] not in self.begun:
+            if not found or found[0] not in self.unfinished:
                 break
             self.inner.trial_end(parameter_id, False)
         return found
 
-    def _writing(self, send: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
-        return lambda parameter_id, parameters: send(parameter_id, self._written(parameters))
-
-    def _written(self, parameters: Any) -> Any:
+    def _record(self, parameters: Any) -> Any:
         with open(self.proposed, "a") as file:
             file.write(json.dumps(parameters, default=lambda number: number.item()) + "\n")
         return parameters
 
     def receive_trial_result(self, parameter_id: int, parameters: Any, value: Any, **kwargs: Any) -> None:
-        """A result of the tuner's own proposal, or of one it was never asked for."""
-        if parameter_id in self.ours:
-            self.inner.import_data([{"parameter": self.ours[parameter_id], "value": value}])
+        """Pass on a result, as known data if the tuner never proposed these parameters itself."""
+        if parameter_id in self.resumed:
+            self.inner.import_data([{"parameter": self.resumed[parameter_id], "value": value}])
         else:
             self.inner.receive_trial_result(parameter_id, parameters, value, **kwargs)
 
     def trial_end(self, parameter_id: int, success: bool, **kwargs: Any) -> None:
-        """The end of the tuner's own proposal."""
-        if parameter_id not in self.ours:
+        """Pass on the end of the tuner's own proposals."""
+        if parameter_id not in self.resumed:
             self.inner.trial_end(parameter_id, success, **kwargs)
