@@ -46,7 +46,7 @@ from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.files import write_json
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.synthesis import SynthesisSettings
-from zskd_nni.synthesis.engine import Orders, synthesize_shard
+from zskd_nni.synthesis.engine import ShardInputs, synthesize_shard
 from zskd_nni.training.distillation import DistillationSettings, distill, student_schedule
 from zskd_nni.training.losses import distillation_loss
 
@@ -230,12 +230,12 @@ def equal_fit(name: str) -> tuple[float, str]:
     return statistics.mean(record["published"]["fit"] for record in records), best
 
 
-def orders_for(teacher: Teacher, count: int, settings: SynthesisSettings, seed: int) -> Orders:
+def inputs_for(teacher: Teacher, count: int, settings: SynthesisSettings, seed: int) -> ShardInputs:
     """Targets of ZSKD and noise to start from."""
     targets = ZskdTargets(teacher, ZskdSettings()).targets(0, count, count, seed)
     starts, free = start_images(settings.start, count, teacher.spec, torch.Generator().manual_seed(seed), settings.hold)
     limit = torch.full((count,), float(settings.step_limits[1]))
-    return Orders(targets, starts, torch.full((count, 1), TEMPERATURE), torch.zeros(count), limit, free)
+    return ShardInputs(targets, starts, torch.full((count, 1), TEMPERATURE), torch.zeros(count), limit, free)
 
 
 def synthesis(bench: Bench, name: str) -> None:
@@ -248,18 +248,18 @@ def synthesis(bench: Bench, name: str) -> None:
         count = 4000
     goal, way = equal_fit(name)
     settings = ways(goal, min(count, 1000 if bench.cuda else 250))[way]
-    orders = orders_for(teacher, count, settings, 0)
+    inputs = inputs_for(teacher, count, settings, 0)
     made: list[float] = []
 
     def engine() -> None:  # with its starts, as the published loop draws its own
-        made.append(float(synthesize_shard(teacher, orders_for(teacher, count, settings, 0), settings).fit.mean()))
+        made.append(float(synthesize_shard(teacher, inputs_for(teacher, count, settings, 0), settings).fit.mean()))
 
     engine()
     # The published loop at full length is minutes; a step of it always costs the same.
     steps = 30 if name == "lenet5" else 3
-    targets = orders.targets[:100].to(bench.device)
-    batch = best_batch(bench, model, spec, orders)
-    pool = orders.targets[torch.arange(batch) % count].to(bench.device)
+    targets = inputs.targets[:100].to(bench.device)
+    batch = best_batch(bench, model, spec, inputs)
+    pool = inputs.targets[torch.arange(batch) % count].to(bench.device)
     chosen = {
         "way": way,
         "learning_rate": settings.learning_rate,
@@ -295,12 +295,12 @@ def synthesis(bench: Bench, name: str) -> None:
     bench.compare_with_each("impressions/s", (count, engine), rivals)
 
 
-def best_batch(bench: Bench, model: nn.Module, spec: InputSpec, orders: Orders) -> int:
+def best_batch(bench: Bench, model: nn.Module, spec: InputSpec, inputs: ShardInputs) -> int:
     """The batch at which a step of the published loop costs least an image."""
     sizes = (25, 50, 100, 250) if not bench.cuda else (100, 1000, 4000, 16000)
 
     def cost(size: int) -> float:
-        targets = orders.targets[torch.arange(size) % len(orders.targets)].to(bench.device)
+        targets = inputs.targets[torch.arange(size) % len(inputs.targets)].to(bench.device)
         zskd_loop(model, targets, spec.shape, steps=1, batch=size)
         steps = max(2, 200 // size) if not bench.cuda else 10
         return bench.seconds(lambda: zskd_loop(model, targets, spec.shape, steps=steps, batch=size)) / size / steps
@@ -357,11 +357,11 @@ def speed_of_light(bench: Bench, name: str) -> None:
     size = min(costs, key=lambda size: costs[size])
     steps = 20 if name == "lenet5" or bench.cuda else 4
     settings = paper_settings(max_steps=steps, slots=size)
-    orders = orders_for(teacher, size, settings, 0)
+    inputs = inputs_for(teacher, size, settings, 0)
     bench.compare(
         f"synthesis, {name}, against the speed of light",
         "image-steps/s",
-        (size * (steps + 1), lambda: synthesize_shard(teacher, orders, settings)),  # one pass more for the last answer
+        (size * (steps + 1), lambda: synthesize_shard(teacher, inputs, settings)),  # one pass more for the last answer
         (size * steps, bare(size, steps)),
         (0.85, 0.75),
         batch=size,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import NETWORKS, RESULTS, Bench, Game, Rival, best_batch, orders_for, paper_settings, plain_network
+from bench import NETWORKS, RESULTS, Bench, Game, Rival, best_batch, inputs_for, paper_settings, plain_network
 from published_loops import zskd_loop
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -67,10 +67,10 @@ def synthesis_rungs(bench: Bench, name: str) -> list[Rung]:
     teacher = Teacher(model, spec).to(bench.device)
     steps = 20 if name == "lenet5" or bench.cuda else 3
     settings = paper_settings(max_steps=steps, slots=100)
-    orders = orders_for(teacher, 100, settings, 0)
-    best = best_batch(bench, model, spec, orders)
-    best_orders = orders_for(teacher, best, settings, 0)
-    wanted, more = orders.targets.to(bench.device), best_orders.targets.to(bench.device)
+    inputs = inputs_for(teacher, 100, settings, 0)
+    best = best_batch(bench, model, spec, inputs)
+    best_inputs = inputs_for(teacher, best, settings, 0)
+    wanted, more = inputs.targets.to(bench.device), best_inputs.targets.to(bench.device)
 
     def loop(batch: int, weights: bool, denormals: bool, norms: bool = False, last: bool = False) -> None:
         torch.set_flush_denormal(not denormals)
@@ -84,7 +84,7 @@ def synthesis_rungs(bench: Bench, name: str) -> list[Rung]:
 
     def engine() -> None:
         torch.set_flush_denormal(True)
-        synthesize_shard(teacher, best_orders, paper_settings(max_steps=steps, slots=best))
+        synthesize_shard(teacher, best_inputs, paper_settings(max_steps=steps, slots=best))
 
     rungs: list[Rung] = [
         ("the published loop, without care", lambda: loop(100, True, True), 100 * steps),

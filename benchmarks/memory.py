@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from zskd_nni.data.augmentation import Augmentation
-from zskd_nni.data.sources import Images, StoredSource, TransferSource
+from zskd_nni.data.lazy_images import LazyImages
+from zskd_nni.data.sources import StoredSource, TransferSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
@@ -55,7 +56,7 @@ def make(size: int, folder: Path) -> None:
     synthesize(own, ZskdTargets(own, ZskdSettings()), settings, size=size, seed=0, folder=folder, quiet=True)
 
 
-def source_of(images: Images) -> StoredSource:
+def source_of(images: Tensor | LazyImages) -> StoredSource:
     """Batches of a store's images."""
     return StoredSource(images, BATCH, 0, "store")
 
@@ -78,7 +79,7 @@ def child(what: str, size: int, steps: int, folder: Path) -> None:
     if what == "synthesis":
         make(size, folder)
     else:
-        teach(source_of(ImpressionStore.open(folder).images_on_disk()), steps)
+        teach(source_of(ImpressionStore.open(folder).lazy_images()), steps)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -126,7 +127,7 @@ def measure(sizes: tuple[int, int], timed: int, folder: Path) -> list[dict[str, 
         for what, (small, large) in peaks.items()
     ]
     store = ImpressionStore.open(folder / str(sizes[1]))
-    turns = InTurn(source_of(store.images_on_disk()), source_of(store.images()))
+    turns = InTurn(source_of(store.lazy_images()), source_of(store.images()))
     teach(turns, 2 * timed)
     disk, memory = (statistics.median(seconds[10:]) for seconds in turns.seconds)
     records.append(

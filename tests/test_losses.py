@@ -11,7 +11,7 @@ from helpers import random, soft_targets
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 
-from zskd_nni.synthesis.batch_norm_statistics import Crowd, Moments, batch_norms, statistics_distances
+from zskd_nni.synthesis.batch_norm_statistics import Moments, StatisticsTracker, batch_norms, statistics_distances
 from zskd_nni.training.losses import (
     channel_moments,
     distillation_loss,
@@ -141,30 +141,30 @@ def test_distance_of_statistics() -> None:
 
 def test_moments_of_two_groups_are_those_of_all() -> None:
     features = torch.randn((9, 3, 4, 5), generator=random(0)) * 2 + torch.arange(3).view(3, 1, 1)
-    joined = Moments.of(features[:2]).joined(Moments.of(features[2:]))
+    joined = Moments.of(features[:2]).merged(Moments.of(features[2:]))
     assert joined.count == 9
     torch.testing.assert_close(joined.mean, features.mean((0, 2, 3)))
     torch.testing.assert_close(joined.variance, features.var((0, 2, 3), unbiased=False))
 
 
-def test_a_crowd_remembers_who_left() -> None:
+def test_retired_images_stay_in_the_statistics() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.LazyBatchNorm1d()).eval()
     images = torch.randn((6, 1, 6, 6), generator=random(1))
     network(images)
     with torch.no_grad():
         with statistics_distances(network) as whole:
             network(images)
-        crowd, rest = Crowd(network), torch.arange(6)
+        tracker, rest = StatisticsTracker(network), torch.arange(6)
         for gone in ([4], [0, 2]):
-            with crowd.watching() as found:
+            with tracker.distances() as found:
                 network(images[rest])
             torch.testing.assert_close(found, whole)
-            crowd.leave(torch.tensor([rest.tolist().index(row) for row in gone]))
+            tracker.retire(torch.tensor([rest.tolist().index(row) for row in gone]))
             rest = torch.tensor([row for row in rest.tolist() if row not in gone])
-        with crowd.watching() as found:
+        with tracker.distances() as found:
             network(images[rest])
     torch.testing.assert_close(found, whole)
-    assert (crowd.left, rest.tolist()) == (3, [1, 3, 5])
+    assert (tracker.retired, rest.tolist()) == (3, [1, 3, 5])
 
 
 def test_statistics_of_every_batch_norm_that_keeps_some() -> None:

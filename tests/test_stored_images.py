@@ -13,13 +13,14 @@ import pytest
 import torch
 from helpers import make_store, random
 
+from zskd_nni.data import lazy_images
+from zskd_nni.data.lazy_images import LazyImages
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.registry import transfer_source
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import write_json
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
-from zskd_nni.synthesis import ImpressionStore, lazy_images
-from zskd_nni.synthesis.lazy_images import StoredImages, joined
+from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.synthesis.store import shard_name
 
 
@@ -30,7 +31,7 @@ def store(folder: Path) -> ImpressionStore:
 
 def test_what_a_student_sees_is_the_same_to_the_bit(store: ImpressionStore) -> None:
     in_memory = StoredSource(store.images(), 16, 5, "x")
-    on_disk = StoredSource(store.images_on_disk(), 16, 5, "x")
+    on_disk = StoredSource(store.lazy_images(), 16, 5, "x")
     assert on_disk.size == in_memory.size == 110
     for step in range(20):
         batch = on_disk.batch(step, random(0))
@@ -39,7 +40,7 @@ def test_what_a_student_sees_is_the_same_to_the_bit(store: ImpressionStore) -> N
 
 
 def test_rows_slices_and_parts(store: ImpressionStore) -> None:
-    images, whole = store.images_on_disk(), store.images()
+    images, whole = store.lazy_images(), store.images()
     assert torch.equal(whole, torch.cat([store.read(index).images for index in range(6)]))
     assert images.shape == whole.shape and len(images) == 110
     rows = torch.tensor([109, 0, 20, 19, 19, 100, 99])
@@ -48,20 +49,20 @@ def test_rows_slices_and_parts(store: ImpressionStore) -> None:
     assert torch.equal(images[15:45:3], whole[15:45:3])
     for count in (1, 20, 21, 110):
         assert torch.equal(images.first(count)[:], whole[:count])
-    twice = joined([images, images.first(25)])
+    twice = LazyImages.concatenate([images, images.first(25)])
     assert torch.equal(twice[:], torch.cat([whole, whole[:25]]))
     with pytest.raises(IndexError):
         images[torch.tensor([110])]
 
 
-def test_a_method_gives_images_on_disk(digits_teacher, tmp_path: Path) -> None:
+def test_a_method_gives_lazy_images(digits_teacher, tmp_path: Path) -> None:
     source = transfer_source(digits_teacher, tmp_path / "set", 40, synthesis={"max_steps": 2}, quiet=True)
-    assert isinstance(source, StoredSource) and isinstance(source.images, StoredImages)
+    assert isinstance(source, StoredSource) and isinstance(source.images, LazyImages)
 
 
 @pytest.mark.parametrize("what", ["removed", "cut short", "replaced", "touched by somebody"])
 def test_files_that_change_meanwhile_are_noticed(what: str, store: ImpressionStore) -> None:
-    images, path = store.images_on_disk(), store.folder / shard_name(2)
+    images, path = store.lazy_images(), store.folder / shard_name(2)
     content = path.read_bytes()
     if what == "removed":
         path.unlink()
@@ -77,7 +78,7 @@ def test_files_that_change_meanwhile_are_noticed(what: str, store: ImpressionSto
 
 
 def test_a_file_cut_short_under_its_reader_is_noticed(store: ImpressionStore) -> None:
-    images = store.images_on_disk()
+    images = store.lazy_images()
     images[torch.tensor([40])]  # opens it
     os.truncate(store.folder / shard_name(2), 200)
     with pytest.raises(UserError, match="was changed or removed"):
@@ -86,7 +87,7 @@ def test_a_file_cut_short_under_its_reader_is_noticed(store: ImpressionStore) ->
 
 def test_few_files_are_open_and_none_afterwards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lazy_images, "_OPEN_FILES", 64)
-    images = make_store(folder, size=200, shard=2, max_steps=1).images_on_disk()
+    images = make_store(folder, size=200, shard=2, max_steps=1).lazy_images()
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     assert len(images[:]) == 200
@@ -99,7 +100,7 @@ def test_few_files_are_open_and_none_afterwards(folder: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda images: pickle.loads(pickle.dumps(images))])
 def test_a_copy_opens_files_of_its_own(copied, store: ImpressionStore) -> None:
-    images, whole = store.images_on_disk(), store.images()
+    images, whole = store.lazy_images(), store.images()
     images[torch.tensor([0, 40])]  # opens two
     other = copied(images)
     del images
@@ -111,7 +112,7 @@ def test_a_copy_opens_files_of_its_own(copied, store: ImpressionStore) -> None:
 
 
 def test_a_low_limit_of_open_files_is_kept_to(folder: Path) -> None:
-    images = make_store(folder, size=60, shard=2, max_steps=1).images_on_disk()
+    images = make_store(folder, size=60, shard=2, max_steps=1).lazy_images()
     whole, limits = images[:], resource.getrlimit(resource.RLIMIT_NOFILE)
     again = copy.copy(images)
     del images

@@ -21,7 +21,7 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import generator
-from zskd_nni.synthesis import FeatureTerm, Orders, SynthesisSettings, synthesize, synthesize_shard
+from zskd_nni.synthesis import FeatureTerm, ShardInputs, SynthesisSettings, synthesize, synthesize_shard
 
 COUNT = 40_000
 
@@ -217,8 +217,8 @@ def test_a_network_of_a_hundred_classes() -> None:
 # The activation term in the engine.
 
 
-def orders(count: int, temperature: float = 20.0) -> Orders:
-    return Orders(
+def inputs(count: int, temperature: float = 20.0) -> ShardInputs:
+    return ShardInputs(
         soft_targets(count, 5),
         torch.rand((count, *SMALL.shape), generator=random(0)),
         torch.full((count, 1), temperature),
@@ -227,7 +227,7 @@ def orders(count: int, temperature: float = 20.0) -> Orders:
     )
 
 
-def by_hand(teacher: Teacher, asked: Orders, one: int, weight: float, steps: int = 8) -> Tensor:
+def by_hand(teacher: Teacher, asked: ShardInputs, one: int, weight: float, steps: int = 8) -> Tensor:
     """Equation 5 for one image with torch's Adam, at the temperature that is asked for."""
     temperature = float(asked.temperatures[one])
     x = asked.starts[one : one + 1].clone().requires_grad_(True)
@@ -247,7 +247,7 @@ def by_hand(teacher: Teacher, asked: Orders, one: int, weight: float, steps: int
 @pytest.mark.parametrize("temperature", [20.0, 1.0])
 def test_the_activation_term_against_a_loop(temperature: float) -> None:
     """Its weight is beside the divergence, whatever the temperature."""
-    teacher, asked = small_teacher(), orders(3, temperature)
+    teacher, asked = small_teacher(), inputs(3, temperature)
     settings = SynthesisSettings(max_steps=8)
     term = FeatureTerm(FeaturePoint("head", "input"), 0.4, activation_loss)
     made = synthesize_shard(teacher, asked, settings, None, term)
@@ -265,7 +265,7 @@ def test_activation_loss_is_minus_the_mean_absolute_feature() -> None:
 
 
 def test_a_strong_term_makes_strong_activations() -> None:
-    teacher, asked = small_teacher(), orders(20)
+    teacher, asked = small_teacher(), inputs(20)
     strengths = []
     for weight in (0.0, 5.0):
         term = FeatureTerm(FeaturePoint("hidden"), weight, activation_loss)

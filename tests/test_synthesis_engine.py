@@ -18,7 +18,7 @@ from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.synthesis import Impressions, Orders, SynthesisSettings, synthesize
+from zskd_nni.synthesis import Impressions, ShardInputs, SynthesisSettings, synthesize
 from zskd_nni.synthesis import synthesize_shard as engine
 from zskd_nni.synthesis.settings import STARTS
 from zskd_nni.training.losses import total_variation
@@ -26,9 +26,9 @@ from zskd_nni.training.losses import total_variation
 TEMPERATURE = 20.0
 
 
-def orders_for(count: int, spec: InputSpec = SMALL, prior: float = 0.0, seed: int = 0, **options: Any) -> Orders:
+def inputs_for(count: int, spec: InputSpec = SMALL, prior: float = 0.0, seed: int = 0, **options: Any) -> ShardInputs:
     starts = spec.low + (spec.high - spec.low) * torch.rand((count, *spec.shape), generator=random(seed))
-    return Orders(
+    return ShardInputs(
         **{
             "targets": soft_targets(count, 5, seed),
             "starts": starts,
@@ -40,18 +40,18 @@ def orders_for(count: int, spec: InputSpec = SMALL, prior: float = 0.0, seed: in
     )
 
 
-def rows_of(orders: Orders, rows: slice) -> Orders:
-    values = {field.name: getattr(orders, field.name) for field in dataclasses.fields(orders)}
-    return Orders(**{name: None if value is None else value[rows] for name, value in values.items()})
+def rows_of(inputs: ShardInputs, rows: slice) -> ShardInputs:
+    values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    return ShardInputs(**{name: None if value is None else value[rows] for name, value in values.items()})
 
 
 def synthesize_shard(
-    teacher: Teacher, orders: Orders, settings: SynthesisSettings, on_finished: Callable[[int], None] | None = None
+    teacher: Teacher, inputs: ShardInputs, settings: SynthesisSettings, on_finished: Callable[[int], None] | None = None
 ) -> Impressions:
     """The engine, with the settings' one step limit for all images."""
     if isinstance(settings.max_steps, int):
-        orders = dataclasses.replace(orders, limits=torch.full((len(orders.targets),), float(settings.max_steps)))
-    return engine(teacher, orders, settings, on_finished)
+        inputs = dataclasses.replace(inputs, limits=torch.full((len(inputs.targets),), float(settings.max_steps)))
+    return engine(teacher, inputs, settings, on_finished)
 
 
 def settings_for(**values: Any) -> SynthesisSettings:
@@ -72,22 +72,27 @@ def divergence(teacher: Teacher, images: Tensor, targets: Tensor, temperature: T
 
 
 def plain_loop(
-    teacher: Teacher, orders: Orders, settings: SynthesisSettings, rows: slice, clamp: bool = True, prior: bool = False
+    teacher: Teacher,
+    inputs: ShardInputs,
+    settings: SynthesisSettings,
+    rows: slice,
+    clamp: bool = True,
+    prior: bool = False,
 ) -> Tensor:
     """The published loop for the images ``rows``: Adam of PyTorch, clamp after every step."""
     spec = teacher.spec
     span = spec.high - spec.low
-    images = orders.starts[rows].clone().requires_grad_(True)
+    images = inputs.starts[rows].clone().requires_grad_(True)
     adam = torch.optim.Adam([images], lr=settings.learning_rate * span)
     for _ in range(settings.max_steps):
         adam.zero_grad()
-        loss = cross_entropy(teacher, images, orders.targets[rows], orders.temperatures[rows])
-        loss = (loss * orders.temperatures[rows][:, 0]).sum() / 20
+        loss = cross_entropy(teacher, images, inputs.targets[rows], inputs.temperatures[rows])
+        loss = (loss * inputs.temperatures[rows][:, 0]).sum() / 20
         if prior:
-            loss = loss + (orders.prior[rows] * total_variation(images / span)).sum()
+            loss = loss + (inputs.prior[rows] * total_variation(images / span)).sum()
         loss.backward()
-        if orders.free is not None:
-            images.grad *= orders.free[rows]
+        if inputs.free is not None:
+            images.grad *= inputs.free[rows]
         adam.step()
         if clamp:
             with torch.no_grad():
@@ -95,11 +100,11 @@ def plain_loop(
     return images.detach()
 
 
-def assert_results_belong_together(teacher: Teacher, orders: Orders, result: Impressions) -> None:
+def assert_results_belong_together(teacher: Teacher, inputs: ShardInputs, result: Impressions) -> None:
     """Logits and divergence are those of the very images that are kept, in the order of the targets."""
-    assert torch.equal(result.targets, orders.targets)
+    assert torch.equal(result.targets, inputs.targets)
     torch.testing.assert_close(result.logits, teacher.predict(result.images), rtol=1e-4, atol=1e-4)
-    expected = divergence(teacher, result.images, orders.targets, orders.temperatures)
+    expected = divergence(teacher, result.images, inputs.targets, inputs.temperatures)
     torch.testing.assert_close(result.fit, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -107,55 +112,55 @@ def assert_results_belong_together(teacher: Teacher, orders: Orders, result: Imp
 @pytest.mark.parametrize("prior", [0.0, 1e-3])
 def test_equals_a_plain_loop_step_by_step(spec: InputSpec, prior: float) -> None:
     teacher = Teacher(small_network(), spec)
-    orders = orders_for(12, spec, prior)
+    inputs = inputs_for(12, spec, prior)
     for steps in (1, 2, 5, 15):
         settings = settings_for(max_steps=steps, slots=12, total_variation=(prior, prior))
-        result = synthesize_shard(teacher, orders, settings)
-        expected = plain_loop(teacher, orders, settings, slice(0, 12), prior=prior > 0)
+        result = synthesize_shard(teacher, inputs, settings)
+        expected = plain_loop(teacher, inputs, settings, slice(0, 12), prior=prior > 0)
         torch.testing.assert_close(result.images, expected, rtol=0, atol=1e-5 * (spec.high - spec.low))
         assert result.steps.tolist() == [steps] * 12
-        assert_results_belong_together(teacher, orders, result)
+        assert_results_belong_together(teacher, inputs, result)
 
 
 def test_temperature_of_each_image() -> None:
     teacher = small_teacher()
-    orders = orders_for(9, temperatures=torch.linspace(2, 20, 9).unsqueeze(1))
+    inputs = inputs_for(9, temperatures=torch.linspace(2, 20, 9).unsqueeze(1))
     settings = settings_for(temperature=(2.0, 20.0), slots=4)
-    result = synthesize_shard(teacher, orders, settings)
+    result = synthesize_shard(teacher, inputs, settings)
     for row in range(9):
-        alone = plain_loop(teacher, orders, settings, slice(row, row + 1))
+        alone = plain_loop(teacher, inputs, settings, slice(row, row + 1))
         torch.testing.assert_close(result.images[row : row + 1], alone, rtol=0, atol=1e-5)
-    assert_results_belong_together(teacher, orders, result)
+    assert_results_belong_together(teacher, inputs, result)
 
 
 def test_held_pixels_stay() -> None:
     teacher = small_teacher()
     free = (torch.rand((10, 1, 8, 8), generator=random(5)) < 0.5).float()
-    orders = orders_for(10, free=free)
-    result = synthesize_shard(teacher, orders, settings_for(slots=4))
+    inputs = inputs_for(10, free=free)
+    result = synthesize_shard(teacher, inputs, settings_for(slots=4))
     held = (free == 0).expand_as(result.images)
-    assert torch.equal(result.images[held], orders.starts[held])
-    assert float((result.images - orders.starts)[~held].abs().mean()) > 0.05
+    assert torch.equal(result.images[held], inputs.starts[held])
+    assert float((result.images - inputs.starts)[~held].abs().mean()) > 0.05
     for row in (0, 9):
-        alone = plain_loop(teacher, orders, settings_for(), slice(row, row + 1))
+        alone = plain_loop(teacher, inputs, settings_for(), slice(row, row + 1))
         torch.testing.assert_close(result.images[row : row + 1], alone, rtol=0, atol=1e-5)
 
 
 def test_the_objective_falls() -> None:
-    teacher, orders = small_teacher(), orders_for(30)
-    before = divergence(teacher, orders.starts, orders.targets)
-    result = synthesize_shard(teacher, orders, settings_for(max_steps=40))
+    teacher, inputs = small_teacher(), inputs_for(30)
+    before = divergence(teacher, inputs.starts, inputs.targets)
+    result = synthesize_shard(teacher, inputs, settings_for(max_steps=40))
     assert bool((result.fit < before).all())
     assert float(result.fit.mean()) < 0.8 * float(before.mean())
 
 
 def test_callers_tensors_are_left_alone() -> None:
-    teacher, orders = small_teacher(), orders_for(10, prior=1e-3)
-    before = [getattr(orders, name).clone() for name in ("targets", "starts", "temperatures", "prior")]
-    first = synthesize_shard(teacher, orders, settings_for(slots=3, total_variation=(1e-3, 1e-3)))
-    after = [getattr(orders, name) for name in ("targets", "starts", "temperatures", "prior")]
+    teacher, inputs = small_teacher(), inputs_for(10, prior=1e-3)
+    before = [getattr(inputs, name).clone() for name in ("targets", "starts", "temperatures", "prior")]
+    first = synthesize_shard(teacher, inputs, settings_for(slots=3, total_variation=(1e-3, 1e-3)))
+    after = [getattr(inputs, name) for name in ("targets", "starts", "temperatures", "prior")]
     assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(before, after, strict=True))
-    second = synthesize_shard(teacher, orders, settings_for(slots=3, total_variation=(1e-3, 1e-3)))
+    second = synthesize_shard(teacher, inputs, settings_for(slots=3, total_variation=(1e-3, 1e-3)))
     assert torch.equal(first.images, second.images)
     assert all(p.grad is None for p in teacher.model.parameters())
 
@@ -166,21 +171,21 @@ def test_callers_tensors_are_left_alone() -> None:
 @pytest.mark.parametrize("slots", [1, 4, 7, 30])
 def test_refilled_slots_begin_afresh(slots: int) -> None:
     """Every image ends as if it were alone in the world, whichever slot it got and whoever was there before."""
-    teacher, orders = small_teacher(), orders_for(17, temperatures=torch.ones(17, 1))
+    teacher, inputs = small_teacher(), inputs_for(17, temperatures=torch.ones(17, 1))
     settings = settings_for(slots=slots, tolerance=0.05, max_steps=20)
-    result = synthesize_shard(teacher, orders, settings)
+    result = synthesize_shard(teacher, inputs, settings)
     assert len(set(result.steps.tolist())) > 3, "the images must leave at different times"
     for row in range(17):
         one = slice(row, row + 1)
-        single = synthesize_shard(teacher, rows_of(orders, one), settings)
+        single = synthesize_shard(teacher, rows_of(inputs, one), settings)
         assert single.steps[0] == result.steps[row]
         torch.testing.assert_close(result.images[one], single.images, rtol=0, atol=1e-5)
-    assert_results_belong_together(teacher, orders, result)
+    assert_results_belong_together(teacher, inputs, result)
 
 
 def test_number_of_slots_changes_nothing_but_time() -> None:
-    teacher, orders = small_teacher(), orders_for(23)
-    results = [synthesize_shard(teacher, orders, settings_for(slots=slots)) for slots in (1, 5, 23, 250)]
+    teacher, inputs = small_teacher(), inputs_for(23)
+    results = [synthesize_shard(teacher, inputs, settings_for(slots=slots)) for slots in (1, 5, 23, 250)]
     for other in results[1:]:
         torch.testing.assert_close(other.images, results[0].images, rtol=0, atol=1e-5)
         assert torch.equal(other.steps, results[0].steps)
@@ -189,15 +194,15 @@ def test_number_of_slots_changes_nothing_but_time() -> None:
 def test_never_more_images_in_flight_than_slots() -> None:
     teacher, seen = small_teacher(), []
     teacher.model.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
-    synthesize_shard(teacher, orders_for(41, temperatures=torch.ones(41, 1)), settings_for(slots=6, tolerance=0.1))
+    synthesize_shard(teacher, inputs_for(41, temperatures=torch.ones(41, 1)), settings_for(slots=6, tolerance=0.1))
     assert max(seen) == 6
     assert seen == sorted(seen, reverse=True), "slots are filled while there is something to fill them with"
 
 
 def test_images_leave_as_soon_as_they_fit() -> None:
-    teacher, orders = small_teacher(), orders_for(40, temperatures=torch.ones(40, 1))
+    teacher, inputs = small_teacher(), inputs_for(40, temperatures=torch.ones(40, 1))
     settings = settings_for(max_steps=20, tolerance=0.05, slots=16)
-    result = synthesize_shard(teacher, orders, settings)
+    result = synthesize_shard(teacher, inputs, settings)
     early = result.steps < 20
     assert 10 < int(early.sum()) < 40
     assert float(result.fit[early].max()) <= 0.05
@@ -207,37 +212,37 @@ def test_images_leave_as_soon_as_they_fit() -> None:
     for row in (result.steps > 0).logical_and(early).nonzero().flatten().tolist()[:6]:  # and not a step later
         one = slice(row, row + 1)
         steps = int(result.steps[row]) - 1
-        before = plain_loop(teacher, orders, settings_for(max_steps=steps), one)
-        assert float(divergence(teacher, before, orders.targets[one], 1.0)) > 0.05
+        before = plain_loop(teacher, inputs, settings_for(max_steps=steps), one)
+        assert float(divergence(teacher, before, inputs.targets[one], 1.0)) > 0.05
 
 
 def test_images_that_cannot_fit_use_all_steps_or_their_patience() -> None:
     """One-hot targets cannot be met at temperature 20."""
     teacher = small_teacher()
-    orders = orders_for(10, targets=torch.eye(5).repeat(2, 1))
-    stubborn = synthesize_shard(teacher, orders, settings_for(max_steps=80, tolerance=1e-4, learning_rate=0.3))
+    inputs = inputs_for(10, targets=torch.eye(5).repeat(2, 1))
+    stubborn = synthesize_shard(teacher, inputs, settings_for(max_steps=80, tolerance=1e-4, learning_rate=0.3))
     assert stubborn.steps.tolist() == [80] * 10
     patient = settings_for(max_steps=80, tolerance=1e-4, learning_rate=0.3, patience=5)
-    given_up = synthesize_shard(teacher, orders, patient)
+    given_up = synthesize_shard(teacher, inputs, patient)
     assert int(given_up.steps.max()) < 80
     assert int(given_up.steps.min()) >= 5
-    assert_results_belong_together(teacher, orders, given_up)
+    assert_results_belong_together(teacher, inputs, given_up)
 
 
 def test_patience_by_a_naive_rule() -> None:
-    teacher, orders = small_teacher(), orders_for(6)
+    teacher, inputs = small_teacher(), inputs_for(6)
     settings = settings_for(max_steps=50, learning_rate=0.2, patience=4)
-    result = synthesize_shard(teacher, orders, settings)
+    result = synthesize_shard(teacher, inputs, settings)
     for row in range(6):
         one = slice(row, row + 1)
         best, best_step, left = math.inf, 0, 50
         for step in range(51):
             images = (
-                plain_loop(teacher, orders, settings_for(max_steps=step, learning_rate=0.2), one)
+                plain_loop(teacher, inputs, settings_for(max_steps=step, learning_rate=0.2), one)
                 if step
-                else orders.starts[one]
+                else inputs.starts[one]
             )
-            fit = float(divergence(teacher, images, orders.targets[one]))
+            fit = float(divergence(teacher, images, inputs.targets[one]))
             if fit < 0.99 * best:
                 best, best_step = fit, step
             if step - best_step >= 4:
@@ -250,7 +255,7 @@ def test_on_finished_counts_every_image_once() -> None:
     counts: list[int] = []
     synthesize_shard(
         small_teacher(),
-        orders_for(33, temperatures=torch.ones(33, 1)),
+        inputs_for(33, temperatures=torch.ones(33, 1)),
         settings_for(slots=7, tolerance=0.1),
         counts.append,
     )
@@ -260,13 +265,13 @@ def test_on_finished_counts_every_image_once() -> None:
 
 def test_step_limit_of_each_image() -> None:
     teacher, limits = small_teacher(), torch.tensor([3.0, 11, 1, 7, 2, 2, 15, 9, 4])
-    orders = orders_for(9, limits=limits)
-    result = engine(teacher, orders, settings_for(max_steps=(1, 15), slots=4))
+    inputs = inputs_for(9, limits=limits)
+    result = engine(teacher, inputs, settings_for(max_steps=(1, 15), slots=4))
     assert result.steps.tolist() == limits.tolist()
     for row, limit in enumerate(limits.tolist()):
-        alone = plain_loop(teacher, orders, settings_for(max_steps=int(limit)), slice(row, row + 1))
+        alone = plain_loop(teacher, inputs, settings_for(max_steps=int(limit)), slice(row, row + 1))
         torch.testing.assert_close(result.images[row : row + 1], alone, rtol=0, atol=1e-5)
-    assert_results_belong_together(teacher, orders, result)
+    assert_results_belong_together(teacher, inputs, result)
 
 
 def test_step_limits_and_temperatures_of_a_store_are_drawn_between_two_numbers(tmp_path) -> None:
@@ -284,17 +289,17 @@ def test_step_limits_and_temperatures_of_a_store_are_drawn_between_two_numbers(t
 @pytest.mark.parametrize(("rescale", "warm"), [(True, True), (True, False), (False, True)])
 def test_authors_schedule_by_a_naive_loop(rescale: bool, warm: bool) -> None:
     """Batches of 4; the whole batch rescaled before every step but the last; warm starts keep images and Adam."""
-    teacher, orders, steps, batch = small_teacher(), orders_for(10), 6, 4
+    teacher, inputs, steps, batch = small_teacher(), inputs_for(10), 6, 4
     settings = settings_for(
         max_steps=steps, slots=batch, range="rescale" if rescale else "clamp", warm_start=warm, learning_rate=0.01
     )
-    result = synthesize_shard(teacher, orders, settings)
+    result = synthesize_shard(teacher, inputs, settings)
     kept, images, adam = [], None, None
     for first in range(0, 10, batch):
         rows = slice(first, min(first + batch, 10))
         count = rows.stop - rows.start
         if images is None or not warm:
-            images = orders.starts[rows].clone().requires_grad_(True)
+            images = inputs.starts[rows].clone().requires_grad_(True)
             adam = torch.optim.Adam([images], lr=0.01)
         elif count < batch:  # the last batch is smaller: the first slots go on
             state = {key: value[:count] if value.ndim else value for key, value in adam.state[images].items()}
@@ -307,7 +312,7 @@ def test_authors_schedule_by_a_naive_loop(rescale: bool, warm: bool) -> None:
                     low, high = images.min().clone(), images.max().clone()
                     images.sub_(low).div_(high - low)
             adam.zero_grad()
-            cross_entropy(teacher, images, orders.targets[rows], TEMPERATURE).sum().backward()
+            cross_entropy(teacher, images, inputs.targets[rows], TEMPERATURE).sum().backward()
             adam.step()
             if not rescale:
                 with torch.no_grad():
@@ -315,20 +320,20 @@ def test_authors_schedule_by_a_naive_loop(rescale: bool, warm: bool) -> None:
         kept.append(images.detach().clone())
     torch.testing.assert_close(result.images, torch.cat(kept), rtol=0, atol=2e-5)
     assert result.steps.tolist() == [steps] * 10
-    assert_results_belong_together(teacher, orders, result)
+    assert_results_belong_together(teacher, inputs, result)
 
 
 def test_free_range_leaves_the_value_range_and_clamp_does_not() -> None:
-    teacher, orders = small_teacher(), orders_for(10)
-    free = synthesize_shard(teacher, orders, settings_for(range="free", learning_rate=0.3))
+    teacher, inputs = small_teacher(), inputs_for(10)
+    free = synthesize_shard(teacher, inputs, settings_for(range="free", learning_rate=0.3))
     torch.testing.assert_close(
         free.images,
-        plain_loop(teacher, orders, settings_for(learning_rate=0.3), slice(0, 10), clamp=False),
+        plain_loop(teacher, inputs, settings_for(learning_rate=0.3), slice(0, 10), clamp=False),
         rtol=0,
         atol=1e-4,
     )
     assert float(free.images.max()) > 1.5
-    clamped = synthesize_shard(teacher, orders, settings_for(learning_rate=0.3))
+    clamped = synthesize_shard(teacher, inputs, settings_for(learning_rate=0.3))
     assert float(clamped.images.min()) >= 0
     assert float(clamped.images.max()) <= 1
 
@@ -344,7 +349,7 @@ def test_a_teacher_that_turns_nan_never_yields_an_impression(value: float, optio
         teacher.model.hidden.weight[0, 0] = value
         teacher.model.hidden.weight[0, 1] = -value
     with pytest.raises(UserError, match=r"not finite.*learning_rate"):
-        synthesize_shard(teacher, orders_for(8), settings_for(**options))
+        synthesize_shard(teacher, inputs_for(8), settings_for(**options))
 
 
 def test_a_huge_learning_rate_never_stores_what_is_not_finite(tmp_path) -> None:
@@ -436,30 +441,30 @@ def test_hold_is_a_probability(hold: float) -> None:
 def test_images_come_near_what_batch_norms_remember(weight: float, temperature: float) -> None:
     """The weight is beside the divergence at every temperature; each image has its share of the distance."""
     teacher, settings = small_teacher(), settings_for(batch_statistics=weight)
-    orders = orders_for(6, temperatures=torch.full((6, 1), temperature))
+    inputs = inputs_for(6, temperatures=torch.full((6, 1), temperature))
     norm = teacher.model.get_submodule("norm")
-    images = orders.starts.clone().requires_grad_(True)
+    images = inputs.starts.clone().requires_grad_(True)
     adam = torch.optim.Adam([images], lr=settings.learning_rate)
     for _ in range(settings.max_steps):  # type: ignore[arg-type]
         passing = teacher.model.get_submodule("conv")(images)
         found, spread = passing.mean((0, 2, 3)), passing.var((0, 2, 3), unbiased=False)
         distance = (found - norm.running_mean).square().sum().sqrt() + (spread - norm.running_var).square().sum().sqrt()
-        value = cross_entropy(teacher, images, orders.targets, temperature).sum() + len(images) * weight * distance
+        value = cross_entropy(teacher, images, inputs.targets, temperature).sum() + len(images) * weight * distance
         (images.grad,) = torch.autograd.grad(value, images)
         adam.step()
         images.data.clamp_(0, 1)
-    made = synthesize_shard(teacher, orders, settings)
+    made = synthesize_shard(teacher, inputs, settings)
     torch.testing.assert_close(made.images, images.detach(), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("slots", [6, 3, 9])
-def test_images_that_have_left_stay_in_the_crowd(slots: int) -> None:
+def test_finished_images_stay_in_the_batch_statistics(slots: int) -> None:
     """Fresh images take the places of those that left; who leaves without a successor stays as they were."""
     teacher, settings = small_teacher(), settings_for(batch_statistics=0.3, max_steps=(1, 99), slots=slots)
     limits = torch.tensor([2.0, 5, 9, 9, 3, 12])
-    orders = orders_for(6, limits=limits)
+    inputs = inputs_for(6, limits=limits)
     norm = teacher.model.get_submodule("norm")
-    rows = [image.clone().requires_grad_(True) for image in orders.starts]
+    rows = [image.clone().requires_grad_(True) for image in inputs.starts]
     adams = [torch.optim.Adam([row], lr=settings.learning_rate) for row in rows]
     taken = [0] * 6
     crowd, waiting = list(range(min(slots, 6))), list(range(min(slots, 6), 6))
@@ -468,7 +473,7 @@ def test_images_that_have_left_stay_in_the_crowd(slots: int) -> None:
         passing = teacher.model.get_submodule("conv")(members)
         found, spread = passing.mean((0, 2, 3)), passing.var((0, 2, 3), unbiased=False)
         distance = (found - norm.running_mean).square().sum().sqrt() + (spread - norm.running_var).square().sum().sqrt()
-        value = cross_entropy(teacher, members, orders.targets[crowd], TEMPERATURE).sum() + len(crowd) * 0.3 * distance
+        value = cross_entropy(teacher, members, inputs.targets[crowd], TEMPERATURE).sum() + len(crowd) * 0.3 * distance
         gradients = torch.autograd.grad(value, [rows[index] for index in crowd])
         for place, (index, gradient) in enumerate(zip(list(crowd), gradients, strict=True)):
             if taken[index] < limits[index]:
@@ -478,7 +483,7 @@ def test_images_that_have_left_stay_in_the_crowd(slots: int) -> None:
                 taken[index] += 1
             elif waiting:
                 crowd[place] = waiting.pop(0)
-    made = synthesize_shard(teacher, orders, settings)
+    made = synthesize_shard(teacher, inputs, settings)
     assert made.steps.tolist() == limits.tolist()
     torch.testing.assert_close(made.images, torch.stack(rows).detach(), atol=2e-4, rtol=0)
 
@@ -497,16 +502,14 @@ def test_a_teacher_without_batch_norms_knows_no_statistics(tmp_path: Path) -> No
                 quiet=True,
             )
         )
-    assert stores[0].fingerprint == stores[1].fingerprint  # nor is a store of before the option refused
-    assert "batch_statistics" not in stores[0].manifest["identity"]["synthesis"]
+    assert stores[0].fingerprint == stores[1].fingerprint
+    assert stores[1].manifest["identity"]["synthesis"]["batch_statistics"] == 0.0
 
 
 def test_the_option_stands_in_the_identity_where_it_has_a_part(tmp_path: Path) -> None:
     stores = [make_store(tmp_path / str(weight), batch_statistics=weight) for weight in (0.0, 1.0)]
-    assert "batch_statistics" not in stores[0].manifest["identity"]["synthesis"]
-    assert stores[1].manifest["identity"]["synthesis"]["batch_statistics"] == 1.0
-    # in meaning 1 images that had left were forgotten; what was begun so is not gone on with
-    assert stores[1].manifest["identity"]["synthesis"]["batch_statistics_meaning"] == 2
+    assert [store.manifest["identity"]["synthesis"]["batch_statistics"] for store in stores] == [0.0, 1.0]
+    assert stores[0].fingerprint != stores[1].fingerprint
 
 
 def test_a_negative_weight_of_statistics() -> None:

@@ -19,7 +19,7 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import alexnet
 from zskd_nni.runtime import signals
-from zskd_nni.synthesis import ImpressionStore, Orders, SynthesisSettings, synthesize, synthesize_shard
+from zskd_nni.synthesis import ImpressionStore, ShardInputs, SynthesisSettings, synthesize, synthesize_shard
 
 Waits = Callable[[], contextlib.AbstractContextManager[Counter[str]]]
 
@@ -32,8 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def orders_for(count: int, limit: float, spec: InputSpec = SMALL, classes: int = 5) -> Orders:
-    return Orders(
+def inputs_for(count: int, limit: float, spec: InputSpec = SMALL, classes: int = 5) -> ShardInputs:
+    return ShardInputs(
         soft_targets(count, classes),
         torch.rand((count, *spec.shape), generator=random(1)),
         torch.full((count, 1), 20.0),
@@ -101,7 +101,7 @@ def test_a_teacher_with_response_norms_in_colour(device: torch.device) -> None:
     fits = []
     for place in ("cpu", device):
         teacher = Teacher(network, spec).to(place)
-        fits.append(synthesize_shard(teacher, orders_for(8, 6.0, spec, 10), settings).fit)
+        fits.append(synthesize_shard(teacher, inputs_for(8, 6.0, spec, 10), settings).fit)
     torch.testing.assert_close(fits[1], fits[0], rtol=0.02, atol=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_no_step_waits_for_the_device(device: torch.device, waits: Waits) -> Non
     for limit in (10.0, 40.0):
         teacher = Teacher(small_network(), SMALL).to(device)
         with waits() as found:
-            synthesize_shard(teacher, orders_for(30, limit), SynthesisSettings(slots=10, learning_rate=0.05))
+            synthesize_shard(teacher, inputs_for(30, limit), SynthesisSettings(slots=10, learning_rate=0.05))
         counts.append(found)
     assert counts[1] == counts[0]
 
@@ -145,6 +145,6 @@ def test_images_that_leave_as_they_fit_are_asked_once_a_step(device: torch.devic
         teacher = small_teacher().to(device)
         settings = SynthesisSettings(slots=10, tolerance=1e-9, learning_rate=0.05)
         with waits() as found:
-            synthesize_shard(teacher, orders_for(10, limit), settings)
+            synthesize_shard(teacher, inputs_for(10, limit), settings)
         counts.append(sum(found.values()))
     assert counts[1] - counts[0] == 10

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from zskd_nni.data.lazy_images import LazyImages
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime.device import to_device
 from zskd_nni.runtime.errors import UserError
@@ -47,23 +48,6 @@ class TransferSource(Protocol):
         ...
 
 
-class Images(Protocol):
-    """``(N, C, H, W)``, in memory (a tensor) or elsewhere."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where what is asked for arrives."""
-        ...
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def __getitem__(self, rows: Tensor, /) -> Tensor:
-        """Those at ``rows``."""
-        ...
-
-
 class _Stateless:
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -88,7 +72,7 @@ class StoredSource(_Stateless):
 
     def __init__(
         self,
-        images: Images,
+        images: Tensor | LazyImages,
         batch_size: int,
         seed: int,
         fingerprint: str,
@@ -120,7 +104,7 @@ class StoredSource(_Stateless):
         return self.images[index].float()
 
 
-def cache_on_device(images: Images, device: torch.device) -> Images:
+def cache_on_device(images: Tensor | LazyImages, device: torch.device) -> Tensor | LazyImages:
     """The images in this GPU's memory, where they fill no more than a quarter of what is free; else as they are."""
     if device.type == "cpu" or images.device.type != "cpu":
         return images

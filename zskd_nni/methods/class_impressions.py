@@ -1,35 +1,34 @@
-"""Class impressions: images fitted to one-hot targets, the baseline of ZSKD (Nayak et al., ICML 2019, section 4).
+"""Class impressions: images optimised for one-hot targets, the baseline of ZSKD (Nayak et al., ICML 2019, section 4).
 
-The same engine as :mod:`zskd_nni.methods.zskd`, with the class itself as the target instead of a Dirichlet draw, so
-that a difference between the two is one of targets alone.
+The engine is that of :mod:`zskd_nni.methods.zskd`. Only the targets differ: the class itself instead of a Dirichlet
+draw. A difference between the two methods is therefore one of targets alone.
 
-What the paper fixes: the target of an impression of class k is one-hot at k, all classes equally often; the ablation
-of the paper sets them beside data impressions at every size of the set, without augmentation. Its figures were not
-obtained as numbers. It leaves the schedule open as ZSKD's; both presets take over ZSKD's of the same name. A one-hot
+What the paper fixes: the target of an impression of class k is one-hot at k, and all classes occur equally often. The
+paper's ablation compares them with data impressions at every size of the set, without augmentation; it has no table of
+the figures. The paper leaves the schedule open, as for ZSKD, so both presets use ZSKD's of the same name. A one-hot
 target at temperature T is never reached: the logits grow until the steps end. ``smoothing`` bounds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods import zskd
-from zskd_nni.methods.from_targets import impressions_source
-from zskd_nni.methods.registry import TransferRequest, preset_options
-from zskd_nni.models.teacher import Teacher
+from zskd_nni.methods.from_targets import ImpressionMethod
+from zskd_nni.runtime.validation import Bounds, check_bounds
 from zskd_nni.synthesis import SynthesisSettings
+
+Smoothing = Annotated[float, Bounds("must lie in [0, 1)", lambda value: 0 <= value < 1)]
 
 
 @dataclass(frozen=True)
 class ClassImpressionSettings:
-    """Which targets the impressions have.
+    """The soft targets of the impressions.
 
     Attributes:
         smoothing: share of the target spread evenly over all classes, in [0, 1); 0 is one-hot.
@@ -40,15 +39,14 @@ class ClassImpressionSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    smoothing: float = 0.0
+    smoothing: Smoothing = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), not {self.smoothing}")
+        check_bounds(self)
 
 
 class ClassTargets:
-    """The plan of one-hot targets: classes are dealt out in turn.
+    """One-hot targets; impression i is of class i mod K.
 
     Args:
         classes: number of classes K.
@@ -72,7 +70,7 @@ class ClassImpressionOptions:
 
     Attributes:
         targets: smoothing.
-        synthesis: how images are fitted.
+        synthesis: how images are optimised.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -85,23 +83,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     name: {"targets": {"smoothing": 0.0}, "synthesis": zskd.PRESETS[name]["synthesis"]} for name in ("paper", "best")
 }
 
-
-class ClassImpressions:
-    """Class impressions as a method of recipes."""
-
-    name = "class-impressions"
-    presets = tuple(PRESETS)
-
-    def options(self, preset: str, given: Mapping[str, Any]) -> ClassImpressionOptions:
-        """The preset with the recipe's own keys over it."""
-        return preset_options(ClassImpressionOptions, self.name, PRESETS, preset, given)
-
-    def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
-        """Synthesise what is missing of the impressions and draw from them."""
-        options: ClassImpressionOptions = request.options
-        return impressions_source(
-            teacher, ClassTargets(teacher.num_classes, options.targets), options.synthesis, request
-        )
-
-
-METHOD = ClassImpressions()
+METHOD = ImpressionMethod(
+    "class-impressions",
+    ClassImpressionOptions,
+    PRESETS,
+    lambda teacher, settings: ClassTargets(teacher.num_classes, settings),
+)

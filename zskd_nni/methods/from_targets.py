@@ -1,26 +1,50 @@
-"""What all methods share that make a store of impressions: soft targets in, a source of images out."""
+"""Methods that make a store of impressions: soft targets in, a source of images out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from zskd_nni.data.sources import StoredSource
-from zskd_nni.methods.registry import TransferRequest
+from zskd_nni.methods.registry import TransferRequest, preset_options
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.synthesis import SynthesisSettings, TargetPlan, synthesize
+from zskd_nni.synthesis import TargetPlan, synthesize
 
 
-def impressions_source(
-    teacher: Teacher, plan: TargetPlan, settings: SynthesisSettings, request: TransferRequest
-) -> StoredSource:
-    """Synthesise what is missing of the impressions in ``request.folder`` and draw from them."""
-    store = synthesize(
-        teacher,
-        plan,
-        settings,
-        size=request.size,
-        seed=request.seed,
-        folder=request.folder,
-        label=request.label,
-        quiet=request.quiet,
-    )
-    images = store.images_on_disk()
-    return StoredSource(images, request.batch_size, request.seed, store.fingerprint, teacher.device)
+class ImpressionMethod:
+    """A method of recipes that is defined by its soft targets.
+
+    Args:
+        name: as in ``transfer.method``.
+        kind: the settings class of the method's keys; it has the fields ``targets`` and ``synthesis``.
+        presets: plain values of each preset.
+        plan: makes the targets from a teacher and the settings in ``targets``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: type[Any],
+        presets: Mapping[str, Mapping[str, Any]],
+        plan: Callable[[Teacher, Any], TargetPlan],
+    ) -> None:
+        self.name, self.presets = name, tuple(presets)
+        self._kind, self._values, self._plan = kind, presets, plan
+
+    def options(self, preset: str, given: Mapping[str, Any]) -> Any:
+        """The preset with the recipe's own keys over it."""
+        return preset_options(self._kind, self.name, self._values, preset, given)
+
+    def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
+        """Synthesise the impressions that ``request.folder`` lacks, and draw batches from all of them."""
+        store = synthesize(
+            teacher,
+            self._plan(teacher, request.options.targets),
+            request.options.synthesis,
+            size=request.size,
+            seed=request.seed,
+            folder=request.folder,
+            label=request.label,
+            quiet=request.quiet,
+        )
+        return store.source(request.batch_size, request.seed, teacher.device)

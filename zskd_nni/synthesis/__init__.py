@@ -3,7 +3,7 @@
 May import: :mod:`zskd_nni.training` and what stands below it.
 """
 
-from zskd_nni.synthesis.engine import FeatureTerm, Impressions, Orders, synthesize_shard
+from zskd_nni.synthesis.engine import FeatureTerm, Impressions, ShardInputs, synthesize_shard
 from zskd_nni.synthesis.settings import SynthesisSettings
 from zskd_nni.synthesis.store import ImpressionStore
 from zskd_nni.synthesis.synthesize import TargetPlan, synthesize
@@ -12,7 +12,7 @@ __all__ = [
     "FeatureTerm",
     "ImpressionStore",
     "Impressions",
-    "Orders",
+    "ShardInputs",
     "SynthesisSettings",
     "TargetPlan",
     "synthesize",

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
+from typing import Annotated
 
-from zskd_nni.runtime.run_identity import LATER, MEANING
+from zskd_nni.runtime.validation import (
+    Bounds,
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Positive,
+    check_bounds,
+    one_of,
+)
 
 STARTS = ("uniform", "black", "smooth", "shapes", "mixed")
 RANGES = ("clamp", "rescale", "free")
 
-_SMALLEST, _LARGEST = 1e-6, 1e6
+_COLDEST, _HOTTEST = 1e-6, 1e6
 _MOST_STEPS = 10_000_000
+
+Tolerance = Annotated[
+    float | None,
+    Bounds("must be positive, or null to run all steps", lambda value: value is None or 0 < value < math.inf),
+]
 
 
 @dataclass(frozen=True)
@@ -18,29 +34,29 @@ class SynthesisSettings:
     """The optimisation of an image towards its soft target.
 
     Attributes:
-        temperature: the teacher's temperature while images are fitted (ZSKD: 20); two numbers draw it for each image
-            log-uniformly between them.
+        temperature: the teacher's temperature while images are optimised (ZSKD: 20). Two numbers: each image draws its
+            own log-uniformly between them.
         learning_rate: of Adam, in units of the value range.
-        max_steps: an image leaves after that many steps, fitted or not; two numbers draw the limit for each image
-            log-uniformly between them, so that a set holds images from early and late on their way.
-        tolerance: an image leaves as soon as ``KL(target || teacher)`` is below this; None runs every image for
+        max_steps: step limit of an image. Two numbers: each image draws its own log-uniformly between them, so that a
+            set holds images from early and late in their optimisation.
+        tolerance: an image is finished as soon as ``KL(target || teacher)`` is below this; None runs every image for
             ``max_steps``, as published.
-        patience: an image also leaves when its divergence has not fallen by a hundredth of itself in that many
-            steps; 0 never gives up.
+        patience: an image is also finished when its divergence has not fallen by a hundredth of itself in that many
+            steps; 0 switches this off.
         start: ``uniform`` noise over the value range (ZSKD's paper), ``black``, ``smooth`` noise, ``shapes`` or
             ``mixed``; see :mod:`zskd_nni.data.procedural`.
-        hold: probability that the empty background of a shape is held, in [0, 1].
-        total_variation: weight of the smoothness prior beside the divergence times temperature / 20, drawn for each
-            image log-uniformly between the two; (0, 0) for none.
-        batch_statistics: weight, beside the divergence, of how far a crowd of images is from what the teacher's
-            BatchNorm layers remember of its training (:mod:`zskd_nni.synthesis.batch_norm_statistics`); of no
-            meaning to a teacher without such layers, 0 for none. The crowd are the images in flight, ``slots`` of them,
-            and those that left without a successor in their shard.
+        hold: probability that the empty background of a shape is held fixed, in [0, 1].
+        total_variation: weight of the smoothness prior beside the divergence times temperature / 20. Each image draws
+            its own log-uniformly between the two numbers; (0, 0) for none.
         range: ``clamp`` to the value range after every step; ``rescale`` the whole batch to it by its extremes
             before every step but the last, as the authors' code does; ``free``.
-        warm_start: the next batch starts from the last one's images, and Adam goes on (authors' code).
-        slots: images in flight.
-        shard: images in a shard, the unit that is written, resumed and re-made.
+        warm_start: the next batch starts from the last one's images and Adam state (authors' code).
+        slots: images optimised at the same time.
+        shard: images in a shard, the unit that is written, resumed and made again.
+        batch_statistics: weight, beside the divergence, of the distance between the images' BatchNorm statistics and
+            the teacher's running ones (:mod:`zskd_nni.synthesis.batch_norm_statistics`). The images are those in
+            ``slots`` and the finished ones that no new image replaced. Ignored for a teacher without BatchNorm; 0 for
+            none.
 
     Raises:
         ValueError: a value outside its range.
@@ -49,62 +65,50 @@ class SynthesisSettings:
     __pydantic_config__ = {"extra": "forbid"}
 
     temperature: float | tuple[float, float] = 20.0
-    learning_rate: float = 0.05
+    learning_rate: Positive = 0.05
     max_steps: int | tuple[int, int] = 100
-    tolerance: float | None = None
-    patience: int = 0
-    start: str = "uniform"
-    hold: float = 0.7
+    tolerance: Tolerance = None
+    patience: CountOrZero = 0
+    start: Annotated[str, one_of(*STARTS)] = "uniform"
+    hold: Fraction = 0.7
     total_variation: tuple[float, float] = (0.0, 0.0)
-    range: str = "clamp"
+    range: Annotated[str, one_of(*RANGES)] = "clamp"
     warm_start: bool = False
-    slots: int = 250
-    shard: int = 1000
-    # In meaning 1 images that had left were forgotten, so that the crowd shrank to the last of them.
-    batch_statistics: float = field(default=0.0, metadata={**LATER, MEANING: 2})
+    slots: Count = 250
+    shard: Count = 1000
+    batch_statistics: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         coldest, hottest = self.temperatures
-        if not _SMALLEST <= coldest <= hottest <= _LARGEST:
+        if not _COLDEST <= coldest <= hottest <= _HOTTEST:
             raise ValueError(
-                f"temperature must be positive (from {_SMALLEST:g} to {_LARGEST:g}), or two such numbers in order, not "
+                f"temperature must be positive (from {_COLDEST:g} to {_HOTTEST:g}), or two such numbers in order, not "
                 f"{self.temperature}"
             )
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
-        if not 0 <= self.hold <= 1:
-            raise ValueError(f"hold must lie in [0, 1], not {self.hold}")
         if not 1 <= self.step_limits[0] <= self.step_limits[1] <= _MOST_STEPS:
             raise ValueError(
                 f"max_steps must be at least 1 and at most {_MOST_STEPS:,}, or two such numbers in order, not "
                 f"{self.max_steps}"
             )
-        for name in ("slots", "shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
-            raise ValueError(f"tolerance must be positive, or null to run all steps, not {self.tolerance}")
-        if not 0 <= self.batch_statistics < float("inf"):
-            raise ValueError(f"batch_statistics must not be negative, not {self.batch_statistics}")
-        if self.patience < 0:
-            raise ValueError(f"patience must not be negative, not {self.patience}")
-        if self.start not in STARTS:
-            raise ValueError(f"start is one of {', '.join(STARTS)}, not {self.start!r}")
-        if self.range not in RANGES:
-            raise ValueError(f"range is one of {', '.join(RANGES)}, not {self.range!r}")
+        check_bounds(self)
         low, high = self.total_variation
-        if not 0 <= low <= high < float("inf") or (low == 0) != (high == 0):
+        if not 0 <= low <= high < math.inf or (low == 0) != (high == 0):
             raise ValueError(f"total_variation is two weights, both 0 or 0 < low <= high, not [{low}, {high}]")
-        early = self.tolerance is not None or self.patience or self.step_limits[0] != self.step_limits[1]
-        if (self.range == "rescale" or self.warm_start) and early:
+        together = self.range == "rescale" or self.warm_start
+        if together and (self.stops_early or self.step_limits[0] < self.step_limits[1]):
             raise ValueError(
-                "range: rescale and warm_start tie the images of a batch together, so that none may leave early; "
+                "range: rescale and warm_start treat the images of a batch as a whole, so that none may leave early; "
                 "set tolerance: null, patience: 0 and one number of max_steps"
             )
 
     @property
+    def stops_early(self) -> bool:
+        """Whether an image may be finished before its step limit."""
+        return self.tolerance is not None or self.patience > 0
+
+    @property
     def temperatures(self) -> tuple[float, float]:
-        """The coldest and the hottest temperature an image is fitted at."""
+        """The lowest and the highest temperature of an image."""
         return self.temperature if isinstance(self.temperature, tuple) else (self.temperature, self.temperature)
 
     @property

@@ -1,38 +1,68 @@
-"""The store: nothing finished is ever lost, nothing damaged is ever used.
+"""The store of impressions: finished shards are never lost, and damaged ones are never used.
 
-A folder of safetensors shards and one ``manifest.json`` that says what they are: the teacher's fingerprint, the
-recipe, the seed, versions, and every shard's checksum. Files are written under another name, flushed and renamed. A
+A folder of safetensors shards and one ``manifest.json`` that describes them: the teacher's fingerprint, the settings,
+the seed, versions, and a checksum of each shard. Files are written under a temporary name, flushed and renamed. A
 shard that is missing or damaged is made again from its own seed.
 
-Where several processes make a store, each writes its shards' lines into notes beside them; the first of them puts all
-into the manifest when everything is made, or when the work is taken up again.
+Several processes may make one store together. Each writes the manifest entries of its shards into notes beside them.
+The leading process merges the notes into the manifest when all shards are made, or when the work is resumed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
+from zskd_nni.data.lazy_images import ImageFile, LazyImages
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of, make_folder, read_json, sha256_of_file, write_json
-from zskd_nni.runtime.run_identity import describe_difference
+from zskd_nni.runtime.run_identity import check_format, describe_difference
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
+from zskd_nni.runtime.validation import describe_validation
 from zskd_nni.synthesis.engine import Impressions
-from zskd_nni.synthesis.lazy_images import ShardImages, StoredImages
 
 MANIFEST = "manifest.json"
-FORMAT = "zskd_nni impressions 1"
+FORMAT = "zskd_nni impressions 2"  # raise the number when an identity or the content of shards changes its meaning
+MOST_SHARDS, MOST_THREADS = 100_000, 4096
 _SHARD_NAME = re.compile(r"shard-\d{5}\.safetensors")
 _NOTE_NAME = re.compile(r"shard-(\d{5})\.json")
-MOST_SHARDS, MOST_THREADS = 100_000, 4096
 _FIELDS = ("images", "targets", "logits", "fit", "steps")
+
+
+class _ShardEntry(BaseModel):
+    """What the manifest says about a finished shard."""
+
+    model_config = ConfigDict(strict=True)
+
+    sha256: str
+    fit: FiniteFloat
+    seconds: FiniteFloat
+    steps: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], int]
+
+
+class _Environment(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    threads: int = Field(ge=1, le=MOST_THREADS)
+
+
+class _Manifest(BaseModel):
+    """The content of ``manifest.json``."""
+
+    model_config = ConfigDict(strict=True)
+
+    fingerprint: str
+    identity: dict[str, Any]
+    environment: _Environment
+    plan: list[Annotated[int, Field(gt=0, lt=2**31)]] = Field(min_length=1)
+    shards: dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,4})$")], _ShardEntry]
 
 
 def shard_name(index: int) -> str:
@@ -41,18 +71,30 @@ def shard_name(index: int) -> str:
 
 
 def note_name(index: int) -> str:
-    """File name of a shard's line of the manifest while that is not in the manifest."""
+    """File name of a shard's manifest entry until it is in the manifest."""
     return f"shard-{index:05d}.json"
 
 
 class ImpressionStore:
-    """A folder of impressions.
-
-    Use :meth:`create` to make or resume one and :meth:`open` to read one.
+    """A folder of impressions. :meth:`create` makes or resumes one, :meth:`open` reads one.
 
     Attributes:
         folder: where it is.
         manifest: the content of ``manifest.json``.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from zskd_nni.synthesis import Impressions
+        >>> folder = tempfile.mkdtemp()
+        >>> store = ImpressionStore.create(folder, {"seed": 0}, plan=[2, 3], environment={"threads": 1})
+        >>> images, logits = torch.rand(2, 1, 8, 8), torch.rand(2, 10)
+        >>> fit, steps = torch.zeros(2), torch.tensor([5, 7])
+        >>> store.write(0, Impressions(images, logits.softmax(1), logits, fit, steps), seconds=1.0)
+        >>> store = ImpressionStore.open(folder)
+        >>> len(store), store.missing(), store.steps_histogram()
+        (5, [1], {5: 1, 7: 1})
+        >>> store.read(0).images.shape, store.read(0).images.dtype
+        (torch.Size([2, 1, 8, 8]), torch.float16)
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -63,31 +105,31 @@ class ImpressionStore:
     def create(
         cls, folder: str | Path, identity: dict[str, Any], plan: list[int], environment: dict[str, Any]
     ) -> ImpressionStore:
-        """Make a store, or take one up again.
+        """Make a store, or resume one.
 
         Args:
             folder: made if need be.
-            identity: JSON-able; what these impressions are (teacher, method, settings, seed). A store of another
+            identity: JSON-able; what these impressions are (teacher, method, settings, seed). A store with another
                 identity is refused.
             plan: number of impressions of each shard.
-            environment: JSON-able; how they are made (threads, slots, versions). The first run's stays in force.
+            environment: JSON-able; how they are made (device, threads, versions). That of the first run stays in the
+                manifest.
 
         Raises:
-            UserError: the folder holds another store, or something that is not one.
+            UserError: the folder holds another store, or something else.
         """
         folder = make_folder(folder)
-        path = folder / MANIFEST
-        if path.exists():
+        if (folder / MANIFEST).exists():
             store = cls.open(folder)
             store.require(identity, plan)
-            store.settle()
+            store.merge_notes()
             return store
         if (folder / "set.json").exists():
             raise UserError(f"{folder} holds an arbitrary transfer set. Use another folder.")
         if any(_SHARD_NAME.fullmatch(entry.name) for entry in folder.iterdir()):
             raise UserError(
-                f"{folder} holds shards but no {MANIFEST}, so that nobody can say what they are. "
-                "Put the manifest back, or remove the folder."
+                f"{folder} holds shards but no {MANIFEST} that describes them. Put the manifest back, or remove the "
+                "folder."
             )
         manifest = {
             "format": FORMAT,
@@ -103,23 +145,25 @@ class ImpressionStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> ImpressionStore:
-        """Read a store's manifest, and the notes on shards that are not in it yet.
+        """Read a store's manifest, and the notes that are not merged into it yet.
 
         Raises:
-            UserError: there is none, or it is not sound.
+            UserError: there is no manifest, another version wrote it, or it is damaged.
         """
         folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
+        path = folder / MANIFEST
+        if not path.is_file():
             inner = folder / "impressions"  # of a whole run's folder
             hint = f" Did you mean {inner}?" if (inner / MANIFEST).is_file() else ""
             raise UserError(f"{folder} is not a store of impressions: it has no {MANIFEST}.{hint}")
-        notes = _notes(folder)  # first: the one writer puts them into the manifest, and then removes them
-        manifest = read_json(folder / MANIFEST)
+        notes = _notes(folder)  # before the manifest: notes are merged into that first and then removed
+        manifest = read_json(path)
+        if isinstance(manifest, dict):
+            check_format(manifest, FORMAT, path, "Remove the folder and run the same command to make it anew.")
         problem = _problem_with(manifest)
         if problem:
-            raise UserError(f"{folder / MANIFEST} is not sound ({problem}). Remove the folder to make it anew.")
-        known = {index: entry for index, entry in notes.items() if int(index) < len(manifest["plan"])}
-        manifest["shards"] |= known
+            raise UserError(f"{path} is not sound ({problem}). Remove the folder to make it anew.")
+        manifest["shards"] |= {i: entry for i, entry in notes.items() if int(i) < len(manifest["plan"])}
         return cls(folder, manifest)
 
     def require(self, identity: dict[str, Any], plan: list[int]) -> None:
@@ -135,12 +179,11 @@ class ImpressionStore:
                 "Use another folder, or remove this one."
             )
 
-    def settle(self) -> None:
-        """Write the manifest, in the order of shards, and remove the notes; only the one writer may call this."""
+    def merge_notes(self) -> None:
+        """Write the manifest with all entries in order, and remove the notes. Only one process may call this."""
         notes = [path for path in self.folder.iterdir() if _NOTE_NAME.fullmatch(path.name) and not path.is_dir()]
         if notes:
-            shards = self.manifest["shards"]
-            self.manifest["shards"] = {index: shards[index] for index in sorted(shards, key=int)}
+            self.manifest["shards"] = dict(sorted(self.manifest["shards"].items(), key=lambda item: int(item[0])))
             self._write_manifest()
         for note in notes:
             note.unlink(missing_ok=True)
@@ -155,16 +198,15 @@ class ImpressionStore:
 
     @property
     def fingerprint(self) -> str:
-        """Of what these impressions are."""
+        """Of the identity."""
         return self.manifest["fingerprint"]
 
     def __len__(self) -> int:
         return sum(self.plan)
 
     def missing(self, among: Sequence[int] | None = None) -> list[int]:
-        """Shards (of those named, or of all) that are not there or not as their checksum says, in order."""
-        looked_at = range(len(self.plan)) if among is None else among
-        return [index for index in looked_at if self.damage(index) is not None]
+        """Shards, of those given or of all, that are not there or differ from their checksum; in order."""
+        return [index for index in (range(len(self.plan)) if among is None else among) if self.damage(index)]
 
     def damage(self, index: int) -> str | None:
         """What is wrong with a shard, or None: ``not made yet``, ``gone``, ``not as written``."""
@@ -184,63 +226,60 @@ class ImpressionStore:
         environment: dict[str, Any] | None = None,
         note: bool = False,
     ) -> None:
-        """Keep a finished shard: first its file, then its line in the manifest.
+        """Keep a finished shard: first its file, then its entry in the manifest.
 
         Args:
             index: of the shard.
-            impressions: what it holds.
+            impressions: as many as planned.
             seconds: that it took.
-            environment: of this run; what differs from the store's is noted with the shard.
-            note: leave the manifest to another process, and put the line into a note beside the shard.
+            environment: in which it was made; the entry says what differs from the store's.
+            note: write the entry into a note beside the shard, not into the manifest, which another process writes.
+
+        Raises:
+            UserError: the impressions are not finite, or the disk refuses.
         """
         tensors = {name: getattr(impressions, name) for name in _FIELDS}
-        # Half precision is finer than 8-bit images by far; the teacher labels what is stored anew in any case.
+        # Half precision is much finer than 8-bit images, and the teacher labels the stored images again anyway.
         tensors["images"] = tensors["images"].half()
         for name, values in tensors.items():
             if values.is_floating_point() and not torch.isfinite(values).all():
                 raise UserError(f"Shard {index} of {self.folder} was not written: its {name} are not finite.")
         checksum = save_tensors(self.folder / shard_name(index), tensors)
         histogram = torch.bincount(impressions.steps.long())
-        spent = {str(step): int(count) for step, count in enumerate(histogram) if count}
-        self.manifest["shards"][str(index)] = {
+        entry: dict[str, Any] = {
             "sha256": checksum,
             "fit": round(float(impressions.fit.double().mean()), 9),
-            "steps": spent,
+            "steps": {str(step): int(count) for step, count in enumerate(histogram) if count},
             "seconds": round(seconds, 3),
         }
-        other = self.other_environment(environment or {})
-        if other:
-            self.manifest["shards"][str(index)]["environment"] = other
+        if changed := self.changed_environment(environment or {}):
+            entry["environment"] = changed
+        self.manifest["shards"][str(index)] = entry
         if note:
-            write_json(self.folder / note_name(index), self.manifest["shards"][str(index)])
+            write_json(self.folder / note_name(index), entry)
         else:
             self._write_manifest()
 
-    def other_environment(self, environment: dict[str, Any]) -> dict[str, Any]:
-        """What in ``environment`` is not as in the one that the store was begun in; threads are put back to that."""
+    def changed_environment(self, environment: dict[str, Any]) -> dict[str, Any]:
+        """What differs from the environment in which the store was begun, but for threads: those are set to it."""
         known = self.manifest["environment"]
         return {key: value for key, value in environment.items() if key != "threads" and known.get(key) != value}
 
     def read(self, index: int) -> Impressions:
-        """A shard, checked against its checksum.
+        """A shard, after its checksum and its content were checked.
 
         Raises:
             UserError: it is missing or damaged.
         """
-        problem = self.damage(index)
-        if problem is not None:
-            raise UserError(
-                f"{self.folder / shard_name(index)} is {problem}. "
-                "Run the same synthesis again: it makes that shard anew."
-            )
-        tensors, _ = load_tensors(self.folder / shard_name(index))
-        problem = self._unfit(tensors, self.plan[index])
-        if problem:
-            planned = f"the {self.plan[index]} impressions planned"
-            raise UserError(f"{self.folder / shard_name(index)} does not hold {planned}: {problem}.")
+        path = self.folder / shard_name(index)
+        if problem := self.damage(index):
+            raise UserError(f"{path} is {problem}. Run the same synthesis again: it makes that shard anew.")
+        tensors, _ = load_tensors(path)
+        if problem := self._wrong_content(tensors, self.plan[index]):
+            raise UserError(f"{path} does not hold the {self.plan[index]} impressions planned: {problem}.")
         return Impressions(**tensors)
 
-    def _unfit(self, tensors: dict[str, Tensor], count: int) -> str:
+    def _wrong_content(self, tensors: dict[str, Tensor], count: int) -> str:
         """What is wrong with a shard whose checksum is right: a manifest can be forged as well."""
         if set(tensors) != set(_FIELDS):
             return f"it has {', '.join(sorted(tensors)) or 'nothing'}"
@@ -257,23 +296,27 @@ class ImpressionStore:
         return ""
 
     def images(self) -> Tensor:
-        """All images ``(N, C, H, W)``, float16, in order; a copy in memory."""
-        return self.images_on_disk()[:]
+        """All images ``(N, C, H, W)``, float16, in order, in memory."""
+        return self.lazy_images()[:]
 
-    def images_on_disk(self) -> StoredImages:
-        """All images, to be read when they are asked for. Every shard is checked here, one at a time.
+    def lazy_images(self) -> LazyImages:
+        """All images, read from disk when they are indexed. Every shard is checked first, one at a time.
 
         Raises:
             UserError: a shard is missing or damaged.
         """
-        shards, shape = [], torch.Size()
+        files, shape = [], torch.Size()
         for index, count in enumerate(self.plan):
             shape = self.read(index).images.shape[1:]
-            shards.append(ShardImages.of(self.folder / shard_name(index), count))
-        return StoredImages(shards, shape)
+            files.append(ImageFile.of(self.folder / shard_name(index), count))
+        return LazyImages(files, shape)
+
+    def source(self, batch_size: int, seed: int, device: torch.device | str) -> StoredSource:
+        """Batches of these impressions for a student; arguments as in :class:`~zskd_nni.data.sources.StoredSource`."""
+        return StoredSource(self.lazy_images(), batch_size, seed, self.fingerprint, device)
 
     def steps_histogram(self) -> dict[int, int]:
-        """How many impressions left after how many steps."""
+        """How many impressions took how many steps."""
         total: dict[int, int] = {}
         for entry in self.manifest["shards"].values():
             for step, count in entry["steps"].items():
@@ -300,52 +343,27 @@ class ImpressionStore:
 
 
 def _problem_with(manifest: Any) -> str | None:
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        return f"its format is not {FORMAT!r}"
-    plan, shards = manifest.get("plan"), manifest.get("shards")
-    if not isinstance(plan, list) or not all(type(count) is int and 0 < count < 2**31 for count in plan) or not plan:
-        return "'plan' is not a list of counts"
-    if not isinstance(manifest.get("identity"), dict) or not isinstance(manifest.get("environment"), dict):
-        return "'identity' or 'environment' is missing"
-    if type(manifest["environment"].get("threads")) is not int or manifest["environment"]["threads"] < 1:
-        return "'environment' does not say how many threads"
-    if manifest["environment"]["threads"] > MOST_THREADS:
-        return f"'environment' says more than {MOST_THREADS} threads"
-    if manifest.get("fingerprint") != fingerprint_of(manifest["identity"]):
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        return describe_validation(error, _Manifest)
+    if manifest["fingerprint"] != fingerprint_of(manifest["identity"]):
         return "its fingerprint is not that of its identity: it was edited"
-    if not isinstance(shards, dict):
-        return "'shards' is missing"
-    problems = (_problem_with_line(index, entry, len(plan)) for index, entry in shards.items())
-    return next((problem for problem in problems if problem), None)
-
-
-def _problem_with_line(index: str, entry: Any, shards: int) -> str | None:
-    if not (re.fullmatch(r"0|[1-9][0-9]{0,4}", index) and int(index) < shards and isinstance(entry, dict)):
-        return f"there is no shard {index!r} in its plan"
-    if not isinstance(entry.get("sha256"), str) or not isinstance(entry.get("steps"), dict):
-        return f"shard {index} has no checksum"
-    counts = entry["steps"].items()
-    if not all(re.fullmatch(r"[0-9]{1,9}", step) and type(count) is int for step, count in counts):
-        return f"the steps of shard {index} are no counts"
-    if not _is_figure(entry.get("fit")) or not _is_figure(entry.get("seconds")):
-        return f"shard {index} has no figures"
-    return None
+    unplanned = [index for index in manifest["shards"] if int(index) >= len(manifest["plan"])]
+    return f"there is no shard {unplanned[0]!r} in its plan" if unplanned else None
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """Sound notes; a shard whose note is not is made again."""
+    """The sound notes; a shard whose note is damaged is made again."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         name = _NOTE_NAME.fullmatch(path.name)
         if name is None or path.is_symlink() or not path.is_file():
             continue
-        index = str(int(name[1]))
-        with contextlib.suppress(UserError):
+        try:
             entry = read_json(path)
-            if _problem_with_line(index, entry, int(index) + 1) is None:
-                found[index] = entry
+            _ShardEntry.model_validate(entry)
+        except (UserError, ValidationError):
+            continue
+        found[str(int(name[1]))] = entry
     return found
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, float | int) and abs(value) < math.inf
