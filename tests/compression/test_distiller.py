@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 
+import nni
 import pytest
 import torch
 from nni.compression.distillation import DynamicLayerwiseDistiller
@@ -14,11 +16,16 @@ from torch.nn import functional
 
 import zskd_nni.compression
 from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
+from zskd_nni.compression import distiller as distiller_module
 from zskd_nni.compression.distiller import images_of
+from zskd_nni.compression.pruning.prune import prune
+from zskd_nni.compression.quantization.quantize import quantize
+from zskd_nni.compression.quantization.stage import compress_in_one_training
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import lenet5, lenet5_half
+from zskd_nni.recipes.compression_config import CompressionRun, PruningConfig, QuantizationConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings
 
@@ -94,6 +101,40 @@ def test_the_loss_is_the_divergence_of_the_logits_by_hand(teacher, temperature):
     by_hand = temperature**2 * (target * (target.log() - answer)).sum() / 16
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
     assert by_hand > 1e-3
+
+
+def test_one_temperature_for_distiller_pruning_and_quantization(teacher, monkeypatch):
+    """Without a temperature of its own every distillation takes that of the evaluator's settings."""
+    seen = []
+
+    def noting(student, answers, temperature):
+        seen.append(temperature)
+        return functional.mse_loss(student, answers)
+
+    monkeypatch.setattr(distiller_module, "distillation_loss", noting)
+    source, settings = StoredSource(images(), 32, 0, "coarse"), DistillationSettings(temperature=4.0, warmup=0)
+    student, evaluator = lenet5_half(), evaluator_for(teacher, settings=settings)
+    ZeroShotDistiller(student, [], evaluator, teacher).compress(2, None)
+    pruner = L1NormPruner(lenet5(), CONVOLUTIONS, evaluator_for(teacher, settings=settings))
+    pruner.compress()
+    ZeroShotDistiller.from_compressor(pruner, [], teacher).compress(2, None)
+    run = CompressionRun(quiet=True)
+    prune(teacher.student(), PruningConfig(CONVOLUTIONS, steps=2), teacher, source, settings, run=run)
+    qat = QuantizationConfig(INT8, quantizer="QATQuantizer", steps=2)
+    quantize(teacher.student(), qat, teacher, source, settings, run=run)
+    fused = QuantizationConfig(INT8, quantizer="QATQuantizer", steps=1)
+    both = PruningConfig(CONVOLUTIONS, steps=1)
+    short = dataclasses.replace(settings, steps=1)
+    compress_in_one_training(teacher.student(), both, fused, teacher, source, short, run=run)
+    assert seen == [4.0] * 11
+
+
+def test_the_default_temperature_is_that_of_the_settings(teacher):
+    assert ZeroShotDistiller(lenet5(), [], evaluator_for(teacher), teacher).temperature == 20.0
+    optimizer = nni.trace(torch.optim.SGD)((student := lenet5()).parameters(), lr=0.1)
+    nnis = TorchEvaluator(lambda *_: None, optimizer, lambda *_: None)
+    assert ZeroShotDistiller(student, [], nnis, teacher).temperature == DistillationSettings().temperature
+    assert ZeroShotDistiller(lenet5(), [], evaluator_for(teacher), teacher, temperature=3).temperature == 3.0
 
 
 @pytest.mark.parametrize("as_module", [False, True])
@@ -318,8 +359,6 @@ def test_the_original_loss_counts_as_much_as_it_should(teacher):
 
 @pytest.mark.parametrize("origin", [None, (None, "aux"), float("nan"), {"nothing": 1}])
 def test_a_useless_original_loss_cannot_leak_in(teacher, origin):
-    import nni
-
     def step(batch, model):
         model(batch[0])
         return torch.tensor(origin) if isinstance(origin, float) else origin

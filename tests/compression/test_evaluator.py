@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import signal
+from dataclasses import fields
 from pathlib import Path
 
 import nni
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.compression import DataFreeEvaluator, ZeroShotDistiller
+from zskd_nni.compression.evaluator import EvaluatorOptions
 from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.data.sources import NoiseSource, StoredSource
 from zskd_nni.models.input_spec import InputSpec
@@ -94,9 +97,12 @@ def source(batch: int = 32) -> StoredSource:
     return StoredSource(images(), batch, 0, "coarse")
 
 
-def evaluator_for(teacher: Teacher, **options) -> DataFreeEvaluator:
+def evaluator_for(teacher: Teacher, **changes) -> DataFreeEvaluator:
+    known = {field.name for field in fields(EvaluatorOptions)}
+    options = EvaluatorOptions(**{key: changes.pop(key) for key in known & changes.keys()})
     settings = DistillationSettings(warmup=2, learning_rate=1e-3)
-    return DataFreeEvaluator(**{"teacher": teacher, "source": source(), "settings": settings, "quiet": True, **options})
+    defaults = {"teacher": teacher, "source": source(), "settings": settings, "quiet": True, "options": options}
+    return DataFreeEvaluator(**{**defaults, **changes})
 
 
 def run_steps(evaluator: DataFreeEvaluator, model: nn.Module, steps: int | None, epochs: int | None = None) -> None:
@@ -153,7 +159,7 @@ def test_without_a_loss_it_warns_and_nothing_changes(teacher, caplog):
     student = lenet5_half()
     before = copy.deepcopy(student.state_dict())
     run_steps(evaluator_for(teacher), student, 3)
-    assert "Nothing brings a loss" in caplog.text
+    assert "There is no loss" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
@@ -245,6 +251,39 @@ def test_pruners_that_train(teacher, network, pruner_class, options, steps):
     assert len(masks) == 2 and all(mask["weight"].mean().item() == 0.5 for mask in masks.values())
 
 
+@pytest.mark.parametrize("network", [lenet5, NormNet])
+@pytest.mark.parametrize("pruner_class", [TaylorPruner, SlimPruner])
+@pytest.mark.parametrize("own_optimiser", [False, True])
+def test_scoring_moves_nothing_unless_asked_to(teacher, network, pruner_class, own_optimiser):
+    config = [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}] if network is NormNet else HALF
+    moved = []
+    for train in (False, True):
+        student = network()
+        before = copy.deepcopy(student.state_dict())
+        optimizer = nni.trace(torch.optim.SGD)(student.parameters(), lr=0.1, momentum=0.9) if own_optimiser else None
+        options = {"train_while_scoring": train, "optimizers": optimizer}
+        pruner = pruner_class(student, config, evaluator_for(teacher, pseudo_labels=True, **options), training_steps=3)
+        pruner.compress()
+        pruner.unwrap_model()
+        after = student.state_dict()
+        assert after.keys() == before.keys()
+        moved.append(any(not torch.equal(value, before[name]) for name, value in after.items()))
+    assert moved == [False, True]
+
+
+def test_scores_are_those_of_weights_at_rest(teacher):
+    masks = []
+    for resting in (False, True):
+        torch.manual_seed(7)
+        student = NormNet()
+        optimizer = nni.trace(torch.optim.SGD)(student.parameters(), lr=0.0) if resting else None
+        options = {"optimizers": optimizer, "train_while_scoring": resting}
+        pruner = TaylorPruner(student, HALF, evaluator_for(teacher, pseudo_labels=True, **options), training_steps=5)
+        masks.append(pruner.compress()[1])
+    for path, targets in masks[0].items():
+        assert torch.equal(targets["weight"], masks[1][path]["weight"])
+
+
 @pytest.mark.parametrize("schedule", [AGPPruner, LinearPruner])
 def test_scheduled_pruners(teacher, schedule):
     pruner = schedule(L1NormPruner(lenet5(), HALF, evaluator_for(teacher, pseudo_labels=True)), 2, 3)
@@ -321,15 +360,14 @@ KINDS = ["l1", "agp", "agp taylor", "taylor", "slim", "movement", "qat", "late q
 @pytest.mark.parametrize("kind", [*KINDS, "agp and qat"])
 def test_a_resumed_fused_run_ends_bit_for_bit_as_an_undisturbed_one(teacher, kind, tmp_path, monkeypatch):
     undisturbed = final_state(kind, teacher)
-    path = tmp_path / "state.safetensors"
+    path = tmp_path / "state.pt"
     steps = []
 
-    def stop_after_8():
+    def asked() -> int:
         steps.append(1)
-        if len(steps) == 8:
-            raise signals.Interrupted(15)
+        return signal.SIGTERM if len(steps) == 8 else 0
 
-    monkeypatch.setattr(signals, "check", stop_after_8)
+    monkeypatch.setattr(signals, "asked", asked)
     with pytest.raises(signals.Interrupted):
         final_state(kind, teacher, path)
     assert path.is_file()
@@ -360,20 +398,19 @@ def test_nnis_adaptive_distiller_resumes_too(teacher, tmp_path, monkeypatch):
     undisturbed = run(None)
     steps = []
 
-    def stop_after_4():
+    def asked() -> int:
         steps.append(1)
-        if len(steps) == 4:
-            raise signals.Interrupted(15)
+        return signal.SIGTERM if len(steps) == 4 else 0
 
-    monkeypatch.setattr(signals, "check", stop_after_4)
+    monkeypatch.setattr(signals, "asked", asked)
     with pytest.raises(signals.Interrupted):
-        run(tmp_path / "state.safetensors")
-    resumed = run(tmp_path / "state.safetensors")
+        run(tmp_path / "state.pt")
+    resumed = run(tmp_path / "state.pt")
     assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
 
 
 def test_a_checkpoint_of_another_compression_is_refused(teacher, tmp_path):
-    path = tmp_path / "state.safetensors"
+    path = tmp_path / "state.pt"
     fused("agp", teacher, evaluator_for(teacher, checkpoint=path)).compress(16, None)
     with pytest.raises(UserError, match="another run"):
         fused("qat", teacher, evaluator_for(teacher, checkpoint=path)).compress(16, None)
@@ -386,7 +423,7 @@ def test_a_checkpoint_of_another_compression_is_refused(teacher, tmp_path):
 
 
 def test_a_second_training_keeps_its_own_checkpoint(teacher, tmp_path):
-    path = tmp_path / "state.safetensors"
+    path = tmp_path / "state.pt"
     evaluator = evaluator_for(teacher, checkpoint=path)
     student = lenet5()
     pruner = AGPPruner(L1NormPruner(student, HALF, evaluator), 2, 3)
@@ -394,5 +431,5 @@ def test_a_second_training_keeps_its_own_checkpoint(teacher, tmp_path):
     distiller.compress(6, None)
     distiller.unwrap_model()
     ZeroShotDistiller(student, [], evaluator, teacher).compress(5, None)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["state-2.safetensors", "state.safetensors"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["state-2.pt", "state.pt"]
     assert [history.steps for history in evaluator.histories] == [[6], [5]]
