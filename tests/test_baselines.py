@@ -152,7 +152,7 @@ def test_stopped_and_resumed_bit_by_bit(kind: str, tmp_path: Path, monkeypatch: 
             )
         return student
 
-    whole = train("whole.safetensors")
+    whole = train("whole.pt")
     calls, check = 0, signals.check
 
     def stop_once() -> None:
@@ -164,8 +164,8 @@ def test_stopped_and_resumed_bit_by_bit(kind: str, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(signals, "check", stop_once)
     with pytest.raises(signals.Interrupted):
-        train("stopped.safetensors")
-    resumed = train("stopped.safetensors")
+        train("stopped.pt")
+    resumed = train("stopped.pt")
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 

@@ -1,84 +1,99 @@
-"""Which hidden layers of student and teacher shall answer alike (hints, Romero et al., FitNets, ICLR 2015, 1412.6550).
+"""Hidden layers whose outputs the student matches (hints, Romero et al., FitNets, ICLR 2015, 1412.6550).
 
-A pruned student and many hand-made small ones keep some of the teacher's layers at full width. What such a layer gives
-can be compared number by number, and says far more about an image than ten logits do.
+A pruned student and many small hand-made ones keep some of the teacher's layers at full width. The outputs of such a
+layer can be compared number by number, and say far more about an image than ten logits do.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.models.hooks import evaluating, module_at, recording_outputs
+from zskd_nni.models.hooks import evaluating, hooked, module_at
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 
 Pairs = tuple[tuple[str, str], ...]
+"""Paths ``(teacher's, student's)`` of layers that are compared."""
 
 
-def feature_pairs(student: nn.Module, teacher: Teacher, asked: str | Pairs) -> Pairs:
-    """Paths ``(teacher's, student's)`` of the layers whose outputs are matched.
+def feature_pairs(student: nn.Module, teacher: Teacher, layers: str | Pairs) -> Pairs:
+    """The layers whose outputs are matched.
 
     Args:
         student: takes what the teacher takes.
-        teacher: whose classifier is left out of ``auto``: its outputs are the logits.
-        asked: ``none``; ``auto`` for every linear layer and convolution that both networks have at the same path with
+        teacher: its classifier is left out of ``auto``, whose outputs are the logits.
+        layers: ``none``; ``auto`` for every linear layer and convolution that both networks have at the same path with
             outputs of one shape (there may be none); or the pairs themselves.
 
     Raises:
-        UserError: a named layer is not there, or the two outputs differ in shape.
+        UserError: a named layer does not exist, or the two outputs differ in shape.
     """
-    if asked == "none":
+    if layers == "none":
         return ()
-    if isinstance(asked, str):
-        names = [
-            name
-            for name, module in teacher.model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and name != teacher.classifier_path and _has(student, name)
-        ]
-        ours, theirs = _shapes(teacher, teacher.model, names), _shapes(teacher, student, names)
-        return tuple((name, name) for name in names if name in ours and ours.get(name) == theirs.get(name))
-    check_paths(student, teacher, asked)
-    ours = _shapes(teacher, teacher.model, [path for path, _ in asked])
-    theirs = _shapes(teacher, student, [path for _, path in asked])
-    for path, other in asked:
-        if ours.get(path) is None or ours.get(path) != theirs.get(other):
+    auto = isinstance(layers, str)
+    if isinstance(layers, str):
+        known = dict(student.named_modules())
+        layers = tuple(
+            (path, path)
+            for path, module in teacher.model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and path != teacher.classifier_path and path in known
+        )
+    else:
+        check_paths(student, teacher, layers)
+    probe = teacher.example_input()
+    hints = output_shapes(teacher.model, [path for path, _ in layers], probe)
+    features = output_shapes(student, [path for _, path in layers], probe)
+    matched = []
+    for theirs, ours in layers:
+        shapes = hints.get(theirs, [])[1:], features.get(ours, [])[1:]  # of one image
+        if theirs in hints and ours in features and shapes[0] == shapes[1]:
+            matched.append((theirs, ours))
+        elif not auto:
             raise UserError(
-                f"distillation.features: the teacher's {path!r} gives {_told(ours.get(path))} for an image, the "
-                f"student's {other!r} {_told(theirs.get(other))}; only outputs of one shape can be matched. "
+                f"distillation.features: the teacher's {theirs!r} gives {shapes[0] or 'no tensor'} for an image, the "
+                f"student's {ours!r} {shapes[1] or 'no tensor'}; only outputs of one shape can be matched. "
                 "features: auto finds such."
             )
-    return asked
+    return tuple(matched)
 
 
-def check_paths(student: nn.Module, teacher: Teacher, asked: Pairs) -> None:
-    """Refuse pairs that name what is not there.
+def check_paths(student: nn.Module, teacher: Teacher, layers: Pairs) -> None:
+    """Refuse pairs that name a module that does not exist.
 
     Raises:
         UserError: names the path.
     """
-    for path, _ in asked:
-        module_at(teacher.model, path, "distillation.features: the teacher")
-    for _, path in asked:
-        module_at(student, path, "distillation.features: the student")
+    for theirs, ours in layers:
+        module_at(teacher.model, theirs, "distillation.features: the teacher")
+        module_at(student, ours, "distillation.features: the student")
 
 
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+@torch.no_grad()
+def output_shapes(model: nn.Module, paths: list[str], probe: Tensor) -> dict[str, list[int]]:
+    """Shapes of the modules' last outputs for a batch of images, by path, in the order of these calls.
 
+    Modules that do not run or give no tensor are left out.
 
-def _told(shape: tuple[int, ...] | None) -> str:
-    return "no tensor" if shape is None else str(list(shape))
+    Args:
+        model: left as it is.
+        paths: of modules that exist.
+        probe: ``(N, C, H, W)``, normalised.
 
+    Example:
+        >>> output_shapes(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), ["0", "1"], torch.zeros(3, 1, 2, 2))
+        {'0': [3, 4], '1': [3, 2]}
+    """
+    device = next((p.device for p in model.parameters()), probe.device)
+    shapes: dict[str, list[int]] = {}
 
-def _shapes(teacher: Teacher, model: nn.Module, paths: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of one image's outputs of the modules at ``paths``, for those that run and give a tensor."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    probe = teacher.example_input().to(device)
-    with evaluating(model), torch.no_grad(), recording_outputs(model, paths) as seen:
-        model(probe)
-    return {path: tuple(value.shape[1:]) for path, value in seen.items() if isinstance(value, Tensor)}
+    def note(path: str, output: Any) -> None:
+        shapes.pop(path, None)
+        if isinstance(output, Tensor):
+            shapes[path] = list(output.shape)
+
+    with evaluating(model), hooked(model, paths, after=note):
+        model(probe.to(device))
+    return shapes

@@ -124,11 +124,13 @@ def fit(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, l
                 if run.after_step is not None:
                     run.after_step(done)
                 progress.advance(1, monitor.note)
-                signum = _signal_after(done, run.shared)
-                if signum or keeper.is_due():
+                try:
+                    _check_signals(done, run.shared)
+                except signals.Interrupted:
                     keeper.save(done, monitor)
-                if signum:
-                    raise signals.Interrupted(signum)
+                    raise
+                if keeper.is_due():
+                    keeper.save(done, monitor)
         monitor.require_finite(run.steps)  # the very last update, which no loss has seen
         keeper.save(run.steps, monitor)
     return history
@@ -153,11 +155,12 @@ def _compute_gradients(model: nn.Module, optimizer: Optimizer, loss: Loss, step:
     return run.shared.add_gradients(model, optimizer, value).detach()
 
 
-def _signal_after(done: int, shared: DataParallel) -> int:
-    """The signal that asks to stop, or 0; the processes of a divided training all stop after the same step."""
+def _check_signals(done: int, shared: DataParallel) -> None:
+    """Stop where a signal asked for it; the processes of a divided training all stop after the same step."""
     if not shared.divided:
-        return signals.asked()
-    return shared.team.largest(signals.asked()) if done % _AGREE_EVERY == 0 else 0
+        signals.check()
+    elif done % _AGREE_EVERY == 0 and (signum := shared.team.largest(signals.asked())):
+        raise signals.Interrupted(signum)
 
 
 class _LossMonitor:

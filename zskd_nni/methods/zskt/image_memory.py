@@ -7,6 +7,7 @@ A generator that is trained against a student forgets what it made before, and a
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,17 +54,17 @@ class ImageMemory:
         places = torch.where(places < self.kept, places, places - self.kept + self.room)
         return self.images[to_device(places, self.images.device)].float()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """Those put in, and the next place; the lasting ones are their maker's."""
-        return {"memory": self.images[: self.kept].clone(), "next_place": torch.tensor(self.next_place)}
+        return {"images": self.images[: self.kept].clone(), "next_place": self.next_place}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave of a memory of this size.
 
         Raises:
             UserError: it is a larger memory's, or one of other images.
         """
-        images = state["memory"].to(self.images.device)
+        images = state["images"].to(self.images.device)
         if len(images) > self.room or images.shape[1:] != self.images.shape[1:]:
             raise UserError(
                 "The checkpoint holds another memory of images than this transfer source's: it is another's."

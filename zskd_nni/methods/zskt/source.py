@@ -22,8 +22,8 @@ from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.rng import generator
 from zskd_nni.synthesis.batch_norm_statistics import batch_norms, statistics_distances
-from zskd_nni.training.attention_transfer import Pairs
 from zskd_nni.training.checkpoint import load_optimizer_state, optimizer_state
+from zskd_nni.training.hints import Pairs
 from zskd_nni.training.loop import DivergenceError
 from zskd_nni.training.losses import belief_divergence, total_variation
 

@@ -33,9 +33,10 @@ from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.research.baselines.labelled import LabelledBatches
 from zskd_nni.runtime.device import to_device
-from zskd_nni.training.attention_transfer import Pairs, attention_pairs
+from zskd_nni.training.attention_transfer import attention_pairs
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.distillation import DistillationSettings, check_student, student_schedule
+from zskd_nni.training.hints import Pairs
 from zskd_nni.training.loop import RunOptions, TrainingRun, fit
 from zskd_nni.training.losses import attention_loss, belief_divergence
 

@@ -97,7 +97,7 @@ def test_a_stopped_training_with_matched_layers_goes_on_bit_by_bit(
         distill(student, small_teacher(), NoiseSource(SMALL, 8), settings, checkpoint=checkpoint, quiet=True)
         return student.state_dict()
 
-    whole = taught(tmp_path / "whole.safetensors")
+    whole = taught(tmp_path / "whole.pt")
     calls = iter(range(12))
 
     def check() -> None:
@@ -106,9 +106,9 @@ def test_a_stopped_training_with_matched_layers_goes_on_bit_by_bit(
 
     monkeypatch.setattr(signals, "check", check)
     with pytest.raises(signals.Interrupted):
-        taught(tmp_path / "stopped.safetensors")
+        taught(tmp_path / "stopped.pt")
     monkeypatch.undo()
-    again = taught(tmp_path / "stopped.safetensors")
+    again = taught(tmp_path / "stopped.pt")
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
