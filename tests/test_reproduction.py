@@ -27,7 +27,7 @@ from zskd_nni.research.reproduction import sources
 from zskd_nni.research.reproduction.cells import METHODS, Cell, resolve
 from zskd_nni.research.reproduction.context import PairContext, Workspace
 from zskd_nni.research.reproduction.estimate import estimate_seconds
-from zskd_nni.research.reproduction.page import mean_and_deviation, render_page
+from zskd_nni.research.reproduction.page import group_records, mean_and_deviation, render_page, take_out_older
 from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT
 from zskd_nni.research.reproduction.published import PUBLISHED, TARGETS
 from zskd_nni.research.reproduction.records import NEEDED, read_record, read_records
@@ -151,6 +151,42 @@ def test_the_page_of_real_records(digits: Path, tmp_path: Path) -> None:
 
 def test_the_page_in_docs_is_that_of_the_records() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == render_page(read_records(ROOT / "results" / "reproduce"))
+
+
+def test_every_committed_record_counts_in_its_row() -> None:
+    """Most were made by version 0.1, whose records carried a fingerprint of settings in the place of sizes."""
+    records = read_records(ROOT / "results" / "reproduce")
+    groups = group_records(records)
+    rows = {key: [record["seed"] for record in group] for key, group in groups.items()}
+    assert take_out_older(groups) == []
+    assert {key: [record["seed"] for record in group] for key, group in groups.items()} == rows
+    assert len(records) == sum(map(len, rows.values())) >= 812
+    assert sum("sizes" not in record for record in records) >= 812
+
+
+def test_a_setting_that_a_record_does_not_name_had_its_default() -> None:
+    plan = resolve(Cell("mnist", "zskd", "best"), "cpu")
+    record = read_record(ROOT / "results" / "reproduce" / "mnist-zskd-best-cpu-seed0.json")
+
+    def altered_setting(part: str, **changes: Any) -> dict[str, Any]:
+        changed = copy.deepcopy(record)
+        changed["ingredients"][part].update(changes)
+        return changed
+
+    assert plan.matches(record)
+    assert "batch_statistics" not in record["ingredients"]["synthesis"]  # younger than the record
+    assert plan.matches(altered_setting("synthesis", batch_statistics=0.0))
+    assert not plan.matches(altered_setting("synthesis", batch_statistics=0.1))
+    without = copy.deepcopy(record)
+    del without["ingredients"]["student"]["weight_decay"], without["ingredients"]["student"]["augmentation"]["noise"]
+    assert plan.matches(without)
+    assert not plan.matches(altered_setting("student", weight_decay=0.1))
+    assert not plan.matches(altered_setting("student", a_setting_that_is_gone=1))
+    del without["ingredients"]["student"]["augmentation"]["rotation"]  # which is not at its default
+    assert not plan.matches(without)
+    assert not plan.matches({**record, "impressions": record["impressions"] - 1})
+    assert not plan.matches({**record, "sizes": {**plan.sizes, "block": 5}})
+    assert not plan.matches({**record, "networks": {"student": ["zoo:lenet5", {}]}})
 
 
 def test_no_record_no_page(tmp_path: Path) -> None:

@@ -180,28 +180,30 @@ def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
     assert "yet" in tutorial.reproduction_table("mnist", tmp_path).caption
     cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
 
-    def print_of(name: str, scale: str, seed: int) -> str:
-        return resolve(cells[name], scale).fingerprint("one", seed)
+    def settings_of(name: str, scale: str) -> dict[str, object]:
+        plan = resolve(cells[name], scale)
+        networks = {"student": list(plan.network)}
+        return {"ingredients": plan.ingredients, "networks": networks, "impressions": plan.size}
 
     for seed, student in ((0, 98.0), (1, 99.0)):
         record = {
             "format": "zskd_nni reproduction 1", "cell": "mnist-zskd-best", "pair": "mnist", "method": "zskd",
-            "preset": "best", "variant": None, "seed": seed, "scale": "full", "impressions": 12000,
+            "preset": "best", "variant": None, "seed": seed, "scale": "full",
             "accuracy": {"teacher": 99.3, "student": student}, "agreement": 0.98, "calibration_error": {}, "mte": None,
-            "ingredients": {}, "seconds": {}, "device": "cpu", "selected_on": "",
-            "fingerprint": print_of("mnist-zskd-best", "full", seed), "provenance": {"teacher": "one"},
+            "seconds": {}, "device": "cpu", "selected_on": "", "provenance": {"teacher": "one"},
+            **settings_of("mnist-zskd-best", "full"),
         }  # fmt: skip
         (tmp_path / f"mnist-zskd-best-seed{seed}.json").write_text(json.dumps(record))
     table = tutorial.reproduction_table("mnist", tmp_path)
     (row,) = table.rows
-    assert list(row) == ["zskd best", "full", "12,000", "98.50 ± 0.71", "98.00 ± 0.00", "-", "0, 1"]
+    assert list(row) == ["zskd best", "full", "24,000", "98.50 ± 0.71", "98.00 ± 0.00", "-", "0, 1"]
     for name, scale in (("mnist-zskd-best", "cpu"), ("mnist-zskd-paper-1-percent", "full"), ("mnist-sts-best", "cpu")):
         _, method, preset, *variant = name.split("-", 3)
         kind = {"method": method, "preset": preset, "variant": "".join(variant) or None}
-        other = {**record, "cell": name, "scale": scale, **kind, "fingerprint": print_of(name, scale, 1)}
+        other = {**record, "cell": name, "scale": scale, **kind, **settings_of(name, scale)}
         (tmp_path / f"{name}-{scale}-seed1.json").write_text(json.dumps(other))
-    older = {**record, "seed": 2, "accuracy": {"teacher": 99.3, "student": 50.0}}
-    (tmp_path / "older.json").write_text(json.dumps(older))  # its fingerprint is of another seed
+    older = {**record, "seed": 2, "accuracy": {"teacher": 99.3, "student": 50.0}, "impressions": 12000}
+    (tmp_path / "older.json").write_text(json.dumps(older))
     table = tutorial.reproduction_table("mnist", tmp_path)
     assert table.rows[0][3] == "98.50 ± 0.71" and "mnist-zskd-best (full) seed 2" in table.caption
     shown = [row[:2] for row in tutorial.reproduction_table("mnist", tmp_path).rows]
