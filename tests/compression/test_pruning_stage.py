@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from helpers import digits_network
 from torch import Tensor, nn
+from torch.fx import Tracer
 
 from zskd_nni.compression.fuse import check_distiller
+from zskd_nni.compression.nni_config import modern_config_list
 from zskd_nni.compression.pruning.dependency_config import PruningPlan
 from zskd_nni.compression.pruning.nni_pruner import default_arguments, pruning_plan
 from zskd_nni.compression.pruning.prune import PrunedNetwork, check_pruning, one_shot_masks, prune, shrink_to_masks
@@ -24,7 +27,9 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.serialization import load_network, save_network
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import alexnet
+from zskd_nni.pipeline import Run
 from zskd_nni.recipes.compression_config import CompressionRun, DistillerConfig, PruningConfig
+from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
 from zskd_nni.training.distillation import DistillationSettings
@@ -245,6 +250,33 @@ def test_mistakes_are_told_before_the_work(teacher, section, message):
     section = PruningConfig(**{"config_list": HALF, **section})
     with pytest.raises(UserError, match=message):
         check(teacher, section)
+
+
+def test_a_recipe_is_planned_once(tmp_path, monkeypatch):
+    calls = {"normalise": 0, "trace": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += name == "normalise" or type(args[0]) is Tracer  # the ONNX exporter has tracers of its own
+            return function(*args, **kwargs)
+
+        return call
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("zskd_nni.")]:
+        if getattr(module, "modern_config_list", None) is modern_config_list:
+            monkeypatch.setattr(module, "modern_config_list", counted("normalise", modern_config_list))
+    monkeypatch.setattr(Tracer, "trace", counted("trace", Tracer.trace))
+    small = [
+        "evaluation=null",
+        "transfer.size=40",
+        "transfer.held_out=10",
+        "transfer.synthesis.max_steps=2",
+        "distillation.steps=2",
+    ]
+    loaded = load_recipe("mnist-prune50", [*small, "compression.pruning.steps=2", "distillation.batch=20"])
+    report = Run(loaded, tmp_path / "out", quiet=True).compress()
+    assert set(report["controls"]) == {"none", "noise"}
+    assert 1 <= calls["normalise"] <= 3 and 1 <= calls["trace"] <= 3
 
 
 class Padded(nn.Module):
