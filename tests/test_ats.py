@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from zskd_nni.data import candidates
 from zskd_nni.data.candidates import PROCEDURAL, Candidates, procedural_images
 from zskd_nni.methods.ats import method as ats
-from zskd_nni.methods.ats.method import AtsSettings, make_transfer_set
+from zskd_nni.methods.ats.balance import NEAREST, OWN, REPEAT, AtsSettings
+from zskd_nni.methods.ats.method import make_transfer_set
 from zskd_nni.methods.ats.transfer_set import TransferSet
 from zskd_nni.methods.registry import TransferRequest, find_method, is_data_free
 from zskd_nni.models.input_spec import InputSpec
@@ -169,9 +170,9 @@ def test_scarce_classes_by_repeats_and_then_by_confidence(tmp_path: Path) -> Non
     assert found.counts["nearest"] == [0, 0, 0, 0, 20]
     images, labels, origins = bundle(found)
     assert torch.equal(torch.bincount(labels), torch.full((5,), 20))
-    repeats = images[origins == ats.REPEAT]
+    repeats = images[origins == REPEAT]
     assert by_mean(repeats) == [3] * 14, "the teacher still sees the class in a repeat"
-    own = {image.numpy().tobytes() for image in images[origins == ats.OWN]}
+    own = {image.numpy().tobytes() for image in images[origins == OWN]}
     assert not any(image.numpy().tobytes() in own for image in repeats)
     assert len({image.numpy().tobytes() for image in repeats}) == 14
 
@@ -194,7 +195,7 @@ def test_confidence_takes_what_was_not_taken_in_the_order_of_the_teachers_probab
     for k, count in ((3, 14), (4, 20)):
         best = sorted(left, key=lambda number: -float(probabilities[number, k]))[:count]
         expected = sorted(round(float(probabilities[number, k]), 7) for number in best)
-        chosen = images[(classes == k) & (origins == ats.NEAREST)]
+        chosen = images[(classes == k) & (origins == NEAREST)]
         assert expected == sorted(round(float(p), 7) for p in teacher.predict(chosen.float()).softmax(1)[:, k]), k
 
 

@@ -26,20 +26,9 @@ EXCEPTIONS: dict[str, str] = {
     "compression/quantization/quantize.py:quantize": "to be split",
     "compression/quantization/stage.py:quantize_student": "to be split",
     "compression/quantization/stage.py:compress_in_one_training": "to be split",
-    "methods/ats/method.py:make_transfer_set": "to be split",
-    "methods/ats/method.py:_make": "to be split",
-    "methods/zskt/train.py:train_zskt": "to be split",
     "pipeline/report.py:report_content": "to be split",
-    "research/baselines/kd_at.py:train_kd_at": "to be split",
-    "research/baselines/real_labels.py:train_on_labels": "to be split",
     "research/train_teacher.py:train_teacher": "to be split",
     "research/train_teacher.py:_train": "to be split",
-    "synthesis/engine.py:synthesize_shard": "to be split",
-    "synthesis/synthesize.py:synthesize": "to be split",
-    "training/distillation.py:distill": "to be split",
-    "training/loop.py:fit": "to be split",
-    "training/loop.py:_fit": "to be split",
-    "training/supervised.py:train_supervised": "to be split",
 }
 
 

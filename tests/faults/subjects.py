@@ -179,9 +179,8 @@ def arbitrary_set(folder: Path) -> None:
     prepare_torch()
     candidates._BLOCK = 50
     settings = ats.AtsSettings(sources=("noise-uniform", "shapes"), candidates=8, tries=2)
-    ats.make_transfer_set(
-        small_teacher(), settings, size=100, seed=1, folder=folder / "set", save_every=0.0, quiet=True
-    )
+    ats.SAVE_EVERY = 0.0
+    ats.make_transfer_set(small_teacher(), settings, size=100, seed=1, folder=folder / "set", quiet=True)
 
 
 def _set(folder: Path) -> dict[str, str]:

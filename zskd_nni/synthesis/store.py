@@ -159,7 +159,7 @@ class ImpressionStore:
         notes = _notes(folder)  # before the manifest: notes are merged into that first and then removed
         manifest = read_json(path)
         if isinstance(manifest, dict):
-            check_format(manifest, FORMAT, path, "Remove the folder and run the same command to make it anew.")
+            check_format(manifest, FORMAT, path, f"Remove {folder} and run the command again to make it anew.")
         problem = _problem_with(manifest)
         if problem:
             raise UserError(f"{path} is not sound ({problem}). Remove the folder to make it anew.")

@@ -1,10 +1,11 @@
-"""An arbitrary transfer set in its folder: ``set.json`` and ``set.safetensors``."""
+"""An arbitrary transfer set in its folder: ``set.json`` describes it, ``set.safetensors`` holds the images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from zskd_nni.runtime.errors import UserError
@@ -15,8 +16,20 @@ DESCRIPTION, IMAGES = "set.json", "set.safetensors"
 FORMAT = "zskd_nni transfer set 1"
 
 
+class _Description(BaseModel):
+    """The content of ``set.json``."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: str
+    fingerprint: str
+    identity: dict[str, Any]
+    sha256: str
+    counts: dict[str, list[int]]
+
+
 class TransferSet:
-    """A finished set in its folder: ``set.json`` and ``set.safetensors``.
+    """A finished set in its folder.
 
     Attributes:
         folder: where it is.
@@ -37,20 +50,18 @@ class TransferSet:
         if not path.is_file():
             raise UserError(f"{folder} is not a transfer set: it has no {DESCRIPTION}.")
         description = read_json(path)
-        sound = isinstance(description, dict) and description.get("format") == FORMAT
-        if (
-            not sound
-            or not isinstance(description.get("identity"), dict)
-            or not isinstance(description.get("sha256"), str)
-            or not isinstance(description.get("counts"), dict)
-            or description.get("fingerprint") != fingerprint_of(description["identity"])
-        ):
-            raise UserError(f"{path} is not sound. Remove the folder to make the set anew.")
+        damaged = UserError(f"{path} is not sound. Remove the folder to make the set anew.")
+        try:
+            found = _Description.model_validate(description)
+        except ValidationError as error:
+            raise damaged from error
+        if found.format != FORMAT or found.fingerprint != fingerprint_of(found.identity):
+            raise damaged
         return cls(Path(folder), description)
 
     @property
     def fingerprint(self) -> str:
-        """Of what this set is."""
+        """Of the identity."""
         return self.description["fingerprint"]
 
     @property
@@ -58,8 +69,8 @@ class TransferSet:
         """By class: ``candidates`` seen, and images ``own``, ``repeats`` and ``nearest`` in the set."""
         return self.description["counts"]
 
-    def whole(self) -> bool:
-        """Whether the images are there, as their checksum says."""
+    def is_intact(self) -> bool:
+        """Whether the images are there and match their checksum."""
         path = self.folder / IMAGES
         return path.is_file() and sha256_of_file(path) == self.description["sha256"]
 
@@ -69,7 +80,7 @@ class TransferSet:
         Raises:
             UserError: they are missing or damaged.
         """
-        if not self.whole():
+        if not self.is_intact():
             raise UserError(f"{self.folder / IMAGES} is not as written; run the same command again to make it anew.")
-        # A copy: what was read is a window on the file, which somebody may damage meanwhile.
+        # A copy: the loaded tensor is a view of the file, which might be damaged later.
         return load_tensors(self.folder / IMAGES)[0]["images"].clone()

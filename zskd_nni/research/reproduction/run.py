@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zskd_nni.methods.ats.method import CannotBalanceError
+from zskd_nni.methods.ats.balance import CannotBalanceError
 from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.models.build import load_into
 from zskd_nni.models.teacher import first_tensor
