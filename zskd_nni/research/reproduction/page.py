@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from zskd_nni.research.reproduction.cells import Cell, resolve
 from zskd_nni.research.reproduction.pairs import PAIRS
-from zskd_nni.research.reproduction.published import PUBLISHED, TARGETS, Published, Target
+from zskd_nni.research.reproduction.published import PUBLISHED, TARGETS, Published
 from zskd_nni.research.reproduction.records import Record, teacher_of
-from zskd_nni.research.reproduction.tables import TABLES, Table
+from zskd_nni.research.reproduction.tables import TABLES
 
 Group = list[Record]  # the seeds of a cell at a scale
+Groups = dict[tuple[str, str], Group]  # by name of the cell and scale
 
+# What stands around the tables; where it says results:, the site puts the table of results/*.json.
+TEMPLATE = Path(__file__).parent / "templates" / "results.md"
 TITLES = {
     "mnist": "MNIST, LeNet-5 to LeNet-5-Half",
     "fashion-mnist": "Fashion-MNIST, LeNet-5 to LeNet-5-Half",
@@ -21,67 +26,40 @@ TITLES = {
     "cifar10-alexnet": "CIFAR-10, AlexNet to AlexNet-Half",
     "cifar10-wrn": "CIFAR-10, WRN-40-2 to WRN-16",
 }
-
-# The tables are wide: without the columns at its sides the page has room for them.
-HEAD = """---
-hide: [navigation, toc]
----
-
-# Results
-
-This page is made from the records in `results/reproduce` by `zskd-nni results`; nothing is written by hand. A record is
-one run of `zskd-nni reproduce`: one cell with one seed.
-
-- Accuracy is measured on the whole test split, once a run, for the student of the last step. A number with a standard
-  deviation is the mean over the seeds that the column *seeds* lists; one in brackets has no student.
-- *agreement*: share of test images on which student and teacher choose the same class. *ECE*: the student's expected
-  calibration error in 15 bins. *MTE*: mean transition error with K = 100 and step 1, followed on the student; its
-  number of test images stands in each record, and is far below the 1,000 of the paper on a CPU.
-- *images*: of the set that the student learnt on; `-` for a stream. Rows marked with a dagger (†) read real
-  images.
-- Rows of one preset share one student recipe, except for what a name says; ZSKT's `paper` and `fresh` have the one of
-  its paper.
-- *published* is the paper's own number with its own teacher; ours are other networks' weights, so that the distance to
-  the teacher tells more than the number.
-- *target* is what we set out to reach at full size, and whether the mean does.
-- Presets were chosen on a slice of Fashion-MNIST's training split, with teachers trained for that choice, and frozen.
-  Where it was otherwise (MNIST's steps, CIFAR's settings, ATS and ZSKT) `selected_on` of each record says how. The
-  shipped teachers have seen the whole split.
-- *time* is the mean of a run on the machine of its record, a shared CPU core for most: synthesis, student, measuring.
-"""
-
-# The site puts the table of results/*.json in the comment's place.
-RECIPES = """## Packaged recipes
-
-`results/*.json` holds the runs of the packaged recipes, which do more than this page asks: pruning, quantization,
-controls. Their table stands in the README.
-
-<!-- results: -->
-"""
+COLUMNS = (
+    "method | preset | variant | images | teacher | student | agreement | ECE | MTE | published | target | seeds | time"
+)
+BALANCE_COLUMNS = (
+    "source | images | balanced | unbalanced | difference over paired seeds | by two deviations "
+    "| own / repeats / nearest of the balanced set | seeds"
+)
 
 
-def group_records(records: Iterable[Record]) -> dict[tuple[str, str], Group]:
+def group_records(records: Iterable[Record]) -> Groups:
     """Records by cell and scale, each group in the order of its seeds."""
-    groups: dict[tuple[str, str], Group] = {}
+    groups: Groups = {}
     for record in sorted(records, key=lambda record: record["seed"]):
         groups.setdefault((record["cell"], record["scale"]), []).append(record)
     return groups
 
 
-def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
-    """``98.50 ± 0.20``; without a deviation where there is one value, ``-`` where there is none."""
-    if not values:
+def mean_and_deviation(values: Iterable[float | None], digits: int = 2) -> str:
+    """``98.50 ± 0.20``; without a deviation if there is one value, ``-`` if there is none. None is left out."""
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{statistics.mean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
-def _students(group: Group) -> list[float]:
+def percent_agreement(record: Record) -> float | None:
+    """Agreement with the teacher in percent; None if the cell has no student."""
+    return None if record["agreement"] is None else 100 * record["agreement"]
+
+
+def student_accuracies(group: Group) -> list[float]:
+    """Of the records that have a student."""
     return [record["accuracy"]["student"] for record in group if record["accuracy"]["student"] is not None]
-
-
-def _values(group: Group, get: Callable[[Record], float | None]) -> list[float]:
-    return [value for record in group if (value := get(record)) is not None]
 
 
 def render_page(records: Iterable[Record], teachers: Mapping[str, str] | None = None) -> str:
@@ -89,29 +67,30 @@ def render_page(records: Iterable[Record], teachers: Mapping[str, str] | None = 
 
     Args:
         records: of any cells.
-        teachers: by pair the fingerprint of its teacher as it is now; records of others are older ones. Of a pair that
-            is not among them the teacher that most of its records have.
+        teachers: by pair the fingerprint of its present teacher; records of other teachers are older ones. For other
+            pairs the teacher that most of the records have.
     """
     groups = group_records(records)
-    stale = take_out_older(groups, teachers)
-    parts = [HEAD]
+    older = take_out_older(groups, teachers)
+    parts = []
     for name, table in TABLES.items():
         parts.append(f"## {table.title}\n\n{table.text}\n")
-        found = [section for pair in _pairs(table) for section in _sections(name, table, pair, groups)]
+        found = [
+            str(section)
+            for pair in dict.fromkeys(cell.pair for cell in table.cells)
+            for scale in PAIRS[pair].scales
+            if (section := _Section(name, pair, scale, groups)).rows
+        ]
         parts.extend(found or [f"No runs yet: `zskd-nni reproduce {name}`.\n"])
     known = {cell.name for table in TABLES.values() for cell in table.cells}
     others = sorted({cell for cell, _ in groups if cell not in known})
-    if others:
-        parts.append(
-            "## Other records\n\nOf cells that no table has any more: " + ", ".join(f"`{o}`" for o in others) + ".\n"
-        )
-    if stale:
-        parts.append(
-            "## Older records\n\nOf settings or a teacher that have changed since; they count nowhere above: "
-            + ", ".join(f"`{name}`" for name in stale)
-            + ".\n"
-        )
-    return "\n".join([*parts, RECIPES])
+    for title, text, names in (
+        ("Other records", "Of cells that no table has any more", others),
+        ("Older records", "Of settings or a teacher that have changed since; they count nowhere above", older),
+    ):
+        if names:
+            parts.append(f"## {title}\n\n{text}: " + ", ".join(f"`{name}`" for name in names) + ".\n")
+    return TEMPLATE.read_text().replace("{{ tables }}", "\n".join(parts))
 
 
 def take_out_older(groups: dict[tuple[str, str], Group], now: Mapping[str, str] | None = None) -> list[str]:
@@ -139,72 +118,138 @@ def take_out_older(groups: dict[tuple[str, str], Group], now: Mapping[str, str] 
     return removed
 
 
-def _pairs(table: Table) -> list[str]:
-    return list(dict.fromkeys(cell.pair for cell in table.cells))
+@dataclass(frozen=True)
+class _Section:
+    """The runs of one pair at one scale in one table."""
+
+    table: str
+    pair: str
+    scale: str
+    groups: Groups
+
+    def group(self, cell: Cell) -> Group:
+        return self.groups.get((cell.name, self.scale), [])
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for cell in TABLES[self.table].cells if cell.pair == self.pair]
+
+    @property
+    def rows(self) -> list[Cell]:
+        """The cells that were run."""
+        return [cell for cell in self.cells if self.group(cell)]
+
+    def __str__(self) -> str:
+        heading = f"### {TITLES[self.pair]}" + ("" if self.scale == "full" else f", scale `{self.scale}`")
+        planned = len(self.cells) * len(TABLES[self.table].seeds)
+        runs = f"{sum(len(self.group(cell)) for cell in self.rows)} of {planned} runs"
+        if self.table == "ats-balance":
+            body = _markdown(BALANCE_COLUMNS, map(self.balance_row, dict.fromkeys(c.variant for c in self.rows)))
+        else:
+            body = _markdown(COLUMNS, map(self.row, self.rows)) + _sources(self.rows)
+        return f"{heading}\n\n{len(self.rows)} of {len(self.cells)} cells, {runs}.\n\n{body}\n"
+
+    def row(self, cell: Cell) -> list[str]:
+        group = self.group(cell)
+        first, students = group[0], student_accuracies(group)
+        seconds = statistics.mean(record["seconds"]["total"] for record in group)
+        return [
+            cell.method + _dagger(group[:1]),
+            cell.preset or "-",
+            first["variant"] or "-",
+            _images(group),
+            f"{first['accuracy']['teacher']:.2f}",
+            f"**{mean_and_deviation(students)}**" if students else "cannot be balanced",
+            mean_and_deviation(map(percent_agreement, group)),
+            mean_and_deviation((record["calibration_error"].get("student") for record in group), 3),
+            mean_and_deviation((record["mte"] for record in group), 3),
+            _published(cell),
+            "; ".join(self.target(cell)) or "-",
+            _seeds(group),
+            f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min",
+        ]
+
+    def target(self, cell: Cell) -> Iterator[str]:
+        """For each part of the cell's target: what it is, and whether the mean reaches it."""
+        target = None if cell.variant or cell.network else TARGETS.get((cell.pair, cell.method, cell.preset))
+        group = self.group(cell)
+        if target is None or self.scale != "full" or not student_accuracies(group):
+            return
+        parts: list[tuple[str, float | None]] = []
+        if target.floor is not None:
+            parts.append(("{:.2f}", target.floor))
+        if target.below_teacher is not None:
+            least = group[0]["accuracy"]["teacher"] - target.below_teacher
+            parts.append((f"{{:.2f}} (teacher - {target.below_teacher:.2f})", least))
+        if target.below is not None:
+            preset, points = target.below
+            parts.append((f"{{:.2f}} (real KD - {points:g})", self.mean(Cell(cell.pair, "real-kd", preset), -points)))
+        if target.above is not None:
+            parts.append((f"{{:.2f}} ({' '.join(target.above)})", self.mean(Cell(cell.pair, *target.above))))
+        mean = statistics.mean(student_accuracies(group))
+        for text, least in parts:
+            if least is None:
+                yield text.removeprefix("{:.2f} ") + ": not run"
+                continue
+            missing = round(least, 2) - round(mean, 2)  # of the numbers as they are shown
+            yield text.format(least) + (": met" if missing <= 1e-9 else f": missed by {missing:.2f}")
+
+    def mean(self, cell: Cell, points: float = 0.0) -> float | None:
+        """The mean accuracy of another row, and so many points; None if it was not run."""
+        values = student_accuracies(self.group(cell))
+        return statistics.mean(values) + points if values else None
+
+    def balance_row(self, variant: str) -> list[str]:
+        """A source, balanced beside unbalanced, seed by seed."""
+        found = {cell.preset: self.group(cell) for cell in self.rows if cell.variant == variant}
+        balanced, unbalanced = found.get("paper", []), found.get("unbalanced", [])
+        whole = [*balanced, *unbalanced]
+        pairs = [
+            (one["accuracy"]["student"], other["accuracy"]["student"])
+            for one in balanced
+            for other in unbalanced
+            if one["seed"] == other["seed"]
+        ]
+        differences = [one - other for one, other in pairs if one is not None and other is not None]
+        ahead = "-"
+        if len(differences) > 1:
+            ahead = "yes" if statistics.mean(differences) > 2 * statistics.stdev(differences) else "no"
+        cannot = bool(balanced) and not student_accuracies(balanced)
+        logits_alone = ", logits alone" if variant.endswith("-logits") else ""
+        return [
+            ", ".join(whole[0]["ingredients"]["sources"]) + _dagger(whole) + logits_alone,
+            _images(whole),
+            "cannot be balanced" if cannot else mean_and_deviation(student_accuracies(balanced)),
+            mean_and_deviation(student_accuracies(unbalanced)),
+            mean_and_deviation(differences),
+            ahead,
+            _counts(balanced),
+            ", ".join(str(seed) for seed in sorted({record["seed"] for record in whole})),
+        ]
 
 
-def _sections(name: str, table: Table, pair: str, groups: dict[tuple[str, str], Group]) -> list[str]:
-    cells = [cell for cell in table.cells if cell.pair == pair]
-    sections = []
-    for scale in PAIRS[pair].scales:
-        run = [cell for cell in cells if (cell.name, scale) in groups]
-        if not run:
-            continue
-        heading = f"### {TITLES[pair]}" + ("" if scale == "full" else f", scale `{scale}`")
-        seeds = sum(len(groups[cell.name, scale]) for cell in run)
-        text = f"{len(run)} of {len(cells)} cells, {seeds} of {len(cells) * len(table.seeds)} runs."
-        body = _balance_rows(run, scale, groups) if name == "ats-balance" else _rows(run, scale, groups)
-        sections.append(f"{heading}\n\n{text}\n\n{body}\n")
-    return sections
+def _markdown(columns: str, rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] * len(columns.split(" | "))
+    return "\n".join(f"| {row} |" for row in (columns, *map(" | ".join, (rule, *rows))))
 
 
-def _rows(cells: Sequence[Cell], scale: str, groups: dict[tuple[str, str], Group]) -> str:
-    lines = [
-        "| method | preset | variant | images | teacher | student | agreement | ECE | MTE | published | target | seeds "
-        "| time |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines.extend(_row(cell, groups[cell.name, scale], scale, groups) for cell in cells)
-    return "\n".join(lines) + _sources(cells)
+def _dagger(group: Group) -> str:
+    """Marks runs that read real images."""
+    return "" if all(record.get("data_free", True) for record in group) else " †"
 
 
-def _row(cell: Cell, group: Group, scale: str, groups: dict[tuple[str, str], Group]) -> str:
-    first = group[0]
-    dagger = "" if first.get("data_free", True) else " †"
-    sizes = [record["impressions"] for record in group if record["impressions"] is not None]
-    images = f"{sizes[0]:,}" if sizes else "-"  # a seed that cannot be balanced has none
-    agreements = _values(group, lambda record: None if record["agreement"] is None else 100 * record["agreement"])
-    errors = _values(group, lambda record: record["calibration_error"].get("student"))
-    student = f"**{mean_and_deviation(_students(group))}**" if _students(group) else "cannot be balanced"
-    fields = [
-        cell.method + dagger,
-        cell.preset or "-",
-        first["variant"] or "-",
-        images,
-        f"{first['accuracy']['teacher']:.2f}",
-        student,
-        mean_and_deviation(agreements),
-        mean_and_deviation(errors, 3),
-        mean_and_deviation(_values(group, lambda record: record["mte"]), 3),
-        _published(cell),
-        _target(cell, group, scale, groups),
-        _seeds(group),
-        _time(statistics.mean(record["seconds"]["total"] for record in group)),
-    ]
-    return "| " + " | ".join(fields) + " |"
+def _images(group: Group) -> str:
+    """Size of the transfer set; a seed that cannot be balanced has none."""
+    return next((f"{record['impressions']:,}" for record in group if record["impressions"]), "-")
 
 
 def _seeds(group: Group) -> str:
     """The seeds of a mean; those that have no student stand in brackets."""
-    learnt = [record for record in group if record["accuracy"]["student"] is not None]
-    return ", ".join(str(r["seed"]) if r in learnt or not learnt else f"({r['seed']})" for r in group)
+    trained = [record for record in group if record["accuracy"]["student"] is not None]
+    return ", ".join(str(r["seed"]) if r in trained or not trained else f"({r['seed']})" for r in group)
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-
-
-def _known(cell: Cell) -> Published | None:
+def _find_published(cell: Cell) -> Published | None:
     """The paper's number for a row as the paper has it: no variant but the number of shots."""
     if cell.variant and cell.shots is None:
         return None
@@ -213,7 +258,7 @@ def _known(cell: Cell) -> Published | None:
 
 
 def _published(cell: Cell) -> str:
-    known = _known(cell)
+    known = _find_published(cell)
     if known is None:
         return "-"
     details = [f"teacher {known.teacher:.2f}"] if known.teacher is not None else []
@@ -222,93 +267,14 @@ def _published(cell: Cell) -> str:
 
 
 def _sources(cells: Sequence[Cell]) -> str:
-    """Where the published numbers of some rows stand."""
-    found: dict[str, list[str]] = {}
+    """Where the published numbers of some rows come from."""
+    found: dict[str, dict[str, None]] = {}
     for cell in cells:
-        known = _known(cell)
-        if known is not None and cell.method not in found.setdefault(known.source, []):
-            found[known.source].append(cell.method)
-    if not found:
-        return ""
-    return "\n\nPublished: " + "; ".join(f"{', '.join(methods)}: {source}" for source, methods in found.items()) + "."
-
-
-def _target(cell: Cell, group: Group, scale: str, groups: dict[tuple[str, str], Group]) -> str:
-    target = None if cell.variant or cell.network else TARGETS.get((cell.pair, cell.method, cell.preset))
-    if target is None or scale != "full" or not _students(group):
-        return "-"
-    mean, shown = statistics.mean(_students(group)), []
-    for name, least in _parts(target, cell.pair, group, scale, groups):
-        if least is None:
-            shown.append(f"{name}: not run")
-        else:
-            # As shown: the mean has two digits.
-            missing = round(least, 2) - round(mean, 2)
-            shown.append(f"{name}: " + ("met" if missing <= 1e-9 else f"missed by {missing:.2f}"))
-    return "; ".join(shown)
-
-
-def _parts(
-    target: Target, pair: str, group: Group, scale: str, groups: dict[tuple[str, str], Group]
-) -> Iterable[tuple[str, float | None]]:
-    """Each part of a target in words, and the accuracy it comes to, None where the row it refers to is not there."""
-
-    def of(cell: Cell) -> float | None:
-        values = _students(groups.get((cell.name, scale), []))
-        return statistics.mean(values) if values else None
-
-    if target.floor is not None:
-        yield f"{target.floor:.2f}", target.floor
-    if target.below_teacher is not None:
-        least = group[0]["accuracy"]["teacher"] - target.below_teacher
-        yield f"{least:.2f} (teacher - {target.below_teacher:.2f})", least
-    if target.below is not None:
-        real = of(Cell(pair, "real-kd", target.below[0]))
-        shown = "" if real is None else f"{real - target.below[1]:.2f} "
-        yield f"{shown}(real KD - {target.below[1]:g})", None if real is None else real - target.below[1]
-    if target.above is not None:
-        other = of(Cell(pair, *target.above))
-        shown = "" if other is None else f"{other:.2f} "
-        yield f"{shown}({' '.join(target.above)})", other
-
-
-def _balance_rows(cells: Sequence[Cell], scale: str, groups: dict[tuple[str, str], Group]) -> str:
-    """Balanced beside unbalanced, seed by seed."""
-    lines = [
-        "| source | images | balanced | unbalanced | difference over paired seeds | by two deviations "
-        "| own / repeats / nearest of the balanced set | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for variant in dict.fromkeys(cell.variant for cell in cells):
-        found = {cell.preset: groups[cell.name, scale] for cell in cells if cell.variant == variant}
-        balanced, unbalanced = found.get("paper", []), found.get("unbalanced", [])
-        whole = [*balanced, *unbalanced]
-        by_seed = {r["seed"]: r["accuracy"]["student"] for r in unbalanced}
-        differences = [
-            record["accuracy"]["student"] - by_seed[record["seed"]]
-            for record in balanced
-            if record["accuracy"]["student"] is not None and by_seed.get(record["seed"]) is not None
-        ]
-        ahead = "-"
-        if len(differences) > 1:
-            deviation = statistics.stdev(differences)
-            ahead = "yes" if statistics.mean(differences) > 2 * deviation else "no"
-        # An arbitrary set of real images, such as another data set, is not data-free.
-        dagger = "" if all(record.get("data_free", True) for record in whole) else " †"
-        cannot = bool(balanced) and not _students(balanced)
-        fields = [
-            f"{', '.join(whole[0]['ingredients']['sources'])}{dagger}"
-            + (", logits alone" if variant.endswith("-logits") else ""),
-            next((f"{r['impressions']:,}" for r in whole if r["impressions"]), "-"),
-            "cannot be balanced" if cannot else mean_and_deviation(_students(balanced)),
-            mean_and_deviation(_students(unbalanced)),
-            mean_and_deviation(differences),
-            ahead,
-            _counts(balanced),
-            ", ".join(str(seed) for seed in sorted({record["seed"] for record in whole})),
-        ]
-        lines.append("| " + " | ".join(fields) + " |")
-    return "\n".join(lines)
+        known = _find_published(cell)
+        if known is not None:
+            found.setdefault(known.source, {})[cell.method] = None
+    listed = "; ".join(f"{', '.join(methods)}: {source}" for source, methods in found.items())
+    return f"\n\nPublished: {listed}." if listed else ""
 
 
 def _counts(group: Group) -> str:

@@ -2,71 +2,60 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json
 
 Record = dict[str, Any]
 FORMAT = "zskd_nni reproduction 1"
-NEEDED = (
-    "cell",
-    "pair",
-    "method",
-    "preset",
-    "variant",
-    "seed",
-    "scale",
-    "impressions",
-    "accuracy",
-    "agreement",
-    "calibration_error",
-    "mte",
-    "networks",
-    "ingredients",
-    "seconds",
-    "device",
-    "selected_on",
-    "provenance",
-)
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("cell", "pair", "method", "scale"), str),
-    **dict.fromkeys(("accuracy", "seconds", "networks", "ingredients", "provenance"), dict),
-    "seed": int,
-}
+
+
+class _Strict(BaseModel):
+    """Other keys are allowed; values have to be of the type as JSON has it, and numbers finite."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Accuracy(_Strict):
+    teacher: float
+    student: float | None
+
+
+class _Provenance(_Strict):
+    teacher: str
+
+
+class _Record(_Strict):
+    cell: str
+    pair: str
+    method: str
+    preset: str | None
+    variant: str | None
+    seed: int
+    scale: str
+    impressions: int | None
+    accuracy: _Accuracy
+    agreement: float | None
+    calibration_error: dict[str, float | None]
+    mte: float | None
+    networks: dict[str, Any]
+    ingredients: dict[str, Any]
+    seconds: dict[str, float | None]
+    device: str
+    selected_on: str
+    provenance: _Provenance
+
+
+NEEDED = tuple(_Record.model_fields)
 
 
 def teacher_of(record: Record) -> str:
     """Fingerprint of the record's teacher."""
-    return str(record["provenance"]["teacher"])
-
-
-def _is_number(value: Any, optional: bool = True) -> bool:
-    """Whether it is a finite number, or None if that is allowed."""
-    if value is None:
-        return optional
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_parts(record: Mapping[str, Any]) -> dict[str, bool]:
-    """For each key whose value has the right type: whether its parts are valid."""
-    accuracy, errors = record["accuracy"], record["calibration_error"]
-    return {
-        "accuracy": _is_number(accuracy.get("teacher"), False)
-        and "student" in accuracy
-        and _is_number(accuracy["student"]),
-        "calibration_error": isinstance(errors, dict) and all(map(_is_number, errors.values())),
-        "seconds": all(map(_is_number, record["seconds"].values())),
-        "impressions": record["impressions"] is None or type(record["impressions"]) is int,
-        "agreement": _is_number(record["agreement"]),
-        "mte": _is_number(record["mte"]),
-        "variant": record["variant"] is None or isinstance(record["variant"], str),
-        "preset": record["preset"] is None or isinstance(record["preset"], str),
-        "provenance": isinstance(record["provenance"].get("teacher"), str),
-    }
+    return record["provenance"]["teacher"]
 
 
 def read_record(path: Path) -> Record:
@@ -78,14 +67,13 @@ def read_record(path: Path) -> Record:
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is no record of zskd-nni reproduce; move it out of the folder.")
-    missing = [key for key in NEEDED if key not in record]
-    if missing:
-        raise UserError(f"{path} is an incomplete record: it lacks {missing[0]!r}. Remove it, and run its cell again.")
-    wrong = next((key for key, kind in _KINDS.items() if not isinstance(record[key], kind)), None)
-    if wrong is None:
-        wrong = next((key for key, valid in _check_parts(record).items() if not valid), None)
-    if wrong is not None:
-        raise UserError(f"{path}: {wrong!r} is {record[wrong]!r}. Remove the file, and run its cell again.")
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = str(problem["loc"][0])
+        wrong = f"{key!r} is {record[key]!r}" if key in record else f"it lacks {key!r}"
+        raise UserError(f"{path} is no valid record: {wrong}. Remove it, and run its cell again.") from error
     return record
 
 
