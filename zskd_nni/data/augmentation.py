@@ -1,8 +1,7 @@
 """Random augmentation on the device, each image of a batch by its own draw.
 
-torchvision's random transforms move a whole batch alike; these move every image by itself, in one
-``grid_sample``. The numbers are drawn on the CPU, so that every device sees the same ones, and what little is computed
-of them alone is computed there.
+torchvision's random transforms apply one draw to a whole batch. Here every image has its own, in one ``grid_sample``.
+The numbers are drawn on the CPU, so that every device sees the same ones.
 """
 
 from __future__ import annotations
@@ -10,19 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from zskd_nni.runtime.device import to_device
+from zskd_nni.runtime.validation import Fraction, check_bounds, one_of, within
 
-_Uniform = Callable[..., Tensor]  # of a range and a shape: a draw for each image, on the CPU
+_Uniform = Callable[..., Tensor]  # (low, high, *shape) -> one draw for each image, on the CPU
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far an image may be moved and changed. The default leaves it as it is.
+    """How far an image may be moved and changed. The default changes nothing.
 
     Attributes:
         rotation: degrees, drawn from ``[-rotation, rotation]``.
@@ -33,7 +34,7 @@ class Augmentation:
         contrast: the image is multiplied by a factor from ``[1 - contrast, 1 + contrast]``, about its low value.
         noise: standard deviation of Gaussian pixel noise, as a fraction of the value range.
         erase: largest side of a square set to a random grey, as a fraction of the image's side.
-        border: what stands beyond the edge: ``zeros`` (the low value) or ``border`` (the edge pixels).
+        border: padding beyond the edge: ``zeros`` (the low value) or ``border`` (the edge pixels).
 
     Raises:
         ValueError: a value outside its range.
@@ -41,27 +42,20 @@ class Augmentation:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    rotation: float = 0.0
-    translation: float = 0.0
+    rotation: Annotated[float, within(0, 180)] = 0.0
+    translation: Fraction = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
-    shear: float = 0.0
-    flip: float = 0.0
-    contrast: float = 0.0
-    noise: float = 0.0
-    erase: float = 0.0
-    border: str = "zeros"
+    shear: Annotated[float, within(0, 60)] = 0.0
+    flip: Fraction = 0.0
+    contrast: Fraction = 0.0
+    noise: Fraction = 0.0
+    erase: Fraction = 0.0
+    border: Annotated[str, one_of("zeros", "border")] = "zeros"
 
     def __post_init__(self) -> None:
-        for name, high in (("rotation", 180), ("translation", 1), ("shear", 60), ("flip", 1), ("contrast", 1)):
-            if not 0 <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must lie in [0, {high}], not {getattr(self, name)}")
-        for name in ("noise", "erase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        check_bounds(self)
         if not 0 < self.scale[0] <= self.scale[1] < math.inf:
             raise ValueError(f"scale is the smallest and the largest factor, both positive, not {list(self.scale)}")
-        if self.border not in ("zeros", "border"):
-            raise ValueError(f"border is zeros or border, not {self.border!r}")
 
     @property
     def moves(self) -> bool:
@@ -77,9 +71,23 @@ class Augmentation:
 def augment(
     images: Tensor, settings: Augmentation, generator: torch.Generator, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    """Augment ``(N, C, H, W)`` images in ``[low, high]``, each by its own draw; same shape and range.
+    """Augment images, each by its own draw.
 
-    An image that leaves the range from the first, as those of a generator may, keeps its own.
+    Args:
+        images: ``(N, C, H, W)`` in ``[low, high]``. An image that exceeds the range, as a generator's may, keeps
+            its own.
+        settings: how far.
+        generator: everything is drawn from it.
+        low: the value range's lower end.
+        high: its upper end.
+
+    Returns:
+        Images of the same shape and range.
+
+    Example:
+        >>> images = torch.zeros(2, 1, 4, 4)
+        >>> augment(images, Augmentation(rotation=10, noise=0.1), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 1, 4, 4])
     """
     if not settings.active:
         return images
@@ -92,9 +100,8 @@ def augment(
     if settings.moves:
         result = _move(images - low, settings, uniform) + low
     if settings.contrast:
-        result = low + (result - low) * to_device(
-            uniform(1 - settings.contrast, 1 + settings.contrast, 1, 1, 1), images.device
-        )
+        factor = uniform(1 - settings.contrast, 1 + settings.contrast, 1, 1, 1)
+        result = low + (result - low) * to_device(factor, images.device)
     if settings.noise:
         noise = torch.randn(images.shape, generator=generator)
         result = result + to_device(noise, images.device) * (settings.noise * (high - low))

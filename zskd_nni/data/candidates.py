@@ -1,4 +1,4 @@
-"""Images that nobody made for the teacher: procedural ones, and real ones by name or path.
+"""Arbitrary images, not made for the teacher: procedural ones, and real ones by name or path.
 
 ``noise-uniform``, ``noise-gaussian``, ``structured`` (smooth noise of random coarseness), ``shapes`` and ``mixed``
 (procedural figures, :mod:`zskd_nni.data.procedural`) involve no image; everything else is read by
@@ -26,13 +26,13 @@ _BLOCK = 1000
 
 
 @dataclass(frozen=True)
-class Whereabouts:
-    """Where real images are, and which of them are meant.
+class ImageLocation:
+    """Where real images are, and which of them to take.
 
     Attributes:
-        root: folder of named data sets; the variable ``ZSKD_NNI_DATA`` where absent.
+        root: folder of named data sets; by default that of the variable ``ZSKD_NNI_DATA``.
         download: let torchvision fetch them there.
-        base: the folder that a relative path is meant from.
+        base: the folder that relative paths start from.
         part: ``all`` images, the ``held-out`` tenth (the same for every seed), or the ``other`` nine.
     """
 
@@ -61,15 +61,15 @@ def procedural_images(kind: str, count: int, spec: InputSpec, random: torch.Gene
 
 
 class Candidates:
-    """The candidates of all sources, in blocks that depend on the seed and their number alone.
+    """The candidates of all sources, in blocks that depend only on the seed and their number.
 
     Args:
         sources: names of procedural sources, data sets or paths; they take turns.
         spec: shape and value range.
         limit: procedural candidates of each source, at most.
-        seed: names the random streams; real images come in an order drawn from it and, where they are no named data
-            set, from their content.
-        where: real images are.
+        seed: names the random streams. Real images come in an order drawn from it and from the data set's name, or
+            the images' content where they have no name.
+        where: where the real images are.
         split: of named data sets.
         deviation: of ``noise-gaussian``, as :func:`procedural_images` takes it.
 
@@ -86,7 +86,7 @@ class Candidates:
         spec: InputSpec,
         limit: int,
         seed: int,
-        where: Whereabouts | None = None,
+        where: ImageLocation | None = None,
         *,
         split: str = "train",
         deviation: float = 0.25,
@@ -98,9 +98,9 @@ class Candidates:
         for name in dict.fromkeys(sources):
             count = limit
             if name not in PROCEDURAL:
-                images = self._part_of(self._read(name, where or Whereabouts()), name, where or Whereabouts())
+                images = self._read(name, where or ImageLocation())
                 self.data[name] = sha256_of_bytes(images.images.contiguous().numpy().tobytes())
-                # By content: a file is spelt otherwise from another folder, and is to give the same set there.
+                # By content: the same file has another path from another folder, and must give the same set there.
                 stream = name if name in NAMED_SETS else self.data[name]
                 order = torch.randperm(len(images), generator=generator(seed, "order of candidates", stream))
                 self._real[name] = images.subset(order)
@@ -109,17 +109,14 @@ class Candidates:
         longest = max(map(len, blocks))
         self.plan = [entries[turn] for turn in range(longest) for entries in blocks if turn < len(entries)]
 
-    def _read(self, name: str, where: Whereabouts) -> LabelledImages:
+    def _read(self, name: str, where: ImageLocation) -> LabelledImages:
         path = name if name in NAMED_SETS or where.base is None else str(where.base / name)
         if name not in NAMED_SETS and not Path(path).exists():
             raise UserError(
                 f"ATS has no source {name!r}: name one of {', '.join((*PROCEDURAL, *NAMED_SETS))}, an .npz "
                 "file or a folder of images."
             )
-        return load_images(path, self.split, where.root, where.download)
-
-    @staticmethod
-    def _part_of(images: LabelledImages, name: str, where: Whereabouts) -> LabelledImages:
+        images = load_images(path, self.split, where.root, where.download)
         if where.part == "all":
             return images
         order = torch.randperm(len(images), generator=generator(0, "held-out candidates", len(images)))

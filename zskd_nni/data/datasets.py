@@ -1,6 +1,6 @@
-"""Reading the image sets a user names: for evaluation, arbitrary transfer sets and real-data ceilings only.
+"""Reading image sets by name or path: for evaluation, arbitrary transfer sets, real-data twins and teachers.
 
-Nothing in synthesis, distillation on impressions, pruning or calibration comes here.
+Synthesis, distillation on impressions, pruning and calibration never import this.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".ti
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images as bytes and their classes.
+    """Images as bytes, with their classes.
 
     Attributes:
         images: ``(N, C, H, W)`` uint8.
         labels: ``(N,)`` int64.
-        name: what to call the set in reports.
+        name: of the set, for reports.
     """
 
     images: Tensor
@@ -54,10 +54,11 @@ class LabelledImages:
         return len(self.images)
 
     def require_labels(self, classes: int) -> None:
-        """Refuse to be measured on where the labels are not classes of the network.
+        """Refuse labels that are not classes of the network.
 
         Raises:
-            UserError: images without labels (a folder without class folders), or a class the network does not know.
+            UserError: there are images without labels (a folder without class folders), or a class that the network
+                does not have.
         """
         lowest, highest = int(self.labels.min()), int(self.labels.max())
         if lowest < 0:
@@ -81,13 +82,17 @@ class LabelledImages:
 
 
 def fit_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Bring ``(N, c, h, w)`` images in [0, 1] to ``shape`` (C, H, W).
+    """Convert ``(N, c, h, w)`` images in [0, 1] to ``shape`` (C, H, W).
 
-    28x28 images are put in the middle of 32x32 (LeCun's way with LeNet-5); other sizes are resized
-    bilinearly. Grey images are repeated for colour networks, colour images averaged for grey ones.
+    28x28 images are padded to 32x32, as LeCun did for LeNet-5; other sizes are resized bilinearly. Grey images are
+    repeated for colour networks, colour images averaged for grey ones.
 
     Raises:
-        UserError: channels that are neither the network's nor can be made so.
+        UserError: the channels differ and are not 1 and 3.
+
+    Example:
+        >>> fit_shape(torch.zeros(5, 1, 28, 28), (3, 32, 32)).shape
+        torch.Size([5, 3, 32, 32])
     """
     channels, height, width = shape
     if images.shape[1] != channels:
@@ -107,7 +112,7 @@ def fit_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def data_root(given: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder of real data: ``given``, or what the variable ``ZSKD_NNI_DATA`` names, or None."""
+    """The folder of real data: ``given``, or the one in the variable ``ZSKD_NNI_DATA``, or None."""
     value = given or os.environ.get(DATA_VARIABLE)
     return Path(value) if value else None
 
@@ -121,12 +126,17 @@ def load_images(
         name: ``digits`` (embedded in scikit-learn), ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``svhn``,
             or the path of an ``.npz`` (``images`` uint8 ``(N, H, W[, C])``, ``labels``) or of a folder of images
             with one sub-folder a class.
-        split: ``train`` or ``test``; of no meaning for a path.
-        root: where named sets lie, in torchvision's layout; ``ZSKD_NNI_DATA`` where absent.
+        split: ``train`` or ``test``; ignored for a path.
+        root: folder of the named sets, in torchvision's layout; by default that of ``ZSKD_NNI_DATA``.
         download: let torchvision fetch a named set into ``root``.
 
     Raises:
-        UserError: the set is not there, or cannot be read.
+        UserError: the set does not exist, or cannot be read.
+
+    Example:
+        >>> images = load_images("digits")
+        >>> images.images.shape, images.images.dtype, len(images.labels)
+        (torch.Size([360, 1, 8, 8]), torch.uint8, 360)
     """
     if split not in ("train", "test"):
         raise UserError(f"A data set's split is train or test, not {split!r}.")
@@ -137,7 +147,7 @@ def load_images(
     path = Path(name)
     if path.suffix == ".npz":
         return _npz(path)
-    with contextlib.suppress(OSError, ValueError):  # a name that no folder can have
+    with contextlib.suppress(OSError, ValueError):  # the name may be one that no folder can have
         if path.is_dir():
             return _folder(path)
     raise UserError(
@@ -177,7 +187,7 @@ def _named(name: str, split: str, root: Path | None, download: bool) -> Labelled
             "--download lets torchvision fetch it there."
         ) from error
     except Exception as error:  # damaged files raise anything
-        raise UserError(f"The data set {name} could not be had in {root} ({error}).") from error
+        raise UserError(f"The data set {name} could not be read in {root} ({error}).") from error
     images = torch.as_tensor(np.asarray(dataset.data))
     if name == "svhn":  # torchvision keeps it as (N, 3, 32, 32)
         return LabelledImages(images, torch.as_tensor(dataset.labels, dtype=torch.int64), name)
@@ -212,18 +222,18 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
 
 
 def _colours(image: Any, file: Path) -> np.ndarray[Any, Any]:
-    """``(H, W, 3)`` bytes of an opened image; sixteen bits of grey are scaled, which Pillow would cut off at 255."""
+    """``(H, W, 3)`` bytes of an opened image; 16-bit grey is scaled, which Pillow would clip at 255."""
     if image.mode.startswith("I;16"):
         return np.repeat((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise UserError(f"{file} has pixels of 32 bits, whose range nobody knows; save it with 8 or 16.")
+        raise UserError(f"{file} has pixels of 32 bits, whose range is unknown; save it with 8 or 16.")
     return np.asarray(image.convert("RGB"))
 
 
 def _folder(path: Path) -> LabelledImages:
     from PIL import Image
 
-    # .ipynb_checkpoints and __MACOSX, which appear by themselves, are no classes: they would shift all others.
+    # Not classes: .ipynb_checkpoints and __MACOSX, which would shift the numbers of all others.
     classes = sorted(e.name for e in path.iterdir() if e.is_dir() and not e.name.startswith((".", "__")))
     files = [(file, index) for index, name in enumerate(classes) for file in sorted((path / name).iterdir())]
     if not classes:
@@ -244,7 +254,7 @@ def _folder(path: Path) -> LabelledImages:
                 arrays.append(_colours(image, file))
         except UserError:
             raise
-        except Exception as error:  # damaged images raise anything, and so do those too large to be meant
+        except Exception as error:  # damaged and oversized images raise anything
             raise UserError(f"{file} cannot be read as an image ({error}).") from error
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:

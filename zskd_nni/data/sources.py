@@ -1,12 +1,11 @@
-"""Transfer sources: on which inputs shall the student imitate the teacher?
+"""Transfer sources: the inputs on which the student imitates the teacher.
 
-Every method answers that one question, so that a stored set of impressions, a balanced arbitrary set and a live
-generator differ only behind this interface.
+A stored set of impressions, a balanced arbitrary set and a live generator have the same interface.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,12 @@ _ROWS_AT_ONCE = 1000
 
 @runtime_checkable
 class TransferSource(Protocol):
-    """Yields batches of images for a student at a step.
+    """Gives the batch of images of a step.
 
     Attributes:
         size: how many distinct images it holds, or None for a stream.
         batch_size: images in a batch.
-        fingerprint: says which images these are; a checkpoint of a run on other images is refused.
+        fingerprint: identifies the images; a checkpoint of a run on other images is refused.
     """
 
     size: int | None
@@ -39,35 +38,41 @@ class TransferSource(Protocol):
         """Images ``(batch_size, C, H, W)`` in the teacher's value range for ``step`` (from 0)."""
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What must be saved so that the source can go on; empty for a source that depends on the step alone."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: nested tensors and plain values; empty if batches depend only on the step."""
         ...
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
         ...
 
 
 class _Stateless:
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise UserError("This transfer source keeps no state, but the checkpoint holds some: it is another's.")
+            raise UserError(
+                "This transfer source keeps no state, but the checkpoint holds some: it is another source's."
+            )
 
 
 class StoredSource(_Stateless):
     """A fixed set of images, drawn in a fresh order every epoch.
 
     Args:
-        images: ``(N, C, H, W)`` in the teacher's value range, of any float type; kept where they are, be that in
-            memory or on disk.
+        images: ``(N, C, H, W)`` in the teacher's value range, of any float type, in memory or on disk.
         batch_size: images in a batch; a smaller set gives all its images.
-        seed: names the orders.
+        seed: names the random streams of the orders.
         fingerprint: of the images.
-        device: where batches are wanted. The first one brings all images to a GPU that has room for them, so that
-            no step waits for the host.
+        device: of the batches. The first batch copies all images to a GPU that has room for them, so that no step
+            waits for the host.
+
+    Example:
+        >>> source = StoredSource(torch.rand(10, 1, 8, 8), batch_size=4, seed=0, fingerprint="ten images")
+        >>> source.size, source.batch(0, torch.Generator()).shape
+        (10, torch.Size([4, 1, 8, 8]))
     """
 
     def __init__(
@@ -79,24 +84,24 @@ class StoredSource(_Stateless):
         device: torch.device | str = "cpu",
     ) -> None:
         if len(images) == 0:
-            raise UserError("The transfer set is empty; a student cannot be taught on no images.")
+            raise UserError("The transfer set is empty; a student cannot be trained without images.")
         self.images = images
         self.size: int | None = len(images)
         self.batch_size = min(batch_size, len(images))
         self.seed = seed
         self.fingerprint = fingerprint
-        self.device, self._settled = torch.device(device), False
+        self.device, self._cached = torch.device(device), False
         self._per_epoch = len(images) // self.batch_size
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
-        """Images ``(batch_size, C, H, W)``, none of the set twice an epoch.
+        """Images ``(batch_size, C, H, W)``, each at most once an epoch.
 
-        What is left of an epoch's order and fills no batch is not shown in it: less than a batch, others each time.
+        An epoch leaves out the images that fill no whole batch: fewer than a batch, other ones each time.
         """
         epoch, position = divmod(step, self._per_epoch)
-        if not self._settled:
-            self.images, self._settled = cache_on_device(self.images, self.device), True
+        if not self._cached:
+            self.images, self._cached = cache_on_device(self.images, self.device), True
         if self._order[0] != epoch:
             order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
             self._order = (epoch, to_device(order, self.images.device))
@@ -105,21 +110,22 @@ class StoredSource(_Stateless):
 
 
 def cache_on_device(images: Tensor | LazyImages, device: torch.device) -> Tensor | LazyImages:
-    """The images in this GPU's memory, where they fill no more than a quarter of what is free; else as they are."""
+    """The images in the GPU's memory if they fill at most a quarter of what is free; otherwise unchanged."""
     if device.type == "cpu" or images.device.type != "cpu":
         return images
     one = images[torch.zeros(1, dtype=torch.long)]
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)  # not every kind of device has it
-    if ask is None or len(images) * one.numel() * one.element_size() > ask(device)[0] * _SHARE_OF_MEMORY:
+    free_memory = getattr(torch.get_device_module(device), "mem_get_info", None)  # not every kind of device has it
+    size = len(images) * one.numel() * one.element_size()
+    if free_memory is None or size > free_memory(device)[0] * _SHARE_OF_MEMORY:
         return images
-    near = torch.empty((len(images), *one.shape[1:]), dtype=one.dtype, device=device)
+    cached = torch.empty((len(images), *one.shape[1:]), dtype=one.dtype, device=device)
     for rows in torch.arange(len(images)).split(_ROWS_AT_ONCE):
-        near[int(rows[0]) : int(rows[-1]) + 1] = images[rows].to(device)
-    return near
+        cached[int(rows[0]) : int(rows[-1]) + 1] = images[rows].to(device)
+    return cached
 
 
 class NoiseSource(_Stateless):
-    """A stream of uniform noise: the control that any method must beat.
+    """A stream of uniform noise: the control that every method must beat.
 
     Args:
         spec: shape and value range.

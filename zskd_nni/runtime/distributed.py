@@ -1,7 +1,7 @@
-"""Several processes at one piece of work, as torchrun starts them: how it is divided, and how they agree.
+"""The processes that torchrun starts: how they divide work, and how they agree.
 
-What they say to each other goes through ``torch.distributed``; when one of them dies, torchrun stops the others and
-starts all of them anew. Outside of a process group a team has one member, and nothing here costs anything.
+They communicate through ``torch.distributed``. When one of them dies, torchrun stops the others and starts all of them
+anew. Outside of a process group a team has one member, and nothing here costs anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,10 @@ from zskd_nni.runtime.locks import one_of_the_writers, only_writer
 from zskd_nni.runtime.torchrun import launched
 
 T = TypeVar("T")
-# One process may wait for another as long as that works, and torchrun notices those that do not live any more.
-_PATIENCE = timedelta(days=7)
-_BETWEEN_LOOKS = 0.01
-_OF_BROKEN_CONNECTIONS = ("onnection", "gloo", "NCCL", "Broken pipe", "imed out")
+# A process waits for another as long as that works; torchrun notices a dead one.
+_TIMEOUT = timedelta(days=7)
+_POLL_SECONDS = 0.01
+_BROKEN_CONNECTION_WORDS = ("onnection", "gloo", "NCCL", "Broken pipe", "imed out")
 
 
 class WorkerLostError(UserError):
@@ -37,12 +37,17 @@ class WorkerLostError(UserError):
 
 
 def share(work: Sequence[T], rank: int, size: int) -> list[T]:
-    """The part of ``work`` that is ``rank``'s out of ``size``: every ``size``-th piece, so that all get as much."""
+    """Every ``size``-th piece of ``work``, beginning with number ``rank``.
+
+    Example:
+        >>> share(range(7), rank=1, size=3)
+        [1, 4]
+    """
     return list(work[rank::size])
 
 
 class Team:
-    """The processes that work together, seen from one of them. All of them must call its methods in the same order.
+    """The processes that work together, seen from one of them. All must call its methods in the same order.
 
     Args:
         rank: of this process, from 0.
@@ -54,12 +59,12 @@ class Team:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody else."""
+        """Whether this is the only process."""
         return self.size == 1
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that does what one alone may do."""
+        """Whether this is the first process, which alone writes files."""
         return self.rank == 0
 
     def share(self, work: Sequence[T]) -> list[T]:
@@ -67,7 +72,7 @@ class Team:
         return share(work, self.rank, self.size)
 
     def wait(self) -> None:
-        """Until all are here; a signal that asks to stop is answered meanwhile.
+        """Wait until all processes have called this; a signal that asks to stop is obeyed meanwhile.
 
         Raises:
             WorkerLostError: one of them is gone.
@@ -78,37 +83,30 @@ class Team:
             arrival = dist.all_reduce(torch.zeros(1), async_op=True)
             while not arrival.is_completed():
                 signals.check()
-                time.sleep(_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
             arrival.wait()
 
     def first(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives (JSON-able) where the first alone calls it, for all; the others wait for it."""
-        if self.alone:
-            return work()
-        answer = work() if self.leads else None
-        self.wait()
-        message = _encoded(answer) if self.leads else torch.empty(0, dtype=torch.uint8)
-        size = self.largest(len(message))
-        if not self.leads:
-            message = torch.empty(size, dtype=torch.uint8)
-        self.take_from_first(message)
-        return cast(T, answer if self.leads else _decoded(message))
+        """Call ``work`` in the first process alone; all return its JSON-able result, and the others wait for it."""
+        result = work() if self.leads else None
+        return cast(T, result if self.alone else self.collect(result)[0])
 
     def collect(self, value: T) -> list[T]:
-        """Everybody's ``value`` (JSON-able), in the order of ranks, for all."""
+        """The JSON-able ``value`` of every process, in the order of ranks."""
         if self.alone:
             return [value]
         self.wait()
-        message = _encoded(value)
-        room = torch.full((self.largest(len(message)),), ord(" "), dtype=torch.uint8)  # JSON may end in spaces
-        room[: len(message)] = message
-        messages = [torch.empty_like(room) for _ in range(self.size)]
+        # Not torch's own exchange of objects, which unpickles what comes over the network.
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        padded = torch.full((self.largest(len(message)),), ord(" "), dtype=torch.uint8)  # JSON may end in spaces
+        padded[: len(message)] = message
+        messages = [torch.empty_like(padded) for _ in range(self.size)]
         with _translate_dist_errors():
-            dist.all_gather(messages, room)
-        return [_decoded(one) for one in messages]
+            dist.all_gather(messages, padded)
+        return [json.loads(one.numpy().tobytes()) for one in messages]
 
     def largest(self, value: int) -> int:
-        """The largest of everybody's ``value``."""
+        """The largest ``value`` of all processes."""
         if self.alone:
             return value
         held = torch.tensor(value)
@@ -117,25 +115,16 @@ class Team:
         return int(held)
 
     def add(self, values: Tensor) -> None:
-        """Put the sum of everybody's ``values`` in their place."""
+        """Replace ``values`` by their sum over all processes."""
         if not self.alone:
             with _translate_dist_errors():
                 dist.all_reduce(values)
 
-    def take_from_first(self, values: Tensor) -> None:
-        """Put the first process's ``values`` in the place of everybody's."""
+    def broadcast(self, values: Tensor) -> None:
+        """Replace ``values`` by those of the first process."""
         if not self.alone:
             with _translate_dist_errors():
                 dist.broadcast(values, src=0)
-
-
-def _encoded(value: Any) -> Tensor:
-    # Not torch's own exchange of objects, which unpickles what comes over the network.
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _decoded(message: Tensor) -> Any:
-    return json.loads(message.numpy().tobytes())
 
 
 @contextmanager
@@ -149,16 +138,16 @@ def _translate_dist_errors() -> Iterator[None]:
                 "join it with init_process_group('cpu:gloo,cuda:nccl')."
             ) from error
         broken = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-        if not broken and not any(word in str(error) for word in _OF_BROKEN_CONNECTIONS):
+        if not broken and not any(word in str(error) for word in _BROKEN_CONNECTION_WORDS):
             raise
         raise WorkerLostError(
             "Another process of this launch has ended; its own message tells why. What was finished is kept, and the "
-            "same command goes on from there."
+            "same command continues from there."
         ) from error
 
 
 def team() -> Team:
-    """All processes of the process group that this one has joined; otherwise it is alone."""
+    """The processes of this one's process group, or this one alone."""
     if dist.is_available() and dist.is_initialized():
         return Team(dist.get_rank(), dist.get_world_size())
     return Team()
@@ -166,19 +155,19 @@ def team() -> Team:
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Within the block the processes that torchrun started are a :func:`team`; gives this one's own device.
+    """Within the block the processes that torchrun started are one :func:`team`; gives this process's device.
 
     Args:
         device: ``cpu``, ``cuda`` (each process of a machine takes a GPU of its own), or ``cuda:N``.
 
     Raises:
-        UserError: several machines, and a restart would not work on them.
+        UserError: there are several machines, and torchrun could not restart on them.
     """
     here = launched()
     if here is None or here.size == 1 or dist.is_initialized():
         yield device
         return
-    if here.reused_store and here.size > here.local_size:  # machines count their restarts each for itself
+    if here.reused_store and here.size > here.local_size:  # every machine counts its own restarts
         raise UserError(
             "torchrun on several machines needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: "
             "without it, processes that were started anew look for the dead ones."
@@ -192,22 +181,20 @@ def joined(device: str) -> Iterator[str]:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://"))
-    if here.reused_store:  # what the dead left in it would be taken for the living (pytorch/pytorch#135712)
+    if here.reused_store:  # entries of dead processes would be taken for living ones (pytorch/pytorch#135712)
         store = PrefixStore(f"restart {here.restart}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     yield device
-    team().wait()  # nobody leaves while another is still to find it
-    dist.destroy_process_group()  # after an error it ends with the process, which nobody then waits for
+    team().wait()  # no process leaves while another still looks for it
+    dist.destroy_process_group()  # after an error it ends with the process
 
 
 @contextmanager
 def only_writers(folder: Path) -> Iterator[Team]:
-    """As :func:`~zskd_nni.runtime.locks.only_writer`, for all of a team.
+    """Within the block no other run writes into ``folder``: :func:`~zskd_nni.runtime.locks.only_writer` for a team.
 
-    Within the block nobody else writes into ``folder``.
-
-    The lock is held by every process as long as it lives, so that a second launch is refused while one of the first
-    is still at work, whichever that is.
+    Every process holds the lock as long as it lives, so that a second launch is refused while any process of the first
+    still works.
 
     Raises:
         FolderInUseError: another run is at work there.
@@ -223,4 +210,4 @@ def only_writers(folder: Path) -> Iterator[Team]:
                 held.enter_context(one_of_the_writers(folder, first=False))
         yield here
         here.wait()
-    here.wait()  # all have let go: the first may take the folder again
+    here.wait()  # all have released the lock: the first may take the folder again

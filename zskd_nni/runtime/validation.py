@@ -1,4 +1,4 @@
-"""Checking mappings against the settings classes: unknown keys are named together with the nearest right one."""
+"""Checks of settings: plain values against settings classes, and fields against their bounds."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def build_settings(kind: type[T], values: Mapping[str, Any], where: str = "") ->
     Raises:
         ValueError: one sentence that names the key path, what is wrong and what would be right.
     """
-    if said := boolean_for_a_number(kind, values, where):
-        raise ValueError(said)
+    if problem := boolean_for_a_number(kind, values, where):
+        raise ValueError(problem)
     try:
         return _adapter(cast(Any, kind)).validate_python(dict(values))
     except ValidationError as error:
@@ -40,7 +40,7 @@ def build_settings(kind: type[T], values: Mapping[str, Any], where: str = "") ->
 
 
 def boolean_for_a_number(kind: Any, values: Any, where: str = "") -> str | None:
-    """One sentence about the first ``true`` or ``false`` where a number belongs, which pydantic takes for 1 or 0.
+    """One sentence about the first ``true`` or ``false`` in the place of a number; pydantic would read 1 or 0.
 
     Args:
         kind: a settings class, or the annotation of one of its fields.
@@ -60,8 +60,8 @@ def boolean_for_a_number(kind: Any, values: Any, where: str = "") -> str | None:
         kinds = [part for option in options if get_origin(option) in (list, tuple) for part in get_args(option)]
         inner = [(str(number), part, value) for number, value in enumerate(values) for part in kinds[:1]]
     for key, part, value in inner:
-        if said := boolean_for_a_number(part, value, f"{where}.{key}" if where else key):
-            return said
+        if problem := boolean_for_a_number(part, value, f"{where}.{key}" if where else key):
+            return problem
     return None
 
 
@@ -80,8 +80,7 @@ def describe_validation(error: ValidationError, kind: Any, where: str = "") -> s
             return f"{path.rpartition('.')[0]}: entry {int(location[-1]) + 1} is missing"
         return f"the key {path!r} is missing"
     if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-        return f"{path}: {message}" if path else message
+        return ": ".join(filter(None, (path, str(problem["ctx"]["error"]))))
     text = problem["msg"].replace("valid tuple", "list").replace("valid dictionary", "mapping")  # as YAML calls them
     return f"{path}: {text[0].lower()}{text[1:]}, not {problem['input']!r}"
 
@@ -129,7 +128,7 @@ class Bounds:
     """Which values a field may have: ``Annotated[float, Bounds("must be positive", lambda value: value > 0)]``.
 
     Attributes:
-        sentence: goes on after the field's name.
+        sentence: what follows the field's name in the message.
         holds: whether a value is allowed.
     """
 
@@ -138,13 +137,18 @@ class Bounds:
 
 
 def one_of(*names: str) -> Bounds:
-    """The bounds of a field that is one of a few words."""
+    """The bounds of a string that is one of ``names``."""
     return Bounds(f"is one of {', '.join(names)}", lambda value: value in names)
+
+
+def within(low: float, high: float) -> Bounds:
+    """The bounds of a number in ``[low, high]``."""
+    return Bounds(f"must lie in [{low}, {high}]", lambda value: low <= value <= high)
 
 
 Positive = Annotated[float, Bounds("must be positive", lambda value: 0 < value < math.inf)]
 NotNegative = Annotated[float, Bounds("must not be negative", lambda value: 0 <= value < math.inf)]
-Fraction = Annotated[float, Bounds("must lie in [0, 1]", lambda value: 0 <= value <= 1)]
+Fraction = Annotated[float, within(0, 1)]
 Count = Annotated[int, Bounds("must be at least 1", lambda value: value >= 1)]
 CountOrZero = Annotated[int, Bounds("must not be negative", lambda value: value >= 0)]
 

@@ -71,7 +71,7 @@ class DataParallel:
         if not self.divided:
             return images
         held = images.detach().contiguous()
-        self.team.take_from_first(held)
+        self.team.broadcast(held)
         return held
 
     def variance(self, values: Tensor) -> Tensor | None:
@@ -102,7 +102,7 @@ class DataParallel:
         with torch.no_grad():
             for value in _distinct(state.values()):
                 held = value.detach().contiguous()
-                self.team.take_from_first(held)
+                self.team.broadcast(held)
                 value.copy_(held)
 
     def add_gradients(self, model: nn.Module, optimizer: Optimizer, loss: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a network answers to a set of labelled images."""
+"""Logits of a network on a labelled set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of distillation: pure functions of tensors."""
+"""Losses of distillation and synthesis: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,34 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
         student: logits ``(N, K)``.
         teacher: logits ``(N, K)``.
         temperature: T > 0.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+        >>> distillation_loss(logits, logits, 20).item()
+        0.0
+        >>> distillation_loss(torch.zeros(1, 3), logits, 20) > 0
+        tensor(True)
     """
+    return temperature**2 * _mean_divergence(student, teacher, temperature)
+
+
+def _mean_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch."""
     log_student = functional.log_softmax(student / temperature, 1)
     log_teacher = functional.log_softmax(teacher / temperature, 1)
-    return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 def soft_target_divergence(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> Tensor:
     """``KL(targets || softmax(logits / T))`` of each row: ``(N, K), (N, K), scalar or (N, 1) -> (N,)``.
 
-    It differs from the cross-entropy of ZSKD's equation 5 by the targets' entropy alone, so that its gradient is
-    the same and its value is 0 where the fit is perfect.
+    It differs from the cross-entropy of ZSKD's equation 5 by the entropy of the targets. Its gradient is the same, and
+    it is 0 where the answer equals the target.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 3.0]])
+        >>> soft_target_divergence(logits, (logits / 2).softmax(1), 2)
+        tensor([0.])
     """
     log_probabilities = functional.log_softmax(logits / temperature, 1)
     return functional.kl_div(log_probabilities, targets, reduction="none").sum(1)
@@ -35,21 +52,30 @@ def soft_target_divergence(logits: Tensor, targets: Tensor, temperature: float |
 def total_variation(images: Tensor, knee: float = 0.05) -> Tensor:
     """Sum of Huber's loss of the differences of neighbouring pixels: ``(N, C, H, W) -> (N,)``.
 
-    Quadratic below ``knee`` (``d^2 / 2 knee``), linear above it (``|d| - knee / 2``), so that edges are not punished
-    for being sharp.
+    Quadratic below ``knee`` (``d^2 / 2 knee``), linear above it (``|d| - knee / 2``), so that a sharp edge costs no
+    more than a smooth one of the same height.
+
+    Example:
+        >>> edge = torch.tensor([[[[0.0, 1.0]]]])
+        >>> total_variation(edge)
+        tensor([0.9750])
     """
 
     def huber(difference: Tensor) -> Tensor:
-        return functional.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=knee).sum(
-            (1, 2, 3)
-        )
+        losses = functional.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=knee)
+        return losses.sum((1, 2, 3))
 
     down, right = images[:, :, 1:] - images[:, :, :-1], images[:, :, :, 1:] - images[:, :, :, :-1]
     return (huber(down) + huber(right)) / knee
 
 
 def channel_moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, over images and positions: ``(N, C, ...) -> (C,), (C,)`` float32."""
+    """Mean and biased variance of each channel, over images and positions: ``(N, C, ...) -> (C,), (C,)`` float32.
+
+    Example:
+        >>> channel_moments(torch.tensor([[[1.0, 3.0]]]))
+        (tensor([2.]), tensor([1.]))
+    """
     features, over = features.float(), [0, *range(2, features.ndim)]
     mean = features.mean(over, keepdim=True)
     variance = (features - mean).square().mean(over)  # on a CPU in two thirds of what var() takes with its gradient
@@ -57,7 +83,7 @@ def channel_moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def statistics_distance(found: Tensor, spread: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """How far the channels' means and variances of some images are from others: ``(C,)`` each ``-> scalar``.
+    """Distance of the channels' means and variances from given ones: ``(C,)`` each ``-> scalar``.
 
     ``|found - mean|_2 + |spread - variance|_2`` (DeepInversion, equation 4); the variances are the biased ones.
     """
@@ -72,23 +98,31 @@ def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
         teacher: logits ``(N, K)``.
         temperature: T > 0; there is no factor T^2.
         over: the mean is taken over all N * K ``elements``, as ZSKT's released code does, or over ``images``.
+
+    Example:
+        >>> student, teacher = torch.zeros(2, 4), torch.eye(2, 4)
+        >>> belief_divergence(student, teacher) * 4 == belief_divergence(student, teacher, over="images")
+        tensor(True)
     """
-    log_student = functional.log_softmax(student / temperature, 1)
-    log_teacher = functional.log_softmax(teacher / temperature, 1)
-    divergence = functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    divergence = _mean_divergence(student, teacher, temperature)
     return divergence / student.shape[1] if over == "elements" else divergence
 
 
 def feature_loss(student: Tensor, teacher: Tensor, variance: Tensor | None = None) -> Tensor:
     """Mean squared difference of two layers' outputs over the teacher's variance: ``(N, ...), (N, ...) -> scalar``.
 
-    1 is as bad as answering every image with the teacher's mean. The variance is taken over the batch, for each number
-    by itself, and then averaged.
+    A loss of 1 is that of a student with the teacher's mean output for every image. The variance over the batch is
+    taken for each number and then averaged.
 
     Args:
         student: outputs of a layer.
         teacher: outputs of the same shape, for the same images.
-        variance: that of a larger batch, a scalar, where these images are a part of one.
+        variance: that of the whole batch, a scalar, where these images are a part of it.
+
+    Example:
+        >>> teacher = torch.tensor([[1.0], [3.0]])
+        >>> feature_loss(torch.full((2, 1), 2.0), teacher)
+        tensor(1.)
     """
     if variance is None:
         variance = teacher.var(0, unbiased=False).mean()
@@ -96,13 +130,18 @@ def feature_loss(student: Tensor, teacher: Tensor, variance: Tensor | None = Non
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Mean of the squared channels, flattened, of length 1: ``(N, C, H, W) -> (N, H * W)`` (ZSKT, section 3.2)."""
-    return functional.normalize(_with_gradient_laid_out_alike(features).square().mean(1).flatten(1), dim=1)
+    """Mean of the squared channels, flattened, of length 1: ``(N, C, H, W) -> (N, H * W)`` (ZSKT, section 3.2).
+
+    Example:
+        >>> attention_map(torch.tensor([[[[2.0, 0.0]], [[2.0, 0.0]]]]))
+        tensor([[1., 0.]])
+    """
+    return functional.normalize(_with_gradient_in_same_layout(features).square().mean(1).flatten(1), dim=1)
 
 
-def _with_gradient_laid_out_alike(features: Tensor) -> Tensor:
-    # A mean over channels sends back a gradient with the channels first. Added to that of a network whose channels lie
-    # last, it makes the whole residual path behind it run in two layouts at once, which is slow.
+def _with_gradient_in_same_layout(features: Tensor) -> Tensor:
+    # The gradient of a mean over channels is channels-first. Added to the gradient of a channels-last network, it makes
+    # the whole residual path before it run in two memory layouts, which is slow.
     if not features.requires_grad or not features.is_contiguous(memory_format=torch.channels_last):
         return features
     seen = features.view_as(features)
@@ -111,7 +150,7 @@ def _with_gradient_laid_out_alike(features: Tensor) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor, distance: str = "squared-mean") -> Tensor:
-    """How far two attention maps of the same spatial size are apart: ``(N, C, H, W), (N, C', H, W) -> scalar``.
+    """Distance of two attention maps of the same spatial size: ``(N, C, H, W), (N, C', H, W) -> scalar``.
 
     Args:
         student: features.
@@ -123,7 +162,7 @@ def attention_loss(student: Tensor, teacher: Tensor, distance: str = "squared-me
 
 
 def attention_distance(student: Tensor, teacher: Tensor, distance: str = "squared-mean") -> Tensor:
-    """:func:`attention_loss` of maps that are there already: ``(N, H * W), (N, H * W) -> scalar``."""
+    """:func:`attention_loss` of maps: ``(N, H * W), (N, H * W) -> scalar``."""
     difference = student - teacher
     if distance == "squared-mean":
         return difference.square().mean()

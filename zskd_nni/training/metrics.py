@@ -1,4 +1,4 @@
-"""Figures of merit: pure functions of logits and labels."""
+"""Metrics of classifiers: functions of logits and labels, and the mean transition error of two networks."""
 
 from __future__ import annotations
 
@@ -18,27 +18,43 @@ Network = Callable[[Tensor], Tensor]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest logit is the label, in percent: ``(N, K), (N,) -> [0, 100]``."""
+    """Share of rows whose largest logit is the label, in percent: ``(N, K), (N,) -> [0, 100]``.
+
+    Example:
+        >>> accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+        75.0
+    """
     return 100.0 * (logits.argmax(1) == labels).double().mean().item()
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
-    """Share of rows on which two networks choose the same class, in [0, 1]: ``(N, K), (N, K)``."""
+    """Share of rows on which two networks choose the same class: ``(N, K), (N, K) -> [0, 1]``.
+
+    Example:
+        >>> agreement(torch.eye(4), 2 * torch.eye(4))
+        1.0
+    """
     return (first.argmax(1) == second.argmax(1)).double().mean().item()
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:
-    """How often each class (row) is taken for each (column): ``(N, K), (N,) -> (K, K)`` int64 counts."""
+    """How often each class (row) is taken for each (column): ``(N, K), (N,) -> (K, K)`` int64 counts.
+
+    Example:
+        >>> confusion(torch.eye(2)[[0, 0, 1]], torch.tensor([0, 1, 1]))
+        tensor([[1, 0],
+                [1, 1]])
+    """
     classes = logits.shape[1]
     pairs = labels * classes + logits.argmax(1)
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """How far confidence and accuracy are apart, in [0, 1] (Guo et al. 2017, equation 3).
+    """Mean distance of confidence and accuracy, in [0, 1] (Guo et al. 2017, equation 3).
 
-    Images are put into bins of equal width by the probability of the chosen class, bin ``b`` of ``B`` holding
-    ``(b / B, (b + 1) / B]``; the distance of mean confidence and accuracy in each bin is weighted by its share.
+    Images are sorted into bins of equal width by the probability of the chosen class: bin ``b`` of ``B`` holds
+    ``(b / B, (b + 1) / B]``. The distance of mean confidence and accuracy in each bin is weighted by its share.
 
     Args:
         logits: ``(N, K)``.
@@ -47,6 +63,10 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
 
     Raises:
         ValueError: no images or no bins.
+
+    Example:
+        >>> expected_calibration_error(torch.zeros(2, 2), torch.tensor([0, 0]))  # half sure, always right
+        0.5
     """
     if bins < 1 or len(logits) == 0:
         raise ValueError("a calibration error needs at least one image and one bin")
@@ -57,8 +77,8 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     return float(gap.abs().sum() / len(logits))
 
 
-def _answer(network: Network | Teacher, images: Tensor) -> Tensor:
-    """Logits of normalised images, which stay as they are where a network changes its input in place."""
+def _logits(network: Network | Teacher, images: Tensor) -> Tensor:
+    """Logits of normalised images; of a copy, as a network may change its input in place."""
     images = images.clone()
     if isinstance(network, Teacher):  # called itself it would normalise once more
         return network.output(network.model(images))
@@ -73,7 +93,7 @@ def transition_curves(
     steps: int = 100,
     step_size: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities of ``targets`` along the way on which ``followed`` comes to see them (ZSKT, algorithm 2).
+    """Probabilities of ``targets`` while images move towards them by steps along a gradient (ZSKT, algorithm 2).
 
     ``x_0 = x``; at every step ``p^A(x_k)`` and ``p^B(x_k)`` of the target are recorded, and then
     ``x_{k+1} = x_k - xi * d CE(A(x_k), target) / dx``: the raw gradient, without sign, norm, clipping or range. The
@@ -84,7 +104,7 @@ def transition_curves(
             images; tuples and mappings are understood, and so is a :class:`Teacher`. Both are run in ``eval()`` mode.
         other: B, the network beside it (the teacher).
         images: ``(N, C, H, W)``, normalised, on the networks' device.
-        targets: ``(N,)`` the class each image is led to.
+        targets: ``(N,)`` the class that each image moves towards.
         steps: K.
         step_size: xi.
 
@@ -98,10 +118,10 @@ def transition_curves(
         for step in range(steps):
             signals.check()
             at.requires_grad_(True)
-            logits = _answer(followed, at)
+            logits = _logits(followed, at)
             with torch.no_grad():
                 first.append(logits.softmax(1)[rows, targets])
-                second.append(_answer(other, at).softmax(1)[rows, targets])
+                second.append(_logits(other, at).softmax(1)[rows, targets])
             if step + 1 < steps:
                 (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, targets, reduction="sum"), at)
                 at = at.detach() - step_size * gradient
@@ -114,10 +134,10 @@ class TransitionResult:
 
     Attributes:
         error: in [0, 1].
-        images: how many agreed images were followed.
+        images: how many images were used.
         steps: K.
         step_size: xi; the error's size depends on both.
-        followed: ``(K,)`` mean probability of the target by the network that was followed.
+        followed: ``(K,)`` mean probability of the target by the network whose gradient was followed.
         other: ``(K,)`` by the other.
     """
 
@@ -152,8 +172,8 @@ def mean_transition_error(
         steps: K (the paper: 100).
         step_size: xi (the paper: 1).
         limit: at most so many images (the paper: 1,000); None takes all.
-        labels: ``(N,)`` true labels; with them the targets of an image are the ``C - 1`` classes behind its true
-            one, as in the released code, which differs where both networks are wrong alike.
+        labels: ``(N,)`` true labels; with them the targets of an image are the ``C - 1`` classes beside its true
+            one, as in the released code. This differs where both networks make the same mistake.
         batch: transitions in a batch; an image has C - 1.
 
     Raises:
@@ -161,10 +181,10 @@ def mean_transition_error(
     """
     with evaluating(followed, other), torch.no_grad():
         answers = [
-            torch.cat([_answer(network, part).argmax(1) for part in images.split(batch)])
+            torch.cat([_logits(network, part).argmax(1) for part in images.split(batch)])
             for network in (followed, other)
         ]
-        classes = _answer(followed, images[:1]).shape[1]
+        classes = _logits(followed, images[:1]).shape[1]
     agreed = (answers[0] == answers[1]).nonzero().flatten()[:limit]
     if len(agreed) == 0:
         raise UserError("The two networks agree on no image, so that there is no transition error to measure.")
