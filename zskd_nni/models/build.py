@@ -167,10 +167,15 @@ def _import_module(name: str, base: Path | None) -> Any:
 def network_fingerprint(network: nn.Module) -> str:
     """SHA-256 over a network's modules, their settings and its weights."""
     digest = hashlib.sha256(repr(network).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    update_with_weights(digest, network)
     return digest.hexdigest()
+
+
+def update_with_weights(digest: Any, network: nn.Module) -> None:
+    """Update a hash (``hashlib``) with the names, shapes, types and bytes of a network's state dict."""
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def code_fingerprint(reference: str, base: Path | None = None) -> str | None:

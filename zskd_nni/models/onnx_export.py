@@ -8,6 +8,7 @@ import io
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,32 +32,31 @@ class _WithNormalisation(nn.Module):
     def __init__(self, network: nn.Module, spec: InputSpec) -> None:
         super().__init__()
         self.network = network
+        self.is_normalised = spec.is_normalised
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
-        self.plain = spec.mean == (0.0,) and spec.std == (1.0,)
+        for name, values in (("mean", spec.mean), ("std", spec.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         from zskd_nni.models.teacher import first_tensor
 
-        normalised = images if self.plain else (images - self.mean) / self.std
-        return first_tensor(self.network(normalised))
+        if self.is_normalised:
+            images = (images - self.mean) / self.std
+        return first_tensor(self.network(images))
 
 
 def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
-    """The network as ONNX: input ``images (N, C, H, W)`` in the value range, output ``logits (N, K)``, N free.
+    """The network as ONNX: input ``images (N, C, H, W)`` in the value range, output ``logits (N, K)``, any N.
 
     Raises:
         UserError: the network cannot be exported.
     """
-    whole = _exported_network(network, spec)
-    example = spec.midpoint(2)
     try:
         with _quiet():
             program = torch.onnx.export(
-                whole,
-                (example,),
+                _exported_network(network, spec),
+                (spec.midpoint(2),),
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=_ANY_NUMBER_OF_IMAGES,
@@ -71,9 +71,9 @@ def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
 
 
 def check_exportable(network: nn.Module, spec: InputSpec) -> None:
-    """Find out before the long work what :func:`onnx_bytes` would say after it, in a fraction of its time.
+    """Refuse before a long training a network that cannot be exported after it.
 
-    The exporter's first step alone, which reads the network; that ONNX has the operators is seen at the end.
+    Only the exporter's first step is run, a fraction of its time. Operators that ONNX lacks are found at the end.
 
     Raises:
         UserError: the network cannot be exported.
@@ -91,26 +91,23 @@ def check_exportable(network: nn.Module, spec: InputSpec) -> None:
 
 
 def _exported_network(network: nn.Module, spec: InputSpec) -> nn.Module:
+    """A copy on the CPU, in float32 and ``eval()`` mode, with the normalisation in front."""
     plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
     return _WithNormalisation(plain, spec).eval()
 
 
-def _refusal(error: Exception) -> UserError:
-    return UserError(f"The network cannot be exported to ONNX: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what the exporter met, without the colours of a terminal: its own error tells of its steps."""
-    while error.__cause__ is not None:
+def _refusal(error: BaseException) -> UserError:
+    """The first line of the error that stopped the exporter, without terminal colours."""
+    while error.__cause__ is not None:  # the exporter's own error lists its steps
         error = error.__cause__
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    return UserError(f"The network cannot be exported to ONNX: {lines[0]}")
 
 
 def _stripped(model: Any) -> bytes:
-    """The ONNX model without the exporter's notes on where each node comes from.
+    """The ONNX model without the exporter's notes on the origin of each node.
 
-    They are longer than a small network's weights and tell the paths of the machine that exported it.
+    They are larger than a small network's weights, and contain paths of the exporting machine.
     """
     import onnx
 
@@ -125,24 +122,36 @@ def _stripped(model: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+        logger.setLevel(level)
 
 
 def checking_batch(images: Tensor) -> int:
-    """How many images are answered at once where an export is checked: 500, fewer of large ones."""
+    """How many images to run at once when an export is checked: 500, fewer of large ones."""
     return min(500, inference_batch(images[0].numel()))
 
 
 def run_onnx(model: bytes | str | Path, images: Tensor) -> Tensor:
-    """Logits ``(N, K)`` of an ONNX model in onnxruntime on the CPU."""
+    """Logits ``(N, K)`` of an ONNX model in onnxruntime on the CPU.
+
+    Args:
+        model: the file, or its bytes.
+        images: ``(N, C, H, W)`` in the value range.
+
+    Example:
+        >>> from zskd_nni import load_teacher
+        >>> teacher = load_teacher("lenet5-digits")
+        >>> run_onnx(onnx_bytes(teacher.model, teacher.spec), torch.zeros(3, 1, 32, 32)).shape
+        torch.Size([3, 10])
+    """
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
@@ -199,11 +208,10 @@ def export_onnx(
         ...     export_onnx(teacher.model, teacher.spec, f"{folder}/teacher.onnx") < 1e-4
         True
     """
-    random = torch.Generator().manual_seed(0)
     if images is None:
-        images = spec.low + (spec.high - spec.low) * torch.rand((16, *spec.shape), generator=random)
+        images = spec.uniform_noise(16)
     elif not isinstance(images, Tensor):
-        images = images.batch(0, random)
+        images = images.batch(0, torch.Generator().manual_seed(0))
     images = images.cpu()
     data = onnx_bytes(network, spec)
     exported = _exported_network(network, spec)
@@ -213,7 +221,8 @@ def export_onnx(
     difference = float((run_onnx(data, images) - expected).abs().max() / expected.abs().max().clamp_min(1))
     if not difference <= tolerance:
         raise UserError(
-            f"onnxruntime answers otherwise than the network: logits differ by {difference:.2g}, relatively."
+            f"onnxruntime's logits differ from the network's by {difference:.2g} of the largest logit; at most "
+            f"{tolerance:g} is allowed."
         )
     write_atomic(path, data)
     return difference

@@ -1,4 +1,4 @@
-"""The teacher: a frozen copy of the user's classifier, and what must be known about its inputs."""
+"""The teacher: a frozen copy of the user's classifier together with its input spec."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights
+from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights, update_with_weights
 from zskd_nni.models.hooks import hooked
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.local_response_norm import fast_response_norms
@@ -29,16 +29,12 @@ def first_tensor(output: Any) -> Tensor:
     """The logits in what a model returns: a tensor itself, the ``logits`` of a mapping, else the first tensor."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, dict):
-        if isinstance(output.get("logits"), Tensor):
-            return output["logits"]
-        output = list(output.values())
-    elif hasattr(output, "logits") and isinstance(output.logits, Tensor):
-        return output.logits
-    if isinstance(output, Sequence):
-        for entry in output:
-            if isinstance(entry, Tensor):
-                return entry
+    mapping = isinstance(output, Mapping)
+    named = output.get("logits") if mapping else getattr(output, "logits", None)
+    entries = output.values() if mapping else output if isinstance(output, Sequence) else ()
+    for entry in (named, *entries):
+        if isinstance(entry, Tensor):
+            return entry
     raise UserError(
         f"The model returns {type(output).__name__}, in which no tensor of logits was found; pass output=, a "
         "function that takes what the model returns and gives the logits (N, classes)."
@@ -46,27 +42,33 @@ def first_tensor(output: Any) -> Tensor:
 
 
 class Teacher:
-    """A frozen, ``eval()``, float32 copy of a classifier. The given module is left exactly as it was.
+    """A frozen float32 copy of a classifier in ``eval()`` mode. The given module is left exactly as it was.
 
     Args:
-        model: any classifier ``(N, C, H, W) -> (N, classes)``; tuples and mappings go through ``output``.
+        model: any classifier ``(N, C, H, W) -> (N, classes)``; other outputs go through ``output``.
         spec: shape, value range and normalisation of its input; ``(channels, height, width)`` alone for images in
             [0, 1] that are not normalised.
-        classifier: path of the layer that makes the logits (``nn.Linear`` or a 1x1 convolution). Found by
-            watching a forward pass where absent.
-        output: takes what the model returns and gives the logits; see :func:`first_tensor`.
-        code: a digest of the code that the model is made of, where that may change; part of the fingerprint.
+        classifier: path of the layer that computes the logits (``nn.Linear`` or a 1x1 convolution). By default it is
+            found in a forward pass.
+        output: a function from what the model returns to the logits; by default :func:`first_tensor`.
+        code: a digest of the model's code, where that may change; part of the fingerprint.
 
     Attributes:
         model: the copy.
         classifier_path: path of the classifier layer.
         num_classes: number of logits.
-        fingerprint: SHA-256 over weights, modules and their plain settings, classifier path, input description,
-            the name of a given ``output`` and ``code``. What stands in a ``forward`` alone is not in it.
+        fingerprint: SHA-256 over weights, modules and their plain attributes, classifier path, input spec, the name of
+            a given ``output``, and ``code``. The code of ``forward`` is not in it.
 
     Raises:
-        UserError: a model that cannot be copied, weights that are not finite, BatchNorm that remembers nothing, an
-            input the model cannot take, a classifier that cannot be found.
+        UserError: the model cannot be copied or cannot take the input, its weights are not finite, a BatchNorm has no
+            running statistics, or the classifier cannot be found.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> teacher = Teacher(model, (1, 8, 8))
+        >>> teacher.classifier_path, teacher(torch.zeros(2, 1, 8, 8)).shape
+        ('1', torch.Size([2, 10]))
     """
 
     def __init__(
@@ -85,23 +87,23 @@ class Teacher:
             frozen = copy.deepcopy(model).float().eval().requires_grad_(False)
         except Exception as error:  # such as of torch.nn.utils.weight_norm
             raise UserError(
-                f"The teacher cannot be copied ({error}); remove what its layers carry besides their weights, such as "
-                "by torch.nn.utils.remove_weight_norm."
+                f"The teacher cannot be copied ({error}); remove reparametrisations of its weights, such as by "
+                "torch.nn.utils.remove_weight_norm."
             ) from error
-        device = next((p.device for p in frozen.parameters()), torch.device("cpu"))
-        self.model = use_channels_last(frozen, spec.example_input().to(device))
+        self.model = frozen
+        use_channels_last(frozen, self.example_input())
         self._has_response_norms = any(isinstance(m, nn.LocalResponseNorm) for m in frozen.modules())
         self.classifier_path, self.num_classes = self._find_classifier(classifier)
         self.fingerprint = self._fingerprint(code)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     @property
     def classifier(self) -> nn.Linear | nn.Conv2d:
-        """The layer that makes the logits."""
+        """The layer that computes the logits."""
         layer = self.model.get_submodule(self.classifier_path)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         return layer
@@ -135,19 +137,20 @@ class Teacher:
             return torch.cat([self(part.to(self.device)).cpu() for part in parts])
 
     def _find_classifier(self, given: str | None) -> tuple[str, int]:
-        watched = dict(classifier_candidates(self.model))
-        if given is not None and given not in watched:
-            known = ", ".join(list(watched)[-5:]) or "none"
+        """Path of the classifier and number of classes, from a forward pass on noise.
+
+        Noise, so that no two layers have the same outputs by chance.
+        """
+        candidates = dict(classifier_candidates(self.model))
+        if given is not None and given not in candidates:
+            known = ", ".join(list(candidates)[-5:]) or "none"
             raise UserError(
                 f"The teacher has no linear layer or 1x1 convolution at {given!r} (classifier); its last ones: {known}."
             )
         calls: list[tuple[str, Tensor]] = []
         try:
-            with torch.no_grad(), hooked(self.model, watched, after=lambda *call: calls.append(call)):
-                # A random image, so that no two layers answer alike by chance.
-                probe = torch.rand((2, *self.spec.shape), generator=torch.Generator().manual_seed(0))
-                probe = self.spec.low + (self.spec.high - self.spec.low) * probe
-                logits = self(probe.to(self.device))
+            with torch.no_grad(), hooked(self.model, candidates, after=lambda *call: calls.append(call)):
+                logits = self(self.spec.uniform_noise(2).to(self.device))
         except UserError:
             raise
         except Exception as error:
@@ -164,15 +167,15 @@ class Teacher:
             raise UserError("The teacher's logits are not finite on a random image; its weights overflow.")
         classes = logits.shape[1]
         if given is not None:
-            width = watched[given].weight.shape[0]
+            width = candidates[given].weight.shape[0]
             if width != classes:
                 raise UserError(f"The layer {given!r} (classifier) has {width} outputs, the teacher {classes} classes.")
             return given, classes
         for path, out in reversed(calls):
             if isinstance(out, Tensor) and out.numel() == logits.numel() and torch.equal(out.flatten(1), logits):
                 return path, classes
-        for path, _ in reversed(calls):  # something (a scale, a log-softmax) stands behind the layer
-            if watched[path].weight.shape[0] == classes:
+        for path, _ in reversed(calls):  # something (a scale, a log-softmax) follows the layer
+            if candidates[path].weight.shape[0] == classes:
                 return path, classes
         raise UserError(
             f"No linear layer or 1x1 convolution with {classes} outputs was found to be the classifier; "
@@ -187,9 +190,7 @@ class Teacher:
             settings = {name: settings[name] for name in sorted(settings) if _is_plain(settings[name])}
             settings.pop("training", None)
             digest.update(repr((path, type(module).__qualname__, settings)).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        update_with_weights(digest, self.model)
         return digest.hexdigest()
 
 
@@ -208,11 +209,11 @@ def load_teacher(
     Args:
         name: of a shipped teacher, which needs nothing else, or of a network as in
             :func:`~zskd_nni.models.build.build_network`.
-        spec: the input of a network.
+        spec: input spec of a network.
         weights: of a network: a file, or ``zoo:NAME`` for those of a shipped teacher.
         arguments: keyword arguments of the network's factory.
-        classifier: path of the layer that makes the logits, where it is not found.
-        base: the folder that relative files are meant from.
+        classifier: path of the layer that computes the logits, where it is not found.
+        base: the folder that relative files are in.
         allow_pt: also read weights in PyTorch's own format.
 
     Raises:
