@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from zskd_nni.models.input_spec import InputSpec
 
-_BLOCK = 250  # figures share their number of corners and cells within a block
+BLOCK = 250  # figures share their number of corners and cells within a block
 
 
 def start_images(
@@ -37,7 +37,7 @@ def start_images(
         ``(count, C, H, W)`` images in the value range, and ``(count, 1, H, W)`` which pixels may change, 1 or 0;
         None where all may.
     """
-    draw = _Draw(spec, random)
+    draw = Draw(spec, random)
     free: Tensor | None = None
     if kind == "uniform":
         unit = torch.rand((count, *spec.shape), generator=random)
@@ -58,10 +58,10 @@ def start_images(
 
 
 def _blocks(count: int) -> list[int]:
-    return [min(_BLOCK, count - first) for first in range(0, count, _BLOCK)]
+    return [min(BLOCK, count - first) for first in range(0, count, BLOCK)]
 
 
-class _Draw:
+class Draw:
     """Random fields over the image plane; every draw comes from one generator."""
 
     def __init__(self, spec: InputSpec, random: torch.Generator) -> None:
@@ -79,6 +79,7 @@ class _Draw:
         return torch.rand((count, 1, 1, 1), generator=self.random) < probability
 
     def one_of(self, values: tuple[int, ...]) -> int:
+        """One of ``values`` by chance."""
         return values[int(torch.randint(len(values), (1,), generator=self.random))]
 
     def waves(self, count: int, cells: int, channels: int = 1) -> Tensor:
@@ -115,18 +116,22 @@ class _Draw:
             u, v = self.axes(count)
             radius = ((u / self.between(count, 0.1, 0.95)) ** 2 + (v / self.between(count, 0.1, 0.95)) ** 2).sqrt()
             return (1 - radius) * 0.4
-        if kind == 2:  # a polygon
-            corners, turn = self.one_of((3, 4, 5, 6)), self.between(count, 0, 2 * math.pi)
-            field = torch.full((count, 1, self.height, self.width), math.inf)
-            for corner in range(corners):
-                angle = turn + 2 * math.pi * (corner + self.between(count, -0.3, 0.3)) / corners
-                edge = self.between(count, 0.2, 0.9) - (self.x * angle.cos() + self.y * angle.sin())
-                field = torch.minimum(field, edge)
-            return field
+        if kind == 2:
+            return self.polygon(count, self.x, self.y, (0.2, 0.9))
         waves = self.waves(count, self.one_of((2, 3, 4, 5, 7))) + self.between(count, -0.5, 0.5)
         if kind == 3:  # a blob
             return waves * 0.3
         return self.between(count, 0.02, 0.12) - waves.abs() * 0.3  # a band
+
+    def polygon(self, count: int, x: Tensor, y: Tensor, radius: tuple[float, float] = (0.3, 0.9)) -> Tensor:
+        """``(count, 1, H, W)`` positive inside a polygon of three to six sides, in the coordinates ``x`` and ``y``."""
+        corners, turn = self.one_of((3, 4, 5, 6)), self.between(count, 0, 2 * math.pi)
+        field = torch.full((count, 1, self.height, self.width), math.inf)
+        for corner in range(corners):
+            angle = turn + 2 * math.pi * (corner + self.between(count, -0.3, 0.3)) / corners
+            edge = self.between(count, *radius) - (x * angle.cos() + y * angle.sin())
+            field = torch.minimum(field, edge)
+        return field
 
     def shape(self, count: int) -> Tensor:
         """``(count, 1, H, W)`` one to three figures joined or cut out of each other, half mirror-symmetric."""
