@@ -216,7 +216,7 @@ def test_a_quantizer_that_nni_refuses_is_told_before_any_work(tmp_path):
 
 def test_a_distiller_that_nothing_asks_is_refused(tmp_path):
     distiller = "compression.distiller={name: ZeroShotDistiller}"
-    with pytest.raises(UserError, match=r"compression\.distiller teaches while NNI prunes or quantizes"):
+    with pytest.raises(UserError, match=r"compression\.distiller trains the student while NNI prunes or quantizes it"):
         run(tmp_path / "out", "compression.pruning=null", distiller)
     with pytest.raises(UserError, match="nothing is trained there"):
         run(tmp_path / "out", "compression.pruning.steps=0", distiller)

@@ -18,16 +18,16 @@ def median_latencies(
 ) -> dict[str, float]:
     """Median milliseconds of one image on one CPU thread, by name.
 
-    The models take turns, so that whatever else the machine does meets all of them alike.
+    The models take turns, so that other work on the machine slows all of them alike.
 
     Args:
         models: ``.onnx`` files with an input ``images``.
         image: ``(1, C, H, W)`` in the value range.
         rounds: turns of each model.
-        seconds: no turn begins after so many; each model has at least three.
+        seconds: no turn begins after this time, but each model has at least three.
     """
-    # onnxruntime with one thread works on the caller's, and leaves it flushing denormal numbers or not as it likes;
-    # in a thread of its own it does not change what this process computes.
+    # With one thread onnxruntime works on the caller's, and may leave it flushing denormal numbers or not. In a thread
+    # of its own it does not change what this process computes.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_measure, models, image, rounds, seconds).result()
 

@@ -1,4 +1,4 @@
-"""What ``report.json`` holds: every network of a run measured on the same images, and how it came about."""
+"""The content of ``report.json``: every network of a run measured on the same images, and how it was made."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline.export import INTEGERS, float_answers, integer_answers
 from zskd_nni.pipeline.students import StudentResult
-from zskd_nni.recipes.compression_config import PruningConfig
 from zskd_nni.recipes.load import LoadedRecipe
 from zskd_nni.recipes.schema import Recipe
 from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.provenance import provenance
+from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.training.inference import logits_on
 from zskd_nni.training.metrics import accuracy, agreement
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of every network by name; ``NAME_int8`` is the quantized student NAME.
+    """Measurements of every network by name; ``NAME_int8`` is the quantized student NAME.
 
     Attributes:
-        held_out: how often each chooses as the teacher does on images that no student learnt on, 0 to 1.
-        test: the same on test data; None without.
+        held_out: agreement with the teacher on images that no student was trained on, in [0, 1].
+        test: agreement on test data, in [0, 1]; None without.
         accuracy: on test data, in percent; empty without.
     """
 
@@ -40,75 +40,86 @@ class Figures:
 
     @property
     def agreement(self) -> dict[str, float]:
-        """On test data where there is some."""
+        """Agreement on test data if there is some, otherwise on held-out images."""
         return self.held_out if self.test is None else self.test
 
 
-def answering(teacher: Teacher, made: Mapping[str, StudentResult], out: Path) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What each network of a run answers to images ``(N, C, H, W)``, the student's integers by the file in ``out``."""
-    networks: dict[str, Callable[[Tensor], Tensor]] = {"teacher": teacher}
-    for name, one in made.items():
-        networks[name] = float_answers(one.network, teacher.spec)
-        if one.quantization is not None:
-            exported = out / INTEGERS if name == "student" else None
-            networks[f"{name}_int8"] = integer_answers(one.quantization, teacher.spec, exported)
-    return networks
+@dataclass(frozen=True)
+class Results:
+    """What a finished run reports.
+
+    Attributes:
+        students: the student and the controls, by name.
+        figures: of all of them.
+        exported: as :func:`zskd_nni.pipeline.export.export_student` returns it.
+        test: the evaluation data; None without.
+        store: the impressions that were trained on; None where the method makes none.
+        handed_in: whether the store was given to the run, instead of made by it.
+    """
+
+    students: Mapping[str, StudentResult]
+    figures: Figures
+    exported: Mapping[str, Any]
+    test: LabelledImages | None
+    store: ImpressionStore | None
+    handed_in: bool
 
 
 def measure(
-    networks: Mapping[str, Callable[[Tensor], Tensor]], teacher: Teacher, held_out: Tensor, test: LabelledImages | None
+    students: Mapping[str, StudentResult], teacher: Teacher, out: Path, held_out: Tensor, test: LabelledImages | None
 ) -> Figures:
-    """Measure networks against the teacher among them.
+    """Measure students against their teacher, all on the CPU.
 
     Args:
-        networks: by name, ``teacher`` one of them; on the CPU.
-        teacher: for its input.
+        students: by name; the int8 file of the one called ``student`` is in ``out``.
+        teacher: their teacher.
+        out: of the run.
         held_out: images ``(N, C, H, W)``.
-        test: test data, where there is some.
+        test: test data, if there is some.
     """
+    spec = teacher.spec
+    networks: dict[str, Callable[[Tensor], Tensor]] = {"teacher": teacher}
+    for name, student in students.items():
+        networks[name] = float_answers(student.network, spec)
+        if student.quantization is not None:
+            exported = out / INTEGERS if name == "student" else None
+            networks[f"{name}_int8"] = integer_answers(student.quantization, spec, exported)
     with torch.no_grad():
-        parts = held_out.split(teacher.spec.inference_batch)
-        answers = {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
-    agreements = {name: agreement(logits, answers["teacher"]) for name, logits in answers.items()}
+        parts = held_out.split(spec.inference_batch)
+        logits = {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
     if test is None:
-        return Figures(agreements, None, {})
-    on_test = {name: logits_on(network, test, teacher.spec) for name, network in networks.items()}
-    return Figures(
-        agreements,
-        {name: agreement(logits, on_test["teacher"]) for name, logits in on_test.items()},
-        {name: round(accuracy(logits, test.labels), 3) for name, logits in on_test.items()},
-    )
+        return Figures(_agreements(logits), None, {})
+    on_test = {name: logits_on(network, test, spec) for name, network in networks.items()}
+    accuracies = {name: round(accuracy(each, test.labels), 3) for name, each in on_test.items()}
+    return Figures(_agreements(logits), _agreements(on_test), accuracies)
 
 
-def report_content(
-    loaded: LoadedRecipe,
-    teacher: Teacher,
-    made: Mapping[str, StudentResult],
-    figures: Figures,
-    exported: Mapping[str, Any],
-    *,
-    test: LabelledImages | None,
-    impressions: Mapping[str, Any] | None,
-    identity: Mapping[str, Any],
-    device: str,
+def _agreements(logits: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: agreement(each, logits["teacher"]) for name, each in logits.items()}
+
+
+def build_report(
+    loaded: LoadedRecipe, teacher: Teacher, results: Results, identity: Mapping[str, Any], device: str
 ) -> dict[str, Any]:
-    """The report of a finished run, but for its seconds.
+    """The content of ``report.json``, without its seconds.
 
     Args:
         loaded: the recipe.
         teacher: its teacher.
-        made: the student and the controls, by name.
-        figures: of all of them.
-        exported: as :func:`zskd_nni.pipeline.export.export_student` returns it.
-        test: what was measured on.
-        impressions: summary of the store; None where there is none.
+        results: of the run.
         identity: of the run.
         device: cpu or cuda.
     """
-    recipe, record = loaded.recipe, made["student"].record
+    recipe, figures, exported, test = loaded.recipe, results.figures, results.exported, results.test
+    student = results.students["student"]
     method, options = find_method(recipe.transfer.method), recipe.transfer.options()
     data_free = is_data_free(method, options)
-    parameters = {name: sum(p.numel() for p in one.network.parameters()) for name, one in made.items()}
+    impressions = None
+    if results.store is not None:
+        impressions = results.store.summary()
+        if results.handed_in:  # the recipe does not tell how it was made
+            impressions["given"] = {"fingerprint": results.store.fingerprint, **results.store.manifest["identity"]}
+    controls = {name: each for name, each in results.students.items() if name != "student"}
     return {
         "name": recipe.name,
         "description": recipe.description,
@@ -119,21 +130,21 @@ def report_content(
         "agreement_int8": _rounded(figures.agreement.get("student_int8")),
         "agreement_onnx": None if exported["quantization"] is None else exported["quantization"]["agreement"],
         "parameters": {
-            "teacher": sum(p.numel() for p in teacher.model.parameters()),
-            "student": parameters["student"],
+            name: sum(p.numel() for p in network.parameters())
+            for name, network in (("teacher", teacher.model), ("student", student.network))
         },
         "bytes": exported["bytes"],
         "latency_ms": exported["latency_ms"],
-        "controls": {name: _control(name, one, figures, recipe) for name, one in made.items() if name != "student"},
+        "controls": {name: _control(name, each, figures, recipe) for name, each in controls.items()},
         "impressions": impressions,
-        "pruning": record.get("pruning"),
+        "pruning": student.record.get("pruning"),
         "quantization": exported["quantization"],
-        "history": record.get("distillation"),
+        "history": student.record.get("distillation"),
         "onnx_difference": exported["onnx_difference"],
         "data_free": data_free,
         "only_calibrated": recipe.only_calibrates,
         "learnt_on": None if data_free else getattr(options, "data", method.name),
-        "learnt_on_what_is_measured": not data_free and test is not None and _learnt_on_it(loaded, options),
+        "learnt_on_what_is_measured": not data_free and test is not None and _trained_on_it(loaded, options),
         "classifier": teacher.classifier_path,
         "evaluation": recipe.evaluation.data if recipe.evaluation and test is not None else None,
         "seconds": {},
@@ -154,15 +165,15 @@ def _rounded(share: float | None) -> float | None:
 def _measured_on(recipe: Recipe, test: LabelledImages | None, data_free: bool) -> str:
     """What agreement is measured on, in words."""
     if test is None:
-        return f"held-out {'impressions of another seed' if data_free else 'images that no student learnt on'}"
+        return f"held-out {'impressions of another seed' if data_free else 'images that no student was trained on'}"
     section = recipe.evaluation
     assert section is not None
     what = "training data" if section.data in NAMED_SETS and section.split == "train" else "test data"
     return f"{what} ({test.name}, {len(test)} images)"
 
 
-def _learnt_on_it(loaded: LoadedRecipe, options: Any) -> bool:
-    """Whether real images that a student learns on are those that it is measured on."""
+def _trained_on_it(loaded: LoadedRecipe, options: Any) -> bool:
+    """Whether real images that a student is trained on are those that it is measured on."""
     section = loaded.recipe.evaluation
     assert section is not None
     names = [*str(getattr(options, "data", "")).split(", "), *getattr(options, "sources", ())]
@@ -172,41 +183,31 @@ def _learnt_on_it(loaded: LoadedRecipe, options: Any) -> bool:
     return any(name and name not in NAMED_SETS and loaded.path(name).resolve() == measured for name in names)
 
 
-def _control(name: str, made: StudentResult, figures: Figures, recipe: Recipe) -> dict[str, Any]:
-    integers = f"{name}_int8"
+def _control(name: str, student: StudentResult, figures: Figures, recipe: Recipe) -> dict[str, Any]:
+    calibrated = recipe.only_calibrates
     return {
         "accuracy": figures.accuracy.get(name),
         "agreement": round(figures.agreement[name], 6),
-        "accuracy_int8": figures.accuracy.get(integers),
-        "agreement_int8": _rounded(figures.agreement.get(integers)),
-        "label": _label_of_a_control(name, recipe),
-        "what": _what_a_control_is(name, recipe, made.quantization is not None),
+        "accuracy_int8": figures.accuracy.get(f"{name}_int8"),
+        "agreement_int8": _rounded(figures.agreement.get(f"{name}_int8")),
+        "label": "not distilled" if name == "none" else f"{'calibrated' if calibrated else 'distilled'} on noise",
+        "what": _describe_control(name, recipe, student.quantization is not None),
     }
 
 
-def _label_of_a_control(name: str, recipe: Recipe) -> str:
-    if name == "none":
-        return "not distilled"
-    return "calibrated on noise" if recipe.only_calibrates else "distilled on noise"
-
-
-def _what_a_control_is(name: str, recipe: Recipe, quantized: bool) -> str:
+def _describe_control(name: str, recipe: Recipe, quantized: bool) -> str:
     pruning = recipe.compression.pruning
     if name == "noise" and recipe.only_calibrates:
         return "the same network, calibrated on uniform noise in the place of the images"
     if name == "noise":
         return "the same student, with uniform noise in the place of the images"
-    what = "the same student without distillation"
-    if pruning is not None and _is_data_driven(pruning):
-        what += f"; {pruning.pruner} scored its channels on the same images, the weights are those from before"
+    from zskd_nni.compression.pruning.nni_pruner import is_data_driven
+
+    parts = ["the same student without distillation"]
+    if pruning is not None and is_data_driven(pruning):
+        parts.append(f"{pruning.pruner} scored its channels on the same images, the weights are those from before")
     if pruning is not None and pruning.schedule is not None:
-        what += "; pruned at once, without the schedule"
+        parts.append("pruned at once, without the schedule")
     if quantized:
-        what += "; quantized by calibration alone"
-    return what
-
-
-def _is_data_driven(section: PruningConfig) -> bool:
-    from zskd_nni.compression.pruning.prune import is_data_driven
-
-    return is_data_driven(section)
+        parts.append("quantized by calibration alone")
+    return "; ".join(parts)

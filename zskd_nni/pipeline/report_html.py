@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +20,41 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows ``(what, teacher, student)`` of the headline table."""
+    rows: list[tuple[str, str, str]] = []
+
+    def add(what: str, teacher: Any, student: Any, show: Callable[[Any], str] = "{:,}".format) -> None:
+        """Add a row, unless there is no figure of the student; the teacher's may be missing."""
+        if student is not None:
+            rows.append((what, "" if teacher is None else show(teacher), show(student)))
 
     def percent(value: float | None) -> str:
         return "no test data" if value is None else f"{value:.2f} %"
 
-    integers = report["quantization"] is not None
-    rows = [
-        ("accuracy", percent(report["accuracy"]["teacher"]), percent(report["accuracy"]["student"])),
-        ("agreement with the teacher", "", f"{100 * report['agreement']:.2f} %"),
-    ]
-    if integers:
-        rows.append((f"accuracy, {_integers(report)}", "", percent(report["accuracy"]["student_int8"])))
-        if report["agreement_int8"] is not None:
-            rows.append((f"agreement, {_integers(report)}", "", f"{100 * report['agreement_int8']:.2f} %"))
-        if report["agreement_onnx"] is not None:
-            rows.append(("int8 in onnxruntime agrees with NNI", "", f"{100 * report['agreement_onnx']:.2f} %"))
-    rows.append(("parameters", f"{report['parameters']['teacher']:,}", f"{report['parameters']['student']:,}"))
+    def share(value: float) -> str:
+        return percent(100 * value)
+
+    accuracy, sizes, latency = report["accuracy"], report["bytes"], report["latency_ms"]
+    add("accuracy", percent(accuracy["teacher"]), percent(accuracy["student"]), str)
+    add("agreement with the teacher", None, report["agreement"], share)
+    if report["quantization"] is not None:
+        add(f"accuracy, {_integers(report)}", None, percent(accuracy["student_int8"]), str)
+        add(f"agreement, {_integers(report)}", None, report["agreement_int8"], share)
+        add("int8 in onnxruntime agrees with NNI", None, report["agreement_onnx"], share)
+    add("parameters", report["parameters"]["teacher"], report["parameters"]["student"])
     zeros = (report["pruning"] or {}).get("zeros")
-    if zeros is not None:
-        rows.append(("zeros in the masked weights", "", f"{100 * zeros:.1f} %"))
-    for kind, name in (("safetensors", "weights, bytes"), ("onnx", "ONNX, bytes")):
-        teacher, student = report["bytes"]["teacher"][kind], report["bytes"]["student"][kind]
-        rows.append((name, f"{teacher:,}", f"{student:,}"))
-    if report["bytes"]["student"]["onnx_int8"] is not None:
-        rows.append(("int8 ONNX, bytes", "", f"{report['bytes']['student']['onnx_int8']:,}"))
-    latency = report["latency_ms"]
-    rows.append(("one image, ms", f"{latency['teacher']:.3f}", f"{latency['student']:.3f}"))
-    if latency["student_int8"] is not None:
-        rows.append(("one image, int8, ms", "", f"{latency['student_int8']:.3f}"))
+    add("zeros in the masked weights", None, zeros, lambda value: f"{100 * value:.1f} %")
+    add("weights, bytes", sizes["teacher"]["safetensors"], sizes["student"]["safetensors"])
+    add("ONNX, bytes", sizes["teacher"]["onnx"], sizes["student"]["onnx"])
+    add("int8 ONNX, bytes", None, sizes["student"]["onnx_int8"])
+    add("one image, ms", latency["teacher"], latency["student"], "{:.3f}".format)
+    add("one image, int8, ms", None, latency["student_int8"], "{:.3f}".format)
     for control in report["controls"].values():
         label = f"control: {control['label']}"
-        rows_of_control = [("", label), ("_int8", f"{label}, {_integers(report)}")]
-        if report["only_calibrated"]:
-            del rows_of_control[0]  # in floating point it is the teacher itself
-        for suffix, named in rows_of_control:
-            accuracy, agreement = control[f"accuracy{suffix}"], control[f"agreement{suffix}"]
-            if agreement is not None:
-                rows.append(
-                    (named, "", percent(accuracy) if accuracy is not None else f"{100 * agreement:.2f} % agree")
-                )
+        for suffix, what in (("", label), ("_int8", f"{label}, {_integers(report)}")):
+            agreement, measured = control[f"agreement{suffix}"], control[f"accuracy{suffix}"]
+            # In floating point a student that is only calibrated is the teacher itself.
+            if agreement is not None and (suffix or not report["only_calibrated"]):
+                add(what, None, f"{share(agreement)} agree" if measured is None else percent(measured), str)
     return rows
 
 
@@ -64,36 +63,31 @@ def _integers(report: dict[str, Any]) -> str:
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """What a reader must know beside the figures, in sentences."""
+    """Sentences that a reader needs beside the figures."""
     found = []
     if not report["data_free"]:
         ceiling = report["recipe"]["transfer"]["method"] == "real"
         found.append(
-            f"NOT data-free: the student learnt on real {'training ' if ceiling else ''}images "
+            f"NOT data-free: the student was trained on real {'training ' if ceiling else ''}images "
             f"({report['learnt_on']})." + (" This is a ceiling for data-free runs, not one of them." if ceiling else "")
         )
     if report.get("learnt_on_what_is_measured"):
-        found.append("The accuracy is of images that the student learnt on: it says nothing about others.")
+        found.append("The accuracy is of images that the student was trained on: it says nothing about others.")
     given = (report["impressions"] or {}).get("given")
     if given is not None:
         found.append(
-            f"The student learnt on a store that was there: {given['targets'].get('method', 'impressions')}, seed "
+            f"The student was trained on a given store: {given['targets'].get('method', 'impressions')}, seed "
             f"{given['seed']}. The recipe's transfer section made the held-out images alone."
         )
-    history = report["history"] or {}
-    wanted = (
-        report["recipe"]["distillation"]["features"] == "auto" and report["recipe"]["distillation"]["feature_weight"]
-    )
-    if wanted and history.get("features") == []:
+    distillation = report["recipe"]["distillation"]
+    asked = distillation["features"] == "auto" and distillation["feature_weight"]
+    if asked and (report["history"] or {}).get("features") == []:
         found.append(
             "distillation.features is auto, and student and teacher have no hidden layer of one name and width: the "
             "logits alone were matched."
         )
-    for part in ("pruning", "quantization"):
-        note = (report[part] or {}).get("note")
-        if note:
-            found.append(f"{part.capitalize()}: {note}.")
-    return found
+    notes = {part: (report[part] or {}).get("note") for part in ("pruning", "quantization")}
+    return found + [f"{part.capitalize()}: {note}." for part, note in notes.items() if note]
 
 
 def render_table(report: dict[str, Any]) -> str:
@@ -117,7 +111,7 @@ def render_html(folder: Path, report: dict[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("zskd_nni"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("zskd_nni.pipeline"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     picture = folder / "impressions.png"
     impressions = report["impressions"]
@@ -138,8 +132,6 @@ def _changed(row: dict[str, Any]) -> bool:
 
 def _curve(history: dict[str, Any] | None, width: int = 560, height: int = 140) -> str | None:
     """Points of an SVG polyline of the loss, on a logarithmic scale."""
-    import math
-
     if not history or len(history["losses"]) < 2:
         return None
     values = [math.log10(max(loss, 1e-12)) for loss in history["losses"]]
@@ -157,13 +149,12 @@ def _histogram(steps: dict[str, int], bars: int = 20) -> list[tuple[str, int, fl
     if not steps:
         return []
     counts = {int(step): count for step, count in steps.items()}
-    largest = max(counts)
-    width = max(1, -(-(largest + 1) // bars))
-    binned: dict[int, int] = {}
+    width = -(-(max(counts) + 1) // bars)
+    binned: Counter[int] = Counter()
     for step, count in counts.items():
-        binned[step // width] = binned.get(step // width, 0) + count
-    top = max(binned.values())
+        binned[step - step % width] += count
+    fullest = max(binned.values())
     return [
-        (f"{b * width}" if width == 1 else f"{b * width} to {b * width + width - 1}", count, count / top)
-        for b, count in sorted(binned.items())
+        (f"{first}" if width == 1 else f"{first} to {first + width - 1}", count, count / fullest)
+        for first, count in sorted(binned.items())
     ]
