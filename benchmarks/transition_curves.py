@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from zskd_nni.research.reproduction.records import read_records
-from zskd_nni.research.tutorial import transitions_picture
+from zskd_nni.research.tutorial.figures import transitions_picture
 from zskd_nni.training.metrics import TransitionResult
 
 ROOT = Path(__file__).resolve().parent.parent

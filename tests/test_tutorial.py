@@ -15,11 +15,12 @@ from PIL import Image
 
 from zskd_nni.compression.pruning.speedup import LayerWidths
 from zskd_nni.data.datasets import LabelledImages
-from zskd_nni.research import tutorial
+from zskd_nni.research.display import Picture, Table
 from zskd_nni.research.explorer.one_impression import Question, explore_class, explore_one
 from zskd_nni.research.reproduction.cells import resolve
 from zskd_nni.research.reproduction.tables import TABLES
-from zskd_nni.research.tutorial import Picture, Table
+from zskd_nni.research.tutorial import embedding, figures, measuring
+from zskd_nni.research.tutorial import records as results
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.metrics import TransitionResult, accuracy, agreement, confusion
@@ -38,27 +39,29 @@ def drawn() -> dict[str, Picture]:
     points = {"real": torch.rand(9, 2), "made": torch.rand(7, 2)}
     layer = LayerWidths("conv", "Conv2d", 1, 1, 6, 3)
     return {
-        "similarity": tutorial.similarity_picture(answers[0].similarity, NAMES),
-        "confusion": tutorial.confusion_picture(torch.tensor([[5, 2], [0, 9]]), ["yes", "no"], "mistakes of a student"),
-        "targets": tutorial.targets_picture({"wide": made.targets, "narrow": made.targets[:2]}, 2, NAMES),
-        "gallery": tutorial.gallery_picture(made.images, made.logits, teacher.spec, NAMES, title="Four"),
-        "opinions": tutorial.opinions_picture(made, teacher.spec, 4.0),
-        "evolution": tutorial.evolution_picture(answers, teacher.spec),
-        "curves": tutorial.curves_picture({"one": History([50, 100], [1.0, 0.1]), "other": History([50], [0.3])}),
-        "bars": tutorial.bars_picture({"teacher": 99.0, "student": 90.5, "unmeasured": None}, "Accuracy"),
-        "transitions": tutorial.transitions_picture(
+        "similarity": figures.similarity_picture(answers[0].similarity, NAMES),
+        "confusion": figures.confusion_picture(torch.tensor([[5, 2], [0, 9]]), ["yes", "no"], "mistakes of a student"),
+        "targets": figures.targets_picture({"wide": made.targets, "narrow": made.targets[:2]}, 2, NAMES),
+        "gallery": figures.gallery_picture(made.images, made.logits, teacher.spec, NAMES, title="Four"),
+        "opinions": figures.opinions_picture(made, teacher.spec, 4.0),
+        "evolution": figures.evolution_picture(answers, teacher.spec),
+        "curves": figures.curves_picture({"one": History([50, 100], [1.0, 0.1]), "other": History([50], [0.3])}),
+        "bars": figures.bars_picture({"teacher": 99.0, "student": 90.5, "unmeasured": None}, "Accuracy"),
+        "transitions": figures.transitions_picture(
             {"a": transition, "b": transition, "c": transition, "d": transition}
         ),
-        "embedding": tutorial.embedding_picture(
+        "embedding": figures.embedding_picture(
             points, {"real": torch.arange(9) % 5, "made": torch.arange(7) % 5}, behind="real"
         ),
-        "widths": tutorial.widths_picture([layer, dataclasses.asdict(layer)], "before and after"),
+        "widths": figures.widths_picture([layer, dataclasses.asdict(layer)], "before and after"),
     }
 
 
 def test_every_picture_is_drawn_and_described(tmp_path: Path) -> None:
     pictures = drawn()
-    assert {f"{name}_picture" for name in pictures} == {name for name in tutorial.__all__ if name.endswith("_picture")}
+    assert {f"{name}_picture" for name in pictures} == {
+        name for name, it in vars(figures).items() if name.endswith("_picture") and it.__module__ == figures.__name__
+    }
     for name, picture in pictures.items():
         image = Image.open(io.BytesIO(picture.png)).convert("L")
         assert image.width > picture.width > 200, name
@@ -78,9 +81,9 @@ def test_every_picture_is_drawn_and_described(tmp_path: Path) -> None:
 
 def test_what_cannot_be_drawn_is_said() -> None:
     with pytest.raises(UserError, match="2 names were given for 5 classes"):
-        tutorial.similarity_picture(torch.eye(5), ["a", "b"])
+        figures.similarity_picture(torch.eye(5), ["a", "b"])
     with pytest.raises(UserError, match="none of the figures was measured"):
-        tutorial.bars_picture({"student": None}, "Accuracy")
+        figures.bars_picture({"student": None}, "Accuracy")
 
 
 def test_a_table_reads_as_text_and_as_html() -> None:
@@ -98,7 +101,7 @@ def test_a_table_reads_as_text_and_as_html() -> None:
 def test_features_are_what_the_classifier_reads() -> None:
     teacher = small_teacher()
     images = torch.rand(12, *teacher.spec.shape)
-    found = tutorial.features(teacher, images, batch=5)
+    found = embedding.features(teacher, images, batch=5)
     logits = found @ teacher.class_weights().T + teacher.classifier.bias
     assert torch.allclose(logits, teacher.predict(images), atol=1e-5)
 
@@ -107,14 +110,14 @@ def test_an_embedding_keeps_alike_images_together_and_is_repeatable() -> None:
     teacher = small_teacher()
     torch.manual_seed(0)
     dark, bright = torch.rand(20, *teacher.spec.shape) * 0.02, 1 - torch.rand(20, *teacher.spec.shape) * 0.02
-    points = tutorial.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
+    points = embedding.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
     assert points["dark"].shape == (20, 2)
     between = torch.cdist(points["dark"], points["bright"])
     assert (torch.cdist(points["dark"], points["dark"]).mean() < between.mean()).item()
-    again = tutorial.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
+    again = embedding.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
     assert torch.equal(points["bright"], again["bright"])
     with pytest.raises(UserError, match="at least 10 images"):
-        tutorial.embed(teacher, {"few": dark[:3]})
+        embedding.embed(teacher, {"few": dark[:3]})
 
 
 def test_networks_side_by_side() -> None:
@@ -125,7 +128,7 @@ def test_networks_side_by_side() -> None:
     data = LabelledImages(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 5, "made up")
     held_out = torch.rand(30, 1, 8, 8)
     networks = {"teacher": teacher, "student": student, "function": lambda images: teacher(images)}
-    found = tutorial.measure(networks, teacher, data, held_out)
+    found = measuring.measure(networks, teacher, data, held_out)
     pixels = data.pixels(slice(0, 40), teacher.spec)
     with torch.no_grad():
         logits = student.eval()(teacher.spec.normalise(pixels))
@@ -135,20 +138,20 @@ def test_networks_side_by_side() -> None:
     assert found["student"].parameters == sum(weight.numel() for weight in student.parameters())
     assert found["teacher"].parameters == found["student"].parameters
     assert found["function"].parameters is None
-    table = tutorial.measured_table(found, data)
+    table = measuring.measured_table(found, data)
     assert table.columns == ["network", "accuracy", "agreement", "agreement, held out", "parameters"]
     assert "40 test images of made up" in table.caption
-    without = tutorial.measure(networks, teacher, None, held_out)
+    without = measuring.measure(networks, teacher, None, held_out)
     assert without["student"].accuracy is None
     assert without["student"].agreement_held_out == found["student"].agreement_held_out
-    assert "no test data here" in tutorial.measured_table(without, None).caption
+    assert "no test data here" in measuring.measured_table(without, None).caption
 
 
 def test_absent_data_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("ZSKD_NNI_DATA", raising=False)
-    assert tutorial.images_if_there("mnist") is None
+    assert measuring.images_if_there("mnist") is None
     assert "There is no mnist here" in capsys.readouterr().out
-    assert len(tutorial.images_if_there("digits") or ()) == 360
+    assert len(measuring.images_if_there("digits") or ()) == 360
 
 
 def test_confusion_counts_every_image_once() -> None:
@@ -159,7 +162,7 @@ def test_confusion_counts_every_image_once() -> None:
 
 
 def test_figures_of_recipes_are_those_of_the_files() -> None:
-    table = tutorial.recipes_table(["mnist-prune50-int8", "never-run"], RESULTS)
+    table = results.recipes_table(["mnist-prune50-int8", "never-run"], RESULTS)
     records = json.loads((RESULTS / "mnist-prune50-int8.json").read_text())
     mean = sum(record["accuracy"]["student_int8"] for record in records) / 3
     row = dict(zip(table.columns, table.rows[0], strict=True))
@@ -173,11 +176,11 @@ def test_figures_of_recipes_are_those_of_the_files() -> None:
 def test_a_file_of_something_else_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "it.json").write_text('[{"accuracy": 1}]')
     with pytest.raises(UserError, match="holds no runs of a recipe"):
-        tutorial.recipes_table(["it"], tmp_path)
+        results.recipes_table(["it"], tmp_path)
 
 
 def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
-    assert "yet" in tutorial.reproduction_table("mnist", tmp_path).caption
+    assert "yet" in results.reproduction_table("mnist", tmp_path).caption
     cells = {cell.name: cell for table in TABLES.values() for cell in table.cells}
 
     def settings_of(name: str, scale: str) -> dict[str, object]:
@@ -194,7 +197,7 @@ def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
             **settings_of("mnist-zskd-best", "full"),
         }  # fmt: skip
         (tmp_path / f"mnist-zskd-best-seed{seed}.json").write_text(json.dumps(record))
-    table = tutorial.reproduction_table("mnist", tmp_path)
+    table = results.reproduction_table("mnist", tmp_path)
     (row,) = table.rows
     assert list(row) == ["zskd best", "full", "24,000", "98.50 ± 0.71", "98.00 ± 0.00", "-", "0, 1"]
     for name, scale in (("mnist-zskd-best", "cpu"), ("mnist-zskd-paper-1-percent", "full"), ("mnist-sts-best", "cpu")):
@@ -204,19 +207,19 @@ def test_figures_of_tables_are_those_of_the_records(tmp_path: Path) -> None:
         (tmp_path / f"{name}-{scale}-seed1.json").write_text(json.dumps(other))
     older = {**record, "seed": 2, "accuracy": {"teacher": 99.3, "student": 50.0}, "impressions": 12000}
     (tmp_path / "older.json").write_text(json.dumps(older))
-    table = tutorial.reproduction_table("mnist", tmp_path)
+    table = results.reproduction_table("mnist", tmp_path)
     assert table.rows[0][3] == "98.50 ± 0.71" and "mnist-zskd-best (full) seed 2" in table.caption
-    shown = [row[:2] for row in tutorial.reproduction_table("mnist", tmp_path).rows]
+    shown = [row[:2] for row in results.reproduction_table("mnist", tmp_path).rows]
     assert shown == [["zskd best", "full"], ["sts best", "cpu"]], "no smaller size beside the full one, no ablation"
-    assert "reproduce digits" in tutorial.reproduction_table("digits", tmp_path).caption
-    assert tutorial.reproduction_table("digits", tmp_path).rows[0][0] == "none yet"
+    assert "reproduce digits" in results.reproduction_table("digits", tmp_path).caption
+    assert results.reproduction_table("digits", tmp_path).rows[0][0] == "none yet"
 
 
 def test_the_repository_is_found_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="lies in no copy"):
-        tutorial.repository()
+        results.repository()
     for name in ("notebooks", "results"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    assert tutorial.repository() == tmp_path
+    assert results.repository() == tmp_path

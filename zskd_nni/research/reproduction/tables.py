@@ -10,7 +10,7 @@ from typing import Any
 from zskd_nni.methods import class_impressions, sts, zskd
 from zskd_nni.methods.ats import method as ats
 from zskd_nni.methods.zskt import method as zskt
-from zskd_nni.methods.zskt.source import ZsktSettings
+from zskd_nni.methods.zskt.settings import ZsktSettings
 from zskd_nni.research.reproduction.cells import Cell
 from zskd_nni.research.reproduction.pairs import PAIRS
 from zskd_nni.runtime.errors import UserError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zskd_nni.data.datasets import DATA_VARIABLE, LabelledImages, load_images
 from zskd_nni.models.teacher import Teacher, first_tensor
-from zskd_nni.research.tutorial.shown import Table
+from zskd_nni.research.display import Table
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.inference import logits_on
 from zskd_nni.training.metrics import accuracy, agreement

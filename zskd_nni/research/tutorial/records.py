@@ -9,7 +9,7 @@ from typing import Any
 from zskd_nni.research.reproduction.page import group_records, mean_and_deviation, take_out_older
 from zskd_nni.research.reproduction.records import read_records
 from zskd_nni.research.reproduction.tables import TABLES
-from zskd_nni.research.tutorial.shown import Table
+from zskd_nni.research.display import Table
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json
 

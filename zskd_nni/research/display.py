@@ -1,4 +1,4 @@
-"""What a notebook shows: a picture and a table that draw themselves where they are the last line of a cell."""
+"""Pictures and tables that display themselves as the last line of a notebook cell, and how figures are styled."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import write_atomic
+from zskd_nni.synthesis.image_grid import as_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DPI, _SCREEN = 120, 76  # pixels an inch: of the file, and as shown
+_DPI, _SCREEN = 120, 76  # pixels per inch: of the file, and on the screen
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class Picture:
     """A finished picture.
 
     Attributes:
-        png: the file.
-        alt: what there is to see, in words.
-        width: in pixels of a screen; the file is finer.
+        png: content of the file.
+        alt: description in words.
+        width: in pixels of a screen; the file has more.
     """
 
     png: bytes
@@ -51,21 +55,49 @@ class Picture:
         return data, {"image/png": {"width": self.width, "alt": self.alt}}
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that no window knows of; :func:`finished` makes a picture of it."""
+def new_figure(width: float, height: float, dpi: int = _DPI) -> Figure:
+    """An empty figure of so many inches, without a window; :func:`finish` makes a picture of it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def finished(figure: Figure, alt: str) -> Picture:
+def finish(figure: Figure, alt: str) -> Picture:
     """The figure as a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", pil_kwargs={"optimize": True})
     return Picture(buffer.getvalue(), alt, round(figure.get_figwidth() * _SCREEN))
+
+
+def style(axis: Any, title: str = "", *, size: int = 8, title_size: int = 10, grid: str | None = None) -> None:
+    """Small tick labels, no frame above and on the right; a grid behind ``major`` or ``both`` ticks."""
+    axis.tick_params(labelsize=size)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title, fontsize=title_size)
+    if grid:
+        axis.grid(alpha=0.25, which=grid)
+
+
+def show_image(axis: Any, image: Tensor, spec: InputSpec, title: str = "", note: str = "", size: int = 8) -> None:
+    """Draw an image ``(C, H, W)`` without ticks, with a title above and a note below."""
+    axis.imshow(as_picture(image, spec), cmap="gray", vmin=0, vmax=1)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=size, pad=3)
+    axis.set_xlabel(note, fontsize=size - 1, labelpad=2)
+
+
+def label_classes(axis: Any, names: Sequence[str], *, both: bool = False, size: int = 8) -> None:
+    """Names of classes at the x axis, or at both; of more than 20 classes about ten are named."""
+    places = list(range(0, len(names), 1 if len(names) <= 20 else len(names) // 10))
+    shown = [names[place] for place in places]
+    turned = {} if max(map(len, shown)) <= 3 else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(places, shown, fontsize=size, **turned)
+    if both:
+        axis.set_yticks(places, shown, fontsize=size)
 
 
 @dataclass(frozen=True)
@@ -74,8 +106,8 @@ class Table:
 
     Attributes:
         columns: their names.
-        rows: entries as they are to be read.
-        caption: where the figures come from.
+        rows: entries as they are displayed.
+        caption: where the numbers come from.
     """
 
     columns: Sequence[str]

@@ -1,4 +1,4 @@
-"""Pictures of every station between a teacher and its student, for notebooks."""
+"""Figures of every step between a teacher and its student, for notebooks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.research.display import Picture, finish, label_classes, new_figure, show_image, style
 from zskd_nni.research.explorer.one_impression import Answer
-from zskd_nni.research.tutorial.shown import Picture, finished, new_figure
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import Impressions
-from zskd_nni.synthesis.image_grid import as_picture, impressions_picture
+from zskd_nni.synthesis.image_grid import impressions_picture
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.metrics import TransitionResult
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from zskd_nni.compression.pruning.speedup import LayerWidths
 
 ASKED, ANSWERED, OTHER = "#90a4ae", "#00796b", "#e64a19"
-# Colours that differ for most people who see few (Okabe and Ito), and two more greys for controls.
+BEFORE = "#cfd8dc"
+# Colours that most colour-blind people can tell apart (Okabe and Ito), and two greys for controls.
 SERIES = ("#00796b", "#e69f00", "#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#546e7a", "#b0bec5")
-_MOST_NUMBERS = 12
+_MOST_NUMBERS = 12  # classes of a matrix whose entries are written out
 
 
 def _names(names: Sequence[str] | None, classes: int) -> list[str]:
@@ -37,39 +38,27 @@ def _names(names: Sequence[str] | None, classes: int) -> list[str]:
     return list(names)
 
 
-def _class_ticks(axis: Any, names: list[str], both: bool, size: int = 8) -> None:
-    step = 1 if len(names) <= 20 else len(names) // 10
-    places = list(range(0, len(names), step))
-    shown = [names[place] for place in places]
-    turned = 0 if max(map(len, shown)) <= 3 else 60
-    axis.set_xticks(places, shown, fontsize=size, rotation=turned, ha="right" if turned else "center",
-                    rotation_mode="anchor" if turned else None)  # fmt: skip
-    if both:
-        axis.set_yticks(places, shown, fontsize=size)
-
-
 def _matrix(matrix: Tensor, names: list[str], title: str, alt: str, diverging: bool, axes: tuple[str, str]) -> Picture:
     values, classes = matrix.double().numpy(), len(names)
     figure = new_figure(6.6, 5.6)
     axis = figure.subplots()
-    # The diagonal is of another size than the rest, in which the differences are.
+    # Colours are scaled to the entries off the diagonal, which differ little beside it.
     rest = np.abs(values[~np.eye(classes, dtype=bool)])
     extreme = max(float(rest.max(initial=0.0)), 1e-9)
-    if diverging:
-        drawn = axis.imshow(values, cmap="RdBu_r", vmin=-extreme, vmax=extreme)
-    else:
-        drawn = axis.imshow(values, cmap="YlGnBu", vmin=0, vmax=extreme)
+    drawn = axis.imshow(
+        values, cmap="RdBu_r" if diverging else "YlGnBu", vmin=-extreme if diverging else 0, vmax=extreme
+    )
     figure.colorbar(drawn, ax=axis, shrink=0.85, extend="max").ax.tick_params(labelsize=8)
     if classes <= _MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(values):
             text = f"{value:.2f}".replace("-0.00", "0.00").replace("0.", ".") if diverging else f"{value:.0f}"
             strong = abs(value) > 0.62 * extreme
             axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if strong else "#263238")
-    _class_ticks(axis, names, both=True)
+    label_classes(axis, names, both=True)
     axis.set_xlabel(axes[0], fontsize=9)
     axis.set_ylabel(axes[1], fontsize=9)
     axis.set_title(title, fontsize=11)
-    return finished(figure, alt)
+    return finish(figure, alt)
 
 
 def similarity_picture(similarity: Tensor, names: Sequence[str] | None = None) -> Picture:
@@ -118,15 +107,14 @@ def targets_picture(rows: Mapping[str, Tensor], label: int, names: Sequence[str]
         for axis, target in zip(line, targets, strict=False):
             axis.bar(places, target.numpy(), 0.85, color=[ANSWERED if k == label else ASKED for k in places])
             axis.set_ylim(0, 1)
-            axis.tick_params(labelsize=7)
-            axis.spines[["top", "right"]].set_visible(False)
-            _class_ticks(axis, shown, both=False, size=7)
+            style(axis, size=7)
+            label_classes(axis, shown, size=7)
         for axis in line[len(targets) :]:
             axis.axis("off")
         line[0].set_ylabel(caption, fontsize=9)
     figure.suptitle(f"Soft targets drawn for class {shown[label]}", fontsize=11)
     alt = f"Bar charts of soft targets for class {shown[label]}, drawn with {', '.join(rows)}."
-    return finished(figure, alt)
+    return finish(figure, alt)
 
 
 def gallery_picture(
@@ -172,25 +160,20 @@ def opinions_picture(
     figure = new_figure(9.4, 0.35 + 1.85 * rows)
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
     places = np.arange(len(shown))
-    for number in range(rows * columns):
-        left, right = grid[number // columns][2 * (number % columns) :][:2]
-        if number >= count:
-            left.axis("off")
-            right.axis("off")
-            continue
-        left.imshow(as_picture(made.images[number], spec), cmap="gray", vmin=0, vmax=1)
-        left.set_xticks([])
-        left.set_yticks([])
-        left.set_title(f"{shown[int(chosen[number])]}, {100 * float(certain[number]):.0f} %", fontsize=8)
+    axes = grid.flatten()
+    for axis in axes[2 * count :]:
+        axis.axis("off")
+    for number, (left, right) in enumerate(zip(axes[0 : 2 * count : 2], axes[1::2], strict=False)):
+        seen = f"{shown[int(chosen[number])]}, {100 * float(certain[number]):.0f} %"
+        show_image(left, made.images[number], spec, seen)
         right.bar(places - 0.2, made.targets[number].numpy(), 0.4, color=ASKED, label="asked")
         right.bar(places + 0.2, answers[number].numpy(), 0.4, color=ANSWERED, label="answered")
         right.set_ylim(0, 1)
-        right.tick_params(labelsize=6)
-        right.spines[["top", "right"]].set_visible(False)
-        _class_ticks(right, shown, both=False, size=6)
+        style(right, size=6)
+        label_classes(right, shown, size=6)
     handles = grid[0][1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
-    return finished(figure, f"{count} impressions, each beside its soft target and the teacher's answer.")
+    return finish(figure, f"{count} impressions, each beside its soft target and the teacher's answer.")
 
 
 def evolution_picture(answers: Sequence[Answer], spec: InputSpec, names: Sequence[str] | None = None) -> Picture:
@@ -209,17 +192,13 @@ def evolution_picture(answers: Sequence[Answer], spec: InputSpec, names: Sequenc
         for axis, step, image, fit, seen in zip(
             line, answer.steps, answer.images, answer.fit, answer.seen, strict=False
         ):
-            axis.imshow(as_picture(image, spec), cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_title("start" if step == 0 else f"step {step}", fontsize=8, pad=3)
             certain, choice = seen.max(0)
-            text = f"{shown[int(choice)]} {100 * float(certain):.0f} %\nKL {float(fit):.3f}"
-            axis.set_xlabel(text, fontsize=7, labelpad=2)
+            note = f"{shown[int(choice)]} {100 * float(certain):.0f} %\nKL {float(fit):.3f}"
+            show_image(axis, image, spec, "start" if step == 0 else f"step {step}", note)
         for axis in line[len(answer.steps) :]:
             axis.axis("off")
     asked = ", ".join(dict.fromkeys(shown[int(answer.target.argmax())] for answer in answers))
-    return finished(figure, f"Impressions on their way from the start to the answer that was asked for: {asked}.")
+    return finish(figure, f"Impressions on their way from the start to the answer that was asked for: {asked}.")
 
 
 def curves_picture(histories: Mapping[str, History], ylabel: str = "distillation loss") -> Picture:
@@ -237,11 +216,9 @@ def curves_picture(histories: Mapping[str, History], ylabel: str = "distillation
     axis.set_yscale("log")
     axis.set_xlabel("step", fontsize=9)
     axis.set_ylabel(ylabel, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25, which="both")
-    axis.spines[["top", "right"]].set_visible(False)
+    style(axis, grid="both")
     axis.legend(fontsize=8, frameon=False)
-    return finished(figure, f"Curves of the {ylabel}: {', '.join(histories)}.")
+    return finish(figure, f"Curves of the {ylabel}: {', '.join(histories)}.")
 
 
 def bars_picture(values: Mapping[str, float | None], title: str, unit: str = "%") -> Picture:
@@ -264,10 +241,8 @@ def bars_picture(values: Mapping[str, float | None], title: str, unit: str = "%"
     drawn = axis.barh(names, [known[name] for name in names], 0.68, color=ANSWERED)
     axis.bar_label(drawn, [f" {known[name]:.2f} {unit}".rstrip() for name in names], fontsize=8)
     axis.set_xlim(0, 1.14 * max(known.values()) or 1)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(title, fontsize=10)
-    return finished(figure, f"{title}: " + ", ".join(f"{name} {value:.2f} {unit}" for name, value in known.items()))
+    style(axis, title)
+    return finish(figure, f"{title}: " + ", ".join(f"{name} {value:.2f} {unit}" for name, value in known.items()))
 
 
 def transitions_picture(results: Mapping[str, TransitionResult], followed: str = "student") -> Picture:
@@ -287,11 +262,8 @@ def transitions_picture(results: Mapping[str, TransitionResult], followed: str =
         axis.fill_between(steps, mine, others, color=OTHER, alpha=0.14)
         axis.plot(steps, mine, color=OTHER, label=followed)
         axis.plot(steps, others, color=ANSWERED, label="teacher")
-        axis.set_title(f"{name}: error {result.error:.3f}", fontsize=9)
         axis.set_ylim(0, 1)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        style(axis, f"{name}: error {result.error:.3f}", size=7, title_size=9, grid="major")
     for axis in list(axes):
         axis.axis("off")
     figure.supxlabel("step towards another class", fontsize=9)
@@ -299,7 +271,7 @@ def transitions_picture(results: Mapping[str, TransitionResult], followed: str =
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     alt = ", ".join(f"{name} {result.error:.3f}" for name, result in results.items())
-    return finished(figure, f"Transition curves of {followed} and teacher; mean transition error: {alt}.")
+    return finish(figure, f"Transition curves of {followed} and teacher; mean transition error: {alt}.")
 
 
 def embedding_picture(
@@ -319,7 +291,7 @@ def embedding_picture(
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
     for (name, at), axis in zip(points.items(), axes, strict=False):
         if behind is not None and name != behind:
-            axis.scatter(*points[behind].T.numpy(), s=5, color="#cfd8dc", linewidths=0)
+            axis.scatter(*points[behind].T.numpy(), s=5, color=BEFORE, linewidths=0)
         colours = labels[name].numpy()
         axis.scatter(*at.T.numpy(), s=9, c=colours, cmap="tab10", vmin=-0.5, vmax=max(classes, 10) - 0.5, linewidths=0)
         axis.set_title(name, fontsize=9)
@@ -328,7 +300,7 @@ def embedding_picture(
     for axis in list(axes):
         axis.axis("off")
     beside = "" if behind is None else f", with {behind} in grey behind"
-    return finished(figure, f"Embedding of {', '.join(points)}{beside}.")
+    return finish(figure, f"Embedding of {', '.join(points)}{beside}.")
 
 
 def widths_picture(layers: Sequence[LayerWidths | Mapping[str, Any]], title: str = "") -> Picture:
@@ -344,15 +316,13 @@ def widths_picture(layers: Sequence[LayerWidths | Mapping[str, Any]], title: str
     axis = figure.subplots()
     places = np.arange(len(rows))[::-1]
     before, after = ([row[f"outputs_{when}"] for row in rows] for when in ("before", "after"))
-    drawn = axis.barh(places, before, 0.7, color="#cfd8dc", label="before")
+    drawn = axis.barh(places, before, 0.7, color=BEFORE, label="before")
     axis.barh(places, after, 0.7, color=ANSWERED, label="after")
     axis.bar_label(drawn, [f" {b} to {a}" if a != b else f" {b}" for b, a in zip(before, after, strict=True)],
                    fontsize=8, label_type="edge")  # fmt: skip
     axis.set_yticks(places, [f"{row['name']} ({row['kind']})" for row in rows], fontsize=8)
     axis.set_xlabel("channels or units", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    style(axis, title)
     axis.legend(fontsize=8, frameon=False)
-    axis.set_title(title, fontsize=10)
     changed = [f"{row['name']} {b} to {a}" for row, b, a in zip(rows, before, after, strict=True) if a != b]
-    return finished(figure, f"Widths of the layers before and after: {', '.join(changed) or 'nothing changed'}.")
+    return finish(figure, f"Widths of the layers before and after: {', '.join(changed) or 'nothing changed'}.")
