@@ -1,13 +1,13 @@
 """Which channels of a network belong together, read from its graph.
 
-Each output channel of a convolution or linear layer gets a label. The labels flow through the graph as the channels
-do: an addition ties the labels of its operands, a concatenation lines them up, flattening repeats them. Where a
-removed channel could not be removed from what follows (a fixed ``view``, a channel shuffle, a normalisation over
-channels, the logits), its label is frozen, with the reason.
+Each output channel of a convolution or linear layer gets a label, and the labels follow the channels through the graph:
+an addition ties the labels of its operands, a concatenation lines them up, flattening repeats them. A label is frozen,
+with the reason, if its channel could not be removed from the layers that follow (a fixed ``view``, a channel shuffle, a
+normalisation over channels, the logits).
 
-"Removed" means: the masked network computes zero there. Behind a normalisation that no single layer's mask can
-silence, or behind an activation with ``f(0) != 0``, a removed channel still holds a constant. A constant can be folded
-into the bias of a layer without padding; where a padded layer would see it, the label is frozen as well.
+A channel counts as removed if the masked network computes zero there. Behind a normalisation that no single layer's
+mask can silence, or behind an activation with ``f(0) != 0``, a removed channel still holds a constant. A layer without
+padding can take the constant into its bias. If a padded layer would see it, the label is frozen as well.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ class Flow:
 
 @dataclass
 class ChannelFlow:
-    """What the graph says about the channels; all labels are representatives of their tied sets.
+    """What the graph says about the channels; tied labels are replaced by one of them.
 
     Attributes:
-        sources: labels of the outputs of each convolution or linear layer (depthwise ones excepted).
-        followers: labels of each normalisation and each depthwise convolution, which have no channels of their own.
+        sources: labels of the outputs of each convolution or linear layer, except depthwise ones.
+        followers: labels of each normalisation and depthwise convolution, which have no channels of their own.
         composite: the followers whose channels are not those of a single source, so that no single mask fits them.
         gates: the sources whose outputs only multiply other channels (squeeze and excitation).
-        blocks: by module path of a source: its channels are pruned in this many equal blocks.
+        blocks: source -> number of equal blocks in which its channels are pruned.
         frozen: label -> why the channels with this label stay.
         read_raw: the labels that some layer reads before a normalisation could silence them.
-        unfollowed: module path -> why a layer is neither a source nor a follower although it is called.
+        unfollowed: module path -> why a layer that is called is neither a source nor a follower.
     """
 
     sources: dict[str, Labels] = field(default_factory=dict)
@@ -104,50 +104,52 @@ class ChannelFlow:
     unfollowed: dict[str, str] = field(default_factory=dict)
 
     def reason(self, name: str) -> str | None:
-        """Why a module's channels stay, None where they may go."""
+        """Why a module's channels stay; None if they may be removed."""
         labels = self.sources[name] if name in self.sources else self.followers[name]
         return next((self.frozen[label] for label in labels.tolist() if label in self.frozen), None)
 
     def tied(self, name: str) -> list[str]:
         """The sources and followers that lose the same channels as ``name``, in graph order."""
-        key = {**self.sources, **self.followers}[name].tobytes()
-        return [other for other, labels in {**self.sources, **self.followers}.items() if labels.tobytes() == key]
+        labels = {**self.sources, **self.followers}
+        return [other for other in labels if np.array_equal(labels[other], labels[name])]
+
+    def freeze(self, labels: Labels, reason: str) -> None:
+        """Keep the channels with these labels; the first reason counts."""
+        for label in labels.tolist():
+            self.frozen.setdefault(label, reason)
 
 
 def channel_flow(graph_module: GraphModule) -> ChannelFlow:
     """Follow every channel through a traced network.
 
     Args:
-        graph_module: a graph with shapes, from ``graph.trace``.
+        graph_module: a graph with shapes, from ``fx_trace.trace``.
     """
     composite: set[str] = set()
     while True:
-        # Whether a follower has a single source shows only when all ties are known, and what a removed channel
-        # holds behind it depends on that: a second round settles it.
-        analysis = _Analysis(graph_module, composite)
-        flow = analysis.run()
+        # Only when all ties are known does it show whether a follower has a single source. What a removed channel
+        # holds behind it depends on that, so another round is needed.
+        flow = _Analysis(graph_module, composite).run()
         if flow.composite <= composite:
             return flow
         composite = composite | flow.composite
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether each channel of a convolution is filtered for itself, so that it has as many outputs as inputs."""
+    """Whether a convolution filters each channel by itself, with as many outputs as inputs."""
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 class _Analysis:
+    """One round through the graph. Methods for nodes return the channels of the node's output, None if none go on."""
+
     def __init__(self, graph_module: GraphModule, composite: set[str]) -> None:
         self.graph_module = graph_module
         self.composite = composite
-        self.parents: list[int] = []
-        self.frozen: dict[int, str] = {}
+        self.parents: list[int] = []  # of each label, in the forest of tied labels
         self.flows: dict[Node, Flow] = {}
-        self.sources: dict[str, Labels] = {}
-        self.followers: dict[str, Labels] = {}
+        self.raw = ChannelFlow()  # with labels that are not yet replaced by those they are tied to
         self.gate_labels: set[int] = set()
-        self.read_raw: set[int] = set()
-        self.unfollowed: dict[str, str] = {}
         self.grouped: list[tuple[str, Labels, int]] = []
         self.unread = set(unread_nodes(graph_module))
         self.calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
@@ -170,34 +172,25 @@ class _Analysis:
 
     def tie(self, first: Labels, second: Labels) -> None:
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
-            root, other = self.find(a), self.find(b)
-            if root != other:
-                self.parents[other] = root
+            self.parents[self.find(b)] = self.find(a)
 
-    def freeze(self, labels: Labels, reason: str) -> None:
-        for label in labels.tolist():
-            self.frozen.setdefault(label, reason)
-
-    def freeze_flow(self, flow: Flow | None, reason: str) -> None:
-        if flow is not None:
-            self.freeze(flow.labels, reason)
+    def stop(self, node: Node, reason: str) -> Flow | None:
+        """Freeze all channels that the node reads; its own output has none."""
+        for flow in self.inputs(node):
+            self.raw.freeze(flow.labels, reason)
+        return None
 
     # ---- the graph, node by node
 
     def run(self) -> ChannelFlow:
         for node in self.graph_module.graph.nodes:
+            flow = None
             if node.op == "output":
-                for read in node.all_input_nodes:
-                    self.freeze_flow(self.flows.get(read), "they are the network's output")
-                continue
-            if node.op == "placeholder":
-                flow = None
+                self.stop(node, "they are the network's output")
             elif node.op == "call_module":
                 flow = self.module(node, self.graph_module.get_submodule(node.target))
             elif node.op in ("call_function", "call_method"):
                 flow = self.operation(node)
-            else:
-                flow = None
             if flow is not None:
                 self.flows[node] = flow
         return self.settle()
@@ -205,42 +198,33 @@ class _Analysis:
     def inputs(self, node: Node) -> list[Flow]:
         return [self.flows[read] for read in node.all_input_nodes if read in self.flows]
 
-    def give_up(self, node: Node, what: str) -> None:
-        """Freeze everything that the node reads; its own channels are nobody's."""
-        for flow in self.inputs(node):
-            self.freeze_flow(flow, what)
-
     def note_raw(self, flow: Flow | None) -> None:
         if flow is not None and flow.raw:
-            self.read_raw.update(flow.labels.tolist())
+            self.raw.read_raw.update(flow.labels.tolist())
 
     def kept(self, node: Node, flow: Flow, constant: bool | None = None, tensor: Node | None = None) -> Flow | None:
-        """The same channels in the node's output, provided that its shape has them where they were in ``tensor``.
+        """The same channels in the node's output, if they are in the same dimension there as in ``tensor``.
 
-        That is what the node reads first where it is not given.
+        By default ``tensor`` is the first that the node reads.
         """
         before, after = node_shape(_first(node) if tensor is None else tensor), node_shape(node)
         if before is None or after is None or before[: flow.dim + 1] != after[: flow.dim + 1]:
-            self.freeze_flow(flow, f"they pass `{_label(node)}`, which moves the channel dimension")
-            return None
+            return self.stop(node, f"they pass `{_label(node)}`, which moves the channel dimension")
         return flow if constant is None else replace(flow, constant=constant)
 
     def module(self, node: Node, module: Any) -> Flow | None:
-        name = str(node.target)
+        name, calls = str(node.target), self.calls[node.target]
         inputs = self.inputs(node)
-        parametric = next(module.parameters(), None) is not None
-        if self.calls[name] > 1 and parametric:
-            self.unfollowed[name] = f"forward calls it {self.calls[name]} times"
-            self.give_up(node, f"they enter {name}, which forward calls {self.calls[name]} times")
-            return None
-        if node in self.unread and parametric:
-            self.unfollowed[name] = "nothing reads its output"
-            self.give_up(node, f"they enter {name}, whose output nothing reads")
-            return None
+        if next(module.parameters(), None) is not None:
+            if calls > 1:
+                self.raw.unfollowed[name] = f"forward calls it {calls} times"
+                return self.stop(node, f"they enter {name}, which forward calls {calls} times")
+            if node in self.unread:
+                self.raw.unfollowed[name] = "nothing reads its output"
+                return self.stop(node, f"they enter {name}, whose output nothing reads")
+        if len(node.all_input_nodes) != 1:
+            return self.stop(node, f"they enter {name} ({type(module).__name__}) beside other tensors")
         flow = inputs[0] if inputs else None
-        if len(node.all_input_nodes) != 1 or len(inputs) > 1:
-            self.give_up(node, f"they enter {name} ({type(module).__name__}) beside other tensors")
-            return None
         # NNI chooses its replacement by the class name: a subclass would be replaced by its parent.
         exact = type(module)
         if exact in CONVOLUTIONS:
@@ -264,54 +248,44 @@ class _Analysis:
             return self.kept(node, flow)
         if exact is nn.Flatten:
             return self.flatten(node, flow, module.start_dim, module.end_dim)
-        self.give_up(node, f"they enter {name}, and a {exact.__name__} cannot lose channels")
-        return None
+        return self.stop(node, f"they enter {name}, and a {exact.__name__} cannot lose channels")
 
     def convolution(self, node: Node, module: Any, flow: Flow | None) -> Flow | None:
         name = str(node.target)
         if flow is not None and flow.dim != 1:
-            self.freeze_flow(flow, f"they enter {name} as something else than channels")
+            self.stop(node, f"they enter {name} as something else than channels")
             flow = None
-        depthwise = is_depthwise(module)
-        if flow is not None and flow.constant and _is_padded(module.padding):
-            silenced = depthwise and name not in self.composite
-            if not silenced:
-                self.freeze_flow(flow, f"what a removed channel leaves behind would reach the padding of {name}")
+        depthwise, composite = is_depthwise(module), name in self.composite
+        if flow is not None and flow.constant and _is_padded(module.padding) and (composite or not depthwise):
+            self.stop(node, f"what a removed channel leaves behind would reach the padding of {name}")
         if depthwise:
             if flow is None:
                 return None
-            self.followers[name] = flow.labels
-            constant = name in self.composite and (flow.constant or module.bias is not None)
-            return Flow(1, flow.labels, constant, flow.raw or module.bias is not None)
+            self.raw.followers[name] = flow.labels
+            biased = module.bias is not None
+            return Flow(1, flow.labels, composite and (flow.constant or biased), flow.raw or biased)
         self.note_raw(flow)
+        labels = self.raw.sources[name] = self.fresh(module.out_channels)
         if module.groups > 1:
-            labels = self.fresh(module.out_channels)
-            if flow is not None:
-                self.grouped.append((name, flow.labels, module.groups))
-            self.grouped.append((name, labels, module.groups))
-        else:
-            labels = self.fresh(module.out_channels)
-        self.sources[name] = labels
+            tied = [labels] if flow is None else [flow.labels, labels]
+            self.grouped += [(name, each, module.groups) for each in tied]
         return Flow(1, labels, raw=True)
 
     def linear(self, node: Node, module: nn.Linear, flow: Flow | None) -> Flow | None:
         shape = node_shape(node)
         if flow is not None and shape is not None and flow.dim != len(shape) - 1:
-            self.freeze_flow(flow, f"they enter {node.target} as something else than features")
+            self.stop(node, f"they enter {node.target} as something else than features")
         self.note_raw(flow)
-        labels = self.fresh(module.out_features)
-        self.sources[str(node.target)] = labels
+        labels = self.raw.sources[str(node.target)] = self.fresh(module.out_features)
         return Flow(len(shape) - 1, labels, raw=True) if shape is not None else None
 
     def norm(self, node: Node, module: Any, flow: Flow) -> Flow | None:
         name = str(node.target)
         if flow.dim != 1:
-            self.freeze_flow(flow, f"they enter {name} as something else than channels")
-            return None
+            return self.stop(node, f"they enter {name} as something else than channels")
         if module.running_mean is None:
-            self.freeze_flow(flow, f"they enter {name}, which keeps no running statistics")
-            return None
-        self.followers[name] = flow.labels
+            return self.stop(node, f"they enter {name}, which keeps no running statistics")
+        self.raw.followers[name] = flow.labels
         silent = module.affine and name not in self.composite
         if not silent:
             self.note_raw(flow)
@@ -319,37 +293,32 @@ class _Analysis:
 
     def pool(self, node: Node, flow: Flow, uneven: bool) -> Flow | None:
         if uneven and flow.constant:
-            self.freeze_flow(flow, f"what a removed channel leaves behind would reach the padding of {_label(node)}")
+            self.stop(node, f"what a removed channel leaves behind would reach the padding of {_label(node)}")
         return self.kept(node, flow)
 
     def flatten(self, node: Node, flow: Flow, start: int, end: int) -> Flow | None:
         shape = node_shape(_first(node))
         if shape is None:
-            self.give_up(node, f"they pass `{_label(node)}`")
-            return None
+            return self.stop(node, f"they pass `{_label(node)}`")
         start, end = start % len(shape), end % len(shape)
         if start > flow.dim:
             return self.kept(node, flow)
         if start < flow.dim or end < flow.dim:
-            self.freeze_flow(flow, f"they pass `{_label(node)}`, which mixes them with another dimension")
-            return None
-        repeats = math.prod(shape[start + 1 : end + 1])
-        return replace(flow, dim=start, labels=np.repeat(flow.labels, repeats))
+            return self.stop(node, f"they pass `{_label(node)}`, which mixes them with another dimension")
+        return replace(flow, dim=start, labels=np.repeat(flow.labels, math.prod(shape[start + 1 : end + 1])))
 
     def operation(self, node: Node) -> Flow | None:
-        name = _name(node)
-        inputs = self.inputs(node)
+        name, inputs = _name(node), self.inputs(node)
         if not inputs or name in _QUESTIONS:
             return None
-        flow = inputs[0]
         if name in _CONCATENATIONS:
             return self.concatenation(node)
         if name in _ADDITIONS | _PRODUCTS | _QUOTIENTS:
             return self.arithmetic(node, name)
         if len(inputs) > 1 or _first(node) not in self.flows:
-            self.give_up(node, f"they enter `{_label(node)}` beside other tensors")
-            return None
-        if name in _ZERO_FUNCTIONS:
+            return self.stop(node, f"they enter `{_label(node)}` beside other tensors")
+        flow = inputs[0]
+        if name in _ZERO_FUNCTIONS | _SQUEEZES:
             return self.kept(node, flow)
         if name in _CONSTANT_FUNCTIONS:
             return self.kept(node, flow, True)
@@ -358,75 +327,61 @@ class _Analysis:
             return self.pool(node, flow, name.startswith("avg_pool"))
         if name in _REDUCTIONS:
             return self.reduction(node, flow)
-        if name in _SQUEEZES:
-            return self.kept(node, flow)
         if name == "flatten":
-            start = _argument(node, 1, "start_dim", 0)
-            return self.flatten(node, flow, start, _argument(node, 2, "end_dim", -1))
+            return self.flatten(node, flow, _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
         if name in ("view", "reshape"):
             return self.view(node, flow)
         if name == "getitem":
             return self.getitem(node, flow)
-        self.give_up(node, f"they pass `{_label(node)}`")
-        return None
+        return self.stop(node, f"they pass `{_label(node)}`")
 
     def concatenation(self, node: Node) -> Flow | None:
         parts = node.args[0] if node.args else node.kwargs.get("tensors")
-        dim = _argument(node, 1, "dim", 0)
-        shape = node_shape(node)
+        dim, shape = _argument(node, 1, "dim", 0), node_shape(node)
         if not isinstance(parts, tuple | list) or shape is None or not isinstance(dim, int):
-            self.give_up(node, f"they pass `{_label(node)}`")
-            return None
+            return self.stop(node, f"they pass `{_label(node)}`")
         dim %= len(shape)
         labels = []
         for part in parts:
             flow, part_shape = self.flows.get(part), node_shape(part)
             if flow is None and part_shape is not None:
-                fresh = self.fresh(part_shape[dim])
-                self.freeze(fresh, f"they are joined with channels that stay by `{_label(node)}`")
-                labels.append(fresh)
+                labels.append(self.fresh(part_shape[dim]))
+                self.raw.freeze(labels[-1], f"they are joined with channels that stay by `{_label(node)}`")
             elif flow is not None and flow.dim == dim:
                 labels.append(flow.labels)
             else:
-                self.give_up(node, f"they pass `{_label(node)}` along another dimension")
-                return None
+                return self.stop(node, f"they pass `{_label(node)}` along another dimension")
         inputs = self.inputs(node)
         constant, raw = any(flow.constant for flow in inputs), any(flow.raw for flow in inputs)
         return Flow(dim, np.concatenate(labels), constant, raw)
 
     def arithmetic(self, node: Node, name: str) -> Flow | None:
         if any(isinstance(argument, Node) for argument in node.kwargs.values()):
-            self.give_up(node, f"they enter `{_label(node)}` by keyword")
-            return None
+            return self.stop(node, f"they enter `{_label(node)}` by keyword")
         tensors = [argument for argument in node.args if isinstance(argument, Node) and self.is_wide(argument)]
         flows = [self.flows[argument] for argument in tensors if argument in self.flows]
         if len(tensors) == len(flows) == 1:
             number = next((argument for argument in node.args if argument is not tensors[0]), None)
             scaled = name in _PRODUCTS or (name in _QUOTIENTS and node.args[0] is tensors[0])
             if name in _QUOTIENTS and not scaled:
-                self.give_up(node, f"they are a divisor in `{_label(node)}`")
-                return None
+                return self.stop(node, f"they are a divisor in `{_label(node)}`")
             return self.kept(node, flows[0], flows[0].constant or not (scaled or number == 0), tensors[0])
         if len(tensors) != 2 or len(flows) != 2 or name in _QUOTIENTS:
-            self.give_up(node, f"they enter `{_label(node)}` with a tensor whose channels stay")
-            return None
+            return self.stop(node, f"they enter `{_label(node)}` with a tensor whose channels stay")
         first, second = flows
-        if len(node_shape(tensors[0]) or ()) != len(node_shape(tensors[1]) or ()) or first.dim != second.dim:
-            self.give_up(node, f"they enter `{_label(node)}` with a tensor of another layout")
-            return None
-        if len(first.labels) != len(second.labels):
+        sizes = sorted(len(flow.labels) for flow in flows)
+        other_layout = len(node_shape(tensors[0]) or ()) != len(node_shape(tensors[1]) or ()) or first.dim != second.dim
+        if other_layout or (sizes[0] != sizes[1] and sizes[0] != 1):
+            return self.stop(node, f"they enter `{_label(node)}` with a tensor of another layout")
+        if sizes[0] != sizes[1]:
             wide, narrow = (first, second) if len(second.labels) == 1 else (second, first)
-            if len(narrow.labels) != 1:
-                self.give_up(node, f"they enter `{_label(node)}` with a tensor of another layout")
-                return None
-            self.freeze_flow(narrow, f"it is spread over other channels by `{_label(node)}`")
+            self.raw.freeze(narrow.labels, f"it is spread over other channels by `{_label(node)}`")
             if name in _ADDITIONS:
-                self.freeze_flow(wide, f"something else is added to all of them by `{_label(node)}`")
+                self.raw.freeze(wide.labels, f"something else is added to all of them by `{_label(node)}`")
             return wide
         self.tie(first.labels, second.labels)
         if name in _ADDITIONS:
-            constant, raw = first.constant or second.constant, first.raw or second.raw
-            return Flow(first.dim, first.labels, constant, raw)
+            return Flow(first.dim, first.labels, first.constant or second.constant, first.raw or second.raw)
         if first.constant != second.constant:
             self.gate_labels.update((first if first.constant else second).labels.tolist())
         value = second if first.constant else first
@@ -438,15 +393,11 @@ class _Analysis:
         return shape is not None and (node in self.flows or math.prod(shape) != 1)
 
     def reduction(self, node: Node, flow: Flow) -> Flow | None:
-        shape = node_shape(_first(node))
-        dims = _argument(node, 1, "dim", None)
+        shape, dims = node_shape(_first(node)), _argument(node, 1, "dim", None)
         dims = (dims,) if isinstance(dims, int) else dims
-        if shape is None or not isinstance(dims, tuple | list) or not all(isinstance(dim, int) for dim in dims):
-            self.give_up(node, f"they are averaged away by `{_label(node)}`")
-            return None
-        if any(dim % len(shape) <= flow.dim for dim in dims):
-            self.freeze_flow(flow, f"they are averaged away by `{_label(node)}`")
-            return None
+        known = shape is not None and isinstance(dims, tuple | list) and all(isinstance(dim, int) for dim in dims)
+        if not known or any(dim % len(shape or ()) <= flow.dim for dim in dims):
+            return self.stop(node, f"they are averaged away by `{_label(node)}`")
         return self.kept(node, flow)
 
     def view(self, node: Node, flow: Flow) -> Flow | None:
@@ -459,75 +410,64 @@ class _Analysis:
                 return replace(flow, labels=np.repeat(flow.labels, math.prod(before[2:])))
             if isinstance(sizes[1], Node) and after[:2] == before[:2]:
                 return flow
-        self.freeze_flow(flow, f"they pass `{_label(node)}`, which regroups them or names their number")
-        return None
+        return self.stop(node, f"they pass `{_label(node)}`, which regroups them or names their number")
 
     def getitem(self, node: Node, flow: Flow) -> Flow | None:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        whole = slice(None)
         picked = all(entry is None or isinstance(entry, slice) for entry in index)
-        if picked and all(entry == whole for entry in index[: flow.dim + 1]):
+        if picked and all(entry == slice(None) for entry in index[: flow.dim + 1]):
             return self.kept(node, flow)
-        self.freeze_flow(flow, f"they pass `{_label(node)}`, which picks some of them")
-        return None
+        return self.stop(node, f"they pass `{_label(node)}`, which picks some of them")
 
-    # ---- the sum of it
+    # ---- the result
 
     def settle(self) -> ChannelFlow:
+        """Replace tied labels by one of them, and freeze the layers that share only some of their channels."""
         flow = ChannelFlow(
-            {name: self.roots(labels) for name, labels in self.sources.items()},
-            {name: self.roots(labels) for name, labels in self.followers.items()},
+            {name: self.roots(labels) for name, labels in self.raw.sources.items()},
+            {name: self.roots(labels) for name, labels in self.raw.followers.items()},
+            gates={name for name, labels in self.raw.sources.items() if self.gate_labels & set(labels.tolist())},
+            read_raw={self.find(label) for label in self.raw.read_raw},
+            unfollowed=self.raw.unfollowed,
         )
-        frozen: dict[int, str] = {}
-        for label, reason in self.frozen.items():
-            frozen.setdefault(self.find(label), reason)
-        flow.gates = {name for name, labels in self.sources.items() if set(labels.tolist()) & self.gate_labels}
-        flow.frozen = frozen
-        flow.unfollowed = self.unfollowed
-        flow.read_raw = {self.find(label) for label in self.read_raw}
-        whole = {labels.tobytes(): name for name, labels in flow.sources.items()}
-        flow.composite = {name for name, labels in flow.followers.items() if labels.tobytes() not in whole}
-
+        for label, reason in self.raw.frozen.items():
+            flow.frozen.setdefault(self.find(label), reason)
+        keys = {name: labels.tobytes() for name, labels in flow.sources.items()}
+        single = set(keys.values())
+        flow.composite = {name for name, labels in flow.followers.items() if labels.tobytes() not in single}
         blocks: dict[bytes, int] = {}
         for name, raw, groups in self.grouped:
             labels = self.roots(raw)
-            if labels.tobytes() not in whole:
-                _freeze(flow, labels, f"{name} has {groups} groups and reads the channels of several layers")
+            if labels.tobytes() not in single:
+                flow.freeze(labels, f"{name} has {groups} groups and reads the channels of several layers")
             elif len(labels) % groups:
-                _freeze(flow, labels, f"the {groups} groups of {name} do not divide them evenly")
+                flow.freeze(labels, f"the {groups} groups of {name} do not divide them evenly")
             else:
                 blocks[labels.tobytes()] = math.lcm(blocks.get(labels.tobytes(), 1), groups)
-        flow.blocks = {
-            name: blocks[labels.tobytes()] for name, labels in flow.sources.items() if labels.tobytes() in blocks
-        }
-        self.freeze_partial_ties(flow)
+        flow.blocks = {name: blocks[key] for name, key in keys.items() if key in blocks}
+        _freeze_partial_ties(flow)
         return flow
 
-    def freeze_partial_ties(self, flow: ChannelFlow) -> None:
-        """NNI's masks tie whole layers: layers that share only some channels, or twist them, stay."""
-        owners: dict[int, str] = {}
-        for name, labels in flow.sources.items():
-            if len(set(labels.tolist())) < len(labels):
-                _freeze(flow, labels, f"two channels of {name} depend on each other")
-            for label in labels.tolist():
-                owner = owners.setdefault(label, name)
-                if flow.sources[owner].tobytes() != labels.tobytes():
-                    _freeze(flow, labels, f"{owner} and {name} share some of their channels only")
-                    _freeze(flow, flow.sources[owner], f"{owner} and {name} share some of their channels only")
-        changed = True
-        while changed:
-            changed = False
-            for labels in flow.sources.values():
-                inside = [label in flow.frozen for label in labels.tolist()]
-                if any(inside) and not all(inside):
-                    reason = next(flow.frozen[label] for label in labels.tolist() if label in flow.frozen)
-                    _freeze(flow, labels, reason)
-                    changed = True
 
-
-def _freeze(flow: ChannelFlow, labels: Labels, reason: str) -> None:
-    for label in labels.tolist():
-        flow.frozen.setdefault(label, reason)
+def _freeze_partial_ties(flow: ChannelFlow) -> None:
+    """NNI's masks tie whole layers: layers that share only some channels, or in another order, stay."""
+    owners: dict[int, str] = {}
+    for name, labels in flow.sources.items():
+        if len(set(labels.tolist())) < len(labels):
+            flow.freeze(labels, f"two channels of {name} depend on each other")
+        for label in labels.tolist():
+            owner = owners.setdefault(label, name)
+            if not np.array_equal(flow.sources[owner], labels):
+                for shared in (labels, flow.sources[owner]):
+                    flow.freeze(shared, f"{owner} and {name} share some of their channels only")
+    changed = True
+    while changed:
+        changed = False
+        for labels in flow.sources.values():
+            reasons = [flow.frozen[label] for label in labels.tolist() if label in flow.frozen]
+            if 0 < len(reasons) < len(labels):
+                flow.freeze(labels, reasons[0])
+                changed = True
 
 
 def _first(node: Node) -> Node:
@@ -541,9 +481,7 @@ def _argument(node: Node, position: int, name: str, default: Any) -> Any:
 def _name(node: Node) -> str:
     if node.op == "call_method":
         return str(node.target)
-    if node.target is operator.getitem:
-        return "getitem"
-    return getattr(node.target, "__name__", str(node.target))
+    return "getitem" if node.target is operator.getitem else getattr(node.target, "__name__", str(node.target))
 
 
 def _label(node: Node) -> str:
@@ -553,6 +491,4 @@ def _label(node: Node) -> str:
 def _is_padded(padding: Any) -> bool:
     if isinstance(padding, str):
         return padding != "valid"
-    if isinstance(padding, int):
-        return padding != 0
-    return any(side != 0 for side in padding)
+    return padding != 0 if isinstance(padding, int) else any(side != 0 for side in padding)
