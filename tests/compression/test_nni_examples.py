@@ -39,7 +39,7 @@ SMALLER = {
     '"total_times": 10': '"total_times": 2',
     "warmup_step=200": "warmup_step=1",
     "cooldown_begin_step=1400": "cooldown_begin_step=5",
-    "quant_start_step=60": "quant_start_step=1",
+    '"quant_start_step": 60': '"quant_start_step": 1',
 }
 
 

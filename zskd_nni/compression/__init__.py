@@ -1,4 +1,6 @@
-"""The adapter of ``nni.compression``; importing it puts ``ZeroShotDistiller`` beside NNI's distillers.
+"""The adapter of ``nni.compression``.
+
+Importing it adds one name to NNI: ``nni.compression.distillation.ZeroShotDistiller``. Nothing else of NNI is changed.
 
 May import: NNI, :mod:`zskd_nni.recipes` and what stands below it. Nothing below imports NNI.
 """
@@ -8,10 +10,8 @@ from __future__ import annotations
 from nni.compression import distillation as _distillation
 
 from zskd_nni.compression.distiller import ZeroShotDistiller
-from zskd_nni.compression.evaluator import DataFreeEvaluator
+from zskd_nni.compression.evaluator import DataFreeEvaluator, EvaluatorOptions
 
 _distillation.ZeroShotDistiller = ZeroShotDistiller
-if hasattr(_distillation, "__all__") and "ZeroShotDistiller" not in _distillation.__all__:
-    _distillation.__all__ = [*_distillation.__all__, "ZeroShotDistiller"]
 
-__all__ = ["DataFreeEvaluator", "ZeroShotDistiller"]
+__all__ = ["DataFreeEvaluator", "EvaluatorOptions", "ZeroShotDistiller"]

@@ -149,13 +149,12 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         losses = []
         for path, spaces in self._target_spaces.items():
             for name, space in spaces.items():
-                links = [(link, self._teacher_target_spaces[link][name].hidden_state) for link in space.link]
-                student = space.hidden_state
-                terms = [
-                    space.lambda_ * self._target_loss(space, student, teacher.to(student.device), f"{path} ~ {link}")
-                    for link, teacher in links
-                    if student is not None and teacher is not None
-                ]
+                terms = []
+                for link in space.link:
+                    student, teacher = space.hidden_state, self._teacher_target_spaces[link][name].hidden_state
+                    if student is not None and teacher is not None:
+                        loss = self._target_loss(space, student, teacher.to(student.device), f"{path} ~ {link}")
+                        terms.append(space.lambda_ * loss)
                 if terms:
                     losses.append(torch.stack(terms).min())
         for spaces in (*self._target_spaces.values(), *self._teacher_target_spaces.values()):
@@ -247,19 +246,19 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
     def _validate_config(self) -> None:
         for number, config in enumerate(self.config_list):
             _check_keys(config, _CONFIG_KEYS, f"config_list[{number}]")
-            settings = config.get("target_settings", {})
-            for name, setting in settings.items():
+            for name, setting in config.get("target_settings", {}).items():
                 _check_keys(setting, _SETTING_KEYS, f"config_list[{number}].target_settings.{name}")
-            for setting in (config, *settings.values()):
-                if "temperature" in setting:
-                    setting["temperature"] = _checked_temperature(setting["temperature"])
-        given = with_float_lambdas(self.config_list)
-        self.config_list = [_without_temperature(config) for config in given]
+        complete = [_with_nested_temperature(config) for config in with_float_lambdas(self.config_list)]
+        # NNI's schema does not know the temperature.
+        self.config_list = copy.deepcopy(complete)
+        for config in self.config_list:
+            for setting in config.get("target_settings", {}).values():
+                setting.pop("temperature", None)
         try:
             super()._validate_config()
         except SchemaError as error:
             raise UserError(f"The distiller's config_list is not valid: {str(error).splitlines()[-1]}.") from error
-        self.config_list = [_with_nested_temperature(config) for config in given]
+        self.config_list = complete
 
 
 def with_float_lambdas(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -347,22 +346,14 @@ def _check_keys(config: Any, known: Sequence[str], where: str) -> None:
             raise UserError(f"{where} has no key {key!r}; the nearest is {near!r}. Known: {', '.join(known)}.")
 
 
-def _without_temperature(config: dict) -> dict:
-    result = {key: value for key, value in config.items() if key != "temperature"}
-    if "target_settings" in config:
-        result["target_settings"] = {
-            name: _without_temperature(setting) for name, setting in config["target_settings"].items()
-        }
-    return result
-
-
 def _with_nested_temperature(config: dict) -> dict:
     # NNI copies only the keys it knows from the config itself into a target's setting, but all of target_settings.
-    if "temperature" not in config:
-        return config
-    result = {key: value for key, value in config.items() if key != "temperature"}
     settings = {name: dict(setting) for name, setting in config.get("target_settings", {}).items()}
-    settings.setdefault("_output_", {})
+    if "temperature" in config:
+        settings.setdefault("_output_", {})
     for setting in settings.values():
-        setting.setdefault("temperature", config["temperature"])
-    return {**result, "target_settings": settings}
+        temperature = setting.get("temperature", config.get("temperature"))
+        if temperature is not None:
+            setting["temperature"] = _checked_temperature(temperature)
+    result = {key: value for key, value in config.items() if key != "temperature"}
+    return {**result, "target_settings": settings} if settings else result

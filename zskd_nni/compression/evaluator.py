@@ -193,40 +193,27 @@ class DataFreeEvaluator(TorchEvaluator):
         Unlike NNI's, it adds no parameter twice, such as the bias of a folded convolution. It also accepts a network
         with parameters outside its modules, such as a class token.
         """
-        assert self._optimizers
-        known = {id(weight) for weight in _optimized(self._optimizers[0])}
-        fresh = {
-            path: [weight for weight in weights if id(weight) not in known]
-            for path, weights in module_name_param_dict.items()
-        }
-        if self._own_optimizer:
-            self._add_scales(fresh)
-        for path, weights in fresh.items():
-            self._group_of(path)["params"].extend(weights)
-
-    def _group_of(self, path: str) -> dict[str, Any]:
-        """The optimiser's group with a parameter of the module ``path``, or the first group."""
         assert self.model is not None and self._optimizers
-        owners = {
-            id(weight): name.rpartition(".")[0].removesuffix("._nni_wrapper")
-            for name, weight in self.model.named_parameters()
+        optimizer, names = self._optimizers[0], {id(weight): name for name, weight in self.model.named_parameters()}
+        known = {id(weight) for weight in _optimized(optimizer)}
+        added = [(path, weight) for path, weights in module_name_param_dict.items() for weight in weights]
+        added = [(path, weight) for path, weight in added if id(weight) not in known]
+        scales = {
+            id(weight): weight
+            for _, weight in added
+            if self._own_optimizer and weight.numel() and names.get(id(weight), "").endswith("_scale")
         }
-        groups = self._optimizers[0].param_groups
-        holding = (group for group in groups if any(owners.get(id(weight)) == path for weight in group["params"]))
-        return next(holding, groups[0])
-
-    def _add_scales(self, weights_by_path: dict[str, list[Tensor]]) -> None:
-        # A step of Adam is as long as its learning rate, whatever the gradient. A learnt quantization scale is often as
-        # small as the weights' rate, at which one step would carry it across 0.
-        assert self.model is not None and self._optimizers
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
-        for path, weights in weights_by_path.items():
-            scales = [weight for weight in weights if names.get(id(weight), "").endswith("_scale") and weight.numel()]
-            for scale in scales:
-                rate = _RELATIVE_SCALE_STEP * float(scale.detach().abs().mean())
-                self._optimizers[0].add_param_group({"params": [scale], "lr": rate, "weight_decay": 0.0})
-            taken = {id(scale) for scale in scales}
-            weights_by_path[path] = [weight for weight in weights if id(weight) not in taken]
+        for scale in scales.values():
+            # A step of Adam is as long as its learning rate, whatever the gradient. A learnt quantization scale is
+            # often as small as the weights' rate, at which one step would carry it across 0.
+            rate = _RELATIVE_SCALE_STEP * float(scale.detach().abs().mean())
+            optimizer.add_param_group({"params": [scale], "lr": rate, "weight_decay": 0.0})
+        owners = {key: name.rpartition(".")[0].removesuffix("._nni_wrapper") for key, name in names.items()}
+        for path, weight in added:
+            if id(weight) not in scales:
+                groups = optimizer.param_groups
+                holding = (group for group in groups if any(owners.get(id(own)) == path for own in group["params"]))
+                next(holding, groups[0])["params"].append(weight)
 
     def register_hooks(self, hooks: list[Hook]) -> None:
         """As NNI's; also remembers the hooks, whose buffers belong into the checkpoint."""
@@ -302,10 +289,7 @@ class DataFreeEvaluator(TorchEvaluator):
                 "pseudo_labels=True."
             )
         only_scores = self._compression.only_scores() and not self.options.train_while_scoring
-        if only_scores:
-            after_step = _put_back(model, optimizer)
-        else:
-            after_step = held_at_zero(model, self.options.masks) if self.options.masks else None
+        masks = self.options.masks
         shared = DataParallel(team(), divided=self._compression.can_be_divided())
 
         def loss(step: int, random: torch.Generator) -> Tensor:
@@ -321,7 +305,7 @@ class DataFreeEvaluator(TorchEvaluator):
             checkpoint=self._checkpoint_path(),
             checkpoint_every=self.options.checkpoint_every,
             label=self.options.label,
-            after_step=after_step,
+            after_step=_put_back(model, optimizer) if only_scores else held_at_zero(model, masks) if masks else None,
             quiet=self.quiet,
             identity=[
                 distillation_identity(self.teacher, self.source, self.settings),

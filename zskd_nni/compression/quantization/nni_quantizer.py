@@ -10,16 +10,9 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
+from nni.compression import quantization as nni_quantization
 from nni.compression.base.compressor import Pruner, Quantizer
 from nni.compression.base.config import select_modules_by_config
-from nni.compression.quantization import (
-    BNNQuantizer,
-    DoReFaQuantizer,
-    LsqPlusQuantizer,
-    LsqQuantizer,
-    PtqQuantizer,
-    QATQuantizer,
-)
 from schema import SchemaError
 from torch import nn
 
@@ -32,14 +25,6 @@ from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import QuantizationConfig
 from zskd_nni.runtime.errors import UserError
 
-QUANTIZERS: dict[str, type[Quantizer]] = {
-    "PtqQuantizer": PtqQuantizer,
-    "QATQuantizer": QATQuantizer,
-    "LsqQuantizer": LsqQuantizer,
-    "LsqPlusQuantizer": LsqPlusQuantizer,
-    "DoReFaQuantizer": DoReFaQuantizer,
-    "BNNQuantizer": BNNQuantizer,
-}
 _SHORT_NAMES = {
     "ptq": "PtqQuantizer",
     "qat": "QATQuantizer",
@@ -52,6 +37,9 @@ _SHORT_NAMES = {
 }
 # They only round weights and activations, so that ONNX has operators for the result; PTQ can replace them.
 ROUNDING_QUANTIZERS = ("PtqQuantizer", "QATQuantizer", "LsqQuantizer", "LsqPlusQuantizer")
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    name: getattr(nni_quantization, name) for name in (*ROUNDING_QUANTIZERS, "DoReFaQuantizer", "BNNQuantizer")
+}
 _NAME_LISTS = (
     *("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re"),
     "target_names",
@@ -246,7 +234,7 @@ def _start_with(quantizer: Any, ranges: Calibration) -> None:
         for target, space in targets.items():
             entry = ranges[path][target]
             scale, zero = entry["scale"].to(device), entry["zero_point"].to(device)
-            if isinstance(quantizer, LsqQuantizer):
+            if isinstance(quantizer, nni_quantization.LsqQuantizer):
                 # LSQ has no zero point: an unsigned type reaches from 0 to its largest number.
                 scale = torch.maximum(entry["tracked_max"].abs(), entry["tracked_min"].abs()).to(device) / space.qmax
                 scale = scale.clamp_min(torch.finfo(torch.float32).eps)

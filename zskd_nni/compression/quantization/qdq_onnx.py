@@ -200,7 +200,7 @@ class _TensorQuantization(nn.Module):
         dtype = torch.uint8 if unsigned else torch.int8
         scale, zero = entry["scale"].double(), entry["zero_point"].double()
         zero = zero.expand_as(scale) if zero.numel() == 1 else zero
-        self.attributes: dict[str, int] = {}  # of ONNX's operators
+        self.attributes: dict[str, Any] = {}  # of ONNX's operators
         if scale.numel() > 1:
             long = [axis for axis, size in enumerate(scale.shape) if size > 1]
             if len(long) != 1 or long[0] not in channel_axes:
