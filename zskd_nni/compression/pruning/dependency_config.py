@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -43,12 +42,12 @@ class PruningPlan:
 def complete_config_list(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> list[dict[str, Any]]:
     """Complete a plain pruning config so that the masks of layers that share channels agree.
 
-    ``plan_pruning`` without the list of what was left out, which goes to the log.
+    As ``plan_pruning``, but the layers that are left out are logged.
 
     Args:
         model: the network to prune, not wrapped by a pruner.
         config_list: NNI's pruning config, for instance ``[{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]``.
-        dummy_input: one input of the network, see ``graph.trace``.
+        dummy_input: one input of the network, see ``fx_trace.trace``.
 
     Returns:
         A config list for ``L1NormPruner``, ``L2NormPruner``, ``FPGMPruner``, ``TaylorPruner``, ``SlimPruner`` and the
@@ -56,6 +55,16 @@ def complete_config_list(model: nn.Module, config_list: list[dict[str, Any]], du
 
     Raises:
         UserError: see ``plan_pruning``.
+
+    Example:
+        >>> import torch
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+        >>> config_list = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+        >>> conv, norm = complete_config_list(network, config_list, torch.zeros(2, 1, 4, 4))
+        >>> conv
+        {'op_names': ['0'], 'sparse_ratio': 0.5}
+        >>> norm["target_settings"]["bias"]  # the BatchNorm loses the channels of its convolution
+        {'align': {'module_name': '0', 'target_name': 'weight', 'dims': [0]}}
     """
     plan = plan_pruning(model, config_list, dummy_input)
     if plan.left_out:
@@ -67,22 +76,19 @@ def complete_config_list(model: nn.Module, config_list: list[dict[str, Any]], du
 def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> PruningPlan:
     """Complete a plain pruning config, and say what it cannot prune.
 
-    What is added to the user's entries, all in NNI's own keys:
+    These keys, all NNI's own, are added to the entries:
 
-    - layers whose outputs are added or multiplied share a ``dependency_group_id``, hence one mask;
-    - layers that feed, or are, grouped convolutions get an ``internal_metric_block``: each group loses as many
-      channels as the others;
-    - batch normalisation, depthwise convolutions and squeeze-and-excitation gates ``align`` with the layer whose
-      channels they carry. Without that a removed channel would come back as the normalisation's constant.
+    - ``dependency_group_id``: layers whose outputs are added or multiplied share one, and with it one mask.
+    - ``internal_metric_block``: layers that feed, or are, grouped convolutions lose as many channels in each group.
+    - ``align``: batch normalisation, depthwise convolutions and squeeze-and-excitation gates lose the channels of the
+      layer in front. Otherwise a removed channel would come back as the normalisation's constant.
 
-    What is left out: layers whose channels cannot be removed from what follows, the network's outputs above all, and
-    layers that share channels with one that the config does not name.
+    Left out are layers whose channels cannot be removed from what follows, above all the network's outputs, and layers
+    that share channels with one that the config does not name. If the config names normalisations but not the layers in
+    front of them, the normalisations are ranked.
 
-    Where the config names normalisations but not the layers in front of them, the normalisations are ranked.
-
-    A module that the user gave a ``dependency_group_id`` or an ``align`` passes as it is. So does one with a
-    ``granularity`` other than whole channels. NNI ranks a dependency group by itself, so that a
-    ``global_group_id`` has no effect on its members.
+    An entry with a ``dependency_group_id``, an ``align`` or a ``granularity`` other than whole channels passes
+    unchanged. NNI ranks a dependency group by itself, so a ``global_group_id`` has no effect on its members.
 
     Args:
         model: see ``complete_config_list``.
@@ -96,23 +102,25 @@ def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_inpu
     if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
         raise UserError("the model is wrapped by an NNI compressor; complete the config before making the pruner")
     graph = trace(model, dummy_input)
-    entries = _entries_by_module(model, config_list)
-    plan = replace(_Planner(model, channel_flow(graph), entries).plan(), graph=graph)
-    if not any(_is_active(entry) for entry in plan.config_list):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.left_out.items())[:3])
+    planner = _Planner(model, channel_flow(graph), _entries_by_module(model, config_list))
+    planner.plan()
+    left_out = {name: why for name, why in planner.left_out.items() if name in planner.entries}
+    if not any(map(_is_active, planner.planned.values())):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
         raise UserError(f"nothing that the pruning config names can be pruned ({reasons}); name other layers")
-    return plan
+    completed = [{"op_names": [name], **planner.planned[name]} for name in planner.modules if name in planner.planned]
+    return PruningPlan(completed, left_out, graph)
 
 
 def _entries_by_module(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The user's entry of each module, without the keys that select modules.
 
-    As in NNI several entries may name one module; of each target the first that names it counts.
+    As in NNI several entries may name one module; for each of its targets the first entry counts.
     """
     from nni.compression.base.config import select_modules_by_config
 
     entries: dict[str, dict[str, Any]] = {}
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for position, config in enumerate(modern_config_list(config_list, "pruning")):
         missing = [name for name in config.get("op_names", []) if name not in names]
         if missing:
@@ -121,20 +129,17 @@ def _entries_by_module(model: nn.Module, config_list: list[dict[str, Any]]) -> d
         if not selected:
             raise UserError(f"entry {position} of the pruning config selects no module of the model: {config}")
         for name, module in selected.items():
-            known = entries.get(name)
-            entries[name] = deepcopy(public) if known is None else _joined(module, known, public)
-    order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    return dict(sorted(entries.items(), key=lambda item: order[item[0]]))
+            entries[name] = _joined(module, entries[name], public) if name in entries else deepcopy(public)
+    return {name: entries[name] for name in names if name in entries}
 
 
 def _target_names(module: nn.Module, entry: dict[str, Any]) -> list[str]:
-    """What NNI takes an entry's targets to be: all that there are where it names none."""
-    names = list(entry.get("target_names") or [])
-    return names or [name for name in ("weight", "bias") if hasattr(module, name)]
+    """The targets of an entry; as for NNI, all that the module has if the entry names none."""
+    return list(entry.get("target_names") or (name for name in ("weight", "bias") if hasattr(module, name)))
 
 
 def _joined(module: nn.Module, first: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """``first`` with the targets of ``later`` that it has not got, each with the settings of its own entry."""
+    """``first`` with those targets of ``later`` that it has not got, each with the settings of its own entry."""
     known = _target_names(module, first)
     fresh = [name for name in _target_names(module, later) if name not in known]
     if not fresh:
@@ -143,56 +148,56 @@ def _joined(module: nn.Module, first: dict[str, Any], later: dict[str, Any]) -> 
     for entry, names in ((first, known), (later, fresh)):
         shortcuts = {key: value for key, value in entry.items() if key not in ("target_names", "target_settings")}
         for name in names:
-            # NNI's shortcuts reach those settings of a target that it has by default: a bias has no sparsity.
+            # NNI applies its shortcuts to the settings that a target has by default: a bias has no sparsity.
             own = {key: value for key, value in shortcuts.items() if name != "bias" or key in ("align", "apply_method")}
             settings[name] = deepcopy({**own, **entry.get("target_settings", {}).get(name, {})})
     return {"target_names": [*known, *fresh], "target_settings": settings}
 
 
-def _settings(entry: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    yield entry
-    yield from entry.get("target_settings", {}).values()
+def _settings(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry, *entry.get("target_settings", {}).values()]
 
 
 def _value(entry: dict[str, Any], key: str) -> Any:
     """A setting of the weight: in its target settings, or in the entry as a shortcut."""
-    weight = entry.get("target_settings", {}).get("weight", {})
-    return weight.get(key, entry.get(key))
+    return entry.get("target_settings", {}).get("weight", {}).get(key, entry.get(key))
 
 
 def _is_active(entry: dict[str, Any]) -> bool:
     return any(setting.get(key) is not None for setting in _settings(entry) for key in _SPARSITY)
 
 
-def _is_users_own(entry: dict[str, Any]) -> bool:
-    """The user decided about this module's mask in a way that nothing may be added to."""
-    for setting in _settings(entry):
-        if setting.get("dependency_group_id") is not None or setting.get("align") is not None:
-            return True
-        if setting.get("granularity", "default") not in ("default", "out_channel"):
-            return True
-    return any(name.startswith(("_input_", "_output_")) for name in entry.get("target_names", []))
+def _passes_unchanged(entry: dict[str, Any]) -> bool:
+    """Whether the user decided about this module's mask in a way that nothing may be added to."""
+    return any(name.startswith(("_input_", "_output_")) for name in entry.get("target_names", [])) or any(
+        setting.get("dependency_group_id") is not None
+        or setting.get("align") is not None
+        or setting.get("granularity", "default") not in ("default", "out_channel")
+        for setting in _settings(entry)
+    )
 
 
 class _Planner:
+    """Decides group by group: ``planned`` are the completed entries, ``left_out`` the reasons against the others."""
+
     def __init__(self, model: nn.Module, flow: ChannelFlow, entries: dict[str, dict[str, Any]]) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.flow = flow
-        self.entries = entries
+        self.flow, self.entries = flow, entries
+        self.own = [name for name, entry in entries.items() if _passes_unchanged(entry)]
         self.planned: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
 
-    def plan(self) -> PruningPlan:
+    def plan(self) -> None:
         seen: set[str] = set()
         for name in self.flow.sources:
             if name not in seen:
                 group = self.flow.tied(name)
                 seen.update(group)
-                self.group(group)
+                self.plan_group(group)
         for name, entry in self.entries.items():
             if name in seen:
                 continue
-            if _is_users_own(entry):
+            if name in self.own:
                 self.planned[name] = entry
             elif name in self.flow.composite:
                 self.left_out[name] = "its channels come from several layers, and it cannot drop what they keep"
@@ -201,53 +206,45 @@ class _Planner:
             else:
                 why = "it has no channels that could be followed in the evaluation graph"
                 self.left_out[name] = self.flow.unfollowed.get(name, why)
-        order = [name for name in self.modules if name in self.planned]
-        config_list = [{"op_names": [name], **self.planned[name]} for name in order]
-        return PruningPlan(config_list, {name: why for name, why in self.left_out.items() if name in self.entries})
 
-    def group(self, group: list[str]) -> None:
-        """Plan the layers that lose the same channels: leaders rank them, the others align."""
+    def plan_group(self, group: list[str]) -> None:
+        """Plan the layers that lose the same channels: some of them rank the channels, the others align."""
         sources = [name for name in group if name in self.flow.sources]
         norms = [name for name in group if name in self.flow.followers and not self.is_convolution(name)]
-        own = [name for name in group if name in self.entries and _is_users_own(self.entries[name])]
+        own = [name for name in group if name in self.own]
         named = [name for name in group if name in self.entries and name not in own and _is_active(self.entries[name])]
-        for name in own:
-            self.planned[name] = self.entries[name]
+        self.planned |= {name: self.entries[name] for name in own}
         leaders = [name for name in sources if name in named]
         if not leaders and not own and any(name in named for name in norms):
-            self.lead_by_norms(group, [name for name in norms if name in named], norms)
-            return
-        if not leaders and not [name for name in own if name in sources]:
-            # a depthwise convolution alone, or nothing at all
-            self.leave_out(named, "its channels are those of a layer that the config does not name")
-            return
-        reason = self.flow.reason(group[0])
-        if reason:
-            self.leave_out(named, reason)
+            self.rank_by_norms(group, [name for name in norms if name in named], norms)
             return
         unnamed = [name for name in sources if name not in named + own and name not in self.flow.gates]
-        if unnamed and leaders:
-            self.leave_out(named, f"it shares channels with {unnamed[0]}, which the config does not prune")
+        reason = self.flow.reason(group[0])
+        if not leaders and not any(name in sources for name in own):  # a depthwise convolution alone, or nothing
+            reason = "its channels are those of a layer that the config does not name"
+        elif not reason and unnamed and leaders:
+            reason = f"it shares channels with {unnamed[0]}, which the config does not prune"
+        if reason:
+            self.left_out |= dict.fromkeys(named, reason)
             return
-        self.check_sparsity(named, own)
-
-        if leaders and not own:
+        if own:
+            together = own + leaders
+            self.planned |= {name: self.entries[name] for name in leaders}
+        else:
+            self.check_sparsity(named)
             # NNI averages the metrics of a dependency group, which must therefore have one shape.
             rank = self.modules[leaders[0]].weight.dim()
             together = [name for name in leaders if self.modules[name].weight.dim() == rank]
             if _value(self.entries[leaders[0]], "sparse_threshold") is not None:
                 together = together[:1]  # NNI's dependency groups know ratios only
-            self.lead(together, self.blocks(group))
-        else:
-            together = own + leaders
-            for name in leaders:
-                self.planned[name] = self.entries[name]
+            self.rank(together, self.blocks(group))
         first = next((name for name in together if name in sources), together[0])
         for name in group:
             if name not in together:
                 self.align(name, first)
 
-    def lead(self, leaders: list[str], blocks: int) -> None:
+    def rank(self, leaders: list[str], blocks: int) -> None:
+        """The leaders rank the channels together."""
         for name in leaders:
             entry = deepcopy(self.entries[name])
             if entry.get("target_names") == ["weight"]:
@@ -258,22 +255,22 @@ class _Planner:
                 entry["internal_metric_block"] = blocks
             self.planned[name] = entry
 
-    def lead_by_norms(self, group: list[str], named: list[str], norms: list[str]) -> None:
+    def rank_by_norms(self, group: list[str], named: list[str], norms: list[str]) -> None:
         """Normalisations rank their channels; ``shrink`` finds the layers in front of them.
 
-        NNI cannot align anything with a vector (``Tensor.sum`` over no dimension sums over all): weight and bias
-        of a normalisation are therefore ranked together, as one dependency group.
+        NNI cannot align anything with a vector (``Tensor.sum`` over no dimension sums over all). Weight and bias of a
+        normalisation are therefore ranked together, as one dependency group.
         """
         unnamed = [name for name in norms if name not in named]
         reason = self.flow.reason(group[0])
-        if unnamed:
-            reason = reason or f"it shares channels with {unnamed[0]}, which the config does not prune"
-        if self.flow.read_raw.intersection(self.flow.followers[norms[0]].tolist()):
-            reason = reason or "some layer reads its channels past the normalisation"
+        if not reason and unnamed:
+            reason = f"it shares channels with {unnamed[0]}, which the config does not prune"
+        if not reason and self.flow.read_raw.intersection(self.flow.followers[norms[0]].tolist()):
+            reason = "some layer reads its channels past the normalisation"
         if reason:
-            self.leave_out(named, reason)
+            self.left_out |= dict.fromkeys(named, reason)
             return
-        self.check_sparsity(named, [])
+        self.check_sparsity(named)
         blocks = self.blocks(group)
         for name in named:
             entry = self.entries[name]
@@ -296,23 +293,21 @@ class _Planner:
         return max(self.flow.blocks.get(name, 1) for name in group)
 
     def align(self, name: str, leader: str) -> None:
-        module = self.modules[name]
+        """The module loses the channels that the leader loses."""
         alignment = {"module_name": leader, "target_name": "weight", "dims": [0]}
-        targets = [target for target in ("weight", "bias") if getattr(module, target, None) is not None]
-        if not targets:
-            return
-        kept = {key: value for key, value in self.entries.get(name, {}).items() if key == "apply_method"}
-        self.planned[name] = {
-            **kept,
-            "target_names": targets,
-            "target_settings": {target: {"align": dict(alignment)} for target in targets},
-        }
+        targets = [target for target in ("weight", "bias") if getattr(self.modules[name], target, None) is not None]
+        if targets:
+            self.planned[name] = {
+                **{key: value for key, value in self.entries.get(name, {}).items() if key == "apply_method"},
+                "target_names": targets,
+                "target_settings": {target: {"align": dict(alignment)} for target in targets},
+            }
 
-    def check_sparsity(self, named: list[str], own: list[str]) -> None:
-        if own:
-            return
+    def check_sparsity(self, named: list[str]) -> None:
+        # A depthwise convolution follows the others, whatever it is given.
+        names = [name for name in named if name not in self.flow.followers or not self.is_convolution(name)]
         for key in (*_SPARSITY, *_LIMITS):
-            values = {name: _value(self.entries[name], key) for name in named if not self.is_depthwise(name)}
+            values = {name: _value(self.entries[name], key) for name in names}
             if len(set(values.values())) > 1:
                 first, *others = values
                 other = next(name for name in others if values[name] != values[first])
@@ -321,12 +316,5 @@ class _Planner:
                     f"{values[first]} and {values[other]}; give both the same"
                 )
 
-    def leave_out(self, names: list[str], reason: str) -> None:
-        for name in names:
-            self.left_out[name] = reason
-
     def is_convolution(self, name: str) -> bool:
         return isinstance(self.modules[name], nn.Conv1d | nn.Conv2d)
-
-    def is_depthwise(self, name: str) -> bool:
-        return name in self.flow.followers and self.is_convolution(name)
