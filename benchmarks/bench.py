@@ -37,7 +37,7 @@ from zskd_nni.data.procedural import start_images
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.registry import preset_options
 from zskd_nni.methods.zskd import PRESETS, ZskdOptions, ZskdSettings, ZskdTargets
-from zskd_nni.methods.zskt.source import ZsktSettings
+from zskd_nni.methods.zskt.settings import ZsktSettings
 from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.build import build_network
 from zskd_nni.models.input_spec import InputSpec

@@ -7,7 +7,7 @@ import torch
 from helpers import random
 from torch import Tensor
 
-from zskd_nni.methods.zskt.image_memory import ImageMemory, that_fit
+from zskd_nni.methods.zskt.image_memory import ImageMemory, images_that_fit
 from zskd_nni.runtime.errors import UserError
 
 
@@ -46,9 +46,9 @@ def test_each_image_is_as_likely_as_any_other() -> None:
 
 
 def test_large_images_are_fewer() -> None:
-    assert that_fit(24_000, (3, 32, 32)) == 24_000
-    assert that_fit(24_000, (3, 224, 224)) == 3566
-    assert that_fit(100, (3, 224, 224)) == 100
+    assert images_that_fit(24_000, (3, 32, 32)) == 24_000
+    assert images_that_fit(24_000, (3, 224, 224)) == 3566
+    assert images_that_fit(100, (3, 224, 224)) == 100
 
 
 def test_put_back_it_goes_on_alike() -> None:

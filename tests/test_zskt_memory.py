@@ -52,7 +52,7 @@ def test_a_generator_that_is_told_the_class() -> None:
     make = ImageGenerator(SMALL, 7, 8, classes=5)
     assert make(torch.randn(3, 12)).shape == (3, 1, 8, 8)
     source = source_of()
-    z = source._drawn(12, random(3))
+    z = source._draw_latents(12, random(3))
     meant = z[:, 10:].argmax(1)
     assert z.shape == (12, 15)
     assert torch.equal(z[:, 10:], functional.one_hot(meant, 5).float())
@@ -60,7 +60,7 @@ def test_a_generator_that_is_told_the_class() -> None:
 
 
 def test_nothing_is_told_where_classes_do_not_count() -> None:
-    assert source_of(class_weight=0.0)._drawn(4, random(0)).shape == (4, 10)
+    assert source_of(class_weight=0.0)._draw_latents(4, random(0)).shape == (4, 10)
 
 
 # A round, in other words.
@@ -323,21 +323,8 @@ def test_best_is_what_a_recipe_gets(tmp_path: Path) -> None:
     assert source.batch(0, random(0), small_network(1)).shape == (12, 1, 8, 8)
 
 
-def test_older_settings_keep_their_fingerprint() -> None:
-    """Of a checkpoint of before these options: they leave it alone where they have no part."""
-    import hashlib
-    import json
-
-    settings = ZsktSettings(latent=10, width=16)
-    older = {
-        name: str(getattr(settings, name))
-        for name in (
-            *("rounds", "generator_steps", "student_steps", "batch", "latent", "width", "latents"),
-            *("generator_learning_rate", "student_learning_rate", "clip", "temperature", "divergence", "attention"),
-            *("attention_weight", "attention_distance", "generator_range", "autocast"),
-        )
-    }
-    teacher = small_teacher()
-    content = json.dumps(["zskt", teacher.fingerprint, older, 16, 0], sort_keys=True, separators=(",", ":"))
-    assert ZsktSource(teacher, settings, 16, 0).fingerprint == hashlib.sha256(content.encode()).hexdigest()
-    assert source_of().fingerprint != source_of(renewed=True).fingerprint
+def test_every_setting_is_in_the_fingerprint() -> None:
+    changed = {"renewed": True, "memory": 41, "class_weight": 0.61, "temperature": 2.0, "attention": (("a", "b"),)}
+    prints = [source_of().fingerprint, *(source_of(**{name: value}).fingerprint for name, value in changed.items())]
+    assert source_of().fingerprint == prints[0]
+    assert len(set(prints)) == 6

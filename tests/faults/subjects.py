@@ -122,7 +122,7 @@ def teacher(folder: Path) -> None:
 
 
 def zskt(folder: Path) -> None:
-    from zskd_nni.methods.zskt.source import ZsktSettings
+    from zskd_nni.methods.zskt.settings import ZsktSettings
     from zskd_nni.methods.zskt.train import train_zskt
 
     prepare_torch()

@@ -13,7 +13,7 @@ from helpers import SMALL, SmallNet, prepare_torch, small_network
 from torch import Tensor, nn
 
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.methods.zskt.source import ZsktSettings
+from zskd_nni.methods.zskt.settings import ZsktSettings
 from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError

@@ -82,13 +82,16 @@ class TrainingRun:
     shared: DataParallel = field(default_factory=DataParallel)
 
 
+def cosine_factor(done: int, total: int) -> float:
+    """Half a cosine from 1 at 0 down to 0 at ``total``."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done / max(1, total))))
+
+
 def cosine_schedule(optimizer: Optimizer, steps: int, warmup: int = 0) -> LRScheduler:
     """Linear warm-up over ``warmup`` steps, then half a cosine down to 0 at ``steps``."""
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        return (step + 1) / warmup if step < warmup else cosine_factor(step - warmup, steps - warmup)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

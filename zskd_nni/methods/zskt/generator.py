@@ -1,7 +1,7 @@
-"""The network that makes images of random numbers: the generator of ZSKT's released code.
+"""The generator of ZSKT's released code: a network that turns random latents into images.
 
-The paper (Micaelli & Storkey 2019, 1905.09768v3, section 3.1) counts its layers; the layers themselves are the code's
-(polo5/ZeroShotKnowledgeTransfer). Sizes other than 32x32, the told classes and the bound are ours.
+The paper (Micaelli & Storkey 2019, 1905.09768v3, section 3.1) only counts its layers; the layers themselves are the
+code's (polo5/ZeroShotKnowledgeTransfer). Sizes other than 32x32, classes as input and the bounded range are ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ImageGenerator(nn.Module):
         spec: shape of the images; height and width are multiples of 4.
         latent: size of z.
         width: channels.
-        classes: that it can be told, behind z; 0 for a generator that knows none.
+        classes: number K of classes whose one-hot code follows z; 0 for a generator without classes.
         bounded: the images stay in the value range.
 
     Shape:
@@ -35,6 +35,9 @@ class ImageGenerator(nn.Module):
     Raises:
         UserError: the image's sides are not multiples of 4.
     """
+
+    middle: Tensor  # of each channel's value range, (C, 1, 1)
+    half_range: Tensor
 
     def __init__(
         self, spec: InputSpec, latent: int = 100, width: int = 128, classes: int = 0, bounded: bool = False
@@ -65,27 +68,27 @@ class ImageGenerator(nn.Module):
         self.bounded = bounded
         low, high = spec.normalised_range()
         self.register_buffer("middle", ((low + high) / 2).view(-1, 1, 1), persistent=False)
-        self.register_buffer("reach", ((high - low) / 2).view(-1, 1, 1), persistent=False)
+        self.register_buffer("half_range", ((high - low) / 2).view(-1, 1, 1), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)`` of latents, and classes one-hot behind them, ``(N, latent + classes)``."""
+        """Images ``(N, C, H, W)`` of latents followed by one-hot classes, ``(N, latent + classes)``."""
         images = self.layers(z)
-        return self.middle + self.reach * images.tanh() if self.bounded else images
+        return self.middle + self.half_range * images.tanh() if self.bounded else images
 
 
 def new_generator(
     spec: InputSpec, seed: int, *, latent: int = 100, width: int = 128, classes: int = 0, output_range: str = "unit"
 ) -> ImageGenerator:
-    """A fresh generator in training mode, its weights drawn from a stream of their own.
+    """A new generator in training mode; its weights are drawn from a random stream of their own.
 
     Args:
         spec: of the images.
         seed: names the random stream.
         latent: size of z.
         width: channels.
-        classes: that it can be told; 0 for none.
-        output_range: images start out with mean 0 and deviation 1 in normalised space (``unit``) or in the middle of
-            the value range (``input``); or they never leave that (``bounded``).
+        classes: number K of classes; 0 for none.
+        output_range: at first the images have mean 0 and deviation 1 in normalised space (``unit``) or fill the value
+            range (``input``); or they never leave it (``bounded``).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "generator"))

@@ -1,7 +1,7 @@
-"""Images of earlier rounds that a student goes on learning from, beside some that stay throughout.
+"""A memory of images of earlier rounds, from which the student's batches are drawn.
 
-A generator that is trained against a student forgets what it made before, and a student forgets what it no longer sees
-(CMI: Fang et al., IJCAI 2021, 2105.08584, keeps all images; this keeps the latest).
+A generator that is trained against a student does not make its earlier images again, and the student forgets what it no
+longer sees. CMI (Fang et al., IJCAI 2021, 2105.08584) keeps all images; this memory keeps the latest.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from zskd_nni.runtime.errors import UserError
 MOST_BYTES = 2**30
 
 
-def that_fit(count: int, shape: tuple[int, int, int]) -> int:
-    """So many of ``count`` images ``(C, H, W)`` as a GiB holds in half precision; they are in every checkpoint, too."""
+def images_that_fit(count: int, shape: tuple[int, int, int]) -> int:
+    """How many of ``count`` images ``(C, H, W)`` fit into a GiB in half precision; every checkpoint holds them too."""
     return min(count, MOST_BYTES // (2 * math.prod(shape)))
 
 
 class ImageMemory:
-    """A ring of images in half precision, finer than eight bits.
+    """A ring buffer of images in half precision, and some that stay throughout.
 
     Args:
-        room: images that can be put in; then the oldest leave.
-        lasting: ``(L, C, H, W)`` images that never leave; L may be 0, shape and device are the memory's own.
+        room: size of the ring buffer; a new image replaces the oldest where it is full.
+        lasting: ``(L, C, H, W)`` images that stay; L may be 0. Their shape and device are the memory's.
 
     Attributes:
-        kept: how many of those put in are there.
-        next_place: of the ring, where the next one goes.
+        kept: number of images in the ring buffer.
+        next_place: index in it of the next image.
     """
 
     def __init__(self, room: int, lasting: Tensor) -> None:
@@ -42,27 +42,27 @@ class ImageMemory:
         self.images[room:] = lasting.half()
 
     def put(self, images: Tensor) -> None:
-        """``(N, C, H, W)`` in the places of the oldest where there is no other room; the last ``room`` of more."""
+        """Add ``(N, C, H, W)`` images, of more than ``room`` the last ones."""
         places = (self.next_place + torch.arange(len(images), device=images.device)) % self.room
         self.images[places[-self.room :]] = images[-self.room :].half()
         self.kept = min(self.room, self.kept + len(images))
         self.next_place = (self.next_place + len(images)) % self.room
 
     def draw(self, count: int, random: torch.Generator) -> Tensor:
-        """``(count, C, H, W)`` float32, every image as likely as any other, with repetition."""
+        """``(count, C, H, W)`` float32, drawn uniformly with replacement."""
         places = torch.randint(self.kept + self.lasting, (count,), generator=random)
         places = torch.where(places < self.kept, places, places - self.kept + self.room)
         return self.images[to_device(places, self.images.device)].float()
 
     def state_dict(self) -> dict[str, Any]:
-        """Those put in, and the next place; the lasting ones are their maker's."""
+        """The ring buffer; the lasting images are made again from the seed."""
         return {"images": self.images[: self.kept].clone(), "next_place": self.next_place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave of a memory of this size.
 
         Raises:
-            UserError: it is a larger memory's, or one of other images.
+            UserError: the state is of a larger memory, or of images of another shape.
         """
         images = state["images"].to(self.images.device)
         if len(images) > self.room or images.shape[1:] != self.images.shape[1:]:

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.methods.zskt.source import ZsktSettings, ZsktSource, _is_finite, cosine
+from zskd_nni.methods.zskt.settings import ZsktSettings
+from zskd_nni.methods.zskt.source import ZsktSource, finite_if_known
 from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.training.attention_transfer import attention_pairs
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.distillation import check_student
-from zskd_nni.training.loop import DivergenceError, RunOptions, TrainingRun, fit
+from zskd_nni.training.hints import Pairs
+from zskd_nni.training.loop import DivergenceError, RunOptions, TrainingRun, cosine_factor, fit
 from zskd_nni.training.losses import attention_distance, attention_map, belief_divergence
 
 if TYPE_CHECKING:
@@ -27,11 +29,11 @@ def train_zskt(
     settings: ZsktSettings | None = None,
     **options: Unpack[RunOptions],
 ) -> History:
-    """Teach ``student`` in place by ZSKT; it comes back in ``eval()`` mode, as its last step left it.
+    """Train ``student`` in place by ZSKT; it is in ``eval()`` mode afterwards, as its last step left it.
 
     Args:
         student: takes what the teacher takes, on the teacher's device; trained in ``train()`` mode throughout.
-        teacher: in ``eval()``, as ever.
+        teacher: stays in ``eval()`` mode.
         settings: the preset ``paper`` by default.
         **options: ``seed``, ``checkpoint`` (of generator, student, both optimisers and schedules), ``quiet`` and the
             other :class:`~zskd_nni.training.loop.RunOptions`.
@@ -53,48 +55,56 @@ def train_zskt(
     run = TrainingRun(settings.rounds * settings.student_steps, identity=identity, extra=source, **options)
     optimizer = torch.optim.Adam(student.parameters(), settings.student_learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step // settings.student_steps, settings.rounds)
+        optimizer, lambda step: cosine_factor(step // settings.student_steps, settings.rounds)
     )
+    objective = _StudentObjective(student, source, pairs)
+    optimizer.register_step_pre_hook(objective.clip_gradients)
+    return fit(student, optimizer, scheduler, objective.loss, run)
 
-    def clip(*_: Any) -> None:
-        norm = nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
-        if not _is_finite(norm):
-            raise DivergenceError("ZSKT diverged: the student's gradient is not finite in step {step}.")
 
-    answered: tuple[Tensor, Tensor, list[Tensor]] | None = None
+class _StudentObjective:
+    """The student's loss on the source's images (equation 3), and the clipping of its gradient.
 
-    def answer(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The teacher's logits and attention maps, asked for once a batch of images."""
-        nonlocal answered
-        if answered is None or answered[0] is not images:
-            paths = [path for path, _ in pairs]
-            with torch.no_grad(), source.precision(), recording_outputs(teacher.model, paths) as outputs:
-                logits = teacher.output(teacher.model(images))
-            answered = images, logits, [attention_map(outputs[path].float()) for path in paths]
-        return answered[1], answered[2]
+    Args:
+        student: the network.
+        source: the generator's side of the game.
+        pairs: paths ``(teacher's, student's)`` of the layers whose attention maps are compared.
+    """
 
-    current = 0
+    def __init__(self, student: nn.Module, source: ZsktSource, pairs: Pairs) -> None:
+        self.student, self.source, self.settings, self.teacher = student, source, source.settings, source.teacher
+        self.of_teacher, self.of_student = [path for path, _ in pairs], [path for _, path in pairs]
+        self.step = 0
+        self._answered: tuple[Tensor, Tensor, list[Tensor]] | None = None  # images, and the teacher's answer to them
 
-    def loss(step: int, random: torch.Generator) -> Tensor:
-        nonlocal current
-        current = step
-        images = source.normalised(step, random, student)
-        answers, attended = answer(images)
-        with source.precision(), recording_outputs(student, [path for _, path in pairs]) as outputs:
-            beliefs = first_tensor(student(images))
-        # Equation 3.
-        value = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
-        for (_, path), theirs in zip(pairs, attended, strict=True):
+    def loss(self, step: int, random: torch.Generator) -> Tensor:
+        """``L_S``, a scalar; the generator takes its steps first where a round begins."""
+        self.step, settings = step, self.settings
+        x = self.source.normalised(step, random, self.student)
+        answers, maps = self._teacher_answer(x)
+        with self.source.precision(), recording_outputs(self.student, self.of_student) as outputs:
+            beliefs = first_tensor(self.student(x))
+        loss = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
+        for path, theirs in zip(self.of_student, maps, strict=True):
             distance = attention_distance(attention_map(outputs[path].float()), theirs, settings.attention_distance)
-            value = value + settings.attention_weight * distance
-        if not _is_finite(value.detach()):
-            raise DivergenceError("ZSKT diverged: the student's loss is not finite in step {step}.")
-        return value
+            loss = loss + settings.attention_weight * distance
+        self._require_finite(loss.detach(), "loss")
+        return loss
 
-    hook = optimizer.register_step_pre_hook(clip)
-    try:
-        return fit(student, optimizer, scheduler, loss, run)
-    except DivergenceError as error:
-        raise DivergenceError(str(error).replace("{step}", str(current))) from error
-    finally:
-        hook.remove()
+    def clip_gradients(self, *_: Any) -> None:
+        """Called before each step of the student's optimiser."""
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip)
+        self._require_finite(norm, "gradient")
+
+    def _teacher_answer(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The teacher's logits and attention maps; kept while the images stay the same."""
+        if self._answered is None or self._answered[0] is not x:
+            model = self.teacher.model
+            with torch.no_grad(), self.source.precision(), recording_outputs(model, self.of_teacher) as outputs:
+                logits = self.teacher.output(model(x))
+            self._answered = x, logits, [attention_map(outputs[path].float()) for path in self.of_teacher]
+        return self._answered[1], self._answered[2]
+
+    def _require_finite(self, value: Tensor, what: str) -> None:
+        if not finite_if_known(value):
+            raise DivergenceError(f"ZSKT diverged: the student's {what} is not finite in step {self.step}.")
