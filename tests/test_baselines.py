@@ -14,8 +14,7 @@ from torch.nn import functional
 from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.research.baselines.kd_at import KdAtSettings, stepped, train_kd_at
-from zskd_nni.research.baselines.labelled import LabelledBatches, few_of_each
-from zskd_nni.research.baselines.real_labels import train_on_labels
+from zskd_nni.research.baselines.labelled import LabelledBatches, few_of_each, train_on_labels
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.validation import build_settings
@@ -176,7 +175,7 @@ def test_stopped_and_resumed_bit_by_bit(kind: str, tmp_path: Path, monkeypatch: 
         ({"alpha": 1.5}, "alpha must lie in"),
         ({"temperature": 0}, "temperature must be positive"),
         ({"attention_weight": -1}, "attention_weight must not be negative"),
-        ({"optimizer": "adam"}, "optimizer is sgd or student"),
+        ({"optimizer": "adam"}, "optimizer is one of sgd, student"),
         ({"alhpa": 1}, "did you mean 'alpha'"),
     ],
 )

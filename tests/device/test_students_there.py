@@ -25,7 +25,7 @@ from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.research.baselines.kd_at import KdAtSettings, train_kd_at
-from zskd_nni.research.baselines.real_labels import train_on_labels
+from zskd_nni.research.baselines.labelled import train_on_labels
 from zskd_nni.runtime import signals
 from zskd_nni.training.distillation import DistillationSettings, distill
 from zskd_nni.training.metrics import mean_transition_error, transition_curves

@@ -1,4 +1,4 @@
-"""Few-shot KD+AT: M real images a class, distillation and attention transfer; what ZSKT compares itself with.
+"""Few-shot KD+AT: distillation and attention transfer on M real images a class. ZSKT compares itself with it.
 
 With the attention map ``f(A) = 1 / N_c sum_c a_c^2`` of a layer (Zagoruyko & Komodakis, ICLR 2017, equation 2) and
 ``KL`` the mean over images *and classes*, the student's loss is
@@ -9,8 +9,8 @@ With the attention map ``f(A) = 1 / N_c sum_c a_c^2`` of a layer (Zagoruyko & Ko
 as in the code that its authors released beside ZSKT (polo5/FewShotKnowledgeTransfer), with ``alpha = 0.9``,
 ``t = 4`` and ``beta = 1000`` for three layers; the paper does not give these values. The code trains by SGD at 0.1,
 momentum 0.9, weight decay 5e-4, a fifth of the rate behind 30, 60 and 80 % of the steps, as many steps whatever M is
-(``optimizer: sgd``). Networks without BatchNorm such as LeNet-5 do not bear that rate: ``optimizer: student`` takes
-the optimiser and schedule of all other students of the pair.
+(``optimizer: sgd``). Networks without BatchNorm such as LeNet-5 diverge at that rate: ``optimizer: student`` takes the
+optimiser and schedule of the pair's other students.
 
 This baseline reads real data.
 """
@@ -18,7 +18,7 @@ This baseline reads real data.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,12 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from zskd_nni.data.augmentation import augment
 from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.research.baselines.labelled import LabelledBatches
-from zskd_nni.runtime.device import to_device
+from zskd_nni.runtime.validation import Fraction, NotNegative, Positive, check_bounds, one_of
 from zskd_nni.training.attention_transfer import attention_pairs
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.distillation import DistillationSettings, check_student, student_schedule
@@ -64,29 +63,21 @@ class KdAtSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    alpha: float = 0.9
-    temperature: float = 4.0
+    alpha: Fraction = 0.9
+    temperature: Positive = 4.0
     attention: str | Pairs = "auto"
-    attention_weight: float = 1000.0
-    optimizer: str = "sgd"
-    learning_rate: float = 0.1
+    attention_weight: NotNegative = 1000.0
+    optimizer: Annotated[str, one_of("sgd", "student")] = "sgd"
+    learning_rate: Positive = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], not {self.alpha}")
-        for name in ("temperature", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.attention_weight < float("inf"):
-            raise ValueError(f"attention_weight must not be negative, not {self.attention_weight}")
-        if self.optimizer not in ("sgd", "student"):
-            raise ValueError(f"optimizer is sgd or student, not {self.optimizer!r}")
+        check_bounds(self)
 
 
 def stepped(done: int, steps: int) -> float:
-    """Factor of the learning rate: a fifth of it behind 30 %, 60 % and 80 % of the steps."""
+    """Factor of the learning rate: a fifth after 30 %, again after 60 % and again after 80 % of the steps."""
     return 0.2 ** sum(done >= share * steps for share in (0.3, 0.6, 0.8))
 
 
@@ -109,14 +100,14 @@ def train_kd_at(
     schedule: DistillationSettings,
     **options: Unpack[RunOptions],
 ) -> History:
-    """Teach ``student`` in place; it comes back in ``eval()`` mode, as its last step left it.
+    """Train ``student`` in place; it comes back in ``eval()`` mode after its last step.
 
     Args:
         student: on the teacher's device.
-        teacher: answers every augmented image anew.
+        teacher: labels every augmented image.
         data: the few labelled images.
         settings: weights of the terms.
-        schedule: steps, batch and augmentation; its temperature is of no meaning here.
+        schedule: steps, batch and augmentation; temperature and features are ignored.
         **options: ``seed``, ``checkpoint``, ``quiet`` and the other :class:`~zskd_nni.training.loop.RunOptions`.
 
     Raises:
@@ -132,8 +123,7 @@ def train_kd_at(
     spec, batches = teacher.spec, LabelledBatches(data, teacher.spec, schedule.batch, run.seed)
 
     def loss(step: int, random: torch.Generator) -> Tensor:
-        images, labels = (to_device(part, teacher.device) for part in batches.batch(step))
-        images = augment(images, schedule.augmentation, random, spec.low, spec.high)
+        images, labels = batches.augmented(step, schedule.augmentation.unmixed, random, teacher.device)
         with torch.no_grad(), recording_outputs(teacher.model, [path for path, _ in pairs]) as attended:
             answers = teacher(images)
         with recording_outputs(student, [path for _, path in pairs]) as followed:

@@ -31,7 +31,7 @@ class Question:
         temperature: at which the teacher is fitted to the target, above 0.
         total_variation: weight of the smoothness prior, 0 for none.
         steps: of the optimiser, at least 1.
-        start: one of :data:`zskd_nni.synthesis.settings.STARTS`.
+        start: one of :data:`zskd_nni.data.procedural.KINDS`.
         seed: of target and start.
     """
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from zskd_nni.data.procedural import KINDS
 from zskd_nni.models.teacher import Teacher, load_teacher
 from zskd_nni.models.zoo.trained import trained_names
 from zskd_nni.research.explorer.figure import exploration_picture
@@ -27,7 +28,6 @@ from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import write_atomic
 from zskd_nni.synthesis import Impressions
 from zskd_nni.synthesis.image_grid import impressions_picture
-from zskd_nni.synthesis.settings import STARTS
 
 PRIORS = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MOST_STEPS = 300
@@ -130,7 +130,7 @@ class Explorer:
                 **live,
             ),
             "steps": widgets.IntSlider(asked.steps, 1, max(MOST_STEPS, asked.steps), description="steps", **live),
-            "start": widgets.Dropdown(options=STARTS, value=asked.start, description="start", **wide),
+            "start": widgets.Dropdown(options=KINDS, value=asked.start, description="start", **wide),
         }
         self._again = widgets.Button(description="another draw", icon="random", layout=widgets.Layout(width="auto"))
         self._keep = widgets.Button(

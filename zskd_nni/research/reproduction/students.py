@@ -13,8 +13,7 @@ from zskd_nni.methods.zskt.source import ZsktSource
 from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.build import build_network
 from zskd_nni.research.baselines.kd_at import train_kd_at
-from zskd_nni.research.baselines.labelled import few_of_each
-from zskd_nni.research.baselines.real_labels import train_on_labels
+from zskd_nni.research.baselines.labelled import few_of_each, train_on_labels
 from zskd_nni.research.reproduction.cells import Plan
 from zskd_nni.research.reproduction.context import PairContext
 from zskd_nni.runtime.rng import derive_seed
