@@ -363,11 +363,12 @@ def test_a_resumed_fused_run_ends_bit_for_bit_as_an_undisturbed_one(teacher, kin
     path = tmp_path / "state.pt"
     steps = []
 
-    def asked() -> int:
+    def stop() -> None:
         steps.append(1)
-        return signal.SIGTERM if len(steps) == 8 else 0
+        if len(steps) == 8:
+            raise signals.Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(signals, "asked", asked)
+    monkeypatch.setattr(signals, "check", stop)
     with pytest.raises(signals.Interrupted):
         final_state(kind, teacher, path)
     assert path.is_file()
@@ -398,11 +399,12 @@ def test_nnis_adaptive_distiller_resumes_too(teacher, tmp_path, monkeypatch):
     undisturbed = run(None)
     steps = []
 
-    def asked() -> int:
+    def stop() -> None:
         steps.append(1)
-        return signal.SIGTERM if len(steps) == 4 else 0
+        if len(steps) == 4:
+            raise signals.Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(signals, "asked", asked)
+    monkeypatch.setattr(signals, "check", stop)
     with pytest.raises(signals.Interrupted):
         run(tmp_path / "state.pt")
     resumed = run(tmp_path / "state.pt")

@@ -74,11 +74,12 @@ def test_any_compressed_student_is_what_the_generator_plays_against(teacher, kin
 
     path, steps = tmp_path / "state.pt", []
 
-    def asked() -> int:
+    def stop() -> None:
         steps.append(1)
-        return signal.SIGTERM if len(steps) == 5 else 0
+        if len(steps) == 5:
+            raise signals.Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(signals, "asked", asked)
+    monkeypatch.setattr(signals, "check", stop)
     with pytest.raises(signals.Interrupted):
         student_of(kind, teacher, path)
     resumed, again = student_of(kind, teacher, path)
