@@ -1,8 +1,8 @@
-"""NNI's config lists, those of NNI 2 among them, as NNI 3 wants them.
+"""NNI's config lists, in the keys of NNI 2 or NNI 3, translated to those of NNI 3.
 
-NNI 3.0 translates the keys of NNI 2 itself, but its schema then refuses what comes of ``total_sparsity`` and of
-``quant_types``, an entry that excludes selects nothing, and the schemes of NNI 2's quantizers are unknown to it. Here
-they all mean what NNI's documentation of either version says.
+NNI 3.0 translates the keys of NNI 2 itself, with gaps: its schema refuses the translation of ``total_sparsity`` and
+``quant_types``, an entry with ``exclude`` selects nothing, and the schemes of NNI 2's quantizers are unknown. Here all
+keys mean what NNI's documentation of either version says.
 """
 
 from __future__ import annotations
@@ -19,20 +19,10 @@ Kind = Literal["pruning", "quantization"]
 _SELECTION = ("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re")
 _TARGETS = ("target_names", "target_settings")
 _SETTINGS: dict[Kind, tuple[str, ...]] = {
-    "pruning": (
-        "sparse_ratio",
-        "sparse_threshold",
-        "max_sparse_ratio",
-        "min_sparse_ratio",
-        "global_group_id",
-        "dependency_group_id",
-        "internal_metric_block",
-        "granularity",
-        "apply_method",
-        "align",
-    ),
+    "pruning": ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "global_group_id",
+                "dependency_group_id", "internal_metric_block", "granularity", "apply_method", "align"),
     "quantization": ("quant_dtype", "quant_scheme", "granularity", "apply_method", "fuse_names"),
-}
+}  # fmt: skip
 _LEGACY: dict[Kind, tuple[str, ...]] = {
     "pruning": ("sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer"),
     "quantization": ("quant_types", "quant_bits"),
@@ -44,20 +34,24 @@ _TYPE = re.compile(r"(u?int)\d*")
 
 
 def modern_config_list(config_list: list[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]:
-    """A config list in the keys of NNI 3; one that has no others comes back as it is, copied.
+    """A copy of a config list in the keys of NNI 3.
 
-    Of NNI 2 are accepted, in any entry: ``sparsity``, ``sparsity_per_layer``, ``total_sparsity`` (the entry's modules
-    are ranked together), ``max_sparsity_per_layer``, ``op_partial_names``, ``exclude``, ``quant_types`` with
-    ``quant_bits``, and with them ``quant_dtype: int`` or ``uint`` and ``quant_scheme: per_tensor_affine``,
-    ``per_tensor_symmetric``, ``per_channel_affine`` or ``per_channel_symmetric``. As in NNI 3, what an ``exclude``
-    entry names by type and by name is excluded either way.
+    These keys of NNI 2 are translated, in any entry: ``sparsity``, ``sparsity_per_layer``, ``total_sparsity`` (the
+    entry's modules are ranked together), ``max_sparsity_per_layer``, ``op_partial_names``, ``exclude``, ``quant_types``
+    with ``quant_bits``, and with them ``quant_dtype: int`` or ``uint`` and ``quant_scheme: per_tensor_affine``,
+    ``per_tensor_symmetric``, ``per_channel_affine`` or ``per_channel_symmetric``. As in NNI 3, an ``exclude`` entry
+    excludes every module that it names by type or by name.
 
     Args:
         config_list: NNI's, for a pruner or a quantizer.
         kind: which of the two.
 
     Raises:
-        UserError: a key that neither version knows, or values of legacy keys that mean nothing.
+        UserError: a key that neither version knows, or an invalid value of a key of NNI 2.
+
+    Example:
+        >>> modern_config_list([{"op_types": ["Conv2d"], "sparsity": 0.5}], "pruning")
+        [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]
     """
     if not isinstance(config_list, list) or not all(isinstance(config, dict) for config in config_list):
         example = {
@@ -76,37 +70,38 @@ def modern_config_list(config_list: list[dict[str, Any]], kind: Kind) -> list[di
             config["op_names_re"] = [*config.get("op_names_re", []), *(f".*{part}.*" for part in parts)]
         if config.pop("exclude", False):
             for key in ("op_types", "op_names", "op_names_re"):
-                names = excluded.setdefault(f"exclude_{key}", [])
-                names.extend(_strings(config.get(key, []), f"{where}: {key}"))
-            continue
-        kept.append(_pruned(config, where, number) if kind == "pruning" else _quantized(config, where))
+                excluded.setdefault(f"exclude_{key}", []).extend(_strings(config.get(key, []), f"{where}: {key}"))
+        else:
+            kept.append(
+                _pruning_entry(config, where, number) if kind == "pruning" else _quantization_entry(config, where)
+            )
     if config_list and not kept:
         raise UserError(f"the {kind} config only excludes modules; add an entry that names some")
     for config in kept:
-        for key, names in excluded.items():
-            if names:
-                config[key] = [*config.get(key, []), *(name for name in names if name not in config.get(key, []))]
+        config.update(
+            {key: list(dict.fromkeys([*config.get(key, []), *names])) for key, names in excluded.items() if names}
+        )
     return kept
 
 
 def _check_keys(config: dict[str, Any], kind: Kind, where: str) -> None:
     known = (*_SELECTION, *_TARGETS, *_SETTINGS[kind], "op_partial_names", "exclude", *_LEGACY[kind])
     settings = config.get("target_settings")
+    targets = settings.items() if isinstance(settings, dict) else ()
     places = [(config, known, where)]
-    if isinstance(settings, dict):
-        for target, setting in settings.items():
-            if isinstance(setting, dict):
-                places.append((setting, _SETTINGS[kind], f"{where}, target_settings.{target}"))
+    places += [
+        (each, _SETTINGS[kind], f"{where}, target_settings.{name}") for name, each in targets if type(each) is dict
+    ]
     for found, keys, place in places:
-        for key in found:
-            if key not in keys:
-                modern = [name for name in keys if name not in _LEGACY[kind]]
-                near = [match for names in (modern, keys) for match in difflib.get_close_matches(str(key), names, 1)]
-                hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(keys)}"
-                raise UserError(f"{place}: unknown key {key!r}; {hint}")
+        unknown = next((key for key in found if key not in keys), None)
+        if unknown is not None:
+            modern = [name for name in keys if name not in _LEGACY[kind]]
+            near = [match for names in (modern, keys) for match in difflib.get_close_matches(str(unknown), names, 1)]
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(keys)}"
+            raise UserError(f"{place}: unknown key {unknown!r}; {hint}")
 
 
-def _pruned(config: dict[str, Any], where: str, number: int) -> dict[str, Any]:
+def _pruning_entry(config: dict[str, Any], where: str, number: int) -> dict[str, Any]:
     given = [key for key in (*_RATIOS, "sparse_ratio", "sparse_threshold") if key in config]
     if len(given) > 1:
         raise UserError(f"{where} gives both {given[0]} and {given[1]}; give one of them")
@@ -116,11 +111,11 @@ def _pruned(config: dict[str, Any], where: str, number: int) -> dict[str, Any]:
             config["global_group_id"] = f"total_sparsity of entry {number}"
     if "max_sparsity_per_layer" in config:
         key = "max_sparsity_per_layer"
-        config["max_sparse_ratio"] = _ratio(config.pop(key), f"{where}: {key}", least=1e-9, most=1.0)
+        config["max_sparse_ratio"] = _ratio(config.pop(key), f"{where}: {key}", least=1e-9)
     return config
 
 
-def _quantized(config: dict[str, Any], where: str) -> dict[str, Any]:
+def _quantization_entry(config: dict[str, Any], where: str) -> dict[str, Any]:
     if "quant_types" not in config:
         if "quant_bits" in config:
             raise UserError(f"{where} has quant_bits without quant_types; name them, such as quant_types: [weight]")
@@ -161,8 +156,8 @@ def _of_type(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else value
 
 
-def _ratio(value: Any, where: str, least: float = 0.0, most: float = 1.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+def _ratio(value: Any, where: str, least: float = 0.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 1:
         raise UserError(f"{where} must be a number from 0 to 1, not {value!r}")
     return float(value)
 
