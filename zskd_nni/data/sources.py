@@ -47,6 +47,36 @@ class TransferSource(Protocol):
         ...
 
 
+class EpochOrder:
+    """The rows of a set that each step takes: a fresh order every epoch, each row at most once an epoch.
+
+    An epoch leaves out the rows that fill no whole batch: fewer than a batch, other ones each time.
+
+    Args:
+        count: rows of the set.
+        batch_size: rows a step; a smaller set gives all its rows.
+        seed: names the random streams of the orders.
+
+    Example:
+        >>> order = EpochOrder(count=10, batch_size=4, seed=0)
+        >>> order.batches, len({*order.rows(0).tolist(), *order.rows(1).tolist()})
+        (2, 8)
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, min(batch_size, count), seed
+        self.batches = count // self.batch_size  # an epoch
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def rows(self, step: int, device: torch.device | str = "cpu") -> Tensor:
+        """Indices ``(batch_size,)`` int64 of a step (from 0), on ``device``."""
+        epoch, position = divmod(step, self.batches)
+        if self._epoch != epoch:
+            order = torch.randperm(self.count, generator=generator(self.seed, "order", epoch))
+            self._epoch, self._order = epoch, to_device(order, device)
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+
 class _Stateless:
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -87,26 +117,16 @@ class StoredSource(_Stateless):
             raise UserError("The transfer set is empty; a student cannot be trained without images.")
         self.images = images
         self.size: int | None = len(images)
-        self.batch_size = min(batch_size, len(images))
-        self.seed = seed
-        self.fingerprint = fingerprint
+        self.seed, self.fingerprint = seed, fingerprint
         self.device, self._cached = torch.device(device), False
-        self._per_epoch = len(images) // self.batch_size
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._order = EpochOrder(len(images), batch_size, seed)
+        self.batch_size = self._order.batch_size
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
-        """Images ``(batch_size, C, H, W)``, each at most once an epoch.
-
-        An epoch leaves out the images that fill no whole batch: fewer than a batch, other ones each time.
-        """
-        epoch, position = divmod(step, self._per_epoch)
+        """Images ``(batch_size, C, H, W)``, each at most once an epoch."""
         if not self._cached:
             self.images, self._cached = cache_on_device(self.images, self.device), True
-        if self._order[0] != epoch:
-            order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
-            self._order = (epoch, to_device(order, self.images.device))
-        index = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
-        return self.images[index].float()
+        return self.images[self._order.rows(step, self.images.device)].float()
 
 
 def cache_on_device(images: Tensor | LazyImages, device: torch.device) -> Tensor | LazyImages:

@@ -1,4 +1,4 @@
-"""Reading and writing so that nothing is half-written and nothing that is read can run code."""
+"""Atomic writes, JSON and checksums."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write ``data`` so that ``path`` holds either its old content or all of the new.
 
     Raises:
-        UserError: the disk is full, the folder is read-only or gone. What was there before is still there.
+        UserError: the disk is full, or the folder is read-only or missing. The old content is still there.
     """
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _remove_quietly(temporary)
     try:
-        with open(temporary, "xb") as file:  # never through a link that somebody put there
+        with open(temporary, "xb") as file:  # never through a link that is in its place
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -81,14 +81,14 @@ def make_folder(path: str | Path) -> Path:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove what killed runs left half-written in ``folder``; only its one writer may call this."""
+    """Remove half-written files of killed runs in ``folder``; only its one writer may call this."""
     for entry in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         if _TEMPORARY.fullmatch(entry.name) and (entry.is_symlink() or entry.is_file()):
             _remove_quietly(entry)
 
 
 def is_file(path: Path) -> bool:
-    """Whether ``path`` is a file that can be looked at; a name that no file can have is not one."""
+    """Whether ``path`` is a file; False for a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -108,7 +108,7 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"There is no file {path}.") from error
     except RecursionError as error:
         raise UserError(f"{path} cannot be read as JSON: it is nested too deeply.") from error
-    except (OSError, ValueError) as error:  # also no UTF-8, and numbers too long for a number
+    except (OSError, ValueError) as error:  # also of text that is not UTF-8, and of too long numbers
         raise UserError(f"{path} cannot be read as JSON ({error}).") from error
 
 
@@ -132,7 +132,7 @@ def sha256_of_bytes(data: bytes) -> str:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON has it: tuples become lists."""
+    """``value`` as JSON returns it: tuples become lists."""
     return json.loads(json.dumps(value))
 
 

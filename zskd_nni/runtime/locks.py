@@ -1,4 +1,4 @@
-"""One writer a folder: locks that go with their process."""
+"""One writer a folder: locks that end with their process."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from zskd_nni.runtime.files import remove_leftovers
 
 
 class FolderInUseError(UserError):
-    """Another run is at work in the folder."""
+    """Another run works in the folder."""
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path, name: str = "") -> Iterator[None]:
-    """Within the block no other run writes into ``folder``; what a killed one left half-written is removed.
+    """Within the block no other run writes into ``folder``; half-written files of a killed run are removed.
 
-    The lock is the operating system's and goes with its process, however that ends.
+    The operating system releases the lock when the process ends, in whatever way.
 
     Args:
-        folder: must be there.
-        name: of what is written, where several runs share the folder: only the files whose names begin so are owned.
+        folder: must exist.
+        name: where several runs share the folder: the lock is on files whose names begin with it.
 
     Raises:
-        FolderInUseError: another run is at work there.
+        FolderInUseError: another run works there.
         UserError: the folder cannot be written to.
     """
     lock = filelock.FileLock(_lock_path(folder, name))
@@ -47,17 +47,17 @@ def only_writer(folder: Path, name: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_of_the_writers(folder: Path, first: bool) -> Iterator[None]:
-    """As :func:`only_writer`, for processes that share the work: each of them holds the same lock as long as it lives.
+    """As :func:`only_writer`, for processes that share the work: all hold the same lock as long as they live.
 
     Args:
-        folder: must be there.
-        first: whether this is the one that comes before the others: it must find the folder free, and cleans it.
+        folder: must exist.
+        first: whether this process comes first. It must find the folder free, and removes half-written files.
 
     Raises:
-        FolderInUseError: another run is at work there.
+        FolderInUseError: another run works there.
         UserError: the folder cannot be written to.
     """
-    import fcntl  # not on every system, as torchrun
+    import fcntl  # exists where torchrun does
 
     try:
         lock = os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -18,7 +18,7 @@ class Progress:
         label: what is being done.
         total: how many units there are.
         unit: their name, plural.
-        done: how many were finished before (a resumed run).
+        done: how many an earlier, interrupted run finished.
         quiet: show nothing.
     """
 

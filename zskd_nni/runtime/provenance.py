@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, versions, device."""
+"""The origin of a result: commit, versions, device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def version() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package runs from, ``+changes`` if it was edited; None outside a checkout."""
+    """The commit of this package's checkout, with ``+changes`` if it was edited; None outside a checkout."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

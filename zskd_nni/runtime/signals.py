@@ -1,4 +1,4 @@
-"""Stopping at a safe place: a signal is noted, and loops act on it between two steps."""
+"""Stopping at a safe place: a signal is recorded, and loops obey it between two steps."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ _pending: int | None = None
 
 
 def check() -> None:
-    """Raise :class:`Interrupted` if a stop was asked for. Loops call it where their state is whole."""
+    """Raise :class:`Interrupted` if a signal asked to stop. Loops call this where their state is consistent."""
     if _pending is not None:
         raise Interrupted(_pending)
 
 
 def asked() -> int:
-    """The number of the signal by which a stop was asked for, or 0."""
+    """The number of the signal that asked to stop, or 0."""
     return _pending or 0
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM are noted for :func:`check`; a second one stops at once.
+    """Within the block SIGINT and SIGTERM are recorded for :func:`check`; a second one stops at once.
 
-    A third, for whom even that takes too long, ends the process on the spot, with the same exit code; files are
-    written such that this does no harm.
+    A third one ends the process immediately, with the same exit code. Files are written atomically, so that this does
+    no harm.
     """
     global _pending
     _pending = None
     raised = False
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def record(signum: int, frame: FrameType | None) -> None:
         global _pending
         nonlocal raised
         if raised:
@@ -56,7 +56,7 @@ def stoppable() -> Iterator[None]:
             raise Interrupted(signum)
         _pending = signum
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Which of several processes this is, as torchrun tells every process that it starts. Imports no torch."""
+"""This process's place among those that torchrun started. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Launch:
 
     Attributes:
         rank: its number, from 0 to ``size - 1``, over all machines.
-        size: how many processes there are, on all machines.
+        size: number of processes, on all machines.
         local_rank: its number on its machine.
-        local_size: how many processes its machine runs.
-        restart: how often its machine has started its processes anew.
+        local_size: number of processes on its machine.
+        restart: how often its machine has restarted its processes.
         reused_store: whether the processes find each other in a store that outlives a restart.
     """
 
@@ -28,9 +28,9 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """What torchrun's environment says, or None where torchrun did not start this process."""
+    """The place that torchrun's environment variables describe; None if torchrun did not start this process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-    if not {"TORCHELASTIC_RUN_ID", *names} <= set(os.environ):  # a single one of them may be left over in a shell
+    if not {"TORCHELASTIC_RUN_ID", *names} <= set(os.environ):  # a shell may have one of them left over
         return None
     rank, size, local_rank, local_size, restart = (int(os.environ[name]) for name in names)
     reused = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

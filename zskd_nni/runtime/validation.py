@@ -47,7 +47,7 @@ def boolean_for_a_number(kind: Any, values: Any, where: str = "") -> str | None:
         values: as read from YAML.
         where: key path, for the message.
     """
-    options = _alternatives(kind)
+    options = _options(kind, through=(Annotated, Union, UnionType))
     if isinstance(values, bool):
         wanted = (int in options or float in options) and bool not in options
         return f"{where}: a number belongs here, not {str(values).lower()}" if wanted else None
@@ -98,17 +98,10 @@ def _keys_at(kind: Any, path: list[str]) -> list[str]:
     return list(_field_types(kind))
 
 
-def _alternatives(kind: Any) -> list[Any]:
-    if get_origin(kind) in (Annotated, Union, UnionType):
-        return [option for part in get_args(kind) for option in _alternatives(part)]
-    return [kind]
-
-
-def _options(kind: Any) -> list[Any]:
-    found = [kind]
-    for option in get_args(kind):
-        found.extend(_options(option))
-    return found
+def _options(kind: Any, through: tuple[Any, ...] = ()) -> list[Any]:
+    """A type and the types in it, however deep; only those in generic types of ``through`` where there are any."""
+    inner = get_args(kind) if not through or get_origin(kind) in through else ()
+    return [kind, *(option for part in inner for option in _options(part, through))]
 
 
 def _field_types(kind: Any) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from zskd_nni.data.augmentation import Augmentation, augment
 from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.data.sources import EpochOrder
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime.device import to_device
-from zskd_nni.runtime.rng import generator
 from zskd_nni.runtime.validation import Count, Positive, check_bounds, one_of
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.loop import RunOptions, TrainingRun, cosine_schedule, fit
@@ -53,6 +53,8 @@ class SupervisedSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.augmentation.mixes:
+            raise ValueError("augmentation.cutmix and augmentation.mixup need a teacher: mixed images have no label")
 
 
 def train_supervised(
@@ -77,9 +79,9 @@ def train_supervised(
         **options: ``seed``, ``checkpoint``, ``quiet`` and the other :class:`~zskd_nni.training.loop.RunOptions`.
     """
     model.to(device).to(memory_format=torch.channels_last)
-    per_epoch = max(1, len(data) // settings.batch)
-    steps = settings.epochs * per_epoch
     options.setdefault("label", "teacher")
+    order = EpochOrder(len(data), settings.batch, options.get("seed", 0))
+    steps = settings.epochs * order.batches
     described = [identity, data.name, len(data), asdict(spec), asdict(settings)]
     run = TrainingRun(steps, identity=described, **options)
     rate, decay = settings.learning_rate, settings.weight_decay
@@ -88,15 +90,10 @@ def train_supervised(
         optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
-    scheduler = cosine_schedule(optimizer, steps, warmup=min(per_epoch, steps // 10))
-    order: dict[int, Tensor] = {}
+    scheduler = cosine_schedule(optimizer, steps, warmup=min(order.batches, steps // 10))
 
     def loss(step: int, random: torch.Generator) -> Tensor:
-        epoch, position = divmod(step, per_epoch)
-        if epoch not in order:
-            order.clear()
-            order[epoch] = torch.randperm(len(data), generator=generator(run.seed, "order", epoch))
-        index = order[epoch][position * settings.batch : (position + 1) * settings.batch]
+        index = order.rows(step)
         images = to_device(data.pixels(index, spec), device)
         images = augment(images, settings.augmentation, random, spec.low, spec.high)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.autocast):
