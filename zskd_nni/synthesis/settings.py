@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from zskd_nni.data.procedural import KINDS
 from zskd_nni.runtime.validation import (
     Bounds,
     Count,
@@ -17,7 +18,6 @@ from zskd_nni.runtime.validation import (
     one_of,
 )
 
-STARTS = ("uniform", "black", "smooth", "shapes", "mixed")
 RANGES = ("clamp", "rescale", "free")
 
 _COLDEST, _HOTTEST = 1e-6, 1e6
@@ -69,7 +69,7 @@ class SynthesisSettings:
     max_steps: int | tuple[int, int] = 100
     tolerance: Tolerance = None
     patience: CountOrZero = 0
-    start: Annotated[str, one_of(*STARTS)] = "uniform"
+    start: Annotated[str, one_of(*KINDS)] = "uniform"
     hold: Fraction = 0.7
     total_variation: tuple[float, float] = (0.0, 0.0)
     range: Annotated[str, one_of(*RANGES)] = "clamp"

@@ -6,8 +6,7 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,8 +61,8 @@ def synthesize(
     The same arguments give the same impressions; on the CPU, and with as many threads, bit by bit. A finished shard
     is never made again, a damaged one is.
 
-    Processes that share a process group of ``torch.distributed`` share the work: all of them call this with the same
-    arguments, each makes its part of the missing shards, and each returns when all are made.
+    Processes of one ``torch.distributed`` process group share the work: all call this with the same arguments, each
+    makes its part of the missing shards, and each returns when all are made.
 
     Args:
         teacher: on the device to use.
@@ -84,15 +83,8 @@ def synthesize(
         >>> from zskd_nni import InputSpec, Teacher
         >>> from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
         >>> teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), InputSpec((1, 8, 8)))
-        >>> store = synthesize(
-        ...     teacher,
-        ...     ZskdTargets(teacher, ZskdSettings()),
-        ...     SynthesisSettings(max_steps=5),
-        ...     size=12,
-        ...     seed=0,
-        ...     folder=tempfile.mkdtemp(),
-        ...     quiet=True,
-        ... )
+        >>> plan, settings = ZskdTargets(teacher, ZskdSettings()), SynthesisSettings(max_steps=5)
+        >>> store = synthesize(teacher, plan, settings, size=12, seed=0, folder=tempfile.mkdtemp(), quiet=True)
         >>> store.images().shape
         torch.Size([12, 1, 8, 8])
     """
@@ -109,17 +101,7 @@ def synthesize(
             "seed": seed,
         }
     )
-    environment = {
-        "device": teacher.device.type,
-        "threads": torch.get_num_threads(),
-        "precision": "float32",
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-    term: FeatureTerm | None = getattr(plan, "term", None)
-    # Denormals slow a CPU by a factor of up to a hundred, and the bits depend on flushing them. Other libraries
-    # sometimes switch it off.
-    torch.set_flush_denormal(True)
+    environment = _environment(teacher)
     folder = make_folder(folder)
     with only_writers(folder) as team:
         manifest = team.first(lambda: ImpressionStore.create(folder, identity, counts, environment).manifest)
@@ -127,24 +109,56 @@ def synthesize(
         store.require(identity, counts)  # another machine's teacher may be another one
         missing = sorted(chain.from_iterable(team.collect(store.missing(team.share(range(len(counts)))))))
         mine = team.share(missing)
-        if mine:
-            _tell_changed_environment(store, environment)
         total, done = size, size - sum(counts[index] for index in missing)
         if not team.alone:
             total, done, quiet = sum(counts[index] for index in mine), 0, quiet or not team.leads
             label = f"{label} (1 of {team.size} parts)"
-        threads = store.manifest["environment"]["threads"]  # the bits depend on it
-        with _threads(threads), Progress(label, total, "impressions", done=done, quiet=quiet) as progress:
-            for index in mine:
-                started = time.monotonic()
-                inputs = _shard_inputs(teacher.spec, plan, settings, counts, index, seed)
-                impressions = synthesize_shard(teacher, inputs, settings, progress.advance, term)
-                store.write(index, impressions, time.monotonic() - started, environment, note=not team.alone)
+        with Progress(label, total, "impressions", done=done, quiet=quiet) as progress:
+            _make_shards(teacher, plan, settings, store, mine, progress.advance, notes=not team.alone)
         for entries in team.collect({str(index): store.manifest["shards"][str(index)] for index in mine}):
             store.manifest["shards"].update(entries)
         if team.leads:
             store.merge_notes()
     return store
+
+
+def _make_shards(
+    teacher: Teacher,
+    plan: TargetPlan,
+    settings: SynthesisSettings,
+    store: ImpressionStore,
+    shards: Sequence[int],
+    on_finished: Callable[[int], None],
+    notes: bool,
+) -> None:
+    """Make these shards one by one, with as many threads as the store was begun with: the bits depend on it."""
+    environment, seed = _environment(teacher), store.manifest["identity"]["seed"]
+    term: FeatureTerm | None = getattr(plan, "term", None)
+    if shards:
+        _tell_changed_environment(store, environment)
+    # Denormals slow a CPU by a factor of up to a hundred, and the bits depend on flushing them. Other libraries
+    # sometimes switch it off.
+    torch.set_flush_denormal(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(store.manifest["environment"]["threads"])
+    try:
+        for index in shards:
+            started = time.monotonic()
+            inputs = _shard_inputs(teacher.spec, plan, settings, store.plan, index, seed)
+            impressions = synthesize_shard(teacher, inputs, settings, on_finished, term)
+            store.write(index, impressions, time.monotonic() - started, environment, note=notes)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _environment(teacher: Teacher) -> dict[str, Any]:
+    return {
+        "device": teacher.device.type,
+        "threads": torch.get_num_threads(),
+        "precision": "float32",
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def _shard_sizes(size: int, shard: int) -> list[int]:
@@ -187,13 +201,3 @@ def _tell_changed_environment(store: ImpressionStore, environment: dict[str, Any
             "new shards are as good, but not the same to the bit. The manifest says which shards these are.",
             file=sys.stderr,
         )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
