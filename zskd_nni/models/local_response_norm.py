@@ -1,8 +1,8 @@
-"""Local response normalisation: fast, and for a layer that lost some of its channels.
+"""Local response normalisation: a fast version, and one for layers that lost some of their channels.
 
-PyTorch's own goes through a three-dimensional average pooling and a power, which is two thirds of the time of an
-AlexNet for small images. The same sum over neighbouring channels is a product with a banded 0/1 matrix, and the
-gradient has a closed form (`benchmarks/response_norm.py` measures both).
+PyTorch's own uses a three-dimensional average pooling and a power, which take two thirds of the time of an AlexNet for
+small images. The sum over neighbouring channels is also a product with a banded 0/1 matrix, and the gradient has a
+closed form (`benchmarks/response_norm.py` measures both).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn import functional
 
 
 def neighbours(positions: Tensor, size: int) -> Tensor:
-    """``(K, K)``, true where channel ``j`` counts in the normalisation of channel ``i``.
+    """``(K, K)``, true where channel ``j`` is in the window of channel ``i``.
 
     Args:
         positions: of the channels in the whole layer, ``(K,)``, ascending.
         size: of the window, as in ``nn.LocalResponseNorm``.
     """
     offset = positions[None, :] - positions[:, None]
-    # PyTorch's window for channel i: size // 2 channels before it, (size - 1) // 2 behind it.
+    # PyTorch's window for channel i: size // 2 channels before it, (size - 1) // 2 after it.
     return (offset >= -(size // 2)) & (offset <= (size - 1) // 2)
 
 
@@ -46,7 +46,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Of ``x`` alone."""
+        """The gradient of ``x``; the other arguments have none."""
         x, inverse, scale, window = ctx.saved_tensors
         scaled = gradient * scale
         summed = functional.conv2d((scaled * x).mul_(inverse), window.t()[:, :, None, None])
@@ -54,11 +54,11 @@ class _Normalise(torch.autograd.Function):
 
 
 class PrunedLocalResponseNorm(nn.Module):
-    """What ``nn.LocalResponseNorm`` gives for the kept channels while the removed ones are zero.
+    """What ``nn.LocalResponseNorm`` computes for the kept channels if the removed ones are zero.
 
     Local response normalisation divides each channel by the energy of its neighbours. With channels removed, a plain
-    ``nn.LocalResponseNorm`` would count other neighbours than the network was trained with. This one keeps the
-    neighbourhoods of the original positions, as a 0/1 matrix.
+    ``nn.LocalResponseNorm`` would take other neighbours than the network was trained with. This one keeps the windows
+    of the original positions, as a 0/1 matrix.
 
     Args:
         kept: positions of the kept channels in the original layer, ascending, K of them.
@@ -78,12 +78,12 @@ class PrunedLocalResponseNorm(nn.Module):
         self.kept = tuple(int(position) for position in kept)
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
         window = neighbours(torch.tensor(self.kept), size)
-        # It follows from the positions, which a saved network's description names: no weight of the network.
+        # Not saved: it follows from the positions, which are in a saved network's description.
         self.register_buffer("window", window.float(), persistent=False)
 
     @classmethod
     def of(cls, norm: nn.LocalResponseNorm | PrunedLocalResponseNorm, kept: Tensor) -> PrunedLocalResponseNorm:
-        """What is left of ``norm`` where only the channels at ``kept``, ``(K,)``, stay."""
+        """The layer that replaces ``norm`` if only the channels at ``kept``, ``(K,)``, stay."""
         positions = kept.tolist()
         if isinstance(norm, PrunedLocalResponseNorm):
             positions = [norm.kept[position] for position in positions]
@@ -101,14 +101,14 @@ class PrunedLocalResponseNorm(nn.Module):
 
 @lru_cache(maxsize=64)
 def _window(positions: tuple[int, ...], size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # it is kept for whoever comes next, who may want gradients
+    with torch.inference_mode(False):  # the next call may need gradients
         return neighbours(torch.tensor(positions), size).to(device, dtype)
 
 
 def _fast_forward(norm: Any, x: Tensor) -> Tensor:
     if x.ndim != 4:
         return type(norm).forward(norm, x)
-    with torch.autocast(x.device.type, enabled=False):  # as PyTorch's own, in single precision
+    with torch.autocast(x.device.type, enabled=False):  # in single precision, as PyTorch's own
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         positions = norm.kept if isinstance(norm, PrunedLocalResponseNorm) else tuple(range(x.shape[1]))
         window = _window(positions, norm.size, x.device, x.dtype)
@@ -117,9 +117,9 @@ def _fast_forward(norm: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def fast_response_norms(model: nn.Module) -> Iterator[None]:
-    """Within the block every local response normalisation of ``model`` computes the same thing faster.
+    """Within the block every local response normalisation of ``model`` computes the same values faster.
 
-    The modules stay what they are, for who traces, copies or saves the model; only their ``forward`` is another.
+    Only ``forward`` is replaced. The modules stay the same for code that traces, copies or saves the model.
     """
     kinds = (nn.LocalResponseNorm, PrunedLocalResponseNorm)
     replaced = [m for m in model.modules() if type(m) in kinds and "forward" not in m.__dict__]

@@ -1,8 +1,8 @@
 """AlexNet and AlexNet-Half for 32x32 images, the CIFAR-10 pair of the ZSKD paper.
 
-The layers and their unusual order (normalisation after pooling and after dropout) follow the authors'
-released TensorFlow networks. TensorFlow's local response normalisation does not divide ``alpha`` by the
-window, PyTorch's does; ``alpha`` is therefore 5 times theirs here.
+The layers and their unusual order (normalisation after pooling and after dropout) follow the authors' released
+TensorFlow networks. PyTorch's local response normalisation divides ``alpha`` by the size of the window, TensorFlow's
+does not; ``alpha`` is therefore 5 times theirs here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class AlexNet(nn.Module):
         hidden: units of the two hidden fully connected layers.
         in_channels: channels of the input image.
         num_classes: number of logits.
-        bn_momentum: PyTorch's momentum of the running statistics. The authors' decay of 0.999 is 0.001
-            here; a run of a few thousand steps wants a larger one.
+        bn_momentum: PyTorch's momentum of the running statistics. The authors' decay of 0.999 is 0.001 here; a
+            training of a few thousand steps needs a larger one.
 
     Shape:
         input ``(N, in_channels, 32, 32)``, output logits ``(N, num_classes)``.
@@ -93,10 +93,20 @@ class AlexNet(nn.Module):
 
 
 def alexnet(num_classes: int = 10, in_channels: int = 3, bn_momentum: float = 0.001) -> AlexNet:
-    """AlexNet for 32x32 images: 1,659,178 parameters at 10 classes."""
+    """AlexNet for 32x32 images: 1,659,178 parameters at 10 classes.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in alexnet().parameters())
+        1659178
+    """
     return AlexNet(num_classes=num_classes, in_channels=in_channels, bn_momentum=bn_momentum)
 
 
 def alexnet_half(num_classes: int = 10, in_channels: int = 3, bn_momentum: float = 0.001) -> AlexNet:
-    """AlexNet-Half for 32x32 images: 417,434 parameters at 10 classes."""
+    """AlexNet-Half for 32x32 images: 417,434 parameters at 10 classes.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in alexnet_half().parameters())
+        417434
+    """
     return AlexNet((24, 64, 96, 96, 64), (256, 128), in_channels, num_classes, bn_momentum)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class LeNet5(nn.Module):
     """LeNet-5 with ReLU and max pooling.
 
-    Only the two convolutions of the Half network are narrower; the fully connected widths stay.
+    In LeNet-5-Half only the two convolutions are narrower; the fully connected layers keep their widths.
 
     Args:
         widths: channels of the two convolutions: ``(6, 16)`` is LeNet-5 (61,706 parameters),
@@ -45,10 +45,20 @@ class LeNet5(nn.Module):
 
 
 def lenet5(num_classes: int = 10, in_channels: int = 1) -> LeNet5:
-    """LeNet-5: 61,706 parameters at 10 classes and one input channel."""
+    """LeNet-5: 61,706 parameters at 10 classes and one input channel.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in lenet5().parameters())
+        61706
+    """
     return LeNet5((6, 16), in_channels, num_classes)
 
 
 def lenet5_half(num_classes: int = 10, in_channels: int = 1) -> LeNet5:
-    """LeNet-5-Half: 35,820 parameters at 10 classes and one input channel."""
+    """LeNet-5-Half: 35,820 parameters at 10 classes and one input channel.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in lenet5_half().parameters())
+        35820
+    """
     return LeNet5((3, 8), in_channels, num_classes)

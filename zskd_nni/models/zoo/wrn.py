@@ -22,7 +22,7 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu1(self.bn1(x))
-        # Where the width changes, the residual path starts behind the activation, as in the authors' code.
+        # Where the width changes, the residual path starts after the activation, as in the authors' code.
         residual = x if self.shortcut is None else self.shortcut(activated)
         out = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
         return out + residual
@@ -79,5 +79,10 @@ class WideResNet(nn.Module):
 
 
 def wrn(depth: int = 40, width: int = 2, num_classes: int = 10, in_channels: int = 3) -> WideResNet:
-    """WRN-depth-width: 16-1 has 0.175 M parameters, 16-2 0.69 M, 40-1 0.56 M, 40-2 2.24 M."""
+    """WRN-depth-width: 16-1 has 0.175 M parameters, 16-2 0.69 M, 40-1 0.56 M, 40-2 2.24 M.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in wrn(16, 1).parameters())
+        175066
+    """
     return WideResNet(depth, width, num_classes, in_channels)
