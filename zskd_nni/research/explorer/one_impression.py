@@ -1,7 +1,7 @@
-"""One impression at a time: what was asked, how it grew, and what the teacher answers.
+"""One impression at a time: its target, the image during synthesis, and the teacher's answers.
 
-Nothing of the method is here: targets come from :mod:`zskd_nni.methods.zskd`, images from
-:mod:`zskd_nni.synthesis`. The explorer and the notebooks show what these functions give.
+The method itself is elsewhere: targets come from :mod:`zskd_nni.methods.zskd`, images from :mod:`zskd_nni.synthesis`.
+The explorer and the notebooks show what these functions return.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ GLIMPSES = 8
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a teacher.
+    """Which impression is made.
 
     Attributes:
-        label: class whose concentrations shape the target.
+        label: class whose concentrations the target is drawn with.
         beta: scale of the concentrations, above 0; small ones give nearly one-hot targets.
-        temperature: at which the teacher is fitted to the target, above 0.
+        temperature: of the teacher's softmax during synthesis, above 0.
         total_variation: weight of the smoothness prior, 0 for none.
         steps: of the optimiser, at least 1.
         start: one of :data:`zskd_nni.data.procedural.KINDS`.
@@ -63,17 +63,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One impression on its way.
+    """One impression at several steps of its synthesis.
 
     Attributes:
-        similarity: ``(K, K)`` how alike the teacher finds its classes.
+        similarity: ``(K, K)`` the teacher's class similarity.
         concentration: ``(K,)`` of the Dirichlet distribution that the target was drawn from.
-        target: ``(K,)`` what was asked.
-        steps: after how many steps each glimpse was taken, from 0 on.
+        target: ``(K,)`` the soft target.
+        steps: of the optimiser after which the image was looked at, from 0 on.
         images: ``(len(steps), C, H, W)`` the image at these steps, in the value range.
         fit: ``(len(steps),)`` ``KL(target || teacher)`` at the question's temperature.
         fitted: ``(len(steps), K)`` the teacher's probabilities at the question's temperature.
-        seen: ``(len(steps), K)`` the same at temperature 1: what it takes the image for.
+        seen: ``(len(steps), K)`` the same at temperature 1.
     """
 
     similarity: Tensor
@@ -87,21 +87,21 @@ class Answer:
 
 
 def explore_one(teacher: Teacher, question: Question, glimpses: int = GLIMPSES) -> Answer:
-    """Draw a target, make one impression for it, and look at it on the way.
+    """Draw a target, make one impression for it, and look at it during its synthesis.
 
-    The same image is made ``glimpses`` times over with growing step limits, so that the engine itself is what is seen.
+    The image is made ``glimpses`` times with growing step limits, so that the engine itself is shown.
 
     Args:
         teacher: on the device to use.
-        question: what is asked.
-        glimpses: how many looks are taken, at least 2; the first is the start, the last the finished impression.
+        question: which impression.
+        glimpses: number of looks, at least 2; the first is the start, the last the finished impression.
 
     Raises:
         UserError: a value of the question outside its range, or synthesis diverged.
     """
-    limits = _glimpses_at(question.steps, glimpses)
+    limits = _steps_to_look_at(question.steps, glimpses)
     similarity, concentration, targets = _targets(teacher, question, 1)
-    made = _made(teacher, question, targets.expand(len(limits), -1), limits, same=True)
+    made = _synthesize(teacher, question, targets.expand(len(limits), -1), limits, same=True)
     return Answer(
         similarity=similarity,
         concentration=concentration,
@@ -121,7 +121,7 @@ def explore_class(teacher: Teacher, question: Question, count: int = 20) -> Impr
         UserError: as :func:`explore_one`.
     """
     _, _, targets = _targets(teacher, question, count)
-    return _made(teacher, question, targets, [question.steps] * count, same=False)
+    return _synthesize(teacher, question, targets, [question.steps] * count, same=False)
 
 
 def _targets(teacher: Teacher, question: Question, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +139,7 @@ def _targets(teacher: Teacher, question: Question, count: int) -> tuple[Tensor, 
     return similarity, concentration, torch.from_numpy(drawn).float()
 
 
-def _made(teacher: Teacher, question: Question, targets: Tensor, limits: list[int], same: bool) -> Impressions:
+def _synthesize(teacher: Teacher, question: Question, targets: Tensor, limits: list[int], same: bool) -> Impressions:
     settings, count = question.settings(), len(limits)
     starts, free = start_images(
         question.start, 1 if same else count, teacher.spec, generator(question.seed, "start"), settings.hold
@@ -158,7 +158,7 @@ def _made(teacher: Teacher, question: Question, targets: Tensor, limits: list[in
     return synthesize_shard(teacher, inputs, settings)
 
 
-def _glimpses_at(steps: int, count: int) -> list[int]:
-    """0 to ``steps``, closer together at the start, where most happens; fewer than ``count`` where steps are few."""
+def _steps_to_look_at(steps: int, count: int) -> list[int]:
+    """0 to ``steps``, closer together at the start, where the image changes most; fewer if there are few steps."""
     spread = [round(steps * (place / (count - 1)) ** 2) for place in range(count)]
     return sorted({0, steps, *spread})

@@ -1,4 +1,4 @@
-"""Sliders over one impression, for JupyterLab: teacher, class, beta, temperature, prior and steps, answered live.
+"""Sliders for one impression in JupyterLab: teacher, class, beta, temperature, prior and steps, with a live answer.
 
     from zskd_nni.research.explorer.widget import Explorer
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,36 +34,32 @@ MOST_STEPS = 300
 
 
 class Explorer:
-    """Widgets that ask a teacher for an impression whenever one of them is moved.
+    """Widgets that make a new impression whenever one of them is changed.
 
     Args:
-        teachers: by name; the shipped ones where absent.
-        question: what is asked first.
-        gallery_size: impressions that *add to the gallery* makes of a class.
+        teachers: by name; by default the shipped ones.
+        question: the first question.
+        gallery_size: impressions of a class that *add to the gallery* makes.
 
     Attributes:
-        question: what was asked last.
-        answer: what came of it.
-        gallery: kept impressions by class, in the order they were kept.
+        question: the last question.
+        answer: its answer.
+        gallery: kept impressions by class, in the order they were added.
 
     Raises:
         UserError: ipywidgets is not installed, or no teacher was given.
     """
 
     def __init__(
-        self,
-        teachers: Mapping[str, Teacher] | None = None,
-        question: Question | None = None,
-        gallery_size: int = 20,
+        self, teachers: Mapping[str, Teacher] | None = None, question: Question | None = None, gallery_size: int = 20
     ) -> None:
         if teachers is not None and not teachers:
             raise UserError("Explorer was given no teacher; leave teachers= out for the shipped ones.")
         self._widgets = _ipywidgets()
-        self._given = teachers
         self._loaded: dict[str, Teacher] = dict(teachers or {})
         names = list(teachers) if teachers else trained_names()
         self.question = question or Question()
-        self.question.settings()  # what cannot be asked is said before anything is drawn
+        self.question.settings()  # invalid values are reported before anything is drawn
         if not (math.isfinite(self.question.beta) and self.question.beta > 0):
             raise UserError(f"That cannot be asked: beta must be positive, not {self.question.beta}.")
         self.gallery_size = gallery_size
@@ -74,17 +70,18 @@ class Explorer:
 
     @property
     def teacher(self) -> Teacher:
-        """The chosen one."""
+        """The selected teacher."""
         name = self._teacher.value
         if name not in self._loaded:
             self._loaded[name] = load_teacher(name)
         return self._loaded[name]
 
     def keep(self) -> Impressions:
-        """Make ``gallery_size`` impressions of the class as the sliders stand, and keep them in the gallery."""
+        """Make ``gallery_size`` impressions of the selected class, and keep them in the gallery."""
         made = explore_class(self.teacher, self.question, self.gallery_size)
         self.gallery[self.question.label] = made
-        self._draw_gallery()
+        self._gallery.value = self._gallery_png()
+        self._gallery.layout.display = ""
         return made
 
     def save_gallery(self, path: str | Path) -> None:
@@ -100,57 +97,39 @@ class Explorer:
     def _ipython_display_(self) -> None:
         importlib.import_module("IPython.display").display(self.widget)
 
-    # The widgets.
-
     def _build(self, names: list[str]) -> None:
         widgets, asked = self._widgets, self.question
         wide = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="98%")}
-        live = {**wide, "continuous_update": False}  # a synthesis takes longer than a pixel of a slider's way
-        least = math.floor(
-            math.log10(asked.beta)
-        )  # every slider reaches what is asked, so that none changes the question
+        live = {**wide, "continuous_update": False}  # a synthesis takes longer than a slider's next value
+        # Every slider's range includes what is asked first, so that none changes the question.
+        decade = math.floor(math.log10(asked.beta))
+        betas = {"min": min(-2, decade), "max": max(1, decade + 1), "step": 0.05}
+        temperatures = {"min": min(1, asked.temperature), "max": max(40, asked.temperature), "step": 0.5}
+        priors = {"options": sorted({*PRIORS, asked.total_variation}), "value": asked.total_variation}
         self._teacher = widgets.Dropdown(options=names, description="teacher", **wide)
         self._controls: dict[str, Any] = {
             "label": widgets.IntSlider(asked.label, 0, max(1, asked.label), description="class", **live),
-            "beta": widgets.FloatLogSlider(
-                asked.beta, min=min(-2, least), max=max(1, least + 1), step=0.05, description="beta", **live
-            ),
-            "temperature": widgets.FloatSlider(
-                asked.temperature,
-                min=min(1, asked.temperature),
-                max=max(40, asked.temperature),
-                step=0.5,
-                description="temperature",
-                **live,
-            ),
-            "total_variation": widgets.SelectionSlider(
-                options=sorted({*PRIORS, asked.total_variation}),
-                value=asked.total_variation,
-                description="smoothness",
-                **live,
-            ),
+            "beta": widgets.FloatLogSlider(asked.beta, description="beta", **betas, **live),
+            "temperature": widgets.FloatSlider(asked.temperature, description="temperature", **temperatures, **live),
+            "total_variation": widgets.SelectionSlider(description="smoothness", **priors, **live),
             "steps": widgets.IntSlider(asked.steps, 1, max(MOST_STEPS, asked.steps), description="steps", **live),
             "start": widgets.Dropdown(options=KINDS, value=asked.start, description="start", **wide),
         }
-        self._again = widgets.Button(description="another draw", icon="random", layout=widgets.Layout(width="auto"))
-        self._keep = widgets.Button(
-            description="add to the gallery", icon="th", button_style="primary", layout=widgets.Layout(width="auto")
-        )
+        auto, full = widgets.Layout(width="auto"), {"width": "100%", "max_width": "1000px"}
+        self._again = widgets.Button(description="another draw", icon="random", layout=auto)
+        self._keep = widgets.Button(description="add to the gallery", icon="th", button_style="primary", layout=auto)
         self._note = widgets.HTML()
-        self._picture = widgets.Image(format="png", layout=widgets.Layout(width="100%", max_width="1000px"))
-        self._gallery = widgets.Image(format="png", layout=widgets.Layout(width="100%", max_width="1000px"))
-        self._gallery.layout.display = "none"
+        self._picture = widgets.Image(format="png", layout=widgets.Layout(**full))
+        self._gallery = widgets.Image(format="png", layout=widgets.Layout(display="none", **full))
         self._teacher.observe(self._teacher_changed, "value")
         for control in self._controls.values():
-            control.observe(self._asked, "value")
+            control.observe(self._control_changed, "value")
         self._again.on_click(lambda _: self._ask(replace(self.question, seed=self.question.seed + 1)))
-        self._keep.on_click(lambda _: self._guarded(self.keep))
-        buttons = widgets.HBox([self._again, self._keep])
-        controls = widgets.VBox(
-            [self._teacher, *self._controls.values(), buttons, self._note], layout=widgets.Layout(flex="0 1 25em")
-        )
+        self._keep.on_click(lambda _: self._show_errors(self.keep))
+        controls = [self._teacher, *self._controls.values(), widgets.HBox([self._again, self._keep]), self._note]
         shown = widgets.VBox([self._picture, self._gallery], layout=widgets.Layout(flex="1 1 30em"))
-        self.widget = widgets.HBox([controls, shown], layout=widgets.Layout(flex_flow="row wrap"))
+        left = widgets.VBox(controls, layout=widgets.Layout(flex="0 1 25em"))
+        self.widget = widgets.HBox([left, shown], layout=widgets.Layout(flex_flow="row wrap"))
         self.widget.add_class("zskd-explorer")
 
     def _teacher_changed(self, _: Any) -> None:
@@ -163,31 +142,26 @@ class Explorer:
             label.max = last
         self._ask(replace(self.question, label=label.value))
 
-    def _asked(self, _: Any) -> None:
-        chosen = {name: control.value for name, control in self._controls.items()}
-        question = replace(self.question, **chosen)
+    def _control_changed(self, _: Any) -> None:
+        question = replace(self.question, **{name: control.value for name, control in self._controls.items()})
         if question != self.question:
             self._ask(question)
 
     def _ask(self, question: Question) -> None:
         self.question = question
-        self._guarded(self._answer)
+        self._show_errors(self._answer)
 
     def _answer(self) -> None:
         self.answer = explore_one(self.teacher, self.question)
         self._picture.value = exploration_picture(self.answer, self.teacher.spec, self.question.label)
 
-    def _guarded(self, action: Any) -> None:
-        """What a user can mend is said beside the sliders; in a callback it would be lost."""
+    def _show_errors(self, action: Callable[[], Any]) -> None:
+        """Show a user's mistake below the sliders; an exception in a callback would be lost."""
         try:
             action()
             self._note.value = ""
         except UserError as error:
             self._note.value = f"<b>{error}</b>"
-
-    def _draw_gallery(self) -> None:
-        self._gallery.value = self._gallery_png()
-        self._gallery.layout.display = ""
 
     def _gallery_png(self) -> bytes:
         if not self.gallery:

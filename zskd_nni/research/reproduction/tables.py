@@ -303,9 +303,7 @@ TABLES: dict[str, Table] = {
     ),
     "cifar10-alexnet": Table("CIFAR-10, AlexNet", "AlexNet to AlexNet-Half.", _students_of("cifar10-alexnet")),
     "cifar10-alexnet-sizes": Table(
-        "Size of the transfer set, CIFAR-10",
-        "As for the smaller pairs.",
-        tuple(_sizes("cifar10-alexnet")),
+        "Size of the transfer set, CIFAR-10", "As for the smaller pairs.", tuple(_sizes("cifar10-alexnet"))
     ),
     "cifar10-alexnet-balance": Table(
         "Arbitrary transfer sets, balanced and not, CIFAR-10",
