@@ -10,6 +10,7 @@ from helpers import random
 from torch import Tensor
 
 from zskd_nni.data.augmentation import Augmentation, _move, augment
+from zskd_nni.training.supervised import SupervisedSettings
 
 
 def images(count: int = 6, channels: int = 2, height: int = 9, width: int = 12) -> Tensor:
@@ -26,6 +27,7 @@ ALL = {
     "noise": 0.1,
     "erase": 0.3,
 }
+MIXED = {"cutmix": 0.4, "mixup": 0.4}
 
 
 def test_inactive_is_the_identity() -> None:
@@ -36,9 +38,9 @@ def test_inactive_is_the_identity() -> None:
     assert not Augmentation().active
 
 
-@pytest.mark.parametrize("key", ALL)
+@pytest.mark.parametrize("key", [*ALL, *MIXED])
 def test_every_key_does_something_and_only_with_its_generator(key: str) -> None:
-    settings = Augmentation(**{key: ALL[key]})
+    settings = Augmentation(**{key: {**ALL, **MIXED}[key]})
     assert settings.active
     batch = images()
     first, again = augment(batch, settings, random(1)), augment(batch, settings, random(1))
@@ -189,6 +191,8 @@ def test_contrast_noise_and_erase_by_their_size() -> None:
         ({"scale": (0.0, 1.0)}, "scale is the smallest"),
         ({"scale": (1.2, 0.8)}, "scale is the smallest"),
         ({"border": "edge"}, "not 'edge'"),
+        ({"cutmix": -0.1}, "cutmix must lie in"),
+        ({"cutmix": 0.6, "mixup": 0.6}, "at most 1 together"),
     ],
 )
 def test_settings_outside_their_range(arguments: dict, message: str) -> None:
@@ -222,3 +226,44 @@ def test_images_that_leave_the_range_from_the_first_are_not_cut() -> None:
     result = augment(batch, Augmentation(contrast=0.01), random(0))
     assert float((result[0] - batch[0]).abs().max()) < 0.05
     assert float(result[1:].min()) >= 0 and float(result[1:].max()) <= 1
+
+
+def plain(count: int, height: int, width: int) -> Tensor:
+    """Images of one value each, all different."""
+    return torch.arange(count).float().div(count).view(-1, 1, 1, 1).expand(-1, 2, height, width).contiguous()
+
+
+def test_cutmix_takes_a_rectangle_of_one_other_image() -> None:
+    batch = plain(200, 12, 16)
+    result = augment(batch, Augmentation(cutmix=1.0), random(0))
+    foreign = (result != batch)[:, 0]
+    rows, columns = foreign.any(2).sum(1), foreign.any(1).sum(1)
+    assert torch.equal(foreign.sum((1, 2)), rows * columns), "a rectangle"
+    assert int(rows.max()) <= 9 and int(columns.max()) <= 12, "at most three quarters of each side"
+    assert float(foreign.flatten(1).any(1).float().mean()) > 0.95
+    assert all(len(image[0].unique()) <= 2 and torch.equal(image[0], image[1]) for image in result)
+    assert set(result.unique().tolist()) <= set(batch.unique().tolist())
+
+
+def test_mixup_averages_whole_images() -> None:
+    batch = plain(200, 5, 5)
+    result = augment(batch, Augmentation(mixup=1.0), random(0))
+    assert all(len(image.unique()) == 1 for image in result)
+    assert float((result != batch).flatten(1).all(1).float().mean()) > 0.95
+    assert float(result.mean()) == pytest.approx(float(batch.mean()), abs=0.05)
+
+
+def test_the_shares_of_mixed_images() -> None:
+    batch = plain(2000, 6, 6)
+    result = augment(batch, Augmentation(cutmix=0.2, mixup=0.5), random(0))
+    changed = (result != batch)[:, 0].flatten(1)
+    whole, partly = changed.all(1).float().mean(), (changed.any(1) & ~changed.all(1)).float().mean()
+    assert float(whole) == pytest.approx(0.5, abs=0.04)
+    assert float(partly) == pytest.approx(0.2, abs=0.04)
+
+
+def test_labelled_images_are_not_mixed() -> None:
+    mixed = Augmentation(flip=0.5, cutmix=0.3, mixup=0.3)
+    assert mixed.mixes and mixed.unmixed == Augmentation(flip=0.5)
+    with pytest.raises(ValueError, match="mixed images have no label"):
+        SupervisedSettings(augmentation=mixed)

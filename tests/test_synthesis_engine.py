@@ -13,14 +13,13 @@ import torch
 from helpers import SMALL, make_store, random, small_network, small_teacher, soft_targets
 from torch import Tensor, nn
 
-from zskd_nni.data.procedural import start_images
+from zskd_nni.data.procedural import KINDS, start_images
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import Impressions, ShardInputs, SynthesisSettings, synthesize
 from zskd_nni.synthesis import synthesize_shard as engine
-from zskd_nni.synthesis.settings import STARTS
 from zskd_nni.training.losses import total_variation
 
 TEMPERATURE = 20.0
@@ -396,7 +395,7 @@ def test_settings_outside_their_range(arguments: dict[str, Any], message: str) -
 # Starts.
 
 
-@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", [SMALL, InputSpec((3, 32, 20), low=-2, high=0.5)])
 def test_starts_lie_in_the_range_and_depend_on_the_generator_alone(kind: str, spec: InputSpec) -> None:
     images, free = start_images(kind, 60, spec, random(4))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -35,9 +35,18 @@ class Augmentation:
         noise: standard deviation of Gaussian pixel noise, as a fraction of the value range.
         erase: largest side of a square set to a random grey, as a fraction of the image's side.
         border: padding beyond the edge: ``zeros`` (the low value) or ``border`` (the edge pixels).
+        cutmix: probability that a rectangle of the image, a quarter to three quarters of each side, is taken from
+            another image of the batch (Yun et al., ICCV 2019, 1905.04899).
+        mixup: probability that the image is averaged with another one of the batch, by a weight drawn uniformly
+            (Zhang et al., ICLR 2018, 1710.09412). ``cutmix`` and ``mixup`` are at most 1 together. A mixed image has
+            no label of its own: only a teacher can label it.
 
     Raises:
         ValueError: a value outside its range.
+
+    Example:
+        >>> Augmentation(rotation=15.0, translation=0.1).flip
+        0.0
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -51,11 +60,15 @@ class Augmentation:
     noise: Fraction = 0.0
     erase: Fraction = 0.0
     border: Annotated[str, one_of("zeros", "border")] = "zeros"
+    cutmix: Fraction = 0.0
+    mixup: Fraction = 0.0
 
     def __post_init__(self) -> None:
         check_bounds(self)
         if not 0 < self.scale[0] <= self.scale[1] < math.inf:
             raise ValueError(f"scale is the smallest and the largest factor, both positive, not {list(self.scale)}")
+        if self.cutmix + self.mixup > 1:
+            raise ValueError(f"cutmix and mixup must be at most 1 together, not {self.cutmix + self.mixup}")
 
     @property
     def moves(self) -> bool:
@@ -63,9 +76,19 @@ class Augmentation:
         return bool(self.rotation or self.translation or self.shear or self.flip or self.scale != (1.0, 1.0))
 
     @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed with each other."""
+        return bool(self.cutmix or self.mixup)
+
+    @property
+    def unmixed(self) -> Augmentation:
+        """The same for labelled images, which are not mixed with each other."""
+        return replace(self, cutmix=0.0, mixup=0.0)
+
+    @property
     def active(self) -> bool:
         """Whether anything is changed at all."""
-        return bool(self.moves or self.contrast or self.noise or self.erase)
+        return bool(self.moves or self.contrast or self.noise or self.erase or self.mixes)
 
 
 def augment(
@@ -107,10 +130,11 @@ def augment(
         result = result + to_device(noise, images.device) * (settings.noise * (high - low))
     if settings.erase:
         result = _erase(result, settings.erase, uniform, low, high)
-    if not (settings.contrast or settings.noise):
-        return result
-    extremes = (1, 2, 3)
-    return result.clamp(images.amin(extremes, True).clamp_max(low), images.amax(extremes, True).clamp_min(high))
+    if settings.contrast or settings.noise:
+        extremes = (1, 2, 3)
+        smallest, largest = images.amin(extremes, True), images.amax(extremes, True)
+        result = result.clamp(smallest.clamp_max(low), largest.clamp_min(high))
+    return _mix(result, settings, uniform, generator) if settings.mixes else result
 
 
 def _move(images: Tensor, settings: Augmentation, uniform: _Uniform) -> Tensor:
@@ -143,3 +167,19 @@ def _erase(images: Tensor, largest: float, uniform: _Uniform, low: float, high: 
     inside = ((rows - top).abs() * tall < side / 2)[:, None, :, None]
     inside = inside & ((columns - left).abs() * wide < side / 2)[:, None, None, :]
     return torch.where(to_device(inside, images.device), to_device(uniform(low, high, 1, 1, 1), images.device), images)
+
+
+def _mix(images: Tensor, settings: Augmentation, uniform: _Uniform, generator: torch.Generator) -> Tensor:
+    """Each image alone, with a rectangle of another one, or averaged with it."""
+    height, width = images.shape[2:]
+    others = images[to_device(torch.randperm(len(images), generator=generator), images.device)]
+    chance = uniform(0, 1, 1, 1, 1)
+    tall, wide = uniform(0.25, 0.75, 1), uniform(0.25, 0.75, 1)  # (N, 1), of the image's sides
+    middle, centre = uniform(0, 1, 1), uniform(0, 1, 1)
+    rows = ((torch.arange(height) + 0.5) / height - middle).abs() < tall / 2
+    columns = ((torch.arange(width) + 0.5) / width - centre).abs() < wide / 2
+    rectangle = (rows[:, None, :, None] & columns[:, None, None, :]).float()
+    averaged = uniform(0, 1, 1, 1, 1)
+    cut, mixed = chance < settings.cutmix, chance < settings.cutmix + settings.mixup
+    share = torch.where(cut, rectangle, torch.where(mixed, averaged, torch.zeros(()))).expand(-1, 1, height, width)
+    return torch.lerp(images, others, to_device(share.to(images.dtype), images.device))

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from zskd_nni.data.procedural import BLOCK, Draw
+from zskd_nni.data.figures import BLOCK, Draw
 from zskd_nni.models.input_spec import InputSpec
 
 _FIGURES = (2, 13)  # the fewest and the most on one image

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,9 +15,6 @@ import torch
 from torch import Tensor
 
 from zskd_nni.runtime.errors import UserError
-
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
-_OPEN_FILES = 256  # of the 1,024 that a process usually may have
 
 
 @dataclass(frozen=True)
@@ -43,11 +39,11 @@ class ImageFile:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")  # safetensors: a JSON header after its length
             header = json.loads(file.read(length))
-        return cls(path, count, 8 + length + header["images"]["data_offsets"][0], _size_and_time(path))
+            return cls(path, count, 8 + length + header["images"]["data_offsets"][0], _size_and_time(file.fileno()))
 
 
 class LazyImages:
-    """``(N, C, H, W)`` float16 on disk, indexed by rows as a tensor is.
+    """``(N, C, H, W)`` float16 on disk, indexed by rows as a tensor is. No file stays open.
 
     Args:
         files: in order.
@@ -58,15 +54,8 @@ class LazyImages:
 
     def __init__(self, files: Sequence[ImageFile], shape: Sequence[int]) -> None:
         self.files = list(files)
-        ends = list(accumulate(file.count for file in self.files))
-        self.shape = torch.Size((ends[-1] if ends else 0, *shape))
-        self._firsts = np.array([0, *ends])
-        self._bytes = 2 * int(np.prod(shape))
-        self._handles: dict[int, int] = {}  # by number of the file, the one opened first in front
-        weakref.finalize(self, _close, self._handles)
-
-    def __reduce__(self) -> tuple[type[LazyImages], tuple[Sequence[ImageFile], Sequence[int]]]:
-        return LazyImages, (self.files, tuple(self.shape[1:]))  # a copy opens files of its own
+        self._firsts = np.array([0, *accumulate(file.count for file in self.files)])
+        self.shape = torch.Size((int(self._firsts[-1]), *shape))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -93,69 +82,35 @@ class LazyImages:
         """
         index = np.arange(len(self))[rows] if isinstance(rows, slice) else rows.numpy()
         images = torch.empty((len(index), *self.shape[1:]), dtype=torch.float16)
-        if not len(index):
-            return images
-        content = images.numpy().data.cast("B")
         numbers = np.searchsorted(self._firsts, index, side="right") - 1
-        positions = index - self._firsts[numbers]
-        for row, (number, position) in enumerate(zip(numbers.tolist(), positions.tolist(), strict=True)):
-            file, target = self.files[number], content[row * self._bytes : (row + 1) * self._bytes]
-            if _read(self._handle(number), target, file.offset + position * self._bytes) != self._bytes:
-                raise _changed(file.path)
+        for number in np.unique(numbers):
+            places = np.flatnonzero(numbers == number)
+            _read_into(images, places, self.files[number], index[places] - self._firsts[number])
         return images
 
-    def _handle(self, number: int) -> int:
-        if number in self._handles:
-            return self._handles[number]
-        file = self.files[number]
-        try:
-            if _size_and_time(file.path) != file.written:
-                raise _changed(file.path)
-            if len(self._handles) >= _OPEN_FILES:
-                self._close_oldest()
-            self._handles[number] = self._open(file.path)
-        except OSError as error:
-            if error.errno not in _TOO_MANY:
-                raise _changed(file.path) from error
+
+def _read_into(images: Tensor, places: np.ndarray, file: ImageFile, positions: np.ndarray) -> None:
+    """Read the images at ``positions`` of a file into the rows ``places`` of a tensor."""
+    content, size = images.numpy().data.cast("B"), images[0].nbytes
+    try:
+        with open(file.path, "rb", buffering=0) as opened:
+            intact = _size_and_time(opened.fileno()) == file.written
+            for place, position in zip(places.tolist(), positions.tolist(), strict=True):
+                opened.seek(file.offset + position * size)
+                intact = intact and opened.readinto(content[place * size : (place + 1) * size]) == size
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(
                 f"{file.path} cannot be opened: this process has too many open files. Raise the limit (ulimit -n)."
             ) from error
-        return self._handles[number]
-
-    def _open(self, path: Path) -> int:
-        while True:
-            try:
-                return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            except OSError as error:
-                if error.errno not in _TOO_MANY or not self._handles:
-                    raise
-                self._close_oldest()
-
-    def _close_oldest(self) -> None:
-        os.close(self._handles.pop(next(iter(self._handles))))
+        intact = False
+    if not intact:
+        raise UserError(
+            f"{file.path} was changed or removed while its images were in use. Run the same command again: it makes "
+            "that file again and continues."
+        )
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _size_and_time(handle: int) -> tuple[int, int]:
+    status = os.fstat(handle)
     return status.st_size, status.st_mtime_ns
-
-
-def _changed(path: Path) -> UserError:
-    return UserError(
-        f"{path} was changed or removed while its images were in use. Run the same command again: it makes that file "
-        "again and continues."
-    )
-
-
-def _read(handle: int, target: memoryview, position: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(handle, (target,), position)  # one system call and no copy
-    os.lseek(handle, position, os.SEEK_SET)
-    content = os.read(handle, len(target))
-    target[: len(content)] = content
-    return len(content)
-
-
-def _close(handles: dict[int, int]) -> None:
-    for handle in handles.values():
-        os.close(handle)

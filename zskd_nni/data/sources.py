@@ -150,6 +150,10 @@ class NoiseSource(_Stateless):
     Args:
         spec: shape and value range.
         batch_size: images in a batch.
+
+    Example:
+        >>> NoiseSource(InputSpec((1, 32, 32)), 16).batch(0, torch.Generator()).shape
+        torch.Size([16, 1, 32, 32])
     """
 
     def __init__(self, spec: InputSpec, batch_size: int) -> None:

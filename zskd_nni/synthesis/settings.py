@@ -60,6 +60,10 @@ class SynthesisSettings:
 
     Raises:
         ValueError: a value outside its range.
+
+    Example:
+        >>> SynthesisSettings(max_steps=(30, 120), start="mixed").step_limits
+        (30, 120)
     """
 
     __pydantic_config__ = {"extra": "forbid"}

@@ -1,6 +1,6 @@
-"""Training a classifier on labelled images: how teachers are made, and the real-data ceilings.
+"""Training a classifier on labelled images: the zoo's teachers and the real-data baselines.
 
-Nothing that compresses a user's teacher comes here.
+The compression of a user's teacher never imports this.
 """
 
 from __future__ import annotations
