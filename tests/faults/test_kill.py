@@ -11,7 +11,7 @@ from amounts import LONG, amount
 from killing import Kill, finish, kill_at_a_moment, kill_at_step, kill_at_write, undisturbed
 from subjects import SUBJECTS
 
-from zskd_nni.runtime.tensors import load_tensors
+from zskd_nni.runtime.tensors import load_sealed, load_tensors
 
 KILLS: list[Kill] = []
 QUICK = [name for name in SUBJECTS if name != "recipe"]
@@ -46,6 +46,8 @@ def check_whole(folder: Path) -> None:
     """Whatever lies there under its final name can be read."""
     for path in folder.rglob("*.safetensors"):
         load_tensors(path)
+    for path in folder.rglob("*.pt"):
+        load_sealed(path)
     for path in folder.rglob("*.json"):
         json.loads(path.read_text())
 
