@@ -89,12 +89,29 @@ def test_the_core_does_not_need_nni() -> None:
     assert not loaded & {"nni", "matplotlib", "onnxruntime", "sklearn"}
 
 
+def definition_of(name: str) -> ast.ClassDef | ast.FunctionDef:
+    home = MODULES[zskd_nni._HOMES[name]]
+    files = home.parent.glob("*.py") if home.name == "__init__.py" else [home]
+    (found,) = [
+        node
+        for file in files
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name
+    ]
+    return found
+
+
+@pytest.mark.parametrize("name", zskd_nni.__all__)
+def test_public_names_have_an_example(name: str) -> None:
+    """Which test_docstring_examples.py runs."""
+    assert name == "UserError" or "Example:\n    >>> " in (ast.get_docstring(definition_of(name)) or "")
+
+
 def test_public_names_are_there_and_lead_home() -> None:
     for name in zskd_nni.__all__:
         home = zskd_nni._HOMES[name]
         if ".compression." in home:  # it imports NNI
-            definitions = ast.parse(MODULES[home].read_text()).body
-            assert name in [getattr(definition, "name", None) for definition in definitions]
+            assert definition_of(name)
         else:
             assert getattr(zskd_nni, name).__module__.startswith(home)
     assert set(zskd_nni.__all__) == set(zskd_nni._HOMES) <= set(dir(zskd_nni))

@@ -60,6 +60,15 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
     Raises:
         UserError: the teacher is the student, another number of classes, no evaluator, a temperature that is not
             positive, or a config list with an unknown key.
+
+    Example:
+        >>> from zskd_nni import NoiseSource, load_teacher
+        >>> teacher = load_teacher("lenet5-digits")
+        >>> evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 8), quiet=True)
+        >>> distiller = ZeroShotDistiller(teacher.student(), [], evaluator, teacher)
+        >>> _ = distiller.compress(max_steps=2, max_epochs=None)
+        >>> len(evaluator.histories)
+        1
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Methods by name, from the entry-point group ``zskd_nni.methods``.
 
-A method of somebody else's is a package with an entry point in that group; nothing here needs to change.
+A third party's method is a package with an entry point in that group; nothing here needs to change.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.teacher import Teacher
@@ -18,7 +18,6 @@ from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.validation import build_settings
 
 GROUP = "zskd_nni.methods"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,18 +25,18 @@ class TransferRequest:
     """What a recipe asks of a method.
 
     Attributes:
-        size: number of distinct images, where the method holds any.
+        size: number of distinct images, for a method with a fixed set.
         batch_size: images in a batch.
         seed: names the random streams.
-        folder: where the method may keep what it makes.
+        folder: for the files of the method.
         options: the method's own keys of the recipe's ``transfer`` section, preset applied and checked.
         label: shown beside the progress.
         quiet: no progress.
-        held_out: these images are to measure on, and must not be among those of the other request.
-        reserved: how many images the other request holds out; a method of few real images leaves them over.
-        root: where a method that reads data finds it, as evaluation data is found.
-        download: let torchvision fetch it there.
-        base: the folder that a relative path is meant from.
+        held_out: these images serve for measuring, and must not be among those of the training request.
+        reserved: in a training request, how many images are held out; a method with real images leaves them unused.
+        root: folder of the data sets, for a method that reads data.
+        download: let torchvision fetch missing data sets into ``root``.
+        base: folder that relative paths of data start from.
     """
 
     size: int
@@ -55,23 +54,22 @@ class TransferRequest:
 
 
 class Method(Protocol):
-    """What an entry point of the group gives.
+    """The object that an entry point of the group names.
 
     Attributes:
         name: as in ``transfer.method``.
         presets: names of the presets.
 
-    A method that reads real data says so by an attribute ``data_free = False``; one that does so with some options
-    only, by such a property of its options. What a recipe gets that names no preset is ``default_preset`` where the
-    method has such an attribute, else ``best`` where there is one, else the first. ``passes_over_other_keys = True``
-    lets a recipe hold keys that its options do not have.
+    Optional attributes: ``data_free = False`` for a method that reads real data; if that depends on the options, these
+    have it as a property. ``default_preset`` for recipes that name none; else it is ``best``, or the first where there
+    is no ``best``. ``ignores_other_keys = True`` allows keys in a recipe that the options do not have.
     """
 
     name: str
     presets: tuple[str, ...]
 
     def options(self, preset: str, given: Mapping[str, Any]) -> Any:
-        """The preset with the recipe's own keys put over it, checked.
+        """The preset with the recipe's own keys over it, checked.
 
         Raises:
             ValueError: an unknown preset or key, or a value outside its range.
@@ -79,17 +77,17 @@ class Method(Protocol):
         ...
 
     def source(self, teacher: Teacher, request: TransferRequest) -> TransferSource:
-        """Make, or take up again, the transfer source."""
+        """Make the transfer source, or resume making it."""
         ...
 
 
 def is_data_free(method: Method, options: Any = None) -> bool:
-    """Whether a method works from the teacher alone; its options have the last word."""
+    """Whether a method uses the teacher alone; its options decide if they say so."""
     return bool(getattr(options, "data_free", getattr(method, "data_free", True)))
 
 
 def default_preset(method: Method) -> str:
-    """The preset of a method for which none is named."""
+    """The preset of a recipe that names none."""
     fallback = "best" if "best" in method.presets else method.presets[0]
     return str(getattr(method, "default_preset", fallback))
 
@@ -109,7 +107,7 @@ def find_method(name: str) -> Method:
         if entry.name == name:
             try:
                 return entry.load()
-            except Exception as error:  # somebody else's package may raise anything
+            except Exception as error:  # a third party's package may raise anything
                 raise UserError(f"The method {name!r} ({entry.value}) cannot be loaded: {error}") from error
     names = method_names()
     near = sorted(difflib.get_close_matches(name, names, 2))
@@ -129,12 +127,12 @@ def transfer_source(
     quiet: bool = False,
     **options: Any,
 ) -> TransferSource:
-    """What a student of ``teacher`` learns on, as a recipe's ``transfer`` section makes it.
+    """The images that a student of ``teacher`` is trained on, as a recipe's ``transfer`` section makes them.
 
     Args:
         teacher: the trained network.
-        folder: where the method keeps what it makes; the same call again takes up what is there.
-        size: number of distinct images, where the method holds any.
+        folder: for the files of the method; the same call again finds them finished, or resumes.
+        size: number of distinct images, for a method with a fixed set.
         method: name of an installed method.
         preset: one of the method's presets; its own default where none is named.
         batch_size: images in a batch.
@@ -144,6 +142,17 @@ def transfer_source(
 
     Raises:
         UserError: there is no such method, preset or key, or the folder holds something else.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from zskd_nni import load_teacher
+        >>> teacher = load_teacher("lenet5-digits")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     source = transfer_source(
+        ...         teacher, folder, size=16, batch_size=8, quiet=True, synthesis={"max_steps": 2}
+        ...     )
+        ...     source.batch(0, torch.Generator()).shape
+        torch.Size([8, 1, 32, 32])
     """
     found = find_method(method)
     try:
@@ -153,27 +162,29 @@ def transfer_source(
     return found.source(teacher, TransferRequest(size, batch_size, seed, Path(folder), checked, quiet=quiet))
 
 
-def preset_options(
-    kind: type[T], method: str, presets: Mapping[str, Mapping[str, Any]], preset: str, given: Mapping[str, Any]
-) -> T:
-    """A preset with the recipe's own keys put over it, section by section, checked.
+class PresetMethod:
+    """The part of a method that turns a preset and a recipe's keys into settings.
 
     Args:
-        kind: the settings class.
-        method: its name, for messages.
+        name: as in ``transfer.method``.
+        kind: the settings class of the method's keys.
         presets: plain values of each preset.
-        preset: which one.
-        given: the recipe's own keys.
-
-    Raises:
-        ValueError: an unknown preset or key, or a value outside its range.
     """
-    if preset not in presets:
-        raise ValueError(f"preset: {method} has {', '.join(presets)}, not {preset!r}")
-    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in presets[preset].items()}
-    for key, value in given.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
-            merged[key].update(value)
-        else:
-            merged[key] = value
-    return build_settings(kind, merged)
+
+    def __init__(self, name: str, kind: type[Any], presets: Mapping[str, Mapping[str, Any]]) -> None:
+        self.name, self.presets = name, tuple(presets)
+        self._kind, self._values = kind, presets
+
+    def options(self, preset: str, given: Mapping[str, Any]) -> Any:
+        """The preset with the recipe's own keys over it, section by section, checked.
+
+        Raises:
+            ValueError: an unknown preset or key, or a value outside its range.
+        """
+        if preset not in self._values:
+            raise ValueError(f"preset: {self.name} has {', '.join(self.presets)}, not {preset!r}")
+        merged = {**self._values[preset], **given}
+        for key, value in given.items():
+            if isinstance(value, Mapping) and isinstance(self._values[preset].get(key), Mapping):
+                merged[key] = {**self._values[preset][key], **value}
+        return build_settings(self._kind, merged)

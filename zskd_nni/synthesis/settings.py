@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from zskd_nni.data.procedural import KINDS
 from zskd_nni.runtime.validation import (
@@ -20,9 +21,37 @@ from zskd_nni.runtime.validation import (
 
 RANGES = ("clamp", "rescale", "free")
 
-_COLDEST, _HOTTEST = 1e-6, 1e6
-_MOST_STEPS = 10_000_000
 
+def _pair(value: Any) -> tuple[Any, Any]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _in_order(low: float, value: Any, high: float) -> bool:
+    first, second = _pair(value)
+    return low <= first <= second <= high
+
+
+Temperature = Annotated[
+    float | tuple[float, float],
+    Bounds(
+        "must be positive (from 1e-06 to 1e+06), or two such numbers in order",
+        lambda value: _in_order(1e-6, value, 1e6),
+    ),
+]
+MaxSteps = Annotated[
+    int | tuple[int, int],
+    Bounds(
+        "must be at least 1 and at most 10,000,000, or two such numbers in order",
+        lambda value: _in_order(1, value, 10_000_000),
+    ),
+]
+Weights = Annotated[
+    tuple[float, float],
+    Bounds(
+        "is two weights, both 0 or 0 < low <= high",
+        lambda value: value == (0, 0) or (value[0] > 0 and _in_order(0, value, sys.float_info.max)),
+    ),
+]
 Tolerance = Annotated[
     float | None,
     Bounds("must be positive, or null to run all steps", lambda value: value is None or 0 < value < math.inf),
@@ -68,14 +97,14 @@ class SynthesisSettings:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    temperature: float | tuple[float, float] = 20.0
+    temperature: Temperature = 20.0
     learning_rate: Positive = 0.05
-    max_steps: int | tuple[int, int] = 100
+    max_steps: MaxSteps = 100
     tolerance: Tolerance = None
     patience: CountOrZero = 0
     start: Annotated[str, one_of(*KINDS)] = "uniform"
     hold: Fraction = 0.7
-    total_variation: tuple[float, float] = (0.0, 0.0)
+    total_variation: Weights = (0.0, 0.0)
     range: Annotated[str, one_of(*RANGES)] = "clamp"
     warm_start: bool = False
     slots: Count = 250
@@ -83,21 +112,7 @@ class SynthesisSettings:
     batch_statistics: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        coldest, hottest = self.temperatures
-        if not _COLDEST <= coldest <= hottest <= _HOTTEST:
-            raise ValueError(
-                f"temperature must be positive (from {_COLDEST:g} to {_HOTTEST:g}), or two such numbers in order, not "
-                f"{self.temperature}"
-            )
-        if not 1 <= self.step_limits[0] <= self.step_limits[1] <= _MOST_STEPS:
-            raise ValueError(
-                f"max_steps must be at least 1 and at most {_MOST_STEPS:,}, or two such numbers in order, not "
-                f"{self.max_steps}"
-            )
         check_bounds(self)
-        low, high = self.total_variation
-        if not 0 <= low <= high < math.inf or (low == 0) != (high == 0):
-            raise ValueError(f"total_variation is two weights, both 0 or 0 < low <= high, not [{low}, {high}]")
         together = self.range == "rescale" or self.warm_start
         if together and (self.stops_early or self.step_limits[0] < self.step_limits[1]):
             raise ValueError(
@@ -113,9 +128,9 @@ class SynthesisSettings:
     @property
     def temperatures(self) -> tuple[float, float]:
         """The lowest and the highest temperature of an image."""
-        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature, self.temperature)
+        return _pair(self.temperature)
 
     @property
     def step_limits(self) -> tuple[int, int]:
         """The smallest and the largest step limit of an image."""
-        return self.max_steps if isinstance(self.max_steps, tuple) else (self.max_steps, self.max_steps)
+        return _pair(self.max_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.validation import Count, CountOrZero, NotNegative, Positive, check_bounds
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.data_parallel import DataParallel
-from zskd_nni.training.hints import Pairs, feature_pairs
+from zskd_nni.training.hints import Pairs, find_hints
 from zskd_nni.training.loop import RunOptions, TrainingRun, cosine_schedule, fit
 from zskd_nni.training.losses import distillation_loss, feature_loss
 
@@ -48,6 +49,10 @@ class DistillationSettings:
 
     Raises:
         ValueError: a value outside its range.
+
+    Example:
+        >>> DistillationSettings(steps=500, augmentation=Augmentation(flip=0.5)).temperature
+        20.0
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -121,6 +126,7 @@ def distill(
     teacher: Teacher,
     source: TransferSource,
     settings: DistillationSettings,
+    kept: Mapping[str, Tensor] | None = None,
     **options: Unpack[RunOptions],
 ) -> History:
     """Train ``student`` in place to answer as the teacher; it comes back in ``eval()`` mode, as its last step left it.
@@ -134,6 +140,8 @@ def distill(
         teacher: labels every augmented image anew.
         source: the images.
         settings: temperature, schedule, augmentation.
+        kept: layer -> the teacher's channels that pruning kept in it, such as ``PrunedNetwork.kept_channels``; with
+            ``features: auto`` these channels are matched with the teacher's.
         **options: ``seed``, ``checkpoint``, ``quiet`` and the other :class:`~zskd_nni.training.loop.RunOptions`.
 
     Raises:
@@ -157,7 +165,7 @@ def distill(
         )
     use_channels_last(student, teacher.spec.example_input().to(_device_of(student)))
     optimizer, scheduler = student_schedule(student, settings)
-    pairs = feature_pairs(student, teacher, settings.features) if settings.feature_weight else ()
+    hints = find_hints(student, teacher, settings.features, kept) if settings.feature_weight else ()
     shared = DataParallel(team())
 
     def loss(step: int, random: torch.Generator) -> Tensor:
@@ -165,14 +173,14 @@ def distill(
         if source.size is None:
             whole = shared.same(whole)
         images = shared.part(whole)
-        with torch.no_grad(), recording_outputs(teacher.model, [path for path, _ in pairs]) as hints:
+        with torch.no_grad(), recording_outputs(teacher.model, [hint.teacher for hint in hints]) as theirs:
             targets = teacher(images)
-        with shared.forward(), recording_outputs(student, [path for _, path in pairs]) as features:
+        with shared.forward(), recording_outputs(student, [hint.student for hint in hints]) as ours:
             logits = first_tensor(student(teacher.spec.normalise(images)))
         value = distillation_loss(logits, targets, settings.temperature)
-        for theirs, ours in pairs:
-            variance = shared.variance(hints[theirs])
-            value = value + settings.feature_weight * feature_loss(features[ours], hints[theirs], variance)
+        for hint in hints:
+            target = hint.target(theirs[hint.teacher])
+            value = value + settings.feature_weight * feature_loss(ours[hint.student], target, shared.variance(target))
         return shared.weighted(value, len(images), len(whole))
 
     options.setdefault("label", "distillation")
