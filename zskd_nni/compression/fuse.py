@@ -38,12 +38,12 @@ def fused_distiller(compressor: Compressor, config: DistillerConfig | None, eval
         UserError: the distiller refuses the config list.
     """
     name = "ZeroShotDistiller" if config is None else config.name
-    config_list = [] if config is None else with_float_lambdas(config.config_list)
     teacher: Any = evaluator.teacher
     if name != "ZeroShotDistiller":
         teacher = copy.deepcopy(teacher.model)  # NNI's own wrap the teacher's layers
     weight = float(evaluator.pseudo_labels)
     try:
+        config_list = [] if config is None else with_float_lambdas(config.config_list)
         distiller = _DISTILLERS[name].from_compressor(compressor, config_list, teacher, default_teacher_predict, weight)
         if name == "Adaptive1dLayerwiseDistiller":
             distiller.track_forward(evaluator.get_dummy_input())
