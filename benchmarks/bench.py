@@ -35,8 +35,8 @@ from torch import nn
 from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.data.procedural import start_images
 from zskd_nni.data.sources import StoredSource
-from zskd_nni.methods.registry import preset_options
-from zskd_nni.methods.zskd import PRESETS, ZskdOptions, ZskdSettings, ZskdTargets
+from zskd_nni.methods.registry import find_method
+from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.methods.zskt.settings import ZsktSettings
 from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.build import build_network
@@ -190,7 +190,7 @@ def plain_network(name: str, device: str) -> nn.Module:
 
 def paper_settings(**changes: Any) -> SynthesisSettings:
     """The preset `paper` of ZSKD, with changes."""
-    options = preset_options(ZskdOptions, "zskd", PRESETS, "paper", {})
+    options = find_method("zskd").options("paper", {})
     return replace(options.synthesis, **changes)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zskd_nni.data.sources import StoredSource
-from zskd_nni.methods.registry import TransferRequest, preset_options
+from zskd_nni.methods.registry import PresetMethod, TransferRequest
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.synthesis import TargetPlan, synthesize
 
 
-class ImpressionMethod:
-    """A method of recipes that is defined by its soft targets.
+class ImpressionMethod(PresetMethod):
+    """A method that is defined by its soft targets.
 
     Args:
         name: as in ``transfer.method``.
@@ -28,12 +28,8 @@ class ImpressionMethod:
         presets: Mapping[str, Mapping[str, Any]],
         plan: Callable[[Teacher, Any], TargetPlan],
     ) -> None:
-        self.name, self.presets = name, tuple(presets)
-        self._kind, self._values, self._plan = kind, presets, plan
-
-    def options(self, preset: str, given: Mapping[str, Any]) -> Any:
-        """The preset with the recipe's own keys over it."""
-        return preset_options(self._kind, self.name, self._values, preset, given)
+        super().__init__(name, kind, presets)
+        self._plan = plan
 
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Synthesise the impressions that ``request.folder`` lacks, and draw batches from all of them."""

@@ -1,6 +1,6 @@
-"""Real training images as the transfer set: the ceiling that a data-free method is measured against.
+"""Real training images as the transfer set: an upper bound for data-free methods.
 
-This is the one method that reads data. A recipe's real-data twin is the same recipe with
+This method reads data. A recipe's real-data twin is the same recipe with
 
     --set transfer.method=real --set transfer.data=mnist
 
@@ -32,8 +32,8 @@ class RealOptions:
 
     Attributes:
         data: name or path of a data set, found as evaluation data is; of a named one the training split is read.
-        targets: a data-free method's own key, as it stands in the recipe whose twin this is; of no meaning here.
-        synthesis: another.
+        targets: a key of the data-free method in the recipe; ignored.
+        synthesis: likewise.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -49,21 +49,21 @@ class Real:
     name = "real"
     presets = ("best",)
     data_free = False
-    passes_over_other_keys = True  # those of the method whose twin this is
+    ignores_other_keys = True  # those of the data-free recipe's method
 
     def options(self, preset: str, given: Mapping[str, Any]) -> RealOptions:
-        """The recipe's keys; preset and keys of the method whose twin this is mean nothing here."""
+        """The recipe's keys; the preset and other methods' keys are ignored."""
         known = {entry.name for entry in fields(RealOptions)}
         return build_settings(RealOptions, {key: value for key, value in given.items() if key in known})
 
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
-        """``request.size`` images of the training split; held-out ones are taken from the other end of the order."""
+        """``request.size`` images of the training split; held-out ones come from the other end of the order."""
         name = request.options.data
         if not name:
             raise UserError("The method real needs transfer.data, the name of a data set such as mnist.")
         if name not in NAMED_SETS and request.base is not None:
             name = str(request.base / name)
-        if request.download:  # by one alone
+        if request.download:  # by one process alone
             team().first(lambda: bool(load_images(name, "train", request.root, True)))
         data = load_images(name, "train", request.root)
         # One order for both requests, so that no image is in both.

@@ -92,7 +92,7 @@ class TransferSection(BaseModel):
             raise ValueError(str(error)) from error
         known = [*type(self).model_fields, *(entry.name for entry in fields(method.options(self.preset, {})))]
         for key in self.model_extra or {}:
-            if key not in known and not getattr(method, "passes_over_other_keys", False):
+            if key not in known and not getattr(method, "ignores_other_keys", False):
                 near = difflib.get_close_matches(key, known, 1, 0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
                 raise ValueError(f"unknown key {key!r}; {hint}")

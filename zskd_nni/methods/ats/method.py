@@ -27,7 +27,6 @@ read images. Several sources take turns. Steps 1 to 5 are :mod:`zskd_nni.methods
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from zskd_nni.data.candidates import Candidates, ImageLocation
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.ats.balance import ORIGINS, AtsSettings, ClassQuotas, balance
 from zskd_nni.methods.ats.transfer_set import DESCRIPTION, FORMAT, IMAGES, TransferSet
-from zskd_nni.methods.registry import TransferRequest, preset_options
+from zskd_nni.methods.registry import PresetMethod, TransferRequest
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.distributed import team
@@ -212,15 +211,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Ats:
+class Ats(PresetMethod):
     """ATS as a method of recipes."""
-
-    name = "ats"
-    presets = tuple(PRESETS)
-
-    def options(self, preset: str, given: Mapping[str, Any]) -> AtsSettings:
-        """The preset with the recipe's own keys over it."""
-        return preset_options(AtsSettings, self.name, PRESETS, preset, given)
 
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Make the set, or resume it, and draw batches from it."""
@@ -238,4 +230,4 @@ class Ats:
         return StoredSource(found.images(), request.batch_size, request.seed, found.fingerprint, teacher.device)
 
 
-METHOD = Ats()
+METHOD = Ats("ats", AtsSettings, PRESETS)

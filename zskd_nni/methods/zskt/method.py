@@ -49,10 +49,9 @@ layer is a BatchNorm with weights of its own, without a tanh.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from zskd_nni.methods.registry import TransferRequest, preset_options
+from zskd_nni.methods.registry import PresetMethod, TransferRequest
 from zskd_nni.methods.zskt.settings import ZsktSettings
 from zskd_nni.methods.zskt.source import ZsktSource
 from zskd_nni.models.teacher import Teacher
@@ -83,15 +82,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Zskt:
-    """ZSKT as a method of recipes: a live source for whatever student the recipe makes."""
-
-    name = "zskt"
-    presets = tuple(PRESETS)
-
-    def options(self, preset: str, given: Mapping[str, Any]) -> ZsktSettings:
-        """The preset with the recipe's own keys over it."""
-        return preset_options(ZsktSettings, self.name, PRESETS, preset, given)
+class Zskt(PresetMethod):
+    """ZSKT as a method of recipes: a live source for the recipe's student."""
 
     def source(self, teacher: Teacher, request: TransferRequest) -> ZsktSource:
         """A generator that is trained against the student that asks for images; ``size`` and ``folder`` are ignored.
@@ -107,4 +99,4 @@ class Zskt:
         return ZsktSource(teacher, request.options, request.batch_size, request.seed)
 
 
-METHOD = Zskt()
+METHOD = Zskt("zskt", ZsktSettings, PRESETS)
