@@ -16,6 +16,7 @@ from helpers import is_one_sentence
 from typer.testing import CliRunner
 
 from zskd_nni import cli
+from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
@@ -525,7 +526,8 @@ def test_a_smaller_set_is_the_beginning_of_the_larger_one(tmp_path: Path) -> Non
     before = [(path, path.stat().st_mtime_ns) for path in stores]
     assert len(stores) == 2
     large = images_of(
-        resolve(Cell("digits", "zskd", "best", "not-augmented", student={"augmentation": None}), "smoke"), context
+        resolve(Cell("digits", "zskd", "best", "not-augmented", student={"augmentation": Augmentation()}), "smoke"),
+        context,
     )
     assert (len(small), len(large)) == (25, 40)
     assert torch.equal(small, large[:25])

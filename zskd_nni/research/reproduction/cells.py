@@ -1,4 +1,4 @@
-"""A cell: one row of a table, without its seed and scale; and what it comes to for a pair and a scale."""
+"""A cell: one row of a table; and its plan: every setting of it at a scale."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.methods.registry import find_method
 from zskd_nni.research.baselines.kd_at import KdAtSettings
 from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
@@ -31,15 +30,13 @@ class Cell:
     Attributes:
         pair: of :data:`zskd_nni.research.reproduction.pairs.PAIRS`.
         method: of :data:`METHODS`.
-        preset: one of the method's; ``""`` for what has none. ``real-kd`` takes the student's temperature and
-            matched layers from it.
-        variant: what is different from the preset, in a word or two; ``""`` for the preset as it is.
+        preset: one of the method's; ``""`` if it has none. For ``real-kd`` it decides how the student is trained.
+        variant: the difference from the preset, in a word or two; ``""`` for the preset itself.
         size: images of the transfer set, or their fraction of the training split, or the preset whose size is taken;
-            None for the own preset's.
-        options: the method's own keys over the preset's.
-        student: keys over the pair's student recipe; ``augmentation`` None takes it away, ``temperature``,
-            ``features``, ``learning_rate`` and ``steps`` None are the pair's own whatever the preset. With ZSKT any
-            key makes its generator a source of images for a student of the pair's recipe.
+            None for the size of the cell's preset.
+        options: changes to the method's options.
+        student: changes to how the student is trained; None is the pair's own value whatever the preset. With ZSKT
+            any key makes its generator a source of images for a student that is trained like the pair's others.
         network: which of the pair's students; ``""`` for the first.
         shots: M, images a class (few-shot KD+AT).
         transition: whether the mean transition error is measured.
@@ -192,23 +189,15 @@ def resolve(cell: Cell, scale_name: str) -> Plan:
 
 
 def _student(cell: Cell, pair: Pair, scale: Scale) -> DistillationSettings:
-    student = replace(pair.student, steps=scale.steps, batch=scale.batch or pair.student.batch)
-    # ATS's presets differ in the balancing alone, and are compared with each other: one student for both.
+    own = student = replace(pair.student, steps=scale.steps, batch=scale.batch or pair.student.batch)
+    # Both presets of ATS, which are compared with each other, have the pair's own student.
     if cell.method in SOURCES and cell.method != "ats" and cell.preset in PUBLISHED_STUDENT:
         published = {**PUBLISHED_STUDENT[cell.preset], **pair.published_student}
-        published["augmentation"] = replace(student.augmentation, **published.get("augmentation", {}))
-        published["steps"] = scale.published_steps or scale.steps
-        published["batch"] = scale.published_batch or student.batch
-        student = replace(student, **published)
-    changes = dict(cell.student)
-    if "augmentation" in changes:
-        changes["augmentation"] = changes["augmentation"] or Augmentation()
-    for key in ("temperature", "features", "learning_rate"):
-        if key in changes and changes[key] is None:
-            changes[key] = getattr(pair.student, key)
-    for key, own in (("steps", scale.steps), ("batch", scale.batch or pair.student.batch)):
-        if key in changes and changes[key] is None:
-            changes[key] = own
+        published["augmentation"] = replace(own.augmentation, **published.get("augmentation", {}))
+        published["steps"] = scale.published_steps or own.steps
+        published["batch"] = scale.published_batch or own.batch
+        student = replace(own, **published)
+    changes = {key: getattr(own, key) if value is None else value for key, value in cell.student.items()}
     return replace(student, **changes)
 
 
@@ -231,7 +220,7 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
     if cell.method in IMPRESSIONS:
         smaller = {**scale.synthesis.get("", {}), **scale.synthesis.get(cell.preset, {})}
         given["synthesis"] = {**smaller, **given.get("synthesis", {})}
-        if not pair.teacher_has_batch_norm:  # said as it is: the term has no part in these rows
+        if not pair.teacher_has_batch_norm:  # the term is always 0 in these rows; records say so
             given["synthesis"]["batch_statistics"] = 0.0
         if cell.method == "sts":
             given["targets"] = {**pair.sts, **given.get("targets", {})}

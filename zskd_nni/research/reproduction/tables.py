@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.methods import class_impressions, sts, zskd
 from zskd_nni.methods.ats import method as ats
 from zskd_nni.methods.zskt import method as zskt
@@ -71,25 +72,22 @@ def _kd_at(pair: str, shots: int, network: str = "") -> Cell:
     return _cell(pair, "kd-at", variant=f"{shots}-a-class", shots=shots, network=network)
 
 
-NOT_AUGMENTED: dict[str, Any] = {"augmentation": None}
+NOT_AUGMENTED: dict[str, Any] = {"augmentation": Augmentation()}
 
 
 def _sizes(pair: str) -> list[Cell]:
-    cells = []
-    for fraction in FRACTIONS:
-        for method in ("zskd", "class-impressions"):
-            for augmented in (False, True):
-                variant = f"{fraction:.0%}".replace("%", "-percent") + ("" if augmented else "-not-augmented")
-                student = {} if augmented else NOT_AUGMENTED
-                cells.append(Cell(pair, method, "paper", variant, fraction, student=student))
-    return cells
+    return [
+        Cell(pair, method, "paper", f"{100 * fraction:.0f}-percent{suffix}", fraction, student=student)
+        for fraction in FRACTIONS
+        for method in ("zskd", "class-impressions")
+        for suffix, student in (("-not-augmented", NOT_AUGMENTED), ("", {}))
+    ]
 
 
 def _betas(pair: str) -> list[Cell]:
     betas = {"beta-0.1": (0.1,), "beta-1.0": (1.0,)}
-    cells = [Cell(pair, "zskd", "paper")]  # mixed
-    cells += [Cell(pair, "zskd", "paper", name, options={"targets": {"betas": beta}}) for name, beta in betas.items()]
-    return cells
+    alone = [Cell(pair, "zskd", "paper", name, options={"targets": {"betas": beta}}) for name, beta in betas.items()]
+    return [Cell(pair, "zskd", "paper"), *alone]
 
 
 def _augmentation(pair: str) -> list[Cell]:
@@ -101,8 +99,8 @@ def _augmentation(pair: str) -> list[Cell]:
     ]
 
 
-# Ingredients of ZSKD's best by name: the keys of synthesis that each changes. Keys that no ingredient names, and in
-# which best differs from paper, are ingredients of their own.
+# Ingredients of ZSKD's best by name: the keys of synthesis that each changes. Other keys in which best differs from
+# paper are ingredients of their own.
 INGREDIENTS = {
     "fit-temperature": ("temperature",),
     "start": ("start",),
@@ -113,44 +111,41 @@ INGREDIENTS = {
 
 
 def _ablation(pair: str) -> list[Cell]:
-    """On the way from paper to best: each ingredient alone, and best without each."""
+    """From paper to best: each ingredient added to paper alone, and best without each."""
     paper, best = zskd.PRESETS["paper"]["synthesis"], zskd.PRESETS["best"]["synthesis"]
     published = {**asdict(SynthesisSettings()), **paper}
-    ingredients = {name: keys for name, keys in INGREDIENTS.items() if all(key in best for key in keys)}
-    left_out = {key for keys in INGREDIENTS.values() for key in keys}
+    ingredients, named = dict(INGREDIENTS), {key for keys in INGREDIENTS.values() for key in keys}
     if not PAIRS[pair].teacher_has_batch_norm:
-        left_out.add("batch_statistics")
-    for key in best:
-        if key not in left_out and best[key] != published[key]:
-            ingredients[key.replace("_", "-")] = (key,)
+        named.add("batch_statistics")
+    other = [key for key in best if key not in named and best[key] != published[key]]
+    ingredients.update({key.replace("_", "-"): (key,) for key in other})
+    # What the student has without each of its ingredients.
+    students: dict[str, dict[str, Any]] = {
+        "augmentation": NOT_AUGMENTED,
+        "student-temperature": {"temperature": 20.0},
+        "student-learning-rate": {"learning_rate": PAIRS[pair].published_student["learning_rate"]},
+        "features": {"features": "none"},
+    }
 
-    def alone(
-        variant: str, synthesis: Mapping[str, Any] | None = None, student: Mapping[str, Any] | None = None
-    ) -> Cell:
-        # As large as best and taught as long, so that these are no ingredients; the student as plain as may be.
+    def alone(variant: str, synthesis: Mapping[str, Any], student: Mapping[str, Any] = NOT_AUGMENTED) -> Cell:
+        # Size and steps are those of best, so that they are no ingredients.
         options = {"synthesis": synthesis} if synthesis else {}
-        student = {**(NOT_AUGMENTED if student is None else student), "steps": None, "batch": None}
+        student = {**student, "steps": None, "batch": None}
         return _cell(pair, "zskd", "paper", variant, size="best", options=options, student=student)
 
-    cells = [alone("base")]
+    cells = [alone("base", {})]
     for name, keys in ingredients.items():
-        changes = {key: best[key] for key in keys}
-        if name == "start":
-            changes["hold"] = 0.0
-        cells.append(alone(f"only-{name}", changes))
-    cells.append(alone("only-augmentation", student={}))
-    cells.append(alone("only-student-temperature", student={**NOT_AUGMENTED, "temperature": None}))
-    cells.append(alone("only-student-learning-rate", student={**NOT_AUGMENTED, "learning_rate": None}))
-    cells.append(alone("only-features", student={**NOT_AUGMENTED, "features": None}))
+        cells.append(
+            alone(f"only-{name}", {key: best[key] for key in keys} | ({"hold": 0.0} if name == "start" else {}))
+        )
+    for name, without in students.items():
+        own = {} if name == "augmentation" else {**NOT_AUGMENTED, **dict.fromkeys(without)}
+        cells.append(alone(f"only-{name}", {}, own))
     cells.append(_cell(pair, "zskd", "best"))
     for name, keys in ingredients.items():
         changes = {"hold": 0.0} if name == "held-background" else {key: published[key] for key in keys}
         cells.append(_cell(pair, "zskd", "best", f"without-{name}", options={"synthesis": changes}))
-    cells.append(_cell(pair, "zskd", "best", "without-augmentation", student=NOT_AUGMENTED))
-    cells.append(_cell(pair, "zskd", "best", "without-student-temperature", student={"temperature": 20.0}))
-    published_rate = {"learning_rate": PAIRS[pair].published_student["learning_rate"]}
-    cells.append(_cell(pair, "zskd", "best", "without-student-learning-rate", student=published_rate))
-    cells.append(_cell(pair, "zskd", "best", "without-features", student={"features": "none"}))
+    cells += [_cell(pair, "zskd", "best", f"without-{name}", student=keys) for name, keys in students.items()]
     return cells
 
 
@@ -182,8 +177,8 @@ def _zskt(pair: str) -> list[Cell]:
     return cells
 
 
-# Ingredients of ZSKT's best by name: its keys, and what the game has without them. A generator that is not renewed
-# keeps its learning rate here, too.
+# Ingredients of ZSKT's best by name: what its keys are without them. A generator that is not renewed also keeps its
+# learning rate.
 ZSKT_INGREDIENTS: dict[str, dict[str, Any]] = {
     "rhythm": {"generator_steps": 1, "student_steps": 10},
     "classes": {"class_weight": 0.0},
@@ -196,8 +191,7 @@ ZSKT_INGREDIENTS: dict[str, dict[str, Any]] = {
 
 def _zskt_ablation(pair: str) -> list[Cell]:
     """Each ingredient of ZSKT's best alone, and best without each; all students have the pair's recipe."""
-    ingredients = dict(ZSKT_INGREDIENTS)
-    published = PAIRS[pair].zskt.get("", {})
+    ingredients, published = dict(ZSKT_INGREDIENTS), PAIRS[pair].zskt.get("", {})
     for name, key in (("bounded-images", "generator_range"), ("mean-over-images", "divergence")):
         plain = published.get(key, getattr(ZsktSettings(), key))
         if zskt.PRESETS["best"].get(key, plain) != plain:
@@ -206,27 +200,19 @@ def _zskt_ablation(pair: str) -> list[Cell]:
         del ingredients["batch-statistics"]
 
     def cell(variant: str, options: Mapping[str, Any]) -> Cell:
-        # Named, the student's recipe is the pair's even where there is no memory.
+        # steps named: the student has the pair's recipe even without a memory.
         return Cell(pair, "zskt", "best", variant, options=options, student={"steps": None})
 
-    nothing: dict[str, Any] = {}
-    for keys in ingredients.values():
-        nothing.update(keys)
-    cells = [cell("base", nothing)]
-    for name, keys in ingredients.items():
-        # Figures lie in a memory; without them it is a memory still.
-        kept = (
-            {**keys, **ingredients["memory"]}
-            if name == "figures"
-            else {k: v for k, v in keys.items() if k != "figures"}
-        )
-        shown = "only-memory-and-figures" if name == "figures" else f"only-{name}"
-        cells.append(cell(shown, {key: value for key, value in nothing.items() if key not in kept}))
+    base = {key: value for keys in ingredients.values() for key, value in keys.items()}
+    # Figures are kept in the memory, which can be without them.
+    keys_of = {name: set(keys) - {"figures"} for name, keys in ingredients.items() if name != "figures"}
+    keys_of["memory-and-figures"] = set(ingredients["memory"])
+    order = ["memory-and-figures" if name == "figures" else name for name in ingredients]
+    cells = [cell("base", base)]
+    cells += [cell(f"only-{name}", {k: v for k, v in base.items() if k not in keys_of[name]}) for name in order]
     cells.append(_cell(pair, "zskt", "best"))
-    cells += [cell(f"without-{name}", keys) for name, keys in ingredients.items()]
-    cells.append(cell("without-adversary", {"adversarial_weight": 0.0}))
-    cells.append(cell("without-filling", {"filling": 0}))
-    return cells
+    without = {**ingredients, "adversary": {"adversarial_weight": 0.0}, "filling": {"filling": 0}}
+    return [*cells, *(cell(f"without-{name}", keys) for name, keys in without.items())]
 
 
 def _over(pairs: Sequence[str], make: Callable[[str], list[Cell]]) -> tuple[Cell, ...]:
