@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,18 @@ import torch
 from helpers import SMALL, random, small_network, small_teacher
 from torch import nn
 
+from zskd_nni.compression.pruning.prune import prune
 from zskd_nni.data.sources import NoiseSource
 from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import alexnet, alexnet_half, lenet5, lenet5_half
+from zskd_nni.recipes.compression_config import PruningConfig
 from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings, distill
-from zskd_nni.training.hints import feature_pairs
+from zskd_nni.training.hints import Hint, find_hints
 from zskd_nni.training.losses import feature_loss
 
 
@@ -35,17 +38,60 @@ def test_the_loss_is_the_share_of_variance_that_is_missed() -> None:
     assert torch.isfinite(feature_loss(wrong, torch.ones_like(teacher)))  # a layer that is dead on this batch
 
 
+def paths(hints: tuple[Hint, ...]) -> list[tuple[str, str]]:
+    return [(hint.teacher, hint.student) for hint in hints]
+
+
 def test_auto_finds_the_layers_of_equal_shape_but_not_the_classifier() -> None:
     teacher = Teacher(lenet5(), InputSpec((1, 32, 32)))
-    assert feature_pairs(lenet5_half(), teacher, "auto") == (("fc1", "fc1"), ("fc2", "fc2"))
-    assert feature_pairs(lenet5_half(), teacher, "none") == ()
-    assert [name for name, _ in feature_pairs(lenet5(), teacher, "auto")] == ["conv1", "conv2", "fc1", "fc2"]
-    assert feature_pairs(alexnet_half(), Teacher(alexnet(), InputSpec((3, 32, 32))), "auto") == ()
+    assert paths(find_hints(lenet5_half(), teacher, "auto")) == [("fc1", "fc1"), ("fc2", "fc2")]
+    assert find_hints(lenet5_half(), teacher, "none") == ()
+    assert [hint.student for hint in find_hints(lenet5(), teacher, "auto")] == ["conv1", "conv2", "fc1", "fc2"]
+    assert find_hints(alexnet_half(), Teacher(alexnet(), InputSpec((3, 32, 32))), "auto") == ()
     student = small_network().train()
     student.norm.eval()
-    feature_pairs(student, small_teacher(), "auto")
+    find_hints(student, small_teacher(), "auto")
     assert student.training and not student.norm.training, "modes are as they were"
     assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_auto_matches_the_channels_that_pruning_kept() -> None:
+    """The BatchNorm layer behind each layer, if there is one, against the teacher's own channels."""
+    teacher = Teacher(alexnet(), InputSpec((3, 32, 32)))
+    names = [f"bn{number}" for number in range(1, 8)]
+    assert [hint.student for hint in find_hints(alexnet(), teacher, "auto")] == names
+    kept = {"bn2": torch.arange(64) * 2, "bn6": torch.arange(255), "conv1": torch.arange(24)}
+    (hint,) = find_hints(alexnet_half(), teacher, "auto", kept)
+    assert (hint.teacher, hint.student) == ("bn2", "bn2"), "bn6 keeps another number, conv1 is no BatchNorm layer"
+    outputs = torch.randn((3, 128, 7, 7), generator=random(2))
+    assert torch.equal(hint.target(outputs), outputs[:, ::2])
+
+
+def test_a_pruned_student_is_led_back_to_the_channels_it_kept() -> None:
+    """The channels of a layer behind the pruned ones, which were the teacher's to the bit, come back."""
+    teacher = small_teacher()
+    config = PruningConfig([{"op_names": ["conv"], "sparse_ratio": 0.5}])
+    pruned = prune(teacher.student(), config, teacher, None)
+    assert set(pruned.kept_channels) >= {"conv", "norm"}
+    source = NoiseSource(SMALL, 64)
+    settings = DistillationSettings(
+        temperature=4, steps=150, batch=64, learning_rate=5e-3, warmup=5, features="auto", feature_weight=10
+    )
+    probe = torch.rand((256, *SMALL.shape), generator=random(9))
+
+    def distance(network: nn.Module) -> float:
+        with torch.no_grad(), recording_outputs(teacher.model, ["norm"]) as theirs:
+            teacher(probe)
+        with torch.no_grad(), recording_outputs(network, ["norm"]) as ours:
+            network(SMALL.normalise(probe))
+        return float(feature_loss(ours["norm"], theirs["norm"][:, pruned.kept_channels["norm"]]))
+
+    network = copy.deepcopy(pruned.network)
+    for parameter in network.conv.parameters():
+        parameter.data += 0.3
+    before = distance(network)
+    distill(network, teacher, source, settings, pruned.kept_channels, quiet=True)
+    assert distance(network) < 0.5 * before
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from zskd_nni.models.onnx_export import check_exportable
 from zskd_nni.pipeline.students import Students
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import check_student
-from zskd_nni.training.hints import check_paths, feature_pairs
+from zskd_nni.training.hints import check_paths, find_hints
 
 
 def check_work(students: Students) -> None:
@@ -21,7 +21,7 @@ def check_work(students: Students) -> None:
         check_exportable(network, teacher.spec)
     features = recipe.distillation.features
     if recipe.compression.pruning is None:
-        feature_pairs(fresh(), teacher, features)
+        find_hints(fresh(), teacher, features)
     elif not isinstance(features, str):  # how wide a pruned student's layers are is known when it is shrunk
         check_paths(fresh(), teacher, features)
     _check_compression(students)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.serialization import load_network, save_network
@@ -30,7 +30,7 @@ from zskd_nni.runtime.files import make_folder, plain, read_json, remove_leftove
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.tensors import load_sealed, save_sealed
 from zskd_nni.training.distillation import distill
-from zskd_nni.training.hints import feature_pairs
+from zskd_nni.training.hints import find_hints
 
 if TYPE_CHECKING:
     from zskd_nni.compression.pruning.dependency_config import PruningPlan
@@ -49,12 +49,14 @@ class StudentResult:
         record: JSON-able; what pruning and shrinking did, the losses along the way.
         quantization: of the network, if the recipe asks for it and this student can have it.
         masks: weights that pruning zeroed and did not remove; further training leaves them at zero.
+        kept: layer -> the channels that pruning kept in it; empty if nothing was removed.
     """
 
     network: nn.Module
     record: dict[str, Any] = field(default_factory=dict)
     quantization: QuantizedNetwork | None = None
     masks: Masks = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Students:
@@ -173,17 +175,18 @@ class Students:
             self.teacher.to(self.device),
             images,
             self.recipe.distillation,
+            student.kept,
             seed=derive_seed(self.recipe.seed, "distillation") % 2**31,
             checkpoint=self._checkpoint(name),
             label=f"distillation of {name}",
             after_step=after_step,
             quiet=self.quiet,
         )
-        pairs = feature_pairs(network, self.teacher, self.recipe.distillation.features)
+        hints = find_hints(network, self.teacher, self.recipe.distillation.features, student.kept)
         student.record["distillation"] = {
             "steps": history.steps,
             "losses": history.losses,
-            "features": [list(pair) for pair in pairs],
+            "features": [[hint.teacher, hint.student] for hint in hints],
         }
 
     def _pruned(self, name: str, images: TransferSource, train: bool) -> StudentResult:
@@ -207,7 +210,9 @@ class Students:
                 plan=self.pruning_plan,
                 run=self._compression_run(f"{name}-pruning", "pruning"),
             )
-            student = StudentResult(pruned.network, {"pruning": pruned.record}, masks=pruned.masks)
+            student = StudentResult(
+                pruned.network, {"pruning": pruned.record}, None, pruned.masks, pruned.kept_channels
+            )
             self.team.first(lambda: self._save_stage(student, finished, live))
         # Processes that all pruned may differ in the last bits: all take what the first has saved.
         return student if self.team.alone else _load_student(finished)
@@ -320,6 +325,8 @@ class Students:
             from zskd_nni.compression.pruning.masks import save_masks
 
             extra["masks"] = save_masks(student.masks, description)
+        if student.kept:
+            extra["kept_channels"] = {path: channels.tolist() for path, channels in student.kept.items()}
         save_network(
             copy.deepcopy(student.network).cpu(),
             self.network.model,
@@ -342,11 +349,16 @@ def _source_state(description: Path) -> Path:
 
 def _load_student(description: Path) -> StudentResult:
     network, content = load_network(description), read_json(description)
-    record, masks = content.get("record"), content.get("masks")
-    if not isinstance(record, dict):
+    student = StudentResult(network, content.get("record"))
+    if not isinstance(student.record, dict):
         raise UserError(f"{description} does not say how its network was made.")
-    if masks is None:
-        return StudentResult(network, record)
-    from zskd_nni.compression.pruning.masks import load_masks
+    try:
+        kept = content.get("kept_channels", {})
+        student.kept = {path: torch.tensor(channels, dtype=torch.long) for path, channels in kept.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{description} does not say which channels were kept, as lists of numbers.") from error
+    if content.get("masks") is not None:
+        from zskd_nni.compression.pruning.masks import load_masks
 
-    return StudentResult(network, record, masks=load_masks(masks, description))
+        student.masks = load_masks(content["masks"], description)
+    return student

@@ -1,12 +1,13 @@
 """Hidden layers whose outputs the student matches (hints, Romero et al., FitNets, ICLR 2015, 1412.6550).
 
-A pruned student and many small hand-made ones keep some of the teacher's layers at full width. The outputs of such a
-layer can be compared number by number, and say far more about an image than ten logits do.
+A pruned student keeps some of the teacher's layers at full width, and of the others a subset of the channels. Their
+outputs can be compared number by number, and say far more about an image than ten logits do.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,36 @@ Pairs = tuple[tuple[str, str], ...]
 """Paths ``(teacher's, student's)`` of layers that are compared."""
 
 
-def feature_pairs(student: nn.Module, teacher: Teacher, layers: str | Pairs) -> Pairs:
+class Hint(NamedTuple):
+    """Two layers that are compared.
+
+    Attributes:
+        teacher: path of the teacher's layer.
+        student: path of the student's layer.
+        channels: which of the teacher's channels the student's are, in its order; None for all of them.
+    """
+
+    teacher: str
+    student: str
+    channels: Tensor | None = None
+
+    def target(self, outputs: Tensor) -> Tensor:
+        """The part of the teacher's outputs ``(N, C, ...)`` that the student's are compared with."""
+        return outputs if self.channels is None else outputs.index_select(1, self.channels.to(outputs.device))
+
+
+def find_hints(
+    student: nn.Module, teacher: Teacher, layers: str | Pairs, kept: Mapping[str, Tensor] | None = None
+) -> tuple[Hint, ...]:
     """The layers whose outputs are matched.
 
     Args:
         student: takes what the teacher takes.
         teacher: its classifier is left out of ``auto``, whose outputs are the logits.
-        layers: ``none``; ``auto`` for every linear layer and convolution that both networks have at the same path with
-            outputs of one shape (there may be none); or the pairs themselves.
+        layers: ``none``; ``auto`` for every linear layer and convolution (for the BatchNorm layer behind it, if
+            there is one) that both networks have at the same path with outputs of one shape, or with channels that are
+            known from ``kept`` (there may be none); or the pairs themselves.
+        kept: layer of the student -> the teacher's channels that pruning kept in it, in order.
 
     Raises:
         UserError: a named layer does not exist, or the two outputs differ in shape.
@@ -35,22 +58,20 @@ def feature_pairs(student: nn.Module, teacher: Teacher, layers: str | Pairs) -> 
         return ()
     auto = isinstance(layers, str)
     if isinstance(layers, str):
-        known = dict(student.named_modules())
-        layers = tuple(
-            (path, path)
-            for path, module in teacher.model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and path != teacher.classifier_path and path in known
-        )
+        layers = tuple((path, path) for path in _comparable(student, teacher))
     else:
         check_paths(student, teacher, layers)
     probe = teacher.example_input()
     hints = output_shapes(teacher.model, [path for path, _ in layers], probe)
     features = output_shapes(student, [path for _, path in layers], probe)
-    matched = []
+    matched: list[Hint] = []
     for theirs, ours in layers:
         shapes = hints.get(theirs, [])[1:], features.get(ours, [])[1:]  # of one image
+        channels = (kept or {}).get(ours)
         if theirs in hints and ours in features and shapes[0] == shapes[1]:
-            matched.append((theirs, ours))
+            matched.append(Hint(theirs, ours))
+        elif theirs == ours and channels is not None and shapes[1] == [len(channels), *shapes[0][1:]]:
+            matched.append(Hint(theirs, ours, channels))
         elif not auto:
             raise UserError(
                 f"distillation.features: the teacher's {theirs!r} gives {shapes[0] or 'no tensor'} for an image, the "
@@ -58,6 +79,23 @@ def feature_pairs(student: nn.Module, teacher: Teacher, layers: str | Pairs) -> 
                 "features: auto finds such."
             )
     return tuple(matched)
+
+
+def _comparable(student: nn.Module, teacher: Teacher) -> list[str]:
+    """Paths of layers that both networks have and that ``auto`` looks at."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d)
+    layers = [entry for entry in teacher.model.named_modules() if isinstance(entry[1], (nn.Linear, nn.Conv2d, *norms))]
+    following = [layer for _, layer in layers[1:]] + [None]
+    known = dict(student.named_modules())
+    return [
+        path
+        for (path, layer), after in zip(layers, following, strict=True)
+        if path in known
+        and path != teacher.classifier_path
+        and (
+            isinstance(layer, norms) or not isinstance(after, norms)
+        )  # what BatchNorm gives is compared
+    ]
 
 
 def check_paths(student: nn.Module, teacher: Teacher, layers: Pairs) -> None:

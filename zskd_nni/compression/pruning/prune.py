@@ -13,19 +13,18 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zskd_nni.compression.evaluator import DataFreeEvaluator, EvaluatorOptions
 from zskd_nni.compression.fuse import fused_distiller
 from zskd_nni.compression.pruning.dependency_config import PruningPlan
 from zskd_nni.compression.pruning.masks import (
     Masks,
+    describe_masks,
     masks_on_cpu,
     multiply_in,
     remaining_masks,
-    removed_channels,
     share_of_zeros,
-    sparsity_by_parameter,
 )
 from zskd_nni.compression.pruning.nni_pruner import (
     ERRORS_OF_A_RUN,
@@ -66,6 +65,11 @@ class PrunedNetwork:
     record: dict[str, Any]
     kept: dict[str, KeptChannels]
     masks: Masks = field(default_factory=dict)
+
+    @property
+    def kept_channels(self) -> dict[str, Tensor]:
+        """Layer -> the output channels that it kept, each in the order of the original; for ``distill(kept=...)``."""
+        return {path: channels.outputs for path, channels in self.kept.items()}
 
 
 def prune(
@@ -226,14 +230,12 @@ def shrink_to_masks(
     """
     network = network.cpu().eval()
     on_cpu = masks_on_cpu(network, masks)
-    sparsity = sparsity_by_parameter(on_cpu)
     record: dict[str, Any] = {
         "pruner": config.pruner,
         "schedule": None if config.schedule is None else config.schedule.name,
         "scored_on_images": is_data_driven(config),
         "steps_under_masks": 0 if history is None else config.steps,
-        "sparsity": sparsity,
-        "removed_channels": removed_channels(on_cpu),
+        **describe_masks(on_cpu),
         "left_out": plan.left_out,
         "history": None if history is None else {"steps": history.steps, "losses": history.losses},
     }
@@ -255,7 +257,7 @@ def shrink_to_masks(
         multiply_in(network, on_cpu)
         note = "speedup is off: the masks are multiplied into the weights, nothing was removed"
         record["shrunk"] = False
-    record.update(note=note, zeros=share_of_zeros(network, sparsity))
+    record.update(note=note, zeros=share_of_zeros(network, record["sparsity"]))
     positions = {name: (channels.outputs, channels.inputs) for name, channels in kept.items()}
     return PrunedNetwork(network, record, kept, remaining_masks(network, on_cpu, positions))
 
