@@ -258,9 +258,8 @@ class Normed(nn.Module):
 
 def test_batches_of_one_image(tmp_path: Path) -> None:
     teacher = Teacher(small_network(0), SMALL)
-    source = find_method("ats").source(teacher, request("ats", tmp_path, 5))
-    source.batch_size = 1
-    source._per_epoch = len(source.images)
+    images = find_method("ats").source(teacher, request("ats", tmp_path, 5)).images
+    source = StoredSource(images, 1, 0, "one by one")
     settings = DistillationSettings(steps=3, batch=1, warmup=0)
     distill(small_network(1), teacher, source, settings, quiet=True)
     with pytest.raises(UserError, match="batch of one image"):
