@@ -12,6 +12,7 @@ from amounts import LONG
 from helpers import SMALL, SmallNet, prepare_torch, small_network
 from torch import Tensor, nn
 
+from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.registry import TransferRequest, find_method
 from zskd_nni.methods.zskt.settings import ZsktSettings
 from zskd_nni.methods.zskt.train import train_zskt

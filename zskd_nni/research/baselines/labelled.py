@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from zskd_nni.data.augmentation import Augmentation, augment
 from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.data.sources import EpochOrder
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import first_tensor
@@ -36,17 +37,12 @@ class LabelledBatches:
     """
 
     def __init__(self, data: LabelledImages, spec: InputSpec, batch_size: int, seed: int) -> None:
-        self.data, self.spec, self.seed = data, spec, seed
-        self.batch_size = min(batch_size, len(data))
-        self._per_epoch = len(data) // self.batch_size
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.data, self.spec = data, spec
+        self._order = EpochOrder(len(data), batch_size, seed)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images ``(batch_size, C, H, W)`` in the value range and labels ``(batch_size,)`` of a step."""
-        epoch, position = divmod(step, self._per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch)))
-        index = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+        index = self._order.rows(step)
         return self.data.pixels(index, self.spec), self.data.labels[index]
 
     def augmented(
