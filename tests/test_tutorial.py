@@ -19,7 +19,7 @@ from zskd_nni.research.display import Picture, Table
 from zskd_nni.research.explorer.one_impression import Question, explore_class, explore_one
 from zskd_nni.research.reproduction.cells import resolve
 from zskd_nni.research.reproduction.tables import TABLES
-from zskd_nni.research.tutorial import embedding, figures, measuring
+from zskd_nni.research.tutorial import figures, measuring
 from zskd_nni.research.tutorial import records as results
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.checkpoint import History
@@ -101,7 +101,7 @@ def test_a_table_reads_as_text_and_as_html() -> None:
 def test_features_are_what_the_classifier_reads() -> None:
     teacher = small_teacher()
     images = torch.rand(12, *teacher.spec.shape)
-    found = embedding.features(teacher, images, batch=5)
+    found = measuring.features(teacher, images, batch=5)
     logits = found @ teacher.class_weights().T + teacher.classifier.bias
     assert torch.allclose(logits, teacher.predict(images), atol=1e-5)
 
@@ -110,14 +110,14 @@ def test_an_embedding_keeps_alike_images_together_and_is_repeatable() -> None:
     teacher = small_teacher()
     torch.manual_seed(0)
     dark, bright = torch.rand(20, *teacher.spec.shape) * 0.02, 1 - torch.rand(20, *teacher.spec.shape) * 0.02
-    points = embedding.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
+    points = measuring.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
     assert points["dark"].shape == (20, 2)
     between = torch.cdist(points["dark"], points["bright"])
     assert (torch.cdist(points["dark"], points["dark"]).mean() < between.mean()).item()
-    again = embedding.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
+    again = measuring.embed(teacher, {"dark": dark, "bright": bright}, seed=1)
     assert torch.equal(points["bright"], again["bright"])
     with pytest.raises(UserError, match="at least 10 images"):
-        embedding.embed(teacher, {"few": dark[:3]})
+        measuring.embed(teacher, {"few": dark[:3]})
 
 
 def test_networks_side_by_side() -> None:

@@ -72,13 +72,23 @@ def finish(figure: Figure, alt: str) -> Picture:
     return Picture(buffer.getvalue(), alt, round(figure.get_figwidth() * _SCREEN))
 
 
-def style(axis: Any, title: str = "", *, size: int = 8, title_size: int = 10, grid: str | None = None) -> None:
-    """Small tick labels, no frame above and on the right; a grid behind ``major`` or ``both`` ticks."""
+def new_grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Any]]:
+    """A figure with ``count`` charts that share their axes; each row is ``height`` inches high."""
+    rows = -(-count // columns)
+    figure = new_figure(width, 0.3 + height * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axis in axes[count:]:
+        axis.axis("off")
+    return figure, axes[:count]
+
+
+def style(axis: Any, title: str = "", *, x: str = "", y: str = "", size: int = 8, title_size: int = 10) -> None:
+    """Small tick labels, no frame above and on the right, names of the axes, and a title."""
     axis.tick_params(labelsize=size)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
     axis.set_title(title, fontsize=title_size)
-    if grid:
-        axis.grid(alpha=0.25, which=grid)
 
 
 def show_image(axis: Any, image: Tensor, spec: InputSpec, title: str = "", note: str = "", size: int = 8) -> None:

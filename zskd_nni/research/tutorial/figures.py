@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.research.display import Picture, finish, label_classes, new_figure, show_image, style
+from zskd_nni.research.display import Picture, finish, label_classes, new_figure, new_grid, show_image, style
 from zskd_nni.research.explorer.one_impression import Answer
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import Impressions
@@ -62,7 +62,7 @@ def _matrix(matrix: Tensor, names: list[str], title: str, alt: str, diverging: b
 
 
 def similarity_picture(similarity: Tensor, names: Sequence[str] | None = None) -> Picture:
-    """How alike a teacher finds its classes, as a heat map.
+    """A teacher's class similarity as a heat map.
 
     Args:
         similarity: ``(K, K)`` cosines, :func:`zskd_nni.methods.zskd.class_similarity`.
@@ -72,7 +72,7 @@ def similarity_picture(similarity: Tensor, names: Sequence[str] | None = None) -
     others = similarity - 2 * torch.eye(len(similarity))
     one, other = divmod(int(others.argmax()), len(similarity))
     alt = f"Heat map of class similarity; the most alike are {shown[one]} and {shown[other]}."
-    return _matrix(similarity, shown, "How alike the teacher finds its classes", alt, True, ("class", "class"))
+    return _matrix(similarity, shown, "Class similarity", alt, True, ("class", "class"))
 
 
 def confusion_picture(counts: Tensor, names: Sequence[str] | None = None, title: str = "") -> Picture:
@@ -144,12 +144,12 @@ def gallery_picture(
 def opinions_picture(
     made: Impressions, spec: InputSpec, temperature: float, names: Sequence[str] | None = None, columns: int = 3
 ) -> Picture:
-    """Images, and beside each what was asked of the teacher and what it answers.
+    """Images, each beside its soft target and the teacher's answer.
 
     Args:
         made: a few of them.
         spec: the value range.
-        temperature: at which they were fitted.
+        temperature: of the teacher's softmax during their synthesis.
         names: of the classes.
         columns: images in a row.
     """
@@ -177,7 +177,7 @@ def opinions_picture(
 
 
 def evolution_picture(answers: Sequence[Answer], spec: InputSpec, names: Sequence[str] | None = None) -> Picture:
-    """Impressions on their way from the start, one row each.
+    """Impressions at several steps of their synthesis, one row each.
 
     Args:
         answers: from :func:`zskd_nni.research.explorer.one_impression.explore_one`.
@@ -189,16 +189,14 @@ def evolution_picture(answers: Sequence[Answer], spec: InputSpec, names: Sequenc
     figure = new_figure(9.4, 1.58 * len(answers) + 0.1)
     grid = figure.subplots(len(answers), columns, squeeze=False)
     for line, answer in zip(grid, answers, strict=True):
-        for axis, step, image, fit, seen in zip(
-            line, answer.steps, answer.images, answer.fit, answer.seen, strict=False
-        ):
-            certain, choice = seen.max(0)
-            note = f"{shown[int(choice)]} {100 * float(certain):.0f} %\nKL {float(fit):.3f}"
-            show_image(axis, image, spec, "start" if step == 0 else f"step {step}", note)
         for axis in line[len(answer.steps) :]:
             axis.axis("off")
+        for number, (axis, step) in enumerate(zip(line, answer.steps, strict=False)):
+            certain, choice = answer.seen[number].max(0)
+            note = f"{shown[int(choice)]} {100 * float(certain):.0f} %\nKL {float(answer.fit[number]):.3f}"
+            show_image(axis, answer.images[number], spec, "start" if step == 0 else f"step {step}", note)
     asked = ", ".join(dict.fromkeys(shown[int(answer.target.argmax())] for answer in answers))
-    return finish(figure, f"Impressions on their way from the start to the answer that was asked for: {asked}.")
+    return finish(figure, f"Impressions at several steps of their synthesis, for targets of the classes {asked}.")
 
 
 def curves_picture(histories: Mapping[str, History], ylabel: str = "distillation loss") -> Picture:
@@ -214,20 +212,19 @@ def curves_picture(histories: Mapping[str, History], ylabel: str = "distillation
         losses = [max(loss, 1e-12) for loss in history.losses]
         axis.plot(history.steps, losses, color=colour, label=name, marker="o" if len(losses) < 3 else None)
     axis.set_yscale("log")
-    axis.set_xlabel("step", fontsize=9)
-    axis.set_ylabel(ylabel, fontsize=9)
-    style(axis, grid="both")
+    axis.grid(alpha=0.25, which="both")
+    style(axis, x="step", y=ylabel)
     axis.legend(fontsize=8, frameon=False)
     return finish(figure, f"Curves of the {ylabel}: {', '.join(histories)}.")
 
 
 def bars_picture(values: Mapping[str, float | None], title: str, unit: str = "%") -> Picture:
-    """Figures side by side, as horizontal bars.
+    """Values side by side, as horizontal bars.
 
     Args:
         values: by name; those that are None (not measured) are left out.
         title: above them.
-        unit: behind each figure.
+        unit: of all values.
 
     Raises:
         UserError: nothing was measured.
@@ -246,26 +243,23 @@ def bars_picture(values: Mapping[str, float | None], title: str, unit: str = "%"
 
 
 def transitions_picture(results: Mapping[str, TransitionResult], followed: str = "student") -> Picture:
-    """How two networks come to believe in a class on the same way, one chart for each pair.
+    """Transition curves of two networks along the same images, one chart for each pair.
 
     Args:
         results: by name, from :func:`zskd_nni.training.metrics.mean_transition_error`.
-        followed: what the network is called whose gradient was followed; the other is the teacher.
+        followed: name of the network whose gradient was followed; the other is the teacher.
     """
     columns = 2 if len(results) == 4 else min(3, len(results))
-    rows = -(-len(results) // columns)
-    figure = new_figure(9.4 if columns > 1 else 5.2, 0.3 + 2.5 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
-    for (name, result), axis in zip(results.items(), axes, strict=False):
+    figure, axes = new_grid(len(results), columns, 9.4 if columns > 1 else 5.2, 2.5)
+    for (name, result), axis in zip(results.items(), axes, strict=True):
         steps = np.arange(result.steps)
         mine, others = result.followed.numpy(), result.other.numpy()
         axis.fill_between(steps, mine, others, color=OTHER, alpha=0.14)
         axis.plot(steps, mine, color=OTHER, label=followed)
         axis.plot(steps, others, color=ANSWERED, label="teacher")
         axis.set_ylim(0, 1)
-        style(axis, f"{name}: error {result.error:.3f}", size=7, title_size=9, grid="major")
-    for axis in list(axes):
-        axis.axis("off")
+        axis.grid(alpha=0.25)
+        style(axis, f"{name}: error {result.error:.3f}", size=7, title_size=9)
     figure.supxlabel("step towards another class", fontsize=9)
     figure.supylabel("probability of that class", fontsize=9)
     handles = figure.axes[0].get_legend_handles_labels()
@@ -280,16 +274,13 @@ def embedding_picture(
     """Sets of images in one plane, a chart for each.
 
     Args:
-        points: by name of the set, ``(n, 2)``, :func:`zskd_nni.research.tutorial.embedding.embed`.
+        points: by name of the set, ``(n, 2)``, :func:`zskd_nni.research.tutorial.measuring.embed`.
         labels: by name, ``(n,)`` the class of each, which gives the colour.
         behind: a set that is drawn behind every other one in grey, for comparison.
         classes: their number.
     """
-    columns = min(3, len(points))
-    rows = -(-len(points) // columns)
-    figure = new_figure(9.4, 0.3 + 3.1 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
-    for (name, at), axis in zip(points.items(), axes, strict=False):
+    figure, axes = new_grid(len(points), min(3, len(points)), 9.4, 3.1)
+    for (name, at), axis in zip(points.items(), axes, strict=True):
         if behind is not None and name != behind:
             axis.scatter(*points[behind].T.numpy(), s=5, color=BEFORE, linewidths=0)
         colours = labels[name].numpy()
@@ -297,8 +288,6 @@ def embedding_picture(
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    for axis in list(axes):
-        axis.axis("off")
     beside = "" if behind is None else f", with {behind} in grey behind"
     return finish(figure, f"Embedding of {', '.join(points)}{beside}.")
 
@@ -318,11 +307,10 @@ def widths_picture(layers: Sequence[LayerWidths | Mapping[str, Any]], title: str
     before, after = ([row[f"outputs_{when}"] for row in rows] for when in ("before", "after"))
     drawn = axis.barh(places, before, 0.7, color=BEFORE, label="before")
     axis.barh(places, after, 0.7, color=ANSWERED, label="after")
-    axis.bar_label(drawn, [f" {b} to {a}" if a != b else f" {b}" for b, a in zip(before, after, strict=True)],
-                   fontsize=8, label_type="edge")  # fmt: skip
+    labels = [f" {b} to {a}" if a != b else f" {b}" for b, a in zip(before, after, strict=True)]
+    axis.bar_label(drawn, labels, fontsize=8, label_type="edge")
     axis.set_yticks(places, [f"{row['name']} ({row['kind']})" for row in rows], fontsize=8)
-    axis.set_xlabel("channels or units", fontsize=9)
-    style(axis, title)
+    style(axis, title, x="channels or units")
     axis.legend(fontsize=8, frameon=False)
     changed = [f"{row['name']} {b} to {a}" for row, b, a in zip(rows, before, after, strict=True) if a != b]
     return finish(figure, f"Widths of the layers before and after: {', '.join(changed) or 'nothing changed'}.")

@@ -1,4 +1,4 @@
-"""Networks side by side: how often they are right, and how often they choose as their teacher does."""
+"""Networks side by side: accuracy, agreement with their teacher, and an embedding of images by the teacher."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zskd_nni.data.datasets import DATA_VARIABLE, LabelledImages, load_images
+from zskd_nni.models.hooks import FeaturePoint, recording
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.research.display import Table
 from zskd_nni.runtime.errors import UserError
@@ -19,7 +20,7 @@ Network = nn.Module | Callable[[Tensor], Tensor]
 
 
 def images_if_there(name: str, split: str = "test") -> LabelledImages | None:
-    """A data set to measure on, or None, after saying so, where it is not there."""
+    """A data set to measure on; None, with a printed sentence, if it is not there."""
     try:
         return load_images(name, split)
     except UserError:
@@ -32,13 +33,13 @@ def images_if_there(name: str, split: str = "test") -> LabelledImages | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one network reaches.
+    """How one network performs.
 
     Attributes:
         accuracy: on the test data, in percent; None without.
         agreement: with the teacher on the test data, in [0, 1]; None without.
-        agreement_held_out: on images that nobody learnt on, in [0, 1].
-        parameters: their number; None of what is no module.
+        agreement_held_out: the same on images that no student was trained on, in [0, 1].
+        parameters: their number; None for what is no module.
     """
 
     accuracy: float | None
@@ -54,11 +55,11 @@ def measure(
     """Measure networks against their teacher.
 
     Args:
-        networks: by name: modules, which take normalised images; a teacher, or any other function of images in the
-            value range, such as onnxruntime's.
-        teacher: whom they are compared with.
+        networks: by name: modules, which take normalised images; teachers or other functions, which take images in
+            the value range, such as onnxruntime's.
+        teacher: they are compared with it.
         data: labelled test images, or None.
-        held_out: images ``(N, C, H, W)`` in the value range that no student learnt on.
+        held_out: images ``(N, C, H, W)`` in the value range that no student was trained on.
     """
     spec, device = teacher.spec, str(teacher.device)
 
@@ -84,7 +85,7 @@ def measure(
 
 
 def measured_table(measured: Mapping[str, Measured], data: LabelledImages | None) -> Table:
-    """Figures of :func:`measure` as a table."""
+    """The results of :func:`measure` as a table."""
     with_data = data is not None
     columns = ["network", *(["accuracy", "agreement"] if with_data else []), "agreement, held out", "parameters"]
     rows = []
@@ -96,4 +97,43 @@ def measured_table(measured: Mapping[str, Measured], data: LabelledImages | None
         row += [f"{100 * found.agreement_held_out:.2f} %", "-" if found.parameters is None else f"{found.parameters:,}"]
         rows.append(row)
     where = f"{len(data):,} test images of {data.name}, opened to measure" if data is not None else "no test data here"
-    return Table(columns, rows, f"{where}; held out: impressions that no student learnt on")
+    return Table(columns, rows, f"{where}; held out: impressions that no student was trained on")
+
+
+@torch.no_grad()
+def features(teacher: Teacher, images: Tensor, batch: int = 500) -> Tensor:
+    """What the teacher's classifier reads of ``(N, C, H, W)`` images: ``(N, D)``, on the CPU."""
+    point = FeaturePoint(teacher.classifier_path, "input")
+    parts = []
+    for part in images.split(batch):
+        with recording(teacher.model, point) as seen:
+            teacher(part.float().to(teacher.device))
+        parts.append(seen[-1].flatten(1).float().cpu())
+    return torch.cat(parts)
+
+
+def embed(teacher: Teacher, sets: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """All sets in one plane by t-SNE of the teacher's features: near points are images that the teacher finds similar.
+
+    For illustration only: distances between far points mean nothing.
+
+    Args:
+        teacher: whose features are taken.
+        sets: images ``(n, C, H, W)`` by name, in the value range.
+        seed: of the embedding.
+
+    Returns:
+        Points ``(n, 2)`` by name.
+
+    Raises:
+        UserError: fewer than ten images in all.
+    """
+    from sklearn.manifold import TSNE
+
+    sizes = [len(images) for images in sets.values()]
+    if sum(sizes) < 10:
+        raise UserError(f"An embedding needs at least 10 images, not {sum(sizes)}.")
+    found = torch.cat([features(teacher, images) for images in sets.values()])
+    perplexity = min(30.0, (len(found) - 1) / 3)
+    plane = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(found.numpy())
+    return dict(zip(sets, torch.from_numpy(plane).float().split(sizes), strict=True))
