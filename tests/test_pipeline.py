@@ -156,7 +156,7 @@ def test_a_lost_quantization_is_made_again_alike(finished, tmp_path):
         file.unlink()
     again = run(tmp_path / "copy")
     assert again["accuracy"] == report["accuracy"]
-    for name in ("student-quantized.calibration.safetensors", "student-quantized.safetensors"):
+    for name in ("student-quantized.calibration.pt", "student-quantized.safetensors"):
         assert sha256_of_file(state / name) == sha256_of_file(out / "state" / name)
 
 
@@ -272,7 +272,7 @@ def test_a_damaged_stage_is_run_again_alike(finished, tmp_path, capsys):
     out, _ = finished
     run(tmp_path)
     (tmp_path / "state" / "student.safetensors").write_bytes(b"damaged")
-    calibration = tmp_path / "state" / "student-quantized.calibration.safetensors"
+    calibration = tmp_path / "state" / "student-quantized.calibration.pt"
     calibration.write_bytes(calibration.read_bytes()[:-1])
     run(tmp_path)
     assert capsys.readouterr().err.count("run again") == 2
@@ -437,3 +437,18 @@ def test_a_live_source_is_what_it_had_become_when_later_stages_are_run_again(tmp
             (out / name).unlink()
         live_run(out)
         assert bytes_of(out) == expected, stage
+
+
+def test_dead_leaves_as_the_images_and_as_a_control(tmp_path):
+    changes = ["transfer={method: procedural}", "compression.quantization=null"]
+    report = run(tmp_path, *changes, "controls=[noise, leaves]")
+    assert report["data_free"] and report["impressions"] is None
+    assert [control["label"] for control in report["controls"].values()] == [
+        "distilled on noise",
+        "distilled on leaves",
+    ]
+    assert "dead leaves in the place of the images" in report["controls"]["leaves"]["what"]
+    assert "control: distilled on leaves" in render_table(report)
+    # The same images by another stream of random numbers: a student as good as the recipe's own.
+    gap = report["accuracy"]["student"] - report["controls"]["leaves"]["accuracy"]
+    assert abs(gap) < abs(report["accuracy"]["student"] - report["controls"]["noise"]["accuracy"]) + 10

@@ -1,15 +1,15 @@
-"""What NNI's compressors remember during a training, beside weights and optimiser.
+"""The state of NNI's compressors during a training, beside the weights and the optimiser.
 
-NNI keeps no checkpoint of a compression. Its state is spread over the wrappers (buffers that appear at the first
-forward pass), over counters of the compressors (the step, the times left, whether scales were set), over the
-momentary goals of scheduled pruners, over gradients gathered by hooks, and over optimisers that live in closures.
-All of it is reached from what a compressor hands to the evaluator: tasks around the optimiser's step, patches of
-the loss, and hooks. A compressor that hands over nothing has nothing to remember.
+NNI has no checkpoint of a compression. Its state is spread over wrappers (buffers that appear at the first forward
+pass), counters of the compressors (steps, remaining times, whether scales are set), the current goals of scheduled
+pruners, gradients collected by hooks, and optimisers in closures. All of it is reached from what a compressor gives to
+the evaluator: tasks before and after the optimiser's step, patches of the loss, and hooks. A compressor that gives
+nothing has no state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,24 +23,18 @@ from zskd_nni.data.sources import TransferSource
 from zskd_nni.training.checkpoint import load_optimizer_state, optimizer_state
 
 _NORM_PRUNERS = {"LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner"}
-_SCORING = {"TaylorPruner", "SlimPruner"}
+_SCORING_PRUNERS = {"TaylorPruner", "SlimPruner"}
 # Weights alone decide their masks; a distiller's loss is a mean over images.
 _DIVISIBLE = {*_NORM_PRUNERS, "AGPPruner", "LinearPruner", "ZeroShotDistiller", "DynamicLayerwiseDistiller"}
-_GOALS = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio")
-
-
-def _chooses(compressor: Compressor) -> bool:
-    """Whether a distiller takes the nearest of several linked layers, which may be another one for each part."""
-    spaces = (space for held in compressor._target_spaces.values() for space in held.values())
-    links = (getattr(space, "link", None) for space in spaces)
-    return any(not isinstance(link, str) and link is not None and len(link) > 1 for link in links)
+# What scheduled pruners and quantizers change of a target's setting.
+_SETTINGS = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "apply_method")
 
 
 class CompressionState:
-    """Saves and restores everything that a fused compression counts with; the ``extra`` of ``fit``.
+    """Saves and restores the state of all fused compressors; the ``extra`` of a training.
 
     Args:
-        source: the images; its state is kept too.
+        source: the images; its state is saved too.
         model: the bound model, wrapped.
 
     Attributes:
@@ -50,38 +44,41 @@ class CompressionState:
     def __init__(self, source: TransferSource, model: nn.Module | None = None) -> None:
         self.source, self.model = source, model
         self.hooks: list[Hook] = []
-        self._compressors: list[Compressor] = []
-        self._optimizers: list[Optimizer] = []
+        self._compressors: dict[int, Compressor] = {}  # by id, in order of appearance
+        self._optimizers: dict[int, Optimizer] = {}
 
-    def note(self, handed: Callable) -> None:
-        """Remember the compressors and optimisers that a function handed to the evaluator works with."""
-        for thing in _held_by(handed):
-            if isinstance(thing, Compressor):
-                for compressor in (thing, *thing.fused_compressors, getattr(thing, "bound_pruner", None)):
-                    if compressor is not None and not any(compressor is known for known in self._compressors):
-                        self._compressors.append(compressor)
-            if isinstance(thing, Optimizer) and not any(thing is known for known in self._optimizers):
-                self._optimizers.append(thing)
+    def remember(self, function: Callable) -> None:
+        """Remember the compressors and optimisers behind a function that a compressor gives to the evaluator."""
+        cells = getattr(function, "__closure__", None) or ()
+        for owner in (getattr(function, "__self__", None), *(cell.cell_contents for cell in cells)):
+            if isinstance(owner, Compressor):
+                for compressor in (owner, *owner.fused_compressors, getattr(owner, "bound_pruner", None)):
+                    if compressor is not None:
+                        self._compressors.setdefault(id(compressor), compressor)
+            elif isinstance(owner, Optimizer):
+                self._optimizers.setdefault(id(owner), owner)
 
     def can_be_divided(self) -> bool:
-        """Whether nothing here looks at the images or gradients of a step, of which each of many sees a part."""
-        if any(isinstance(hook, TensorHook | BackwardHook) for hook in self.hooks):
-            return False
-        return all(type(one).__name__ in _DIVISIBLE and not _chooses(one) for one in self._compressors)
+        """Whether each of several processes may see only a part of a batch: no compressor looks at images or gradients.
+
+        A distiller that takes the nearest of several linked layers might take different ones for different parts.
+        """
+        names = {type(compressor).__name__ for compressor in self._compressors.values()}
+        links = [getattr(space, "link", None) for one in self._compressors.values() for space in _spaces(one)]
+        several_links = any(not isinstance(link, str) and link is not None and len(link) > 1 for link in links)
+        gradients = any(isinstance(hook, TensorHook | BackwardHook) for hook in self.hooks)
+        return names <= _DIVISIBLE and not several_links and not gradients
 
     def only_scores(self) -> bool:
         """Whether this training serves a pruner's scores alone: Taylor or Slim, without schedule or distiller."""
-        names = {type(one).__name__ for one in self._compressors}
-        return bool(names & _SCORING) and names <= {*_SCORING, *_NORM_PRUNERS}
+        names = {type(compressor).__name__ for compressor in self._compressors.values()}
+        return bool(names & _SCORING_PRUNERS) and names <= {*_SCORING_PRUNERS, *_NORM_PRUNERS}
 
     def description(self) -> list[str]:
-        """Which compressors there are and what they were told to do; a checkpoint of others is refused.
-
-        Read before the first step, when every counter stands at its start.
-        """
+        """The compressors and their settings, before the first step; the checkpoint of others is refused."""
         return [
             f"{type(compressor).__name__} {compressor.config_list!r} {sorted(_counters(compressor).items())!r}"
-            for compressor in self._compressors
+            for compressor in self._compressors.values()
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,60 +86,59 @@ class CompressionState:
         return {
             "source": self.source.state_dict(),
             "shapes": {
-                path: {name: list(value.shape) for name, value in _own_tensors(module)}
-                for path, module in self._wrapped()
+                path: {name: list(value.shape) for name, value in _own_tensors(module).items()}
+                for path, module in self._wrapped().items()
             },
             "compressors": [
                 {
                     "counters": _counters(compressor),
-                    "linears": dict(_linears(compressor)),
-                    "settings": {
-                        path: {target: _settings(space) for target, space in spaces.items()}
-                        for path, spaces in compressor._target_spaces.items()
-                    },
+                    "linears": [linear.state_dict() for linear in _linears(compressor)],
+                    "settings": [
+                        {key: space._setting[key] for key in _SETTINGS if space._setting.get(key) is not None}
+                        for space in _spaces(compressor)
+                    ],
                 }
-                for compressor in self._compressors
+                for compressor in self._compressors.values()
             ],
             "hooks": [[value for value in hook.buffer if isinstance(value, Tensor)] for hook in self.hooks],
-            "optimizers": [optimizer_state(optimizer) for optimizer in self._optimizers],
+            "optimizers": [optimizer_state(optimizer) for optimizer in self._optimizers.values()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, before the weights of the bound model are restored."""
         self.source.load_state_dict(state["source"])
         self._make_room(state["shapes"])
-        for compressor, saved in zip(self._compressors, state["compressors"], strict=True):
-            known = _counters(compressor)
-            for name, value in saved["counters"].items():
-                if name in known:
-                    setattr(compressor, name, type(known[name])(value))
-            with torch.no_grad():
-                for name, linear in _linears(compressor):
-                    linear.copy_(saved["linears"][name])
-            for path, targets in saved["settings"].items():
-                for target, settings in targets.items():
-                    compressor._target_spaces[path][target]._setting.update(settings)
+        for compressor, saved in zip(self._compressors.values(), state["compressors"], strict=True):
+            for name, known in _counters(compressor).items():
+                if name in saved["counters"]:
+                    setattr(compressor, name, type(known)(saved["counters"][name]))
+            for linear, tensors in zip(_linears(compressor), saved["linears"], strict=True):
+                linear.load_state_dict(tensors)
+            for space, settings in zip(_spaces(compressor), saved["settings"], strict=True):
+                space._setting.update(settings)
         for hook, values in zip(self.hooks, state["hooks"], strict=True):
-            hook.buffer[:] = [
-                value.to(hook.target.device) if isinstance(hook.target, Tensor) else value for value in values
-            ]
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            on_device = isinstance(hook.target, Tensor)
+            hook.buffer[:] = [value.to(hook.target.device) if on_device else value for value in values]
+        for optimizer, saved in zip(self._optimizers.values(), state["optimizers"], strict=True):
             load_optimizer_state(optimizer, saved)
 
-    def _wrapped(self) -> Iterator[tuple[str, nn.Module]]:
-        for path, module in self.model.named_modules() if self.model is not None else ():
-            if isinstance(module, ModuleWrapper) or isinstance(getattr(module, "_nni_wrapper", None), ModuleWrapper):
-                yield path, module
+    def _wrapped(self) -> dict[str, nn.Module]:
+        modules = {} if self.model is None else dict(self.model.named_modules())
+        return {
+            path: module
+            for path, module in modules.items()
+            if isinstance(module, ModuleWrapper) or isinstance(getattr(module, "_nni_wrapper", None), ModuleWrapper)
+        }
 
     def _make_room(self, shapes: dict[str, dict[str, list[int]]]) -> None:
-        # Scales and ranges are None, or of another shape, until a forward pass; load_state_dict wants them there.
-        modules = dict(self._wrapped())
+        # Scales and ranges are None, or of another shape, until a forward pass; load_state_dict expects their shape.
         assert self.model is not None
         anywhere = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
+        modules = self._wrapped()
         for path, own_shapes in shapes.items():
             module = modules[path]
             for name, shape in own_shapes.items():
-                current = dict(_own_tensors(module)).get(name)
+                current = _own_tensors(module).get(name)
                 if current is not None and list(current.shape) == shape:
                     continue
                 device = next((tensor.device for tensor in module.parameters()), anywhere)
@@ -155,30 +151,19 @@ class CompressionState:
                     module._buffers[name] = room
 
 
-def _held_by(function: Any) -> Iterator[Any]:
-    yield getattr(function, "__self__", None)
-    for cell in getattr(function, "__closure__", None) or ():
-        yield cell.cell_contents
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for store in (module._buffers, module._parameters):
-        for name, value in store.items():
-            if value is not None:
-                yield name, value
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in (*module._buffers.items(), *module._parameters.items()) if value is not None}
 
 
 def _counters(compressor: Compressor) -> dict[str, bool | int | float]:
     return {name: value for name, value in vars(compressor).items() if isinstance(value, bool | int | float)}
 
 
-def _linears(compressor: Compressor) -> Iterator[tuple[str, Tensor]]:
-    # The layers that NNI's adaptive distiller trains between student and teacher belong to neither.
-    for path, targets in getattr(compressor, "trans_linears", {}).items():
-        for target, linear in targets.items():
-            for name, value in [] if linear is None else linear.named_parameters():
-                yield f"{path}:{target}:{name}", value
+def _spaces(compressor: Compressor) -> list[Any]:
+    return [space for targets in compressor._target_spaces.values() for space in targets.values()]
 
 
-def _settings(space: Any) -> dict[str, Any]:
-    return {key: space._setting[key] for key in (*_GOALS, "apply_method") if space._setting.get(key) is not None}
+def _linears(compressor: Compressor) -> list[nn.Module]:
+    """The layers that NNI's adaptive distiller trains between student and teacher; they are part of neither."""
+    by_path = getattr(compressor, "trans_linears", {})
+    return [linear for targets in by_path.values() for linear in targets.values() if linear is not None]

@@ -178,13 +178,13 @@ class DataFreeEvaluator(TorchEvaluator):
 
     def patch_loss(self, patch: Callable[[Tensor, Any], Tensor]) -> None:
         """As NNI's; also remembers the compressor behind ``patch`` for the checkpoint."""
-        self._compression.note(patch)
+        self._compression.remember(patch)
         super().patch_loss(patch)
 
     def patch_optimizer_step(self, before_step_tasks: list[Callable], after_step_tasks: list[Callable]) -> None:
         """As NNI's; also remembers the compressors and optimisers behind the tasks for the checkpoint."""
         for task in (*before_step_tasks, *after_step_tasks):
-            self._compression.note(task)
+            self._compression.remember(task)
         super().patch_optimizer_step(before_step_tasks, after_step_tasks)
 
     def patch_optim_param_group(self, module_name_param_dict: dict[str, list[Tensor]]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from zskd_nni.runtime.errors import UserError
 
@@ -16,16 +17,10 @@ _TENSOR_KEYS = ("scale", "zero_point", "tracked_max", "tracked_min")
 
 def plain_calibration(calibration: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Calibration:
     """NNI's calibration config as plain dicts with copies of the tensors on the CPU."""
-    return {
-        path: {
-            target: {
-                key: value.detach().clone().cpu() if isinstance(value, Tensor) else value
-                for key, value in entry.items()
-            }
-            for target, entry in targets.items()
-        }
-        for path, targets in calibration.items()
-    }
+    return tree_map(
+        lambda value: value.detach().clone().cpu() if isinstance(value, Tensor) else value,
+        {path: dict(targets) for path, targets in calibration.items()},
+    )
 
 
 def slice_calibration(calibration: Calibration, masks_or_kept_channels: Mapping[str, Any]) -> Calibration:

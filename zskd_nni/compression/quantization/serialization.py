@@ -1,44 +1,30 @@
-"""A quantized network on disk: the network like any other, its scales as safetensors, the rest as JSON."""
+"""A quantized network on disk: the network like any other, its calibration in a sealed file, the rest as JSON."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from zskd_nni.compression.quantization.calibration import Calibration
 from zskd_nni.compression.quantization.nni_quantizer import with_fuse_names
 from zskd_nni.compression.quantization.quantize import QuantizedNetwork
 from zskd_nni.models.serialization import load_network
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.runtime.files import read_json, sha256_of_file
-from zskd_nni.runtime.tensors import load_tensors, save_tensors
+from zskd_nni.runtime.files import is_file, read_json, sha256_of_file
+from zskd_nni.runtime.tensors import load_sealed, save_sealed
 
 
 def calibration_file(description: Path) -> Path:
-    """The safetensors file of the scales beside a network's description."""
-    return description.with_suffix(".calibration.safetensors")
+    """The file of the calibration beside a network's description."""
+    return description.with_suffix(".calibration.pt")
 
 
 def save_calibration(quantized: QuantizedNetwork, description: Path) -> dict[str, Any]:
-    """Write the scales; returns what the network's description must hold for :func:`load_quantization`."""
-    tensors: dict[str, Tensor] = {}
-    plain: Calibration = {}
-    for path, targets in quantized.calibration.items():
-        for target, entry in targets.items():
-            saved = plain.setdefault(path, {}).setdefault(target, dict(entry))
-            for key, value in entry.items():
-                if isinstance(value, Tensor):
-                    name = f"{path}:{target}:{key}"
-                    tensors[name] = value
-                    saved[key] = {"tensor": name}
+    """Write the calibration; returns what the network's description must hold for :func:`load_quantization`."""
     file = calibration_file(description)
-    save_tensors(file, tensors)
+    save_sealed(file, quantized.calibration)
     return {
         "quantizer": quantized.quantizer,
         "config_list": quantized.config_list,
-        "calibration": plain,
         "calibration_sha256": sha256_of_file(file),
     }
 
@@ -50,22 +36,11 @@ def load_quantization(description: Path) -> QuantizedNetwork:
         UserError: a file is missing, damaged or of another kind.
     """
     network = load_network(description)
-    saved = read_json(description).get("quantization")
-    file = calibration_file(description)
-    tensors, _ = load_tensors(file)
+    saved, file = read_json(description).get("quantization"), calibration_file(description)
     try:
-        if sha256_of_file(file) != saved["calibration_sha256"]:
+        if is_file(file) and sha256_of_file(file) != saved["calibration_sha256"]:
             raise UserError(f"{file} is not the file that {description.name} describes: its checksum differs.")
-        calibration: Calibration = {
-            path: {
-                target: {
-                    key: tensors[value["tensor"]] if isinstance(value, dict) else value for key, value in entry.items()
-                }
-                for target, entry in targets.items()
-            }
-            for path, targets in saved["calibration"].items()
-        }
         config_list = with_fuse_names(network, saved["config_list"])
-        return QuantizedNetwork(network, saved["quantizer"], config_list, calibration)
+        return QuantizedNetwork(network, saved["quantizer"], config_list, load_sealed(file))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{description} holds no whole quantization ({error}); remove it to make it again.") from error
