@@ -13,6 +13,7 @@ from nni.compression.base.setting import canonicalize_settings
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zskd_nni.compression.fx_trace import trace
 from zskd_nni.models.hooks import hooked
@@ -21,82 +22,76 @@ from zskd_nni.models.shared_modules import set_module
 from zskd_nni.models.teacher import first_tensor
 from zskd_nni.runtime.errors import UserError
 
-# What NNI knows to fold.
-_FIRST: dict[type[nn.Module], type[nn.Module]] = {
+# The normalisation that NNI can fold into each layer.
+_FOLDED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
     nn.Linear: nn.BatchNorm1d,
 }
-_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # A right fold differs by rounding, a wrong one by hundredths of the largest logit and more.
 _LARGEST_DIFFERENCE = 1e-3
-
-
-def targets_of(module: nn.Module, configs: list[dict[str, Any]]) -> set[str]:
-    """The quantized targets of a module that several entries of a config list may select, in NNI's names for them."""
-    return {target for config in configs for target in canonicalize_settings(module, config, "quantization")}
 
 
 def batch_norm_folds(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> list[tuple[str, ...]]:
     """The folds of a quantization config, read from the network's graph.
 
-    A convolution or linear layer folds with the batch normalisation that alone reads it, and that normalisation with
-    the ReLU that alone reads it, where the config quantizes the layer's weight and, for the ReLU, names its output. A
-    module that ``forward`` calls more than once folds with nothing.
+    A convolution or linear layer folds with a batch normalisation that is its only reader, if the config quantizes the
+    layer's weight. That normalisation folds with a ReLU that is its only reader, if the config names the layer's
+    output. A module that ``forward`` calls more than once folds with nothing.
 
     Args:
         model: any module that torch.fx can trace.
-        config_list: NNI's quantization config; layers that it does not select, or whose folds it names itself, are
-            left out.
+        config_list: NNI's quantization config. Layers that it does not select, or whose folds it names, are left out.
         dummy_input: one input.
     """
     configs: dict[str, list[dict[str, Any]]] = {}
-    named: set[str] = set()
+    named = {names[0] for config in config_list for names in config.get("fuse_names", ())}
     for config in config_list:
-        named.update(names[0] for names in config.get("fuse_names", ()))
         selected, public, _ = select_modules_by_config(model, config)
         for name in selected:
             configs.setdefault(name, []).append(public)
     graph = trace(model, dummy_input)
     calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
 
-    def sole_reader(node: Node, kind: type[nn.Module]) -> Node | None:
-        readers = list(node.users)
-        if len(readers) != 1 or readers[0].op != "call_module" or calls[readers[0].target] != 1:
+    def called_once(node: Node) -> bool:
+        return node.op == "call_module" and calls[node.target] == 1
+
+    def only_reader(node: Node, kind: type[nn.Module] | None) -> Node | None:
+        readers = [reader for reader in node.users if called_once(reader)]
+        if len(node.users) != 1 or not readers:
             return None
         return readers[0] if type(graph.get_submodule(str(readers[0].target))) is kind else None
 
     folds = []
     for node in graph.graph.nodes:
-        if node.op != "call_module" or calls[node.target] != 1 or node.target in named or node.target not in configs:
+        if not called_once(node) or node.target in named or node.target not in configs:
             continue
-        module, of_module = graph.get_submodule(str(node.target)), configs[node.target]
-        follower = _FIRST.get(type(module))
-        if follower is None or "weight" not in targets_of(module, of_module):
-            continue
-        norm = sole_reader(node, follower)
+        module, entries = graph.get_submodule(str(node.target)), configs[str(node.target)]
+        targets = {target for entry in entries for target in canonicalize_settings(module, entry, "quantization")}
+        norm = only_reader(node, _FOLDED.get(type(module))) if "weight" in targets else None
         if norm is None:
             continue
-        fold = [str(node.target), str(norm.target)]
-        # NNI folds a ReLU only where the entry that holds the fold names the output.
-        outputs = any("_output_" in config.get("target_names", ()) for config in of_module)
-        relu = sole_reader(norm, nn.ReLU) if outputs else None
-        folds.append((*fold, str(relu.target)) if relu is not None else tuple(fold))
+        # NNI folds a ReLU only if the entry with the fold names the output.
+        outputs = any("_output_" in entry.get("target_names", ()) for entry in entries)
+        relu = only_reader(norm, nn.ReLU) if outputs else None
+        folds.append(tuple(str(one.target) for one in (node, norm, relu) if one is not None))
     return folds
 
 
 @torch.no_grad()
 def check_folds(model: nn.Module, folds: Iterable[Sequence[str]], spec: InputSpec) -> None:
-    """NNI lets the first module of a fold answer for all of it, and takes the others out wherever they are called.
+    """Check that the network computes the same when the first module of each fold does the work of all.
+
+    NNI removes the other modules of a fold wherever they are called.
 
     Args:
         model: left as it is.
         folds: by module path.
-        spec: its input; asked about noise.
+        spec: its input; compared on noise.
 
     Raises:
-        UserError: a module that is not there, or a fold with which the network answers otherwise in ``eval()``.
+        UserError: a module that does not exist, or a fold that changes the network's logits in ``eval()``.
     """
     folds = [tuple(names) for names in folds]
     if not folds:
@@ -121,29 +116,29 @@ def check_folds(model: nn.Module, folds: Iterable[Sequence[str]], spec: InputSpe
 
 def _changed(model: nn.Module, folds: Iterable[Sequence[str]], images: Tensor, expected: Tensor) -> bool:
     folded = copy.deepcopy(model).eval()
-    activated = []  # paths of the layers whose ReLU is folded
+    with_relu = []  # paths of the layers into which a ReLU is folded
     for first, *others in folds:
         module, followers = folded.get_submodule(first), [folded.get_submodule(name) for name in others]
         for name, value in folded_parameters(module, followers, first).items():
             module.register_parameter(name, nn.Parameter(value))
         if any(isinstance(follower, nn.ReLU) for follower in followers):
-            activated.append(first)
+            with_relu.append(first)
         for name in others:
             set_module(folded, name, nn.Identity())
-    with hooked(folded, activated, after=lambda _, output: functional.relu(output)):
+    with hooked(folded, with_relu, after=lambda _, output: functional.relu(output)):
         actual = first_tensor(folded(images.clone()))
     return not bool(((actual - expected).abs().max() <= _LARGEST_DIFFERENCE * expected.abs().max()).all())
 
 
 def folded_parameters(module: nn.Module, followers: list[nn.Module], path: str) -> dict[str, Tensor]:
-    """The parameters with which ``module`` alone gives what the BatchNorms among ``followers`` make of its output.
+    """The parameters with which ``module`` computes what it and the BatchNorms among ``followers`` compute.
 
     Raises:
         UserError: a BatchNorm without running statistics.
     """
     parameters = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False)}
     for norm in followers:
-        if not isinstance(norm, _NORMALISATIONS):
+        if not isinstance(norm, _BatchNorm):
             continue
         mean, variance = norm.running_mean, norm.running_var
         if mean is None or variance is None:
