@@ -33,7 +33,11 @@ from zskd_nni.recipes.load import load_recipe, packaged_names, recipe_text
 from zskd_nni.synthesis import ImpressionStore
 
 RECIPE = "digits-prune50"
-COMMANDS = ["demo", "compress", "synthesize", "distill", "evaluate", "show", "recipes", "train-teacher"]
+COMMANDS = ["demo", "compress", "synthesize", "distill", "evaluate", "show", "recipes", "train-teacher", "search"]
+COMMANDS += ["reproduce", "results"]
+OF_RECIPES = "--out --seed --set --scale"
+OF_DATA = "--data-root --download"
+OF_MACHINES = "--device --threads --quiet"
 SIZE = 120
 SET = ["transfer.synthesis.shard=10", "transfer.synthesis.max_steps=40", "transfer.preset=paper"]
 
@@ -76,6 +80,24 @@ def test_help_of_every_command() -> None:
         assert f"Usage: zskd-nni {command}" in text or f"zskd_nni {command}" in text
         assert len(text.splitlines()) > 5
     assert "--set KEY.PATH=VALUE" in " ".join(texts[2][0].split())
+    lines = [line.replace("[ARGS]...", "") for text, _ in texts for line in text.splitlines()]
+    assert all(len(line) <= 80 and "..." not in line for line in lines), "nothing is cut"
+    options = {
+        "demo": "--out --seed --threads --quiet",
+        "compress": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES}",
+        "synthesize": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --size",
+        "distill": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --impressions",
+        "evaluate": f"--data --split {OF_DATA}",
+        "show": "--out --count",
+        "recipes": "",
+        "train-teacher": f"--out --seed --epochs --validation {OF_DATA} {OF_MACHINES}",
+        "search": f"{OF_RECIPES} --data-root {OF_MACHINES} --portal --port",
+        "reproduce": f"--cell --seed --scale --out --results --list {OF_DATA} {OF_MACHINES}",
+        "results": "--results --out",
+    }
+    for command, (text, _) in zip(COMMANDS, texts[1:], strict=True):
+        shown = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+        assert sorted(shown) == sorted([*options[command].split(), "--help"]), command
 
 
 def test_no_command_shows_the_commands() -> None:
@@ -280,6 +302,36 @@ def test_evaluate(student: Path) -> None:
     assert "on 360 images of digits" in lines[0]
     assert float(lines[0].split("accuracy ")[1].split(" %")[0]) > 97
     assert "agreement 100.00 %" in lines[1]
+
+
+def test_evaluate_of_an_onnx_file(student: Path, tmp_path: Path) -> None:
+    """By onnxruntime; its value range is that of the description beside it, and [0, 1] without one."""
+    expected = run_cli("evaluate", student, "--data", "digits").stdout.splitlines()[1]
+    share = expected.partition("accuracy ")[2].partition(" %")[0]
+    for file in (student / "student.onnx", Path(shutil.copy(student / "student.onnx", tmp_path / "lone.onnx"))):
+        result = run_cli("evaluate", file, "--data", "digits")
+        assert result.stdout == f"{file}: accuracy {share} % on 360 images of digits\n", result.stderr
+
+    network, wide = digits_network().eval(), InputSpec((1, 32, 32), 0.0, 255.0, (0.0,), (255.0,))
+    export_onnx(network, wide, tmp_path / "wide-int8.onnx", 255 * torch.rand(8, 1, 32, 32))
+    description = {"input": {"shape": [1, 32, 32], "low": 0, "high": 255}}
+    (tmp_path / "wide.json").write_text(json.dumps(description))
+    assert f"accuracy {share} %" in run_cli("evaluate", tmp_path / "wide-int8.onnx", "--data", "digits").stdout
+
+    (tmp_path / "wide.json").write_text(json.dumps({"input": {"shape": [1, 28, 28]}}))
+    (tmp_path / "text.onnx").write_text("no network")
+    other = torch.onnx.export(torch.nn.Linear(3, 2), (torch.rand(1, 3),), dynamo=True, verbose=False)
+    assert other is not None
+    other.save(str(tmp_path / "other.onnx"))
+    for name, message in {
+        "wide-int8": "takes images of shape (1, 32, 32), and",
+        "text": "cannot be run by onnxruntime",
+        "other": "must have one input, images (N, C, H, W)",
+        "absent": "There is no file",
+    }.items():
+        refused = run_cli("evaluate", tmp_path / f"{name}.onnx", "--data", "digits")
+        assert refused.returncode == 2 and is_one_sentence(refused.stderr), refused.stderr
+        assert message in refused.stderr
 
 
 def test_evaluate_without_data(student: Path) -> None:

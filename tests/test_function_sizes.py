@@ -13,20 +13,6 @@ MOST_PARAMETERS = 8
 
 # "file:function": why it stays over.
 EXCEPTIONS: dict[str, str] = {
-    "cli.py:_run": "to be split",
-    "cli.py:compress": "to be split",
-    "cli.py:synthesize": "to be split",
-    "cli.py:distill": "to be split",
-    "cli.py:search": "to be split",
-    "cli.py:train_teacher_command": "to be split",
-    "cli.py:reproduce": "to be split",
-    "compression/evaluator.py:__init__": "to be split",
-    "compression/pruning/prune.py:prune": "to be split",
-    "compression/pruning/speedup.py:shrink": "to be split",
-    "compression/quantization/quantize.py:quantize": "to be split",
-    "compression/quantization/stage.py:quantize_student": "to be split",
-    "compression/quantization/stage.py:compress_in_one_training": "to be split",
-    "pipeline/report.py:report_content": "to be split",
     "research/train_teacher.py:train_teacher": "to be split",
     "research/train_teacher.py:_train": "to be split",
 }

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.recipes.load import LoadedRecipe, load_recipe, packaged_names, recipe_text
+from zskd_nni.recipes.named_files import named_files
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.tensors import save_tensors
 from zskd_nni.runtime.validation import build_settings
@@ -236,6 +237,34 @@ def test_wrong_overrides(override: str, message: str) -> None:
         load_recipe(DIGITS, [override])
 
 
+def test_a_preset_belongs_to_its_method(tmp_path: Path) -> None:
+    def transfer(*changes: str, **options: Any) -> Any:
+        return load_recipe(DIGITS, changes, **options).recipe.transfer
+
+    assert plain()["transfer"]["preset"] == "best"
+    assert transfer("transfer.method=ats").preset == "paper"
+    assert transfer("transfer.preset=unbalanced", "transfer.method=ats").preset == "unbalanced"
+    assert transfer("transfer={method: zskd, preset: paper}").preset == "paper"
+    assert transfer("transfer.preset=paper", "transfer.method=zskd").preset == "paper"
+    content = plain()
+    content["transfer"]["preset"] = "paper"
+    content["scales"] = {"other": {"transfer.method": "ats"}, "same": {"transfer.method": "zskd"}}
+    name = write(tmp_path, content)
+    assert load_recipe(name, scale="other").recipe.transfer.preset == "paper", "the default of ats"
+    assert load_recipe(name, ["transfer.method=sts"]).recipe.transfer.preset == "best"
+    assert load_recipe(name, ["transfer.method=sts"], scale="other").recipe.transfer.preset == "best"
+    assert load_recipe(name, scale="same").recipe.transfer.preset == "paper"
+    del content["transfer"]["method"]  # zskd where absent
+    assert load_recipe(write(tmp_path, content), ["transfer.method=zskd"]).recipe.transfer.preset == "paper"
+    assert load_recipe(write(tmp_path, content), ["transfer.method=sts"]).recipe.transfer.preset == "best"
+
+
+def test_the_last_of_equal_overrides_counts_in_its_place() -> None:
+    changes = ["transfer.size=5", "transfer={method: zskd}", "transfer.size=7", "transfer={method: sts}"]
+    recipe = load_recipe(DIGITS, changes).recipe
+    assert (recipe.transfer.method, recipe.transfer.size) == ("sts", 12000)
+
+
 def test_strange_digits_are_no_index() -> None:
     with pytest.raises(UserError, match="no index"):
         load_recipe(DIGITS, ["compression.pruning.config_list.²=1"])
@@ -326,6 +355,44 @@ def test_relative_paths_are_meant_from_the_recipe(tmp_path: Path, monkeypatch: p
     assert loaded.data_name() == str(folder / "data.npz")
     assert load_recipe(name, ["evaluation.data=digits"]).data_name() == "digits"
     assert load_recipe(name, ["evaluation=null"]).data_name() is None
+
+
+def test_paths_of_overrides_are_those_of_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key that may name a file; the recipe lies in another folder."""
+    for folder in ("recipes", "shell"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text("from helpers import small_network\n")
+        for name in ("w.safetensors", "a.npz", "b.npz"):
+            (tmp_path / folder / name).write_text(folder)
+    content = {**plain(), "transfer": {"method": "ats", "sources": ["a.npz", "b.npz"], "size": 40, "held_out": 20}}
+    content["evaluation"] = {"data": "a.npz"}
+    name = write(tmp_path / "recipes", content)
+    monkeypatch.chdir(tmp_path / "shell")
+
+    def files(*changes: str) -> dict[str, str]:
+        loaded = load_recipe(name, changes)
+        return {named.key_path: str(named.path(loaded.base).resolve()) for named in named_files(loaded.source)}
+
+    recipes, shell = str(tmp_path / "recipes"), str(tmp_path / "shell")
+    own = files()
+    assert set(own.values()) == {f"{recipes}/a.npz", f"{recipes}/b.npz"}
+    assert files("evaluation.data=a.npz") == {**own, "evaluation.data": f"{shell}/a.npz"}
+    assert files("evaluation={data: ./a.npz}") == {**own, "evaluation.data": f"{shell}/a.npz"}
+    assert files(f"evaluation.data={recipes}/a.npz") == own, "absolute ones stay"
+    assert files("transfer.sources.1=b.npz") == {**own, "transfer.sources.1": f"{shell}/b.npz"}
+    assert files("transfer.sources=[shapes, b.npz]")["transfer.sources.1"] == f"{shell}/b.npz"
+    assert files("transfer={method: real, data: b.npz}")["transfer.data"] == f"{shell}/b.npz"
+    networks = files("teacher.model=net.py:small_network", "student={model: 'net.py:x', weights: w.safetensors}")
+    assert networks["teacher.model"] == networks["student.model"] == f"{shell}/net.py"
+    assert networks["student.weights"] == f"{shell}/w.safetensors"
+    model = load_recipe(name, ["teacher.model=net.py:small_network"]).recipe.teacher.model
+    assert model == "../shell/net.py:small_network", "the same from wherever the project lies"
+    assert load_recipe(name, ["evaluation.data=digits", "transfer.sources=[shapes]"]).data_name() == "digits"
+
+    (tmp_path / "shell" / "a.npz").unlink()
+    with pytest.raises(UserError, match=r"--set evaluation\.data: paths on a command line are relative to the current"):
+        load_recipe(name, ["evaluation.data=a.npz"])
+    assert load_recipe(name, ["distillation.steps=3"]).data_name() == f"{recipes}/a.npz"
 
 
 @pytest.mark.parametrize(

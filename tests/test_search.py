@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -721,6 +722,45 @@ def test_a_search_that_reads_real_images_says_so(tmp_path: Path) -> None:
     assert "# DoReFa is simulated.\n" in text
     assert yaml.safe_load(text)["selected_on"] == "a search over 1 trial: accuracy on digits, test split"
     assert "done; DoReFa is simulated" in render_trials(table)
+
+
+def test_the_command_that_a_search_prints_runs_as_it_stands(tmp_path: Path) -> None:
+    """From a folder with a space in its name, with the options that the search was given."""
+    loaded, out = load(tmp_path, trials=1), tmp_path / "my search"
+    out.mkdir()
+    search = Search(loaded, out, quiet=True)
+    search._claim()
+    row: dict[str, Any] = {
+        "id": "search-1/a",
+        "status": "done",
+        "reason": None,
+        "given": {},
+        "value": 80.0,
+        "seconds": 1.0,
+    }
+    row |= {"parameters": {INTERVAL: 2}, "objective": 80.0, "bytes": 150_000, "data_free": True}
+    write_json(out / "trials.json", search._table([row]))
+    done = run_cli("search", "tiny.yml", "--out", "my search", "--data-root", "my data", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said, _, command = done.stdout.splitlines()[-1].partition("zskd-nni ")
+    assert said.startswith("best: trial 1")
+    words = shlex.split(command)
+    assert words == ["compress", "my search/best.yml", "--out", "my search/best", "--data-root", "my data"]
+    made = run_cli(*words, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (out / "best" / "student.onnx").exists()
+
+
+def test_a_searched_method_gets_its_own_preset(tmp_path: Path) -> None:
+    methods = {"_type": "choice", "_value": ["zskd", "ats"]}
+    content = tiny(space={"transfer.method": methods})
+    content["transfer"] = {"method": "zskd", "preset": "best", "size": 40, "held_out": 20}
+    loaded = load_recipe(write(tmp_path, content))
+    Search(loaded, tmp_path / "out", quiet=True)
+    presets = [
+        with_parameters(loaded.source, {"transfer.method": one})["transfer"].get("preset") for one in methods["_value"]
+    ]
+    assert presets == ["best", None], "none is the method's default"
 
 
 def test_no_student_within_the_budget(tmp_path: Path) -> None:

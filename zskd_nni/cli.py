@@ -191,13 +191,19 @@ def demo(
     threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Compress a digit classifier without data: everything at once, in about a minute."""
+    """Compress a digit classifier without data, in a minute.
+
+    It is the same as compress digits-prune50: everything at once.
+    """
     compress(RunOptions("digits-prune50", out, seed, threads=threads, quiet=quiet))
 
 
 @command()
 def compress(options: RunOptions) -> None:
-    """Run a whole recipe: impressions, student, controls, export, report."""
+    """Run a whole recipe, from its teacher to its report.
+
+    Impressions, student, controls, export, report.
+    """
     _work_through(options.load(), options)
     out = options.out
     _echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
@@ -227,7 +233,10 @@ def synthesize(
     options: RunOptions,
     size: Annotated[int | None, typer.Option("--size", min=1, help="Impressions, instead of the recipe's.")] = None,
 ) -> None:
-    """Make a store of data impressions of a recipe's teacher, or the transfer set of another method."""
+    """Make a store of data impressions of a recipe's teacher.
+
+    A recipe with another method gets that method's transfer set.
+    """
     from zskd_nni.runtime.distributed import joined, team
 
     loaded = options.load(*([f"transfer.size={size}"] if size else []))
@@ -270,7 +279,10 @@ def distill(
         Path | None, typer.Option("--impressions", help="A store made by synthesize, instead of making one.")
     ] = None,
 ) -> None:
-    """Train a recipe's student network on impressions, without controls and without NNI's compression."""
+    """Train a recipe's student network on impressions alone.
+
+    There are no controls, and NNI's compression is left out.
+    """
     if options.load().recipe.student is None:
         raise UserError(f"The recipe {options.recipe} names no student network to train; use zskd-nni compress for it.")
     _work_through(options.load("controls=[]", "compression={}"), options, impressions)
@@ -288,7 +300,10 @@ def search(
         int | None, typer.Option("--port", min=1, max=65535, help="Of NNI's web server; a free one where absent.")
     ] = None,
 ) -> None:
-    """Search a recipe's settings by an NNI experiment, without data; docs/experiments.md."""
+    """Search a recipe's settings by an NNI experiment.
+
+    No data is needed; docs/experiments.md.
+    """
     from zskd_nni.data.datasets import data_root as find_root
     from zskd_nni.pipeline.search.experiment import BEST, Search
     from zskd_nni.pipeline.search.trial_table import render_trials
@@ -332,7 +347,10 @@ def evaluate(
     where: DataOptions,
     split: Annotated[str, typer.Option("--split", help="train or test.")] = "test",
 ) -> None:
-    """Measure a saved network, and the ONNX files beside it, or one ONNX file, on labelled images."""
+    """Measure a saved network or ONNX file on labelled images.
+
+    Of a saved network the ONNX files beside it are measured as well.
+    """
     from zskd_nni.data.datasets import load_images
     from zskd_nni.pipeline.evaluate import evaluate_network, evaluate_onnx
 
@@ -350,7 +368,10 @@ def show(
         int, typer.Option("--count", min=1, max=1000, help="How many impressions at most, equally many of a class.")
     ] = 60,
 ) -> None:
-    """Draw a store's impressions, labelled with what the teacher sees in each."""
+    """Draw the impressions of a store.
+
+    Each is labelled with the class and confidence that the teacher sees in it.
+    """
     from zskd_nni.pipeline.evaluate import saved_input
     from zskd_nni.synthesis import ImpressionStore
     from zskd_nni.synthesis.image_grid import impressions_picture, some_of_each, spread
@@ -389,7 +410,7 @@ def recipes(
 
 @command("train-teacher")
 def train_teacher_command(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="lenet5-digits, lenet5-mnist, ...; see --help.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of the names above.")],
     out: OutOption,
     data: DataOptions,
     machine: MachineOptions,
@@ -455,7 +476,7 @@ def reproduce(
     results: ResultsOption = RECORDS,
     list_only: Annotated[bool, typer.Option("--list", help="Show tables, or a table's cells and their state.")] = False,
 ) -> None:
-    """Run the papers' tables: one record a run, in results/reproduce.
+    """Run the papers' tables, one record a run.
 
     A run that is finished is not run again, one that was stopped is resumed. The same command in a second process takes
     the cells that the first is not working on. Without a TABLE the tables are listed.
