@@ -97,17 +97,14 @@ def input_arguments(dummy_input: Any, graph_module: GraphModule | None = None) -
         if graph_module is None:
             return tuple(dummy_input.values())
         names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
-        unknown = sorted(set(dummy_input) - set(names))
-        given = [name in dummy_input for name in names]
-        if unknown or given != sorted(given, reverse=True):
+        first = names[: len(dummy_input)]
+        if set(first) != set(dummy_input):
             raise UserError(
                 f"the dummy input names {', '.join(sorted(dummy_input))}, but forward takes {', '.join(names)} in this "
                 f"order; name the first of them without a gap"
             )
-        return tuple(dummy_input[name] for name in names if name in dummy_input)
-    if isinstance(dummy_input, tuple | list):
-        return tuple(dummy_input)
-    return (dummy_input,)
+        return tuple(dummy_input[name] for name in first)
+    return tuple(dummy_input) if isinstance(dummy_input, tuple | list) else (dummy_input,)
 
 
 def node_shape(node: Node) -> tuple[int, ...] | None:
@@ -139,8 +136,7 @@ class _ShapePropagation(Interpreter):
 def _where(error: BaseException, model: nn.Module) -> str:
     """The last line of code outside torch that the error passed through."""
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if not f.filename.startswith(_TORCH_FOLDER) and f.filename != __file__]
-    outside = [f for f in outside if not f.filename.startswith("<")]
+    outside = [f for f in frames if not f.filename.startswith((_TORCH_FOLDER, __file__, "<"))]
     if not outside:
         return f"in {type(model).__name__}"
     frame = outside[-1]

@@ -1,12 +1,13 @@
 """Constants that removed channels leave behind, moved into the biases of the layers that read them.
 
 A removed channel is not always zero where it is removed: a BatchNorm that no mask silences, or a sigmoid, turns the
-zeros into a constant. A layer that reads a constant without padding only gains a bias from it.
+zeros into a constant. For a layer that reads a constant without padding it is the same as a bias.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,64 +17,50 @@ from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS
 from zskd_nni.models.hooks import hooked
 
 _FLAT = 1e-5  # relative spread below which a channel counts as constant: rounding only
+Range = tuple[Tensor, Tensor]  # the smallest and the largest value of each channel, (C,) both
 
 
-class InputRanges:
-    """The smallest and the largest value of each input channel of some layers, over whatever the model is run on.
-
-    Use as a context manager around forward passes.
+@contextmanager
+def input_ranges(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Range]]:
+    """Within the block, the ranges of the input channels of some layers over all forward passes, by module path.
 
     Args:
         model: the network.
         names: module paths of convolutions and linear layers.
     """
+    ranges: dict[str, Range] = {}
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self.model = model
-        self.names = names
-        self.low: dict[str, Tensor] = {}
-        self.high: dict[str, Tensor] = {}
+    def note(name: str, x: Tensor) -> None:
+        axis = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+        values = x.detach().movedim(axis, 0).flatten(1)  # (channels, values)
+        low, high = values.amin(1), values.amax(1)
+        known = ranges.get(name, (low, high))
+        ranges[name] = torch.minimum(low, known[0]), torch.maximum(high, known[1])
 
-    def __enter__(self) -> InputRanges:
-        self._hooks = hooked(self.model, self.names, before=self._note)
-        self._hooks.__enter__()
-        return self
+    with hooked(model, names, before=note):
+        yield ranges
 
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
 
-    def _note(self, name: str, x: Tensor) -> None:
-        axis = -1 if isinstance(self.model.get_submodule(name), nn.Linear) else 1
-        channels = x.detach().movedim(axis, 0).flatten(1)  # (channels, values)
-        low, high = channels.amin(1), channels.amax(1)
-        self.low[name] = torch.minimum(low, self.low[name]) if name in self.low else low
-        self.high[name] = torch.maximum(high, self.high[name]) if name in self.high else high
-
-    def constants(self, name: str, channels: Tensor) -> Tensor | None:
-        """The value of each of some input channels, None where one of them varies.
-
-        Args:
-            name: module path.
-            channels: positions, ``(K,)``.
-        """
-        low, high = self.low[name][channels], self.high[name][channels]
-        value = (low + high) / 2
-        if bool(((high - low) > _FLAT * value.abs().clamp_min(1.0)).any()):
-            return None
-        return torch.where(value.abs() < 1e-30, torch.zeros_like(value), value)
+def constants_in(channels: Range) -> Tensor | None:
+    """The value of each of some channels ``(K,)``, None if one of them varies."""
+    low, high = channels
+    value = (low + high) / 2
+    if bool(((high - low) > _FLAT * value.abs().clamp_min(1.0)).any()):
+        return None
+    return torch.where(value.abs() < 1e-30, torch.zeros_like(value), value)
 
 
 def bias_of_constants(module: nn.Module, channels: Tensor, values: Tensor) -> Tensor | None:
     """What constant input channels add to each output of a layer.
 
     Args:
-        module: the layer before it is shrunken.
+        module: the layer before it is shrunk.
         channels: positions of the constant input channels, ``(K,)``.
         values: their constants, ``(K,)``.
 
     Returns:
-        ``(outputs,)``, or None where it would not be one number an output: a padded convolution sees the constant
-        inside the image and zeros around it.
+        ``(outputs,)``, or None if it is not one number an output: a padded convolution sees the constant inside the
+        image and zeros around it.
     """
     if isinstance(module, nn.Linear):
         return module.weight[:, channels] @ values

@@ -30,20 +30,15 @@ def masks_on_cpu(network: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor
     }
 
 
-def sparsity_by_parameter(masks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """``module.parameter`` -> share of zeros in its mask, in [0, 1]."""
-    return {
-        f"{name}.{target}": round(1 - float(mask.double().mean()), 6)
-        for name, targets in masks.items()
-        for target, mask in targets.items()
-    }
-
-
-def removed_channels(masks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
-    """Module path -> positions of the output channels whose whole weight is masked, where there are any."""
+def describe_masks(masks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """JSON-able: ``sparsity`` of every parameter, and the output channels whose whole weight is masked by module."""
+    named = {f"{name}.{target}": mask for name, targets in masks.items() for target, mask in targets.items()}
     weights = {name: targets["weight"] for name, targets in masks.items() if "weight" in targets}
     empty = {name: ~mask.flatten(1).any(1) for name, mask in weights.items() if mask.ndim > 1}
-    return {name: channels.nonzero().flatten().tolist() for name, channels in empty.items() if channels.any()}
+    return {
+        "sparsity": {name: round(1 - float(mask.double().mean()), 6) for name, mask in named.items()},
+        "removed_channels": {name: gone.nonzero().flatten().tolist() for name, gone in empty.items() if gone.any()},
+    }
 
 
 def remaining_masks(

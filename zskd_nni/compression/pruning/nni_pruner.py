@@ -133,21 +133,22 @@ def check_arguments(config: PruningConfig, steps: int) -> None:
     Raises:
         UserError: names the argument.
     """
+    if config.pruner == "MovementPruner" and 0 < steps < 2:
+        raise UserError(f"compression.pruning.steps: MovementPruner needs at least 2 steps, not {steps}.")
     arguments = {**default_arguments(config), **config.arguments}
     where = "compression.pruning.arguments"
-    if config.pruner in SCORING_PRUNERS:
-        _check_number(arguments["training_steps"], 1, f"{where}.training_steps")
-        if config.schedule is not None and arguments["training_steps"] > config.schedule.interval:
-            raise UserError(
-                f"{where}.training_steps: {config.pruner} scores on {arguments['training_steps']} steps, and "
-                f"compression.pruning.schedule.interval leaves it {config.schedule.interval}; give it at most as many."
-            )
+    for name, least in (("training_steps", 1), ("warmup_step", 0), ("cooldown_begin_step", 1)):
+        value = arguments.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{where}.{name} must be a whole number of at least {least}, not {value!r}.")
+    interval = None if config.schedule is None else config.schedule.interval
+    if interval is not None and arguments.get("training_steps", 0) > interval:
+        raise UserError(
+            f"{where}.training_steps: {config.pruner} scores on {arguments['training_steps']} steps, and "
+            f"compression.pruning.schedule.interval leaves it {interval}; give it at most as many."
+        )
     if config.pruner == "MovementPruner":
-        if 0 < steps < 2:
-            raise UserError(f"compression.pruning.steps: MovementPruner needs at least 2 steps, not {steps}.")
         warmup, cooldown = arguments["warmup_step"], arguments["cooldown_begin_step"]
-        _check_number(warmup, 0, f"{where}.warmup_step")
-        _check_number(cooldown, 1, f"{where}.cooldown_begin_step")
         if warmup >= cooldown:
             raise UserError(
                 f"{where}.warmup_step: {warmup} must be less than cooldown_begin_step, which is {cooldown}."
@@ -157,11 +158,6 @@ def check_arguments(config: PruningConfig, steps: int) -> None:
                 f"{where}.cooldown_begin_step: MovementPruner reaches the sparsity at step {cooldown}, and trains for "
                 f"{steps} steps; give a smaller one or more compression.pruning.steps."
             )
-
-
-def _check_number(value: Any, least: int, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{where} must be a whole number of at least {least}, not {value!r}.")
 
 
 def fold_slim_factors(pruner: Any) -> None:

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map
 from zskd_nni.compression.fx_trace import copied
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
 
-_logger = logging.getLogger(__name__)
 _SELECTIONS = {"getitem", "chunk", "split", "narrow", "unbind", "select", "index_select"}
 
 
@@ -42,9 +41,14 @@ def run_speedup(
     return speedup
 
 
+def is_kept(mask: Tensor, dim: int) -> Tensor:
+    """``(channels,)`` of bool: whether a mask has anything but zeros at a position along ``dim``."""
+    return mask.detach().cpu().movedim(dim, 0).flatten(1).any(1)
+
+
 def kept_channels(mask: Tensor, dim: int) -> Tensor:
-    """Positions ``(K,)`` along ``dim`` at which a mask is not all zero."""
-    return mask.detach().cpu().movedim(dim, 0).flatten(1).any(1).nonzero().flatten()
+    """The positions ``(K,)`` of :func:`is_kept`."""
+    return is_kept(mask, dim).nonzero().flatten()
 
 
 def _model_speedup(
@@ -102,7 +106,7 @@ def _model_speedup(
         ],
         customized_replacers=[DefaultReplacer({"LocalResponseNorm": _replace_response_norm, **unchanged})],
         graph_module=graph_module,
-        logger=_logger,
+        logger=logging.getLogger(__name__),
     )
     # The last replacer is NNI's own, which is also asked for the layers that the others have replaced.
     own = speedup.replacers[-1]
@@ -126,14 +130,11 @@ def _replace_layer_norm(module: nn.LayerNorm, masks: Any) -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """NNI prints, and logs every node at level INFO."""
-    loggers = [logging.getLogger("nni.compression.speedup"), logging.getLogger("Shape Dependency"), _logger]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    """NNI prints, and several of its loggers report every node."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from zskd_nni.compression.fx_trace import copied, input_arguments, retrace, trace, unread_nodes
 from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, NORMS, channel_flow
-from zskd_nni.compression.pruning.constant_folding import InputRanges, bias_of_constants
+from zskd_nni.compression.pruning.constant_folding import bias_of_constants, constants_in, input_ranges
 from zskd_nni.compression.pruning.masks import Masks, multiply_in
-from zskd_nni.compression.pruning.nni_speedup import kept_channels, run_speedup
+from zskd_nni.compression.pruning.nni_speedup import is_kept, kept_channels, run_speedup
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
 from zskd_nni.models.serialization import drop_modules
 from zskd_nni.models.shared_modules import replace_everywhere, shared_layers
@@ -407,7 +407,7 @@ def _fold_constants(
         and called[str(node.target)] == 1
     }
     generator = torch.Generator().manual_seed(1)
-    with InputRanges(masked, list(readers)) as ranges, torch.no_grad():
+    with input_ranges(masked, readers) as ranges, torch.no_grad():
         for uniform in (False, True):
             masked(*_random_like(arguments, generator, uniform))
     folded, unfoldable = 0, []
@@ -417,10 +417,9 @@ def _fold_constants(
         in_mask, out_mask = (speedup.node_infos[n].output_masks for n in (node.args[0], node))
         if not isinstance(in_mask, Tensor) or not isinstance(out_mask, Tensor):
             continue
-        gone = torch.ones(in_mask.shape[dim], dtype=torch.bool)
-        gone[kept_channels(in_mask, dim)] = False
-        removed = gone.nonzero().flatten()
-        values = ranges.constants(name, removed) if len(removed) else None
+        removed = (~is_kept(in_mask, dim)).nonzero().flatten()
+        low, high = ranges[name]
+        values = constants_in((low[removed], high[removed]))
         if values is None or not bool(values.any()):
             continue  # a channel that varies must not have been removed: the comparison will refuse that
         bias = bias_of_constants(module, removed, values)
