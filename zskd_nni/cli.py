@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -257,9 +257,9 @@ def _describe_transfer_set(method: str, size: int | None, out: Path, processes: 
     from zskd_nni.synthesis import ImpressionStore
 
     if method == "real":
-        return f"{method} stores nothing: its {size:,} images are read while a student learns"
+        return f"{method} stores nothing: its {size:,} images are read while a student is trained"
     if size is None:
-        return f"{method} stores nothing: its images are made while a student learns"
+        return f"{method} stores nothing: its images are made while a student is trained"
     if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set
         return f"{size:,} images of {method} in {out}"
     summary = ImpressionStore.open(out).summary()
@@ -310,16 +310,7 @@ def search(
 
     loaded, out = options.load(), options.out
     machine.prepare()
-    table = Search(
-        loaded,
-        out,
-        device=machine.device,
-        threads=machine.threads,
-        root=find_root(data_root),
-        portal=portal,
-        port=port,
-        quiet=machine.quiet,
-    ).run()
+    table = Search(loaded, out, root=find_root(data_root), portal=portal, port=port, **asdict(machine)).run()
     typer.echo(render_trials(table))
     words = ["zskd-nni", "compress", str(out / BEST), "--out", str((out / BEST).with_suffix(""))]
     words += [] if data_root is None else ["--data-root", str(data_root)]
@@ -548,7 +539,7 @@ def main() -> None:
 
 
 def _sentence_about(error: Exception) -> str | None:
-    """What a user is told about an error; None for one that is a defect."""
+    """The sentence that a user sees for an error; None for a defect of the program."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):  # a file of the user's that cannot be read, a name that no file can have

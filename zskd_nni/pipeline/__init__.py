@@ -1,9 +1,9 @@
-"""A recipe from its teacher to its report: stages that are taken up where they stopped.
+"""A recipe from its teacher to its report, in stages that resume where they stopped.
 
     teacher -> impressions -> student (pruned under NNI, distilled, shrunk, distilled) -> quantized student
             -> export, figures, report
 
-Everything a stage leaves lies in the output folder; a stage whose result is there is not run again.
+Each stage keeps its result in the output folder; a stage whose result is there is not run again.
 
 May import: :mod:`zskd_nni.compression` and what stands below it.
 """

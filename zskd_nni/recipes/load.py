@@ -102,14 +102,9 @@ class LoadedRecipe:
             UserError: as of the method.
         """
         section = self.recipe.transfer
-        fields: dict[str, Any] = {
-            "size": section.size,
-            "batch_size": self.recipe.distillation.batch,
-            "seed": self.recipe.seed,
-            "options": section.options(),
-            "base": self.base,
-        }
-        return find_method(section.method).source(teacher, TransferRequest(folder=folder, **{**fields, **changes}))
+        own = {"size": section.size, "batch_size": self.recipe.distillation.batch, "seed": self.recipe.seed}
+        request = TransferRequest(folder=folder, options=section.options(), base=self.base, **{**own, **changes})
+        return find_method(section.method).source(teacher, request)
 
 
 def packaged_folder() -> Path:

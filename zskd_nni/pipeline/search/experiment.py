@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import yaml
 from zskd_nni.data.datasets import NAMED_SETS
 from zskd_nni.models.build import code_fingerprint, network_fingerprint
 from zskd_nni.pipeline.search.job import check_files_can_be_copied, file_hashes, relocated, relocated_choices
-from zskd_nni.pipeline.search.nni_config import check_config, experiment_config, is_local, remembering, tuner_config
+from zskd_nni.pipeline.search.nni_config import experiment_config, is_local, remembering, tuner_config
 from zskd_nni.pipeline.search.nni_manager import LOOPBACK, Manager
 from zskd_nni.pipeline.search.probe_set import save_probe
 from zskd_nni.pipeline.search.space_check import check_key_paths, check_pairs, check_values, problem_with
@@ -98,7 +99,9 @@ class Search:
     def _check(self) -> None:
         """Everything wrong that can be known before the first trial."""
         self._check_reachable()
-        check_config(self.section, tuner_config(self.section, self.seed, self.loaded.base))
+        tuner = tuner_config(self.section, self.seed, self.loaded.base)
+        with tempfile.TemporaryDirectory() as job:  # NNI requires an existing one
+            experiment_config(self.section, Path(job), tuner, self.section.trials)
         if self.section.objective == "accuracy":
             if self.loaded.recipe.evaluation is None:
                 raise UserError("search.objective: accuracy is measured on test data; name it in evaluation.data.")

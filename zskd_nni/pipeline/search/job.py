@@ -69,10 +69,7 @@ def relocated_choices(
 
 def file_hashes(loaded: LoadedRecipe, space: Mapping[str, Any]) -> dict[str, str]:
     """Hashes of the files and folders that a recipe and the choices of a search space name, by their names there."""
-    recipes = [loaded, *(chosen for *_, chosen in _with_each_choice(loaded, space))]
-    found = {
-        named.text: named.path(one.base) for one in recipes for named in _existing_files(_trial_source(one), one.base)
-    }
+    found = {named.text: path for named, path in _files_of_search(loaded, space)}
     hashes = {path: _content_hash(path) for path in set(found.values())}
     return {text: hashes[path] for text, path in sorted(found.items())}
 
@@ -96,9 +93,15 @@ def check_files_can_be_copied(loaded: LoadedRecipe, space: Mapping[str, Any]) ->
     Raises:
         UserError: the recipe, or a choice of the space, names a folder.
     """
-    for one in (loaded, *(chosen for *_, chosen in _with_each_choice(loaded, space))):
-        for named in _existing_files(_trial_source(one), one.base):
-            _require_file(named.key_path, named.path(one.base))
+    for named, path in _files_of_search(loaded, space):
+        _require_file(named.key_path, path)
+
+
+def _files_of_search(loaded: LoadedRecipe, space: Mapping[str, Any]) -> Iterator[tuple[NamedFile, Path]]:
+    """The existing files that a recipe and the choices of a space name, and their paths."""
+    for recipe in (loaded, *(chosen for *_, chosen in _with_each_choice(loaded, space))):
+        for named in _existing_files(_trial_source(recipe), recipe.base):
+            yield named, named.path(recipe.base)
 
 
 def _with_each_choice(loaded: LoadedRecipe, space: Mapping[str, Any]) -> Iterator[tuple[str, Any, LoadedRecipe]]:

@@ -11,7 +11,6 @@ import logging
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,16 +54,6 @@ def experiment_config(section: SearchSection, job: Path, tuner: dict[str, Any], 
         reason = " ".join(str(error).split()).rstrip(".") or "NNI refuses it, and does not say why"
         raise UserError(f"search.training_service: {reason}.") from error
     return config
-
-
-def check_config(section: SearchSection, tuner: dict[str, Any]) -> None:
-    """Let NNI check the training service before any folder is created.
-
-    Raises:
-        UserError: as of :func:`experiment_config`.
-    """
-    with tempfile.TemporaryDirectory() as job:  # NNI requires an existing one
-        experiment_config(section, Path(job), tuner, section.trials)
 
 
 def is_local(section: SearchSection) -> bool:

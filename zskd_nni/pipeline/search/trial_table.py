@@ -71,15 +71,13 @@ def remarks(row: dict[str, Any]) -> list[str]:
 
 def _short_names(paths: list[str]) -> list[str]:
     """The shortest ends of key paths that tell them apart."""
-    short = []
-    for path in paths:
-        keys = path.split(".")
-        for length in range(1, len(keys) + 1):
-            end = ".".join(keys[-length:])
-            if sum(other == path or other.endswith(f".{end}") for other in paths) == 1 and not keys[-length].isdigit():
-                break
-        short.append(end)
-    return short
+
+    def is_clear(end: str) -> bool:
+        return not end.split(".")[0].isdigit() and sum(f".{path}".endswith(f".{end}") for path in paths) == 1
+
+    splits = [path.split(".") for path in paths]
+    ends = [[".".join(keys[first:]) for first in reversed(range(len(keys)))] for keys in splits]
+    return [next(filter(is_clear, each), each[-1]) for each in ends]
 
 
 def _value(value: Any) -> str:
