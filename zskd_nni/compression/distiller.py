@@ -1,4 +1,4 @@
-"""A distiller beside NNI's own that asks for no label and, unless told otherwise, matches the logits."""
+"""A distiller for NNI that needs no labels and by default matches the logits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _IMAGE_KEYS = ("images", "x", "input", "pixel_values")
 
 
 class ZeroShotDistiller(TeacherModelBasedDistiller):
-    """Distils a frozen teacher into the bound model, fused with any pruner or quantizer, without labels.
+    """Trains the bound model to match a frozen teacher, without labels, alone or fused with a pruner or quantizer.
 
     With an empty ``config_list`` the loss of a step is ``T^2 * KL(teacher || student)`` between the softened logits
     of the teacher and of the student on that step's batch. With a config list the loss is the sum over its targets,
@@ -52,7 +52,7 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         teacher_predict: ``teacher_predict(batch, teacher)`` gives what the teacher answers. By default the images
             are the batch itself, the first entry of a sequence, or ``images``, ``x``, ``input`` or ``pixel_values``
             of a mapping.
-        origin_loss_lambda: weight of the evaluator's own loss. At 0 that loss is never looked at.
+        origin_loss_lambda: weight of the evaluator's own loss. At 0 that loss is ignored, even if it is not finite.
         existed_wrappers: NNI's, from :meth:`from_compressor`.
         temperature: T > 0 of both softmaxes; by default that of a ``DataFreeEvaluator``'s settings, and that of
             ``DistillationSettings`` for any other evaluator.
@@ -84,7 +84,7 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         temperature: float | None = None,
     ) -> None:
         if evaluator is None:
-            raise UserError("ZeroShotDistiller needs an evaluator: it brings the images and the optimiser.")
+            raise UserError("ZeroShotDistiller needs an evaluator: it has the images and the optimiser.")
         if temperature is None:
             settings = evaluator.settings if isinstance(evaluator, DataFreeEvaluator) else DistillationSettings()
             temperature = settings.temperature
@@ -100,7 +100,7 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         else:
             clean = copy.deepcopy(given).float().eval().requires_grad_(False)
         if config_list:
-            # NNI wraps the teacher's linked layers. A copy takes that, so that the given teacher stays clean.
+            # NNI wraps the teacher's linked layers; it gets a copy, so that the given teacher stays as it is.
             clean = copy.deepcopy(clean)
         self._answers: list[Any] = []
         self.config_list: list[dict]
@@ -138,10 +138,10 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         )
 
     def wrap_model(self) -> None:
-        """NNI's, mended: a bias that a fold of BatchNorm keeps in the wrapper is handed over again on rewrapping.
+        """As NNI's, but also rewraps a convolution with a bias that is folded with its BatchNorm.
 
-        NNI registers it only where the wrapper has none, so that a convolution with a bias, folded with its
-        BatchNorm, could not be inherited from a quantizer. Unwrapping has put its value back into the module.
+        NNI moves the bias into the wrapper only if the wrapper has none, and so fails on a wrapper that was unwrapped.
+        Unwrapping has copied the bias back into the module.
         """
         for wrapper in self._module_wrappers.values():
             own = {*wrapper.pruning_target_spaces, *wrapper.quantization_target_spaces}

@@ -45,7 +45,7 @@ TrainingStep = Callable[..., Any]
 
 @dataclass(frozen=True)
 class EvaluatorOptions:
-    """What a :class:`DataFreeEvaluator` seldom needs to be told.
+    """Settings of a :class:`DataFreeEvaluator` that rarely change.
 
     Attributes:
         optimizers: one traced optimiser in place of AdamW, as for NNI's ``TorchEvaluator``.
@@ -92,7 +92,7 @@ class DataFreeEvaluator(TorchEvaluator):
         pseudo_labels: the loss is the cross-entropy with the teacher's choices as labels. Otherwise it is 0, and
             a fused compressor, such as the distiller, must add one.
         quiet: show no progress.
-        options: what is seldom needed.
+        options: settings that rarely change.
 
     Attributes:
         histories: one for each training, in order.

@@ -41,11 +41,8 @@ def slice_calibration(calibration: Calibration, masks_or_kept_channels: Mapping[
         inputs, outputs = _kept_channels(masks_or_kept_channels.get(path))
         result[path] = {}
         for target, entry in targets.items():
-            axes: dict[int, Tensor | None] = {0: outputs, 1: inputs}
-            if target.startswith("_input_"):
-                axes = {1: inputs}
-            elif target.startswith("_output_"):
-                axes = {1: outputs}
+            kind = target.split("_")[1] if target.startswith("_") else ""
+            axes = {"input": {1: inputs}, "output": {1: outputs}}.get(kind, {0: outputs, 1: inputs})
             result[path][target] = {
                 key: _cut(value, axes, f"{path}.{target}.{key}")
                 if key in _TENSOR_KEYS and isinstance(value, Tensor)

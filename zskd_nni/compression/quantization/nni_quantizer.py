@@ -7,12 +7,13 @@ import copy
 import difflib
 import re
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from nni.compression import quantization as nni_quantization
 from nni.compression.base.compressor import Pruner, Quantizer
 from nni.compression.base.config import select_modules_by_config
+from pydantic import Field, TypeAdapter, ValidationError
 from schema import SchemaError
 from torch import nn
 
@@ -44,6 +45,7 @@ _NAME_LISTS = (
     *("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re"),
     "target_names",
 )
+_FOLDS = TypeAdapter(list[Annotated[tuple[str, ...], Field(min_length=2, max_length=3)]])
 
 
 def quantizer_class_name(name: str) -> str:
@@ -153,15 +155,13 @@ def _check_entry(config: dict, where: str) -> None:
 
 
 def _checked_folds(folds: Any, key: str) -> list[tuple[str, ...]]:
-    listed = isinstance(folds, list | tuple)
-    for names in folds if listed else [folds]:
-        known = listed and isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-        if not known or not 2 <= len(names) <= 3:
-            raise UserError(
-                f"compression.quantization.{key} must list folds of 2 or 3 modules such as [conv1, bn1, relu1], not "
-                f"{names!r}."
-            )
-    return [tuple(names) for names in folds]
+    try:
+        return _FOLDS.validate_python(folds)
+    except ValidationError as error:
+        raise UserError(
+            f"compression.quantization.{key} must list folds of 2 or 3 modules such as [conv1, bn1, relu1], not "
+            f"{error.errors()[0]['input']!r}."
+        ) from error
 
 
 @contextlib.contextmanager
