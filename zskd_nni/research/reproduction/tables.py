@@ -1,11 +1,14 @@
-"""The named tables: which cells each has. Plain data and small loops."""
+"""The named tables and their cells: plain data and small loops."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.methods import class_impressions, sts, zskd
@@ -31,9 +34,9 @@ class Table:
 
     Attributes:
         title: of its section.
-        text: what it asks, in a sentence or two.
+        text: what it compares, in a sentence or two.
         cells: its rows.
-        seeds: that are run where none is named.
+        seeds: of its runs, unless others are named.
     """
 
     title: str
@@ -224,80 +227,26 @@ def _students_of(pair: str) -> tuple[Cell, ...]:
     return tuple(cell for name in names for cell in _methods(pair, name if len(names) > 1 else "", True))
 
 
-TABLES: dict[str, Table] = {
-    "main": Table(
-        "MNIST and Fashion-MNIST, all methods",
-        "LeNet-5 to LeNet-5-Half. Rows of one preset share one student recipe; only their images differ. Rows of the "
-        "preset `paper` (except ATS) match logits at temperature 20, as ZSKD prescribes. What the paper leaves open "
-        "was chosen by us: learning rate 0.01, changes of contrast by up to 0.3, on MNIST moves about twice as large "
-        "and 48,000 steps in the place of 12,000, on Fashion-MNIST moves half as large and batches of 512 in the place "
-        "of 128. All other rows have temperature 4 and learning rate 0.005, and also match the hidden layers that both "
-        "networks have alike.",
-        _over(LENETS, _methods),
-    ),
-    "zskd-sizes": Table(
-        "Size of the transfer set",
-        "ZSKD's ablation: data impressions beside class impressions, 1 % to 80 % as many images as the training split "
-        "has. A smaller set is the beginning of the larger one.",
-        _over(LENETS, _sizes),
-    ),
-    "zskd-beta": Table(
-        "Beta",
-        "ZSKD's scale of the concentration: 0.1, 1.0, and both half and half, which is the preset.",
-        _over(LENETS, _betas),
-    ),
-    "zskd-augmentation": Table(
-        "Augmentation",
-        "With and without moving the student's images; the teacher labels what comes out.",
-        _over(LENETS, _augmentation),
-    ),
-    "best-ablation": Table(
-        "What makes up `best`",
-        "`base` is the preset `paper` at size and steps of `best`, without augmentation. Each ingredient is added to "
-        "it alone, and taken out of `best` alone.",
-        _over(LENETS, _ablation),
-    ),
-    "zskt-ablation": Table(
-        "What makes up ZSKT's `best`",
-        "`base` is a game of fresh latents at the generator's unchanging learning rate, against a student that has the "
-        "recipe and the number of steps of the pair's other students. Each ingredient is added to it alone, and taken "
-        "out of `best` alone.",
-        _over(("fashion-mnist", "cifar10-wrn"), _zskt_ablation),
-    ),
-    "ats-balance": Table(
-        "Arbitrary transfer sets, balanced and not",
-        "The preset `paper` balances by the teacher's labels, `unbalanced` takes images as they come. A teacher that "
-        "sees one class alone in a source cannot balance it; then the counts stand in the row. Students match hidden "
-        "layers beside the logits, or the logits alone at temperature 20, as distillation is published.",
-        _over(LENETS, _balance),
-        PAIRED_SEEDS,
-    ),
-    "kd-at": Table(
-        "Few-shot KD+AT",
-        "Distillation and attention transfer on M real images a class, beside ZSKT, which sees none.",
-        _over(LENETS, lambda pair: [*(_kd_at(pair, shots) for shots in SHOTS), *_zskt(pair)]),
-    ),
-    "zskd-author-code": Table(
-        "ZSKD as its released code has it",
-        "1,500 steps of Adam at 1e-3 for each image, beta cancelled: hours at full scale on a CPU.",
-        _over(LENETS, lambda pair: [_cell(pair, "zskd", "author-code")]),
-    ),
-    "digits": Table(
-        "Digits",
-        "All methods on scikit-learn's embedded digits, which needs no data set: a minute a row.",
-        tuple(_methods("digits", author_code=False)),
-    ),
-    "cifar10-alexnet": Table("CIFAR-10, AlexNet", "AlexNet to AlexNet-Half.", _students_of("cifar10-alexnet")),
-    "cifar10-alexnet-sizes": Table(
-        "Size of the transfer set, CIFAR-10", "As for the smaller pairs.", tuple(_sizes("cifar10-alexnet"))
-    ),
-    "cifar10-alexnet-balance": Table(
-        "Arbitrary transfer sets, balanced and not, CIFAR-10",
-        "As for the smaller pairs. The natural images are CIFAR-100's.",
-        tuple(_balance("cifar10-alexnet")),
-        PAIRED_SEEDS,
-    ),
-    "cifar10-wrn": Table("CIFAR-10, WRN-40-2", "To WRN-16-1 and WRN-16-2.", _students_of("cifar10-wrn")),
+_CELLS: dict[str, tuple[Cell, ...]] = {
+    "main": _over(LENETS, _methods),
+    "zskd-sizes": _over(LENETS, _sizes),
+    "zskd-beta": _over(LENETS, _betas),
+    "zskd-augmentation": _over(LENETS, _augmentation),
+    "best-ablation": _over(LENETS, _ablation),
+    "zskt-ablation": _over(("fashion-mnist", "cifar10-wrn"), _zskt_ablation),
+    "ats-balance": _over(LENETS, _balance),
+    "kd-at": _over(LENETS, lambda pair: [*(_kd_at(pair, shots) for shots in SHOTS), *_zskt(pair)]),
+    "zskd-author-code": _over(LENETS, lambda pair: [_cell(pair, "zskd", "author-code")]),
+    "digits": tuple(_methods("digits", author_code=False)),
+    "cifar10-alexnet": _students_of("cifar10-alexnet"),
+    "cifar10-alexnet-sizes": tuple(_sizes("cifar10-alexnet")),
+    "cifar10-alexnet-balance": tuple(_balance("cifar10-alexnet")),
+    "cifar10-wrn": _students_of("cifar10-wrn"),
+}
+_TEXTS = yaml.safe_load((Path(__file__).parent / "templates" / "tables.yml").read_text())
+TABLES = {
+    name: Table(cells=cells, seeds=PAIRED_SEEDS if name.endswith("-balance") else SEEDS, **_TEXTS[name])
+    for name, cells in _CELLS.items()
 }
 
 
