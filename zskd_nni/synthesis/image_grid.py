@@ -1,4 +1,4 @@
-"""Pictures of impressions, labelled with what the teacher sees in each."""
+"""Pictures of impressions, each labelled with the teacher's class and confidence."""
 
 from __future__ import annotations
 
@@ -62,19 +62,20 @@ def impressions_picture(
 
 
 def as_picture(image: Tensor, spec: InputSpec) -> np.ndarray:
-    """What there is to see of ``(C, H, W)``: ``(H, W, 3)`` or ``(H, W)`` in [0, 1].
+    """An image ``(C, H, W)`` as matplotlib draws it: ``(H, W, 3)`` in [0, 1].
 
-    Other than three channels have no colours of their own; their mean is shown.
+    Three channels are drawn as colours, any other number by their mean, ``(H, W)``.
     """
     unit = ((image.float() - spec.low) / (spec.high - spec.low)).clamp(0, 1)
     return (unit.permute(1, 2, 0) if len(unit) == 3 else unit.mean(0)).numpy()
 
 
 def some_of_each(parts: Iterable[tuple[Tensor, Tensor]], per_class: int) -> tuple[Tensor, Tensor]:
-    """Images and logits of up to ``per_class`` impressions of every class, read part by part until there are enough.
+    """Images and logits of up to ``per_class`` impressions of every class.
 
     Args:
-        parts: images ``(n, C, H, W)`` and logits ``(n, K)`` of each shard; a shard may hold one class alone.
+        parts: images ``(n, C, H, W)`` and logits ``(n, K)`` of each shard, read until there are enough; a shard may
+            hold a single class.
         per_class: how many.
     """
     images, logits = [], []
@@ -88,7 +89,7 @@ def some_of_each(parts: Iterable[tuple[Tensor, Tensor]], per_class: int) -> tupl
 
 
 def spread(count: int, most: int = 20) -> list[int]:
-    """At most so many of ``range(count)``, evenly, the first among them."""
+    """At most ``most`` numbers of ``range(count)``, evenly spaced, from 0."""
     return sorted({index * count // min(count, most) for index in range(min(count, most))})
 
 
