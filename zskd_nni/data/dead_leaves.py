@@ -132,7 +132,7 @@ class _Leaves(Draw):
         elif kind == 2:
             field = self.polygon(count, u, v)
         elif kind == 3:  # a blob: a circle with a wavy edge
-            around, edge = torch.atan2(v, u), 0.6
+            around, edge = torch.atan2(v, u), torch.full_like(u, 0.6)
             for waves in (2, 3, 5):
                 phase = waves * around + self.between(count, 0, 2 * math.pi)
                 edge = edge + self.between(count, 0, 0.18) * phase.cos()

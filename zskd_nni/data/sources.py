@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zskd_nni.data.lazy_images import LazyImages
+from zskd_nni.data.procedural import start_images
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime.device import to_device
 from zskd_nni.runtime.errors import UserError
@@ -144,7 +145,31 @@ def cache_on_device(images: Tensor | LazyImages, device: torch.device) -> Tensor
     return cached
 
 
-class NoiseSource(_Stateless):
+class ProceduralSource(_Stateless):
+    """A stream of procedural images, new ones at every step.
+
+    Args:
+        kind: one of :data:`zskd_nni.data.procedural.KINDS`.
+        spec: shape and value range.
+        batch_size: images in a batch.
+
+    Example:
+        >>> ProceduralSource("leaves", InputSpec((3, 32, 32)), 16).batch(0, torch.Generator()).shape
+        torch.Size([16, 3, 32, 32])
+    """
+
+    def __init__(self, kind: str, spec: InputSpec, batch_size: int) -> None:
+        self.kind, self.spec = kind, spec
+        self.size: int | None = None
+        self.batch_size = batch_size
+        self.fingerprint = f"procedural {kind}"
+
+    def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Fresh images ``(batch_size, C, H, W)``."""
+        return start_images(self.kind, self.batch_size, self.spec, random)[0]
+
+
+class NoiseSource(ProceduralSource):
     """A stream of uniform noise: the control that every method must beat.
 
     Args:
@@ -157,12 +182,5 @@ class NoiseSource(_Stateless):
     """
 
     def __init__(self, spec: InputSpec, batch_size: int) -> None:
-        self.spec = spec
-        self.size: int | None = None
-        self.batch_size = batch_size
+        super().__init__("uniform", spec, batch_size)
         self.fingerprint = "uniform noise"
-
-    def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
-        """Fresh noise ``(batch_size, C, H, W)``."""
-        noise = torch.rand((self.batch_size, *self.spec.shape), generator=random)
-        return noise.mul_(self.spec.high - self.spec.low).add_(self.spec.low)

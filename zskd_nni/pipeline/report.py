@@ -23,6 +23,9 @@ from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.training.inference import logits_on
 from zskd_nni.training.metrics import accuracy, agreement
 
+# Controls that learn on other images: which kind of procedural images, and how a report calls them.
+CONTROL_IMAGES = {"noise": ("uniform", "uniform noise"), "leaves": ("leaves", "dead leaves")}
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -190,17 +193,16 @@ def _control(name: str, student: StudentResult, figures: Figures, recipe: Recipe
         "agreement": round(figures.agreement[name], 6),
         "accuracy_int8": figures.accuracy.get(f"{name}_int8"),
         "agreement_int8": _rounded(figures.agreement.get(f"{name}_int8")),
-        "label": "not distilled" if name == "none" else f"{'calibrated' if calibrated else 'distilled'} on noise",
+        "label": "not distilled" if name == "none" else f"{'calibrated' if calibrated else 'distilled'} on {name}",
         "what": _describe_control(name, recipe, student.quantization is not None),
     }
 
 
 def _describe_control(name: str, recipe: Recipe, quantized: bool) -> str:
     pruning = recipe.compression.pruning
-    if name == "noise" and recipe.only_calibrates:
-        return "the same network, calibrated on uniform noise in the place of the images"
-    if name == "noise":
-        return "the same student, with uniform noise in the place of the images"
+    if name in CONTROL_IMAGES:
+        made = "the same network, calibrated on" if recipe.only_calibrates else "the same student, with"
+        return f"{made} {CONTROL_IMAGES[name][1]} in the place of the images"
     from zskd_nni.compression.pruning.nni_pruner import is_data_driven
 
     parts = ["the same student without distillation"]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from zskd_nni.data.datasets import DATA_VARIABLE, NAMED_SETS, LabelledImages, data_root
-from zskd_nni.data.sources import NoiseSource, TransferSource
+from zskd_nni.data.sources import ProceduralSource, TransferSource
 from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.models.build import code_fingerprint, network_fingerprint
 from zskd_nni.pipeline.export import export_student
 from zskd_nni.pipeline.preflight import check_work
-from zskd_nni.pipeline.report import Results, build_report, measure
+from zskd_nni.pipeline.report import CONTROL_IMAGES, Results, build_report, measure
 from zskd_nni.pipeline.report_html import write_report
 from zskd_nni.pipeline.students import StudentResult, Students
 from zskd_nni.recipes.load import LoadedRecipe
@@ -184,9 +184,10 @@ class Run:
             students = {"student": self.students.make("student", source)}
             if "none" in self.recipe.controls:
                 students["none"] = self.students.make("control-none", source, train=False)
-            if "noise" in self.recipe.controls:
-                noise = NoiseSource(self.teacher.spec, self.recipe.distillation.batch)
-                students["noise"] = self.students.make("control-noise", noise)
+            for name, (kind, _) in CONTROL_IMAGES.items():
+                if name in self.recipe.controls:
+                    images = ProceduralSource(kind, self.teacher.spec, self.recipe.distillation.batch)
+                    students[name] = self.students.make(f"control-{name}", images)
             return self.team.first(lambda: self._finish(students, held_out))
 
     def _finished_report(self) -> dict[str, Any] | None:
@@ -260,14 +261,9 @@ class Run:
 
     def held_out(self) -> Tensor:
         """Images ``(N, C, H, W)`` of another seed, on which agreement is measured and the export checked."""
-        size = self.recipe.transfer.held_out
+        size, seed = self.recipe.transfer.held_out, self._held_out_seed()
         source = self._source(
-            "impressions-held-out",
-            size=size,
-            batch_size=size,
-            seed=self._held_out_seed(),
-            label="held-out impressions",
-            held_out=True,
+            "impressions-held-out", size=size, batch_size=size, seed=seed, label="held-out impressions", held_out=True
         )
         return source.batch(0, torch.Generator().manual_seed(0)).cpu()
 
@@ -275,10 +271,5 @@ class Run:
         shards = (store.read(index) for index in spread(len(store.plan)))
         each = max(1, 60 // self.teacher.num_classes)
         images, logits = some_of_each(((shard.images, shard.logits) for shard in shards), each)
-        impressions_picture(
-            images[:100],
-            logits[:100],
-            self.teacher.spec,
-            self.out / "impressions.png",
-            title="Data impressions, with the class and confidence the teacher sees",
-        )
+        title = "Data impressions, with the class and confidence the teacher sees"
+        impressions_picture(images[:100], logits[:100], self.teacher.spec, self.out / "impressions.png", title=title)

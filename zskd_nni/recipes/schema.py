@@ -57,7 +57,7 @@ class TeacherSection(NetworkSection):
 
 
 class TransferSection(BaseModel):
-    """Which images the student learns on. Further keys are the method's own, put over its preset.
+    """The images on which the student is trained. Further keys are the method's own, put over its preset.
 
     Attributes:
         method: name of an installed method.
@@ -81,7 +81,7 @@ class TransferSection(BaseModel):
             return given
         try:
             return {**given, "preset": default_preset(find_method(name))}
-        except UserError:  # the method is unknown, which is said below
+        except UserError:  # an unknown method, which the next validator refuses
             return given
 
     @model_validator(mode="after")
@@ -179,15 +179,15 @@ class Recipe(Section):
         name: for reports.
         description: one sentence.
         teacher: the network to compress.
-        student: another network to teach; the teacher itself where absent.
-        transfer: which images the student learns on.
+        student: another network to train; the teacher itself where absent.
+        transfer: the images on which the student is trained.
         compression: what NNI does to the student.
-        distillation: how the student is taught.
+        distillation: how the student is trained.
         evaluation: test data, if there is any.
         controls: made beside the student by the same steps: ``none`` without distillation, ``noise`` with uniform
-            noise in the place of the images.
+            noise in the place of the images, ``leaves`` with procedural images that fill the frame.
         selected_on: where these settings were chosen.
-        seed: of everything random.
+        seed: names all random streams.
         scale: which of ``scales`` this is; ``full`` is the recipe as it stands.
         scales: smaller (or larger) versions by name: key paths of the recipe and what stands there instead.
         search: an NNI experiment over the keys above.
@@ -201,7 +201,7 @@ class Recipe(Section):
     compression: CompressionSection = Field(default_factory=CompressionSection)
     distillation: DistillationSettings = Field(default_factory=DistillationSettings)
     evaluation: EvaluationSection | None = None
-    controls: list[Literal["none", "noise"]] = ["none", "noise"]
+    controls: list[Literal["none", "noise", "leaves"]] = ["none", "noise"]
     selected_on: str | None = None
     seed: int = Field(default=0, ge=0)
     scale: str = "full"
