@@ -1,4 +1,4 @@
-"""Copying tensors from the CPU, where they are drawn and read, to the device that computes."""
+"""The device that computes: copying tensors to it, and whether it is fast in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,3 +13,15 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     and is waited for.
     """
     return tensor.to(device, non_blocking=torch.device(device).type != "mps")
+
+
+def has_fast_bfloat16(device: torch.device | str) -> bool:
+    """Whether ``device`` multiplies bfloat16 matrices in hardware, so that autocast is faster than float32.
+
+    Among processors these are the ones with AMX; elsewhere oneDNN emulates bfloat16, or gains little by it.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # from PyTorch 2.5 on
+    return device.type == "cpu" and supported is not None and bool(supported())

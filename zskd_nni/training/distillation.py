@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.teacher import Teacher, first_tensor
-from zskd_nni.runtime.device import to_device
+from zskd_nni.runtime.device import has_fast_bfloat16, to_device
 from zskd_nni.runtime.distributed import team
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.validation import Count, CountOrZero, NotNegative, Positive, check_bounds
@@ -46,6 +46,8 @@ class DistillationSettings:
             pairs ``[teacher path, student path]``; see :mod:`zskd_nni.training.hints`.
         feature_weight: of each pair's :func:`zskd_nni.training.losses.feature_loss`.
         augmentation: what happens to each image; the teacher labels the augmented image.
+        autocast: run both networks in bfloat16, with losses, weights and optimiser in float32; ``auto`` for wherever
+            the hardware is faster so. A convolutional student is then trained up to four times as fast.
 
     Raises:
         ValueError: a value outside its range.
@@ -66,9 +68,12 @@ class DistillationSettings:
     features: str | Pairs = "none"
     feature_weight: NotNegative = 1.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    autocast: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.autocast not in (True, False, "auto"):
+            raise ValueError(f"autocast is true, false or auto, not {self.autocast!r}")
         if isinstance(self.features, str) and self.features not in ("none", "auto"):
             raise ValueError(f"features is none, auto, or pairs of [teacher path, student path], not {self.features!r}")
 
@@ -167,26 +172,34 @@ def distill(
     optimizer, scheduler = student_schedule(student, settings)
     hints = find_hints(student, teacher, settings.features, kept) if settings.feature_weight else ()
     shared = DataParallel(team())
+    settings = replace(settings, autocast=_autocast(settings, teacher.device))  # a checkpoint tells it apart
+
+    def precision() -> torch.autocast:
+        return torch.autocast(teacher.device.type, torch.bfloat16, enabled=settings.autocast is True)
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         whole = transfer_batch(source, teacher, settings, step, random, student)
         if source.size is None:
             whole = shared.same(whole)
         images = shared.part(whole)
-        with torch.no_grad(), recording_outputs(teacher.model, [hint.teacher for hint in hints]) as theirs:
+        with torch.no_grad(), precision(), recording_outputs(teacher.model, [hint.teacher for hint in hints]) as theirs:
             targets = teacher(images)
-        with shared.forward(), recording_outputs(student, [hint.student for hint in hints]) as ours:
+        with shared.forward(), precision(), recording_outputs(student, [hint.student for hint in hints]) as ours:
             logits = first_tensor(student(teacher.spec.normalise(images)))
-        value = distillation_loss(logits, targets, settings.temperature)
+        value = distillation_loss(logits.float(), targets.float(), settings.temperature)
         for hint in hints:
-            target = hint.target(theirs[hint.teacher])
-            value = value + settings.feature_weight * feature_loss(ours[hint.student], target, shared.variance(target))
+            target, output = hint.target(theirs[hint.teacher]).float(), ours[hint.student].float()
+            value = value + settings.feature_weight * feature_loss(output, target, shared.variance(target))
         return shared.weighted(value, len(images), len(whole))
 
     options.setdefault("label", "distillation")
     identity = distillation_identity(teacher, source, settings)
     run = TrainingRun(settings.steps, identity=identity, extra=source, shared=shared, **options)
     return fit(student, optimizer, scheduler, loss, run)
+
+
+def _autocast(settings: DistillationSettings, device: torch.device) -> bool:
+    return has_fast_bfloat16(device) if settings.autocast == "auto" else bool(settings.autocast)
 
 
 def distillation_identity(teacher: Teacher, source: TransferSource, settings: DistillationSettings) -> list[Any]:
