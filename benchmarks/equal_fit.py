@@ -35,7 +35,7 @@ from zskd_nni.models.local_response_norm import fast_response_norms
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import PruningConfig
 from zskd_nni.research.reproduction.pairs import PAIRS, Pair
-from zskd_nni.research.train_teacher import TEACHERS
+from zskd_nni.research.train_teacher import HELD_OUT, TEACHERS, hold_out
 from zskd_nni.runtime.files import write_json
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
@@ -47,7 +47,6 @@ from zskd_nni.training.metrics import accuracy
 
 KEPT = Path(__file__).resolve().parent.parent / "build" / "equal-fit"
 TAUGHT = {weights: name for name, (_, _, weights, _) in NETWORKS.items()}
-HELD_OUT = 5000
 STUDENTS = 2
 PRUNING = PruningConfig(config_list=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], steps=0)
 
@@ -110,7 +109,7 @@ class Lesson:
         training = load_images(TEACHERS[name].data, "train")
         self.name, self.teacher, self.seed = name, teacher, seed
         self.settings = replace(pair.student, steps=steps, learning_rate=1e-3, feature_weight=3)
-        self.held_out = training.subset(slice(len(training) - HELD_OUT, None))
+        _, self.held_out = hold_out(training)
         self.answers = logits_on(teacher, self.held_out, teacher.spec)
         network = copy.deepcopy(teacher.model).requires_grad_(True)
         self.pruned = prune(network, PRUNING, teacher, None, self.settings).network

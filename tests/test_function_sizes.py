@@ -13,8 +13,6 @@ MOST_PARAMETERS = 8
 
 # "file:function": why it stays over.
 EXCEPTIONS: dict[str, str] = {
-    "research/train_teacher.py:train_teacher": "to be split",
-    "research/train_teacher.py:_train": "to be split",
 }
 
 

@@ -22,6 +22,7 @@ from zskd_nni.runtime.files import make_folder, plain, read_json, sha256_of_file
 from zskd_nni.runtime.locks import only_writer
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.runtime.rng import derive_seed
+from zskd_nni.runtime.run_identity import with_defaults
 from zskd_nni.runtime.tensors import save_tensors
 from zskd_nni.training.inference import logits_on
 from zskd_nni.training.metrics import accuracy
@@ -49,8 +50,6 @@ class TeacherRecipe:
     half: bool = False
 
 
-_GREY = InputSpec((1, 32, 32))
-_COLOUR = InputSpec((3, 32, 32))
 _CIFAR_NORMALISED = InputSpec((3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 _CIFAR_ADAMW = SupervisedSettings(
@@ -61,35 +60,30 @@ _CIFAR_ADAMW = SupervisedSettings(
     autocast=True,
 )
 
+
+def _lenet(data: str, **settings: Any) -> TeacherRecipe:
+    return TeacherRecipe("zoo:lenet5", data, InputSpec((1, 32, 32)), SupervisedSettings(**settings))
+
+
 TEACHERS = {
-    "lenet5-digits": TeacherRecipe(
-        "zoo:lenet5",
+    "lenet5-digits": _lenet(
         "digits",
-        _GREY,
-        SupervisedSettings(
-            epochs=150,
-            batch=64,
-            learning_rate=3e-3,
-            augmentation=Augmentation(rotation=10, translation=0.08, scale=(0.9, 1.1)),
-        ),
+        epochs=150,
+        batch=64,
+        learning_rate=3e-3,
+        augmentation=Augmentation(rotation=10, translation=0.08, scale=(0.9, 1.1)),
     ),
     # Rotation, shear and 40 epochs give 99.45 % on test data, but impressions of that teacher train worse students.
-    "lenet5-mnist": TeacherRecipe(
-        "zoo:lenet5",
-        "mnist",
-        _GREY,
-        SupervisedSettings(epochs=20, weight_decay=1e-3, augmentation=Augmentation(translation=0.05)),
-    ),
+    "lenet5-mnist": _lenet("mnist", epochs=20, weight_decay=1e-3, augmentation=Augmentation(translation=0.05)),
     # Trained for 60 epochs at 3e-3 it reaches 92.1 % on test data, but its logits are so steep that its impressions
     # train worse students: 76 % instead of about 83 % on held-out training images.
-    "lenet5-fashion-mnist": TeacherRecipe(
-        "zoo:lenet5",
-        "fashion-mnist",
-        _GREY,
-        SupervisedSettings(epochs=22, weight_decay=1e-3, augmentation=Augmentation(translation=0.03)),
+    "lenet5-fashion-mnist": _lenet(
+        "fashion-mnist", epochs=22, weight_decay=1e-3, augmentation=Augmentation(translation=0.03)
     ),
     # 80 minutes on one core; half precision keeps its accuracy to 0.05 points.
-    "alexnet-cifar10": TeacherRecipe("zoo:alexnet", "cifar10", _COLOUR, _CIFAR_ADAMW, {"bn_momentum": 0.01}, half=True),
+    "alexnet-cifar10": TeacherRecipe(
+        "zoo:alexnet", "cifar10", InputSpec((3, 32, 32)), _CIFAR_ADAMW, {"bn_momentum": 0.01}, half=True
+    ),
     # A residual network that one core trains in half an hour; its stem, made for ImageNet, reduces 32x32 to 8x8.
     "resnet18-cifar10": TeacherRecipe(
         "torchvision:resnet18", "cifar10", _CIFAR_NORMALISED, replace(_CIFAR_ADAMW, epochs=10), {"num_classes": 10}
@@ -171,7 +165,7 @@ def _train(name: str, folder: Path, training: TeacherTraining) -> dict[str, Any]
         data, measured = hold_out(data)
     else:
         measured = load_images(recipe.data, "test", training.root, training.download)
-    description: dict[str, Any] = {
+    described = {
         "name": name,
         "network": recipe.network,
         "arguments": recipe.arguments,
@@ -180,10 +174,9 @@ def _train(name: str, folder: Path, training: TeacherTraining) -> dict[str, Any]
         "trained_on": f"{len(data)} images of the training split",
         "settings": asdict(settings),
     }
-    description = plain(description)
     split = "training split, held back" if training.validation else "test split"
-    measured_on = f"{len(measured)} images of the {split}"
-    finished = _finished_before(folder / name, {**description, "measured_on": measured_on}, seed)
+    description: dict[str, Any] = plain({**described, "measured_on": f"{len(measured)} images of the {split}"})
+    finished = _finished_before(folder / name, description, seed)
     checkpoint = folder / f".{name}.checkpoint.pt"
     if finished is not None:
         checkpoint.unlink(missing_ok=True)  # left by a process that ended between the last two lines of this function
@@ -211,7 +204,6 @@ def _train(name: str, folder: Path, training: TeacherTraining) -> dict[str, Any]
     result = {
         **description,
         "stored": "float16" if recipe.half else "float32",
-        "measured_on": measured_on,
         "accuracy": round(accuracy(logits, measured.labels), 2),
         "sha256": checksum,
         "seconds": round(history.seconds, 1),
@@ -229,9 +221,11 @@ def _finished_before(stem: Path, asked: dict[str, Any], seed: int) -> dict[str, 
         return None
     try:
         result = read_json(beside)
-        same = {key: result[key] for key in asked} == asked and result["provenance"]["seed"] == seed
+        # A setting younger than the teacher had its default.
+        known = with_defaults(result, {"settings": plain(asdict(SupervisedSettings()))})
+        same = {key: known[key] for key in asked} == asked and result["provenance"]["seed"] == seed
         return result if same and result["sha256"] == sha256_of_file(weights) else None
-    except (UserError, KeyError, TypeError):  # not a teacher, or a damaged one: it is trained again
+    except (UserError, KeyError, TypeError, AttributeError):  # not a teacher, or a damaged one: it is trained again
         return None
 
 

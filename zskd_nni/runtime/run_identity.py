@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from zskd_nni.runtime.files import read_json
 
 # Raise the number when an identity or the folder's content changes its meaning.
 RUN_FORMAT = "zskd_nni run 2"
+# Keys that records of version 0.1 have among their settings and that are none.
+RETIRED = ("batch_statistics_meaning",)
 
 
 def check_format(content: dict[str, Any], expected: str, path: Path, remedy: str) -> None:
@@ -29,6 +32,22 @@ def check_format(content: dict[str, Any], expected: str, path: Path, remedy: str
             f"{path} was made by another version of zskd_nni (its format is {content.get('format')!r}, this version "
             f"reads {expected!r}). {remedy}"
         )
+
+
+def with_defaults(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings over the defaults, nested ones alike: a setting younger than the record had its default.
+
+    Example:
+        >>> with_defaults({"steps": 5, "moves": {"shear": 2}}, {"steps": 1, "moves": {"shear": 0, "flip": 0}})
+        {'steps': 5, 'moves': {'shear': 2, 'flip': 0}}
+    """
+    result = dict(defaults)
+    for key, value in recorded.items():
+        if key in RETIRED:
+            continue
+        nested = isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+        result[key] = with_defaults(value, defaults[key]) if nested else value
+    return result
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:

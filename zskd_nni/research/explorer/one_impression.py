@@ -140,20 +140,16 @@ def _targets(teacher: Teacher, question: Question, count: int) -> tuple[Tensor, 
 
 
 def _synthesize(teacher: Teacher, question: Question, targets: Tensor, limits: list[int], same: bool) -> Impressions:
-    settings, count = question.settings(), len(limits)
-    starts, free = start_images(
-        question.start, 1 if same else count, teacher.spec, generator(question.seed, "start"), settings.hold
-    )
-    if same:
-        starts = starts.repeat(count, 1, 1, 1)
-        free = None if free is None else free.repeat(count, 1, 1, 1)
+    settings, count, drawn = question.settings(), len(limits), 1 if same else len(limits)
+    starts, free = start_images(question.start, drawn, teacher.spec, generator(question.seed, "start"), settings.hold)
+    copies = (count // drawn, 1, 1, 1)
     inputs = ShardInputs(
         targets=targets,
-        starts=starts,
+        starts=starts.repeat(copies),
         temperatures=torch.full((count, 1), question.temperature),
         prior=torch.full((count,), question.total_variation),
         limits=torch.tensor(limits, dtype=torch.float32),
-        free=free,
+        free=None if free is None else free.repeat(copies),
     )
     return synthesize_shard(teacher, inputs, settings)
 

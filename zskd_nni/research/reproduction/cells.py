@@ -12,6 +12,7 @@ from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELEC
 from zskd_nni.research.reproduction.records import Record
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of, plain
+from zskd_nni.runtime.run_identity import with_defaults
 from zskd_nni.runtime.validation import build_settings
 from zskd_nni.training.distillation import DistillationSettings
 
@@ -19,8 +20,6 @@ from zskd_nni.training.distillation import DistillationSettings
 SOURCES = {"zskd": "zskd", "sts": "sts", "class-impressions": "class-impressions", "ats": "ats", "real-kd": "real"}
 IMPRESSIONS = ("zskd", "sts", "class-impressions")
 METHODS = (*SOURCES, "zskt", "real-labels", "kd-at", "none", "noise")
-# Keys of older records that are no settings.
-RETIRED = ("batch_statistics_meaning",)
 
 
 @dataclass(frozen=True)
@@ -140,24 +139,14 @@ class Plan:
         defaults = {} if self.options is None else asdict(type(self.options)())
         defaults = plain({**defaults, "student": asdict(DistillationSettings())})
         wanted = self.ingredients
-        recorded = _with_defaults(record["ingredients"], {k: v for k, v in defaults.items() if k in wanted})
+        ingredients = with_defaults(record["ingredients"], {k: v for k, v in defaults.items() if k in wanted})
         images = {} if self.size is None or record["impressions"] is None else {"size": record["impressions"]}
         return (
             record["method"] == self.cell.method
             and record["networks"].get("student") == plain(list(self.network))
             and {**self.sizes, **images, **record.get("sizes", {})} == self.sizes
-            and recorded == wanted
+            and ingredients == wanted
         )
-
-
-def _with_defaults(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded settings over the defaults, nested ones alike."""
-    result = dict(defaults)
-    for key, value in recorded.items():
-        if key not in RETIRED:
-            nested = isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
-            result[key] = _with_defaults(value, defaults[key]) if nested else value
-    return result
 
 
 def resolve(cell: Cell, scale_name: str) -> Plan:
@@ -172,14 +161,13 @@ def resolve(cell: Cell, scale_name: str) -> Plan:
     size: int | None = None
     if cell.method in SOURCES:
         whole = min(pair.training_images, scale.training_images or pair.training_images)
-        # Of ATS the two presets are compared with each other, and no paper fixes a size.
-        size = whole if cell.method == "real-kd" else scale.size("" if cell.method == "ats" else cell.preset)
         if isinstance(cell.size, float):
             size = max(1, round(cell.size * whole))
-        elif isinstance(cell.size, str):
-            size = scale.size(cell.size)
-        elif cell.size is not None:
+        elif isinstance(cell.size, int):
             size = cell.size
+        else:  # the two presets of ATS have one size: they are compared with each other
+            preset = cell.size or ("" if cell.method == "ats" else cell.preset)
+            size = whole if cell.method == "real-kd" else scale.size(preset)
     try:
         options = _options(cell, pair, scale, student)
     except ValueError as error:

@@ -115,11 +115,8 @@ class CellRun:
             "seed": self.seed,
             "scale": self.plan.scale_name,
             "data_free": self._is_data_free(),
-            "impressions": None,
-            "accuracy": None,  # from here on known after the training: nothing is measured on the test split before
-            "agreement": None,
-            "calibration_error": None,
-            "mte": None,
+            # Known after the training: nothing is measured on the test split before.
+            **dict.fromkeys(("impressions", "accuracy", "agreement", "calibration_error", "mte")),
             "measured_on": f"test split of {context.test.name}, {len(context.test)} images, the last step, once",
             "networks": {"teacher": context.pair.teacher, "student": plain(list(self.plan.network))},
             "ingredients": self.plan.ingredients,

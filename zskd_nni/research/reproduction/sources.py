@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zskd_nni.data.lazy_images import LazyImages
 from zskd_nni.data.sources import NoiseSource, StoredSource, TransferSource
@@ -63,7 +62,9 @@ def make_source(plan: Plan, context: PairContext, seed: int) -> BuiltSource:
     in_blocks = cell.method in IMPRESSIONS and getattr(plan.options.targets, "order", "interleaved") != "rows"
     block = plan.scale.block if in_blocks else plan.size
     folder = _folder(plan, context, seed, block)
-    images, fingerprints, seconds, facts = [], [], 0.0, {}
+    images: list[Any] = []
+    fingerprints, seconds = [], 0.0
+    facts: dict[str, Any] = {}
     blocks = -(-plan.size // block)
     for number in range(blocks):
         request = TransferRequest(
@@ -82,11 +83,11 @@ def make_source(plan: Plan, context: PairContext, seed: int) -> BuiltSource:
         fingerprints.append(source.fingerprint)
         seconds += spent
         facts = _facts_of(request.folder, facts)
-    first = _first_of(images, plan.size)
-    share = len(first) / (block * blocks) if in_blocks else 1.0
-    fingerprint = fingerprint_of([fingerprints, len(first)]) if in_blocks else fingerprints[0]
-    source = StoredSource(first, batch, seed, fingerprint, teacher.device)
-    return BuiltSource(source, round(seconds * share, 2), facts)
+    if not in_blocks:
+        return BuiltSource(source, round(seconds, 2), facts)
+    first = LazyImages.concatenate(images).first(plan.size)
+    source = StoredSource(first, batch, seed, fingerprint_of([fingerprints, len(first)]), teacher.device)
+    return BuiltSource(source, round(seconds * len(first) / (block * blocks), 2), facts)
 
 
 def _folder(plan: Plan, context: PairContext, seed: int, block: int) -> Path:
@@ -149,14 +150,6 @@ def _facts_of(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
         for name in ("mean_fit", "mean_steps")
     }
     return {"blocks": number + 1, **means}
-
-
-def _first_of(parts: list[Tensor | LazyImages], count: int) -> Tensor | LazyImages:
-    """The first images of several sets; those on disk stay there until they are needed."""
-    on_disk = [part for part in parts if isinstance(part, LazyImages)]
-    if len(on_disk) == len(parts):
-        return LazyImages.concatenate(on_disk).first(count)
-    return torch.cat([part for part in parts if isinstance(part, Tensor)])[:count]
 
 
 def _real_images(plan: Plan, context: PairContext, seed: int) -> BuiltSource:
