@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zskd_nni.data.augmentation import Augmentation
 from zskd_nni.data.datasets import LabelledImages, load_images
@@ -197,7 +196,7 @@ def _train(name: str, folder: Path, training: TeacherTraining) -> dict[str, Any]
     )
     weights = network.state_dict()
     if recipe.half:
-        weights = in_half_precision(weights)
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
         network.load_state_dict(weights)
     logits = logits_on(lambda images: network(recipe.spec.normalise(images)), measured, recipe.spec, device)
     checksum = save_tensors(folder / f"{name}.safetensors", weights)
@@ -227,8 +226,3 @@ def _finished_before(stem: Path, asked: dict[str, Any], seed: int) -> dict[str, 
         return result if same and result["sha256"] == sha256_of_file(weights) else None
     except (UserError, KeyError, TypeError, AttributeError):  # not a teacher, or a damaged one: it is trained again
         return None
-
-
-def in_half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with its floating-point tensors in float16; a network that loads it computes in its own type."""
-    return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}

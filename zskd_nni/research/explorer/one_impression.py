@@ -43,14 +43,14 @@ class Question:
     start: str = "uniform"
     seed: int = 0
 
-    def settings(self) -> SynthesisSettings:
-        """The engine's settings.
+    def settings(self) -> tuple[ZskdSettings, SynthesisSettings]:
+        """The settings of target and synthesis.
 
         Raises:
             UserError: a value outside its range.
         """
         try:
-            return SynthesisSettings(
+            return ZskdSettings(betas=(self.beta,)), SynthesisSettings(
                 temperature=self.temperature,
                 # Two numbers, so that each image has a limit of its own.
                 max_steps=(1, self.steps) if self.steps > 1 else self.steps,
@@ -127,10 +127,7 @@ def explore_class(teacher: Teacher, question: Question, count: int = 20) -> Impr
 def _targets(teacher: Teacher, question: Question, count: int) -> tuple[Tensor, Tensor, Tensor]:
     if not 0 <= question.label < teacher.num_classes:
         raise UserError(f"The teacher has classes 0 to {teacher.num_classes - 1}, not {question.label}.")
-    try:
-        settings = ZskdSettings(betas=(question.beta,))
-    except ValueError as error:
-        raise UserError(f"That cannot be asked: {error}.") from error
+    settings, _ = question.settings()
     similarity = class_similarity(teacher.class_weights().cpu())
     concentration = concentrations(similarity, question.beta, settings)[question.label]
     drawn = sample_targets(
@@ -140,7 +137,8 @@ def _targets(teacher: Teacher, question: Question, count: int) -> tuple[Tensor, 
 
 
 def _synthesize(teacher: Teacher, question: Question, targets: Tensor, limits: list[int], same: bool) -> Impressions:
-    settings, count, drawn = question.settings(), len(limits), 1 if same else len(limits)
+    _, settings = question.settings()
+    count, drawn = len(limits), 1 if same else len(limits)
     starts, free = start_images(question.start, drawn, teacher.spec, generator(question.seed, "start"), settings.hold)
     copies = (count // drawn, 1, 1, 1)
     inputs = ShardInputs(

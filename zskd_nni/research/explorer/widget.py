@@ -60,8 +60,6 @@ class Explorer:
         names = list(teachers) if teachers else trained_names()
         self.question = question or Question()
         self.question.settings()  # invalid values are reported before anything is drawn
-        if not (math.isfinite(self.question.beta) and self.question.beta > 0):
-            raise UserError(f"That cannot be asked: beta must be positive, not {self.question.beta}.")
         self.gallery_size = gallery_size
         self.gallery: dict[int, Impressions] = {}
         self.answer: Answer

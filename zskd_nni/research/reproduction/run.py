@@ -149,9 +149,9 @@ class CellRun:
 
     def _is_data_free(self) -> bool:
         method = self.plan.cell.method
-        if method in ("real-kd", "real-labels", "kd-at"):
-            return False
-        return method not in SOURCES or is_data_free(find_method(SOURCES[method]), self.plan.options)
+        if method in SOURCES:
+            return is_data_free(find_method(SOURCES[method]), self.plan.options)
+        return method not in ("real-labels", "kd-at")
 
     def _finished_student(self) -> dict[str, Any] | None:
         """What is known of the student in the folder; None if there is none, or its weights have been changed."""

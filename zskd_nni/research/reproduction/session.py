@@ -42,7 +42,7 @@ class Selection:
         if self.table == "all":  # the cells whose pairs have this scale
             cells = [cell for cell in cells if self.scale in PAIRS[cell.pair].scales] or cells
         tables = TABLES.values() if self.table == "all" else [table]
-        contexts = {pair: PairContext(pair, workspace) for pair in dict.fromkeys(cell.pair for cell in cells)}
+        contexts = {pair: PairContext(pair, workspace) for pair in {cell.pair for cell in cells}}
         result = []
         for cell in cells:
             own = {seed for one in tables for seed in one.seeds if any(cell.name == other.name for other in one.cells)}

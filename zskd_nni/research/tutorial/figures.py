@@ -100,12 +100,12 @@ def targets_picture(rows: Mapping[str, Tensor], label: int, names: Sequence[str]
     """
     columns = max(map(len, rows.values()))
     shown = _names(names, next(iter(rows.values())).shape[1])
-    places = np.arange(len(shown))
+    colours = [ANSWERED if k == label else ASKED for k in range(len(shown))]
     figure = new_figure(9.4, 0.4 + 1.75 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
     for line, (caption, targets) in zip(grid, rows.items(), strict=True):
         for axis, target in zip(line, targets, strict=False):
-            axis.bar(places, target.numpy(), 0.85, color=[ANSWERED if k == label else ASKED for k in places])
+            axis.bar(range(len(shown)), target.numpy(), 0.85, color=colours)
             axis.set_ylim(0, 1)
             style(axis, size=7)
             label_classes(axis, shown, size=7)

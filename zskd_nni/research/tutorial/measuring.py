@@ -24,10 +24,7 @@ def images_if_there(name: str, split: str = "test") -> LabelledImages | None:
     try:
         return load_images(name, split)
     except UserError:
-        print(
-            f"There is no {name} here, so that no accuracy is measured and nothing real is shown. "
-            f"Set {DATA_VARIABLE} to a folder that holds it."
-        )
+        print(f"There is no {name} here: no accuracy is measured. Set {DATA_VARIABLE} to a folder that holds it.")
         return None
 
 
