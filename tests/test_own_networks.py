@@ -215,7 +215,7 @@ def test_a_student_may_change_its_input_in_place(project: Path, tmp_path: Path, 
     quantized = "{op_types: [Conv2d, Linear], target_names: [_input_, weight], quant_dtype: int8, quant_scheme: affine}"
     changes = [
         "transfer.synthesis.max_steps=3",
-        "student.model=nets_of_mine.py:Shifted",
+        f"student.model={project / 'nets_of_mine.py'}:Shifted",
         "compression.pruning={steps: 2, config_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]}",
         f"compression.quantization={{quantizer: QATQuantizer, steps: 3, config_list: [{quantized}]}}",
         f"compression.quantization.fused={str(fused).lower()}",
@@ -256,7 +256,7 @@ def test_real_images_that_have_changed_are_not_passed_over(project: Path, tmp_pa
     Run(load_recipe(str(path)), out, quiet=True).compress()
     assert sha256_of_file(out / "student.safetensors") == before
     images_into(project / "mine.npz", 1)
-    with pytest.raises(UserError, match=r"the images are others than when .* was begun.*Use another output folder"):
+    with pytest.raises(UserError, match=r"the images have changed since .* was begun.*Use another output folder"):
         Run(load_recipe(str(path)), out, quiet=True).compress()
 
 
