@@ -21,8 +21,7 @@ def exploration_picture(answer: Answer, spec: InputSpec, label: int) -> bytes:
     """
     from matplotlib.patches import Rectangle
 
-    classes, looks = len(answer.target), len(answer.steps)
-    names, places = [str(number) for number in range(classes)], np.arange(classes)
+    names, places = [str(number) for number in range(len(answer.target))], np.arange(len(answer.target))
     figure = new_figure(10.4, 5.2, dpi=96)
     above, below = figure.subfigures(2, 1, height_ratios=(2.1, 1))  # type: ignore[misc]
     matrix, bars, image = above.subplots(1, 3, width_ratios=(1.15, 1.6, 1))
@@ -32,7 +31,7 @@ def exploration_picture(answer: Answer, spec: InputSpec, label: int) -> bytes:
     extreme = max(0.1, float(np.abs(similarity - np.diag(np.diag(similarity))).max()))
     drawn = matrix.imshow(similarity, cmap="RdBu_r", vmin=-extreme, vmax=extreme)
     above.colorbar(drawn, ax=matrix, shrink=0.72, pad=0.03).ax.tick_params(labelsize=7)
-    matrix.add_patch(Rectangle((-0.5, label - 0.5), classes, 1, fill=False, linewidth=2.2))
+    matrix.add_patch(Rectangle((-0.5, label - 0.5), len(names), 1, fill=False, linewidth=2.2))
     matrix.set_title("Class similarity", fontsize=10)
     label_classes(matrix, names, both=True, size=7)
 
@@ -51,7 +50,7 @@ def exploration_picture(answer: Answer, spec: InputSpec, label: int) -> bytes:
     note = f"{answer.steps[-1]} steps, divergence {float(answer.fit[-1]):.3f}"
     show_image(image, answer.images[-1], spec, f"Seen as {int(choice)}, {100 * float(confidence):.0f} %", note, 10)
     for axis, step, picture, fit in zip(
-        below.subplots(1, looks, squeeze=False)[0], answer.steps, answer.images, answer.fit, strict=True
+        below.subplots(1, len(answer.steps), squeeze=False)[0], answer.steps, answer.images, answer.fit, strict=True
     ):
         show_image(axis, picture, spec, "start" if step == 0 else f"step {step}", f"{float(fit):.3f}")
     return finish(figure, "").png
