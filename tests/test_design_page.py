@@ -1,4 +1,4 @@
-"""Files and functions that the design page and CONTRIBUTING name are there."""
+"""Files and functions that the design page, CONTRIBUTING and the list of public names refer to are there."""
 
 from __future__ import annotations
 
@@ -61,3 +61,10 @@ def test_the_page_shows_every_room() -> None:
     for room in rooms:
         assert f"| `{room}/` |" in table
         assert f">{room}</text>" in drawing
+
+
+def test_the_list_of_public_names_is_whole() -> None:
+    listed = re.findall(r"\[`(\w+)`\]\[(zskd_nni[\w.]+)\.\1\]", (ROOT / "docs/api/public.md").read_text())
+    assert {name for name, _ in listed} == set(zskd_nni.__all__)
+    for name, module in listed:
+        assert name in defined_in(ROOT / f"{module.replace('.', '/')}.py")
