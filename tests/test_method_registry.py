@@ -20,10 +20,12 @@ from zskd_nni.methods.registry import (
     find_method,
     is_data_free,
     method_names,
+    preset_for,
     transfer_source,
 )
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.teacher import Teacher, load_teacher
+from zskd_nni.models.zoo import alexnet
 from zskd_nni.pipeline import Run
 from zskd_nni.pipeline.report_html import remarks
 from zskd_nni.recipes.load import load_recipe
@@ -219,3 +221,16 @@ def test_a_report_tells_a_ceiling_from_images_of_something_else_and_what_was_mea
     assert "real images (digits)" in learnt and "ceiling" not in learnt
     assert "images that the student was trained on" in leak
     assert "no student of this run was trained" not in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_best_stands_for_the_colour_preset_with_a_colour_teacher_that_has_batch_norm() -> None:
+    colour = Teacher(alexnet(), InputSpec((3, 32, 32)))
+    zskd, ats = find_method("zskd"), find_method("ats")
+    assert preset_for(zskd, "best", colour) == "best-colour"
+    assert preset_for(zskd, "paper", colour) == "paper"
+    assert preset_for(ats, "unbalanced", colour) == "unbalanced"
+    assert preset_for(zskd, "best", Teacher(alexnet(in_channels=1), InputSpec((1, 32, 32)))) == "best"
+    assert preset_for(zskd, "best", load_teacher("lenet5-digits")) == "best"
+    section = load_recipe("cifar10-prune50").recipe.transfer
+    assert section.options().synthesis.start == "mixed"
+    assert section.options(colour).synthesis.start == "leaves"

@@ -12,6 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
@@ -52,6 +54,10 @@ class TransferRequest:
     base: Path | None = None
     reserved: int = 0
 
+    def set_arguments(self) -> dict[str, Any]:
+        """The keyword arguments that functions take which make a fixed set of images in a folder."""
+        return {name: getattr(self, name) for name in ("size", "seed", "folder", "label", "quiet")}
+
 
 class Method(Protocol):
     """The object that an entry point of the group names.
@@ -90,6 +96,16 @@ def default_preset(method: Method) -> str:
     """The preset of a recipe that names none."""
     fallback = "best" if "best" in method.presets else method.presets[0]
     return str(getattr(method, "default_preset", fallback))
+
+
+def preset_for(method: Method, preset: str, teacher: Teacher) -> str:
+    """The preset that stands for ``preset`` with this teacher.
+
+    A method may have a preset ``NAME-colour`` beside ``NAME``, for teachers of colour images with BatchNorm layers.
+    """
+    colour = f"{preset}-colour"
+    normalised = any(isinstance(module, nn.BatchNorm2d) for module in teacher.model.modules())
+    return colour if colour in method.presets and teacher.spec.shape[0] == 3 and normalised else preset
 
 
 def method_names() -> list[str]:
@@ -156,7 +172,7 @@ def transfer_source(
     """
     found = find_method(method)
     try:
-        checked = found.options(preset or default_preset(found), options)
+        checked = found.options(preset_for(found, preset or default_preset(found), teacher), options)
     except ValueError as error:
         raise UserError(f"{method}: {error}") from error
     return found.source(teacher, TransferRequest(size, batch_size, seed, Path(folder), checked, quiet=quiet))

@@ -24,7 +24,7 @@ What we chose is in the presets' comments.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Annotated, Any
 
@@ -37,8 +37,7 @@ from zskd_nni.methods.from_targets import ImpressionMethod
 from zskd_nni.methods.registry import TransferRequest
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.runtime.validation import Bounds, check_bounds
-from zskd_nni.synthesis import SynthesisSettings
+from zskd_nni.runtime.validation import Bounds, Settings
 
 # Less is zero in single precision.
 Floor = Annotated[float, Bounds("must be positive (at least 1e-30)", lambda value: 1e-30 <= value < inf)]
@@ -46,7 +45,7 @@ Order = Annotated[str, Bounds("is interleaved or rows", ("interleaved", "rows").
 
 
 @dataclass(frozen=True)
-class ZskdSettings:
+class ZskdSettings(Settings):
     """Which soft targets are drawn.
 
     Attributes:
@@ -60,8 +59,6 @@ class ZskdSettings:
         ValueError: no beta, or a beta or a floor that is not positive.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     betas: tuple[float, ...] = (1.0, 0.1)
     floor: Floor = 1e-4
     cancel_beta: bool = False
@@ -70,7 +67,7 @@ class ZskdSettings:
     def __post_init__(self) -> None:
         if not self.betas or not all(0 < beta < inf for beta in self.betas):
             raise ValueError(f"beta must be positive, not {list(self.betas)}")
-        check_bounds(self)
+        super().__post_init__()
 
 
 def class_similarity(weights: Tensor) -> Tensor:
@@ -183,21 +180,6 @@ class ZskdTargets:
         return torch.from_numpy(drawn).float()
 
 
-@dataclass(frozen=True)
-class ZskdOptions:
-    """ZSKD's keys in a recipe's ``transfer`` section.
-
-    Attributes:
-        targets: which soft targets are drawn.
-        synthesis: how images are optimised for them.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    targets: ZskdSettings = field(default_factory=ZskdSettings)
-    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
-
-
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # The paper: no prior, temperature 20, noise start, new noise and a new optimiser for every image. It leaves the
     # learning rate, the number of steps and the pixel range of MNIST and Fashion-MNIST open. On the validation slice
@@ -237,6 +219,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_statistics": 0.1,
         },
     },
+    # A few steps from images that fill the frame, led by the teacher's BatchNorm statistics: what `best` stands for with
+    # colour images and a teacher that has such layers.
+    "best-colour": {
+        "targets": {"betas": (1.0, 0.1)},
+        "synthesis": {
+            "temperature": (1.5, 6.0),
+            "start": "leaves",
+            "range": "clamp",
+            "learning_rate": 0.05,
+            "max_steps": 8,
+            "total_variation": (1e-4, 1e-3),
+            "batch_statistics": 0.1,
+        },
+    },
 }
 
 
@@ -245,7 +241,7 @@ class Zskd(ImpressionMethod):
 
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """As :meth:`ImpressionMethod.source`; with ``order: rows`` a row never shares a shard, nor Adam's state."""
-        options: ZskdOptions = request.options
+        options = request.options
         if options.targets.order == "rows":
             rows = len(options.targets.betas) * teacher.num_classes
             if request.size % rows:
@@ -258,4 +254,4 @@ class Zskd(ImpressionMethod):
         return super().source(teacher, request)
 
 
-METHOD = Zskd("zskd", ZskdOptions, PRESETS, ZskdTargets)
+METHOD = Zskd("zskd", ZskdSettings, PRESETS, ZskdTargets)

@@ -103,7 +103,7 @@ class LoadedRecipe:
         """
         section = self.recipe.transfer
         own = {"size": section.size, "batch_size": self.recipe.distillation.batch, "seed": self.recipe.seed}
-        request = TransferRequest(folder=folder, options=section.options(), base=self.base, **{**own, **changes})
+        request = TransferRequest(folder=folder, options=section.options(teacher), base=self.base, **{**own, **changes})
         return find_method(section.method).source(teacher, request)
 
 

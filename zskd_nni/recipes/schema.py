@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from zskd_nni.methods.registry import default_preset, find_method
+from zskd_nni.methods.registry import default_preset, find_method, preset_for
 from zskd_nni.models.build import FORMS
 from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig, QuantizationConfig, Section
 from zskd_nni.recipes.search_space import check_space
 from zskd_nni.runtime.errors import UserError
@@ -99,9 +100,11 @@ class TransferSection(BaseModel):
         self.options()
         return self
 
-    def options(self) -> Any:
-        """The method's settings."""
-        return find_method(self.method).options(self.preset, self.model_extra or {})
+    def options(self, teacher: Teacher | None = None) -> Any:
+        """The method's settings; the preset ``best`` may depend on the teacher."""
+        method = find_method(self.method)
+        preset = self.preset if teacher is None else preset_for(method, self.preset, teacher)
+        return method.options(preset, self.model_extra or {})
 
 
 class CompressionSection(Section):

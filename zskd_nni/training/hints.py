@@ -92,9 +92,7 @@ def _comparable(student: nn.Module, teacher: Teacher) -> list[str]:
         for (path, layer), after in zip(layers, following, strict=True)
         if path in known
         and path != teacher.classifier_path
-        and (
-            isinstance(layer, norms) or not isinstance(after, norms)
-        )  # what BatchNorm gives is compared
+        and (isinstance(layer, norms) or not isinstance(after, norms))  # what BatchNorm gives is compared
     ]
 
 

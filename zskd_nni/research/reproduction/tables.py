@@ -55,7 +55,7 @@ def _methods(pair: str, network: str = "", author_code: bool = False) -> list[Ce
     presets = {
         "ats": list(ats.PRESETS),
         "class-impressions": list(class_impressions.PRESETS),
-        "zskd": [name for name in zskd.PRESETS if author_code or name != "author-code"],
+        "zskd": ["paper", *(["author-code"] if author_code else []), "best"],
         "sts": list(sts.PRESETS),
         "zskt": list(zskt.PRESETS),
     }
