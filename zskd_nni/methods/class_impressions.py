@@ -11,7 +11,7 @@ target at temperature T is never reached: the logits grow until the steps end. `
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -20,14 +20,13 @@ from torch.nn import functional
 
 from zskd_nni.methods import zskd
 from zskd_nni.methods.from_targets import ImpressionMethod
-from zskd_nni.runtime.validation import Bounds, check_bounds
-from zskd_nni.synthesis import SynthesisSettings
+from zskd_nni.runtime.validation import Bounds, Settings
 
 Smoothing = Annotated[float, Bounds("must lie in [0, 1)", lambda value: 0 <= value < 1)]
 
 
 @dataclass(frozen=True)
-class ClassImpressionSettings:
+class ClassImpressionSettings(Settings):
     """The soft targets of the impressions.
 
     Attributes:
@@ -37,12 +36,7 @@ class ClassImpressionSettings:
         ValueError: a smoothing outside its range.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     smoothing: Smoothing = 0.0
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 class ClassTargets:
@@ -64,28 +58,13 @@ class ClassTargets:
         return one_hot * (1 - self.settings.smoothing) + self.settings.smoothing / self.classes
 
 
-@dataclass(frozen=True)
-class ClassImpressionOptions:
-    """The method's keys in a recipe's ``transfer`` section.
-
-    Attributes:
-        targets: smoothing.
-        synthesis: how images are optimised.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    targets: ClassImpressionSettings = field(default_factory=ClassImpressionSettings)
-    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
-
-
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     name: {"targets": {"smoothing": 0.0}, "synthesis": zskd.PRESETS[name]["synthesis"]} for name in ("paper", "best")
 }
 
 METHOD = ImpressionMethod(
     "class-impressions",
-    ClassImpressionOptions,
+    ClassImpressionSettings,
     PRESETS,
     lambda teacher, settings: ClassTargets(teacher.num_classes, settings),
 )

@@ -23,11 +23,11 @@ from zskd_nni.runtime.distributed import team
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of, sha256_of_bytes
 from zskd_nni.runtime.rng import generator
-from zskd_nni.runtime.validation import build_settings
+from zskd_nni.runtime.validation import Settings, build_settings
 
 
 @dataclass(frozen=True)
-class RealOptions:
+class RealOptions(Settings):
     """The method's keys in a recipe's ``transfer`` section.
 
     Attributes:
@@ -35,8 +35,6 @@ class RealOptions:
         targets: a key of the data-free method in the recipe; ignored.
         synthesis: likewise.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     data: str = ""
     targets: dict[str, Any] = field(default_factory=dict)

@@ -37,7 +37,7 @@ Every open point is an option. ``paper`` takes the first reading:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from math import inf, prod
 from typing import Annotated, Any
 
@@ -50,8 +50,8 @@ from zskd_nni.models.hooks import FeaturePoint, hooked, hooked_at, module_at, re
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import generator
-from zskd_nni.runtime.validation import Bounds, NotNegative, Positive, check_bounds, one_of
-from zskd_nni.synthesis import FeatureTerm, SynthesisSettings
+from zskd_nni.runtime.validation import Bounds, NotNegative, Positive, Settings, one_of
+from zskd_nni.synthesis import FeatureTerm
 
 _PROBES = 8  # noise images
 
@@ -59,7 +59,7 @@ Finite = Annotated[float, Bounds("must be a number", lambda value: -inf < value 
 
 
 @dataclass(frozen=True)
-class StsSettings:
+class StsSettings(Settings):
     """The model of the features, and how soft targets are made of draws.
 
     Attributes:
@@ -78,8 +78,6 @@ class StsSettings:
         ValueError: a value outside its range.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     layer: str | None = None
     weights: Annotated[str, one_of("incoming", "outgoing")] = "incoming"
     sigma: Positive = 1.5
@@ -89,9 +87,6 @@ class StsSettings:
     spatial: Annotated[str, one_of("independent", "shared")] = "independent"
     temperature: Positive = 20.0
     activation_weight: NotNegative = 0.05
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
     @property
     def deviation(self) -> float:
@@ -285,21 +280,6 @@ def _layers_around(teacher: Teacher, point: FeaturePoint, paths: Iterable[str]) 
     return before, [path for event, path in calls[place:] if event == "starts"]
 
 
-@dataclass(frozen=True)
-class StsOptions:
-    """STS's keys in a recipe's ``transfer`` section.
-
-    Attributes:
-        targets: the model of the features.
-        synthesis: how images are optimised for the targets.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    targets: StsSettings = field(default_factory=StsSettings)
-    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
-
-
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # sigma and the activation's weight are those of MNIST and LeNet-5; for CIFAR-10 and AlexNet set 2.0 and 0.1.
     "paper": {
@@ -320,4 +300,4 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-METHOD = ImpressionMethod("sts", StsOptions, PRESETS, StsTargets)
+METHOD = ImpressionMethod("sts", StsSettings, PRESETS, StsTargets)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -71,10 +71,7 @@ def describe_validation(error: ValidationError, kind: Any, where: str = "") -> s
     location = [str(part) for part in problem["loc"]]
     path = ".".join(part for part in ([where] if where else []) + location if not _is_type_tag(part))
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys_at(kind, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {path!r}; {hint}"
+        return unknown_key(path, location[-1], _keys_at(kind, location[:-1]))
     if problem["type"] in ("missing", "missing_argument"):
         if location[-1].isdigit():  # a list that is too short
             return f"{path.rpartition('.')[0]}: entry {int(location[-1]) + 1} is missing"
@@ -83,6 +80,13 @@ def describe_validation(error: ValidationError, kind: Any, where: str = "") -> s
         return ": ".join(filter(None, (path, str(problem["ctx"]["error"]))))
     text = problem["msg"].replace("valid tuple", "list").replace("valid dictionary", "mapping")  # as YAML calls them
     return f"{path}: {text[0].lower()}{text[1:]}, not {problem['input']!r}"
+
+
+def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
+    """One sentence about a key that is none of the known ones."""
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown key {path!r}; {hint}"
 
 
 def _is_type_tag(part: str) -> bool:
@@ -157,3 +161,12 @@ def check_bounds(settings: Any) -> None:
         for bounds in getattr(hint, "__metadata__", ()):
             if isinstance(bounds, Bounds) and not bounds.holds(value):
                 raise ValueError(f"{name} {bounds.sentence}, not {value!r}")
+
+
+class Settings:
+    """Base of settings dataclasses: an unknown key is an error, and so is a value outside its :class:`Bounds`."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

@@ -15,7 +15,7 @@ from zskd_nni.runtime.validation import (
     Fraction,
     NotNegative,
     Positive,
-    check_bounds,
+    Settings,
     one_of,
 )
 
@@ -59,7 +59,7 @@ Tolerance = Annotated[
 
 
 @dataclass(frozen=True)
-class SynthesisSettings:
+class SynthesisSettings(Settings):
     """The optimisation of an image towards its soft target.
 
     Attributes:
@@ -95,8 +95,6 @@ class SynthesisSettings:
         (30, 120)
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     temperature: Temperature = 20.0
     learning_rate: Positive = 0.05
     max_steps: MaxSteps = 100
@@ -112,7 +110,7 @@ class SynthesisSettings:
     batch_statistics: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        super().__post_init__()
         together = self.range == "rescale" or self.warm_start
         if together and (self.stops_early or self.step_limits[0] < self.step_limits[1]):
             raise ValueError(

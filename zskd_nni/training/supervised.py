@@ -17,7 +17,7 @@ from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.data.sources import EpochOrder
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime.device import to_device
-from zskd_nni.runtime.validation import Count, Positive, check_bounds, one_of
+from zskd_nni.runtime.validation import Count, Positive, Settings, one_of
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.loop import RunOptions, TrainingRun, cosine_schedule, fit
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SupervisedSettings:
+class SupervisedSettings(Settings):
     """How a classifier is trained on labels.
 
     Attributes:
@@ -40,8 +40,6 @@ class SupervisedSettings:
         autocast: multiply in bfloat16; where processor or card can, up to twice as fast.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     epochs: Count = 30
     batch: Count = 128
     optimizer: Annotated[str, one_of("adamw", "sgd")] = "adamw"
@@ -52,7 +50,7 @@ class SupervisedSettings:
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        super().__post_init__()
         if self.augmentation.mixes:
             raise ValueError("augmentation.cutmix and augmentation.mixup need a teacher: mixed images have no label")
 

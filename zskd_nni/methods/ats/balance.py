@@ -16,7 +16,7 @@ from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import generator
-from zskd_nni.runtime.validation import Bounds, Positive, check_bounds
+from zskd_nni.runtime.validation import Bounds, Positive, Settings
 
 OWN, REPEAT, NEAREST = 0, 1, 2
 ORIGINS = ("own", "repeats", "nearest")
@@ -27,7 +27,7 @@ Fill = Annotated[str, Bounds("is augment, confidence or none", ("augment", "conf
 
 
 @dataclass(frozen=True)
-class AtsSettings:
+class AtsSettings(Settings):
     """Which candidates are looked at, and which are taken.
 
     Attributes:
@@ -45,8 +45,6 @@ class AtsSettings:
         ValueError: a value outside its range.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     sources: tuple[str, ...] = ("shapes",)
     split: Split = "train"
     balanced: bool = True
@@ -61,7 +59,7 @@ class AtsSettings:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources names at least one source of images")
-        check_bounds(self)
+        super().__post_init__()
 
     @property
     def data_free(self) -> bool:

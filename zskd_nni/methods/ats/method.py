@@ -217,16 +217,8 @@ class Ats(PresetMethod):
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Make the set, or resume it, and draw batches from it."""
         part = "held-out" if request.held_out else "other"
-        found = make_transfer_set(
-            teacher,
-            request.options,
-            size=request.size,
-            seed=request.seed,
-            folder=request.folder,
-            label=request.label,
-            where=ImageLocation(request.root, request.download, request.base, part),
-            quiet=request.quiet,
-        )
+        where = ImageLocation(request.root, request.download, request.base, part)
+        found = make_transfer_set(teacher, request.options, where=where, **request.set_arguments())
         return StoredSource(found.images(), request.batch_size, request.seed, found.fingerprint, teacher.device)
 
 

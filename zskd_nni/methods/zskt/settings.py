@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from zskd_nni.methods.zskt.generator import RANGES
-from zskd_nni.runtime.validation import Bounds, Count, CountOrZero, NotNegative, Positive, check_bounds, one_of
+from zskd_nni.runtime.validation import Bounds, Count, CountOrZero, NotNegative, Positive, Settings, one_of
 from zskd_nni.training.hints import Pairs
 
 Width = Annotated[
@@ -26,7 +26,7 @@ Attention = Annotated[
 
 
 @dataclass(frozen=True)
-class ZsktSettings:
+class ZsktSettings(Settings):
     """The adversarial game.
 
     Attributes:
@@ -69,8 +69,6 @@ class ZsktSettings:
         ValueError: a value outside its range.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
-
     rounds: Count = 80_000
     generator_steps: Count = 1
     student_steps: Count = 10
@@ -99,6 +97,6 @@ class ZsktSettings:
     renewed: bool = False
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        super().__post_init__()
         if not self.memory and (self.filling or self.new_images or self.figures):
             raise ValueError("filling, new_images and figures are of images for the memory, and memory is 0")
