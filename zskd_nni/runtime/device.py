@@ -23,5 +23,4 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # from PyTorch 2.5 on
-    return device.type == "cpu" and supported is not None and bool(supported())
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())

@@ -38,11 +38,10 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:
         _remove_quietly(temporary)
-        raise UserError(_write_failure(path, error)) from error
-    except BaseException:
-        _remove_quietly(temporary)
+        if isinstance(error, OSError):
+            raise UserError(_write_failure(path, error)) from error
         raise
 
 
@@ -89,10 +88,7 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 def is_file(path: Path) -> bool:
     """Whether ``path`` is a file; False for a name that no file can have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+    return os.path.isfile(path)
 
 
 def read_json(path: str | Path) -> Any:

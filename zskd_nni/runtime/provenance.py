@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -34,18 +35,9 @@ def commit() -> str | None:
 
 def provenance(device: torch.device | str, seed: int) -> dict[str, Any]:
     """Commit, versions, device, threads and seed, JSON-able."""
-    names = ("torch", "torchvision", "nni", "numpy", "onnxruntime")
     versions = {"zskd_nni": version(), "python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    for package in ("torch", "torchvision", "nni", "numpy", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
-    return {
-        "commit": commit(),
-        "versions": versions,
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "seed": seed,
-    }
+    return {"commit": commit(), "versions": versions, "device": name, "threads": torch.get_num_threads(), "seed": seed}

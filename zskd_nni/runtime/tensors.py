@@ -19,21 +19,17 @@ from zskd_nni.runtime.files import is_file, sha256_of_bytes, write_atomic
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write named tensors as safetensors, atomically; returns the SHA-256 of the file."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors_bytes(_without_sharing(ready), metadata)
+    ready: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        address = plain.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory; tied weights are written once for each of their names.
+        ready[name] = plain.clone() if address in addresses else plain
+        addresses.add(address)
+    data = safetensors_bytes(ready, metadata)
     write_atomic(path, data)
     return sha256_of_bytes(data)
-
-
-def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses tensors that share memory; tied weights are written once for each of their names.
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return result
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -47,9 +43,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
             names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, metadata
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a sound safetensors file ({error}).") from error
 
