@@ -8,7 +8,7 @@ training images (DeepInversion: Yin et al., CVPR 2020, 1912.08795, section 3.2, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -101,12 +101,10 @@ class StatisticsTracker:
         self.retired += len(rows)
 
 
-@contextmanager
-def statistics_distances(model: nn.Module) -> Iterator[list[Tensor]]:
+def statistics_distances(model: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Within the block, each BatchNorm that a batch passes appends its distance from its running statistics, a scalar.
 
     The scalars are :func:`zskd_nni.training.losses.statistics_distance`; their sum is DeepInversion's feature
     regularisation.
     """
-    with StatisticsTracker(model).distances() as distances:
-        yield distances
+    return StatisticsTracker(model).distances()

@@ -99,20 +99,15 @@ class _Slots:
         count: of slots.
     """
 
-    images: Tensor
-    targets: Tensor
-    temperatures: Tensor
-    prior: Tensor
-    free: Tensor | None = None
-
     def __init__(self, inputs: ShardInputs, count: int) -> None:
         self.inputs, self.device = inputs, inputs.starts.device
         self.next_image = count  # the first image of the shard that waits for a slot
         self.index = torch.arange(count)  # which image of the shard each slot holds
         self.due = inputs.limits[:count].long()  # turn of the engine at which each reaches its step limit
         self._given = ("targets", "temperatures", "prior", *(() if inputs.free is None else ("free",)))
-        for name in self._given:
-            setattr(self, name, getattr(inputs, name)[:count].clone())
+        given = (inputs.targets, inputs.temperatures, inputs.prior)
+        self.targets, self.temperatures, self.prior = (values[:count].clone() for values in given)
+        self.free = None if inputs.free is None else inputs.free[:count].clone()
         self.images = inputs.starts[:count].clone()
         self.first = torch.zeros_like(self.images)  # Adam's moments
         self.second = torch.zeros_like(self.images)
@@ -188,9 +183,8 @@ class _Objective:
 
     def __init__(self, teacher: Teacher, settings: SynthesisSettings, term: FeatureTerm | None) -> None:
         self.teacher, self.settings, self.term = teacher, settings, term
-        self.statistics: StatisticsTracker | None = None
-        if settings.batch_statistics and batch_norms(teacher.model):
-            self.statistics = StatisticsTracker(teacher.model)
+        compared = settings.batch_statistics and batch_norms(teacher.model)
+        self.statistics = StatisticsTracker(teacher.model) if compared else None
 
     def gradient(self, slots: _Slots) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient ``(n, C, H, W)`` of the images, their divergence ``(n,)`` and the teacher's logits ``(n, K)``."""

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from zskd_nni.data.procedural import KINDS
-from zskd_nni.runtime.validation import (
-    Bounds,
-    Count,
-    CountOrZero,
-    Fraction,
-    NotNegative,
-    Positive,
-    Settings,
-    one_of,
-)
+from zskd_nni.runtime.validation import Bounds, Count, CountOrZero, Fraction, NotNegative, Positive, Settings, one_of
 
 RANGES = ("clamp", "rescale", "free")
 
@@ -26,30 +18,24 @@ def _pair(value: Any) -> tuple[Any, Any]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _in_order(low: float, value: Any, high: float) -> bool:
-    first, second = _pair(value)
-    return low <= first <= second <= high
+def _in_order(low: float, high: float) -> Callable[[Any], bool]:
+    """Whether a number lies between the two, or a pair of numbers in order does."""
+    return lambda value: low <= _pair(value)[0] <= _pair(value)[1] <= high
 
 
 Temperature = Annotated[
     float | tuple[float, float],
-    Bounds(
-        "must be positive (from 1e-06 to 1e+06), or two such numbers in order",
-        lambda value: _in_order(1e-6, value, 1e6),
-    ),
+    Bounds("must be positive (from 1e-06 to 1e+06), or two such numbers in order", _in_order(1e-6, 1e6)),
 ]
 MaxSteps = Annotated[
     int | tuple[int, int],
-    Bounds(
-        "must be at least 1 and at most 10,000,000, or two such numbers in order",
-        lambda value: _in_order(1, value, 10_000_000),
-    ),
+    Bounds("must be at least 1 and at most 10,000,000, or two such numbers in order", _in_order(1, 10_000_000)),
 ]
 Weights = Annotated[
     tuple[float, float],
     Bounds(
         "is two weights, both 0 or 0 < low <= high",
-        lambda value: value == (0, 0) or (value[0] > 0 and _in_order(0, value, sys.float_info.max)),
+        lambda value: value == (0, 0) or (value[0] > 0 and _in_order(0, sys.float_info.max)(value)),
     ),
 ]
 Tolerance = Annotated[

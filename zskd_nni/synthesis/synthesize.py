@@ -42,7 +42,6 @@ class TargetPlan(Protocol):
 
     def targets(self, first: int, count: int, total: int, seed: int) -> Tensor:
         """``(count, K)`` soft targets of impressions ``first`` to ``first + count`` out of ``total``."""
-        ...
 
 
 def synthesize(
