@@ -15,16 +15,20 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 
 
+def linear_teacher(classes: int) -> Teacher:
+    return Teacher(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, classes)), InputSpec((1, 2, 2)))
+
+
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_one_hot_in_turn(classes: int) -> None:
-    plan = ClassTargets(classes, ClassImpressionSettings())
+    plan = ClassTargets(linear_teacher(classes), ClassImpressionSettings())
     parts = torch.cat([plan.targets(first, 50, 300, seed=first) for first in range(0, 300, 50)])
     assert torch.equal(parts.argmax(1), torch.arange(300) % classes)
     assert torch.equal(parts.sort(1).values[:, -2:], torch.tensor([0.0, 1.0]).expand(300, 2))
 
 
 def test_smoothing() -> None:
-    targets = ClassTargets(5, ClassImpressionSettings(smoothing=0.1)).targets(3, 2, 9, 0)
+    targets = ClassTargets(linear_teacher(5), ClassImpressionSettings(smoothing=0.1)).targets(3, 2, 9, 0)
     np.testing.assert_allclose(
         targets.numpy(), [[0.02, 0.02, 0.02, 0.92, 0.02], [0.02, 0.02, 0.02, 0.02, 0.92]], rtol=1e-6
     )

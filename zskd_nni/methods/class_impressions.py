@@ -20,9 +20,8 @@ from torch.nn import functional
 
 from zskd_nni.methods import zskd
 from zskd_nni.methods.from_targets import ImpressionMethod
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.validation import Bounds, Settings
-
-Smoothing = Annotated[float, Bounds("must lie in [0, 1)", lambda value: 0 <= value < 1)]
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,19 @@ class ClassImpressionSettings(Settings):
         ValueError: a smoothing outside its range.
     """
 
-    smoothing: Smoothing = 0.0
+    smoothing: Annotated[float, Bounds("must lie in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
 
 
 class ClassTargets:
     """One-hot targets; impression i is of class i mod K.
 
     Args:
-        classes: number of classes K.
+        teacher: whose classes, K of them, are meant.
         settings: smoothing.
     """
 
-    def __init__(self, classes: int, settings: ClassImpressionSettings) -> None:
-        self.classes, self.settings = classes, settings
+    def __init__(self, teacher: Teacher, settings: ClassImpressionSettings) -> None:
+        self.classes, self.settings = teacher.num_classes, settings
         self.identity: dict[str, Any] = {"method": "class-impressions", "smoothing": settings.smoothing}
 
     def targets(self, first: int, count: int, total: int, seed: int) -> Tensor:
@@ -62,9 +61,4 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     name: {"targets": {"smoothing": 0.0}, "synthesis": zskd.PRESETS[name]["synthesis"]} for name in ("paper", "best")
 }
 
-METHOD = ImpressionMethod(
-    "class-impressions",
-    ClassImpressionSettings,
-    PRESETS,
-    lambda teacher, settings: ClassTargets(teacher.num_classes, settings),
-)
+METHOD = ImpressionMethod("class-impressions", ClassImpressionSettings, PRESETS, ClassTargets)

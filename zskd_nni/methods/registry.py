@@ -80,11 +80,9 @@ class Method(Protocol):
         Raises:
             ValueError: an unknown preset or key, or a value outside its range.
         """
-        ...
 
     def source(self, teacher: Teacher, request: TransferRequest) -> TransferSource:
         """Make the transfer source, or resume making it."""
-        ...
 
 
 def is_data_free(method: Method, options: Any = None) -> bool:
@@ -119,12 +117,11 @@ def find_method(name: str) -> Method:
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
-    for entry in entry_points(group=GROUP):
-        if entry.name == name:
-            try:
-                return entry.load()
-            except Exception as error:  # a third party's package may raise anything
-                raise UserError(f"The method {name!r} ({entry.value}) cannot be loaded: {error}") from error
+    for entry in entry_points(group=GROUP, name=name):
+        try:
+            return entry.load()
+        except Exception as error:  # a third party's package may raise anything
+            raise UserError(f"The method {name!r} ({entry.value}) cannot be loaded: {error}") from error
     names = method_names()
     near = sorted(difflib.get_close_matches(name, names, 2))
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -55,8 +55,6 @@ from zskd_nni.synthesis import FeatureTerm
 
 _PROBES = 8  # noise images
 
-Finite = Annotated[float, Bounds("must be a number", lambda value: -inf < value < inf)]
-
 
 @dataclass(frozen=True)
 class StsSettings(Settings):
@@ -82,7 +80,7 @@ class StsSettings(Settings):
     weights: Annotated[str, one_of("incoming", "outgoing")] = "incoming"
     sigma: Positive = 1.5
     sigma_is: Annotated[str, one_of("deviation", "variance")] = "deviation"
-    mean: Finite = 0.0
+    mean: Annotated[float, Bounds("must be a number", lambda value: -inf < value < inf)] = 0.0
     clamp: Annotated[str, one_of("none", "relu", "auto")] = "none"
     spatial: Annotated[str, one_of("independent", "shared")] = "independent"
     temperature: Positive = 20.0
@@ -152,9 +150,8 @@ class StsTargets:
         self.rows = unit_rows(weights.cpu())  # equation 1
         self.clamped = settings.clamp == "relu" or (settings.clamp == "auto" and bool((features >= 0).all()))
         self._check_no_shortcut()
-        self.term = None
-        if settings.activation_weight:
-            self.term = FeatureTerm(self.point, settings.activation_weight, activation_loss)
+        weight = settings.activation_weight
+        self.term = FeatureTerm(self.point, weight, activation_loss) if weight else None
         self.identity: dict[str, Any] = {
             "method": "sts",
             **asdict(settings),

@@ -140,14 +140,21 @@ def _make(
 ) -> TransferSet:
     classes = teacher.num_classes
     quotas = ClassQuotas(classes, identity["size"] // classes, teacher.spec.shape, settings.balanced)
-    saved = _SavedProgress(folder / PROGRESS, fingerprint_of(identity), quotas)
-    saved.resume()
+    fingerprint, saved, saved_at = fingerprint_of(identity), folder / PROGRESS, time.monotonic()
+    if saved.exists():
+        _resume(quotas, saved, fingerprint)
     done = sum(count for _, _, count in candidates.plan[: quotas.block])
     with Progress(label, candidates.total, "candidates", done=done, quiet=quiet) as progress:
 
         def on_block(images: int) -> None:
+            nonlocal saved_at
             progress.advance(images, f"{int((quotas.counts >= quotas.quota).sum())} classes full")
-            saved.save_if_due()
+            stopping = signals.asked()
+            if stopping or time.monotonic() - saved_at >= SAVE_EVERY:
+                save_sealed(saved, {"fingerprint": fingerprint, "classes": quotas.state_dict()})
+                saved_at = time.monotonic()
+            if stopping:
+                signals.check()
 
         images, labels, origins = balance(teacher, candidates, settings, quotas, on_block)
     checksum = save_tensors(folder / IMAGES, {"images": images, "labels": labels, "origins": origins})
@@ -156,7 +163,7 @@ def _make(
         counts[name] = torch.bincount(labels[origins == code], minlength=classes).tolist()
     description = {
         "format": FORMAT,
-        "fingerprint": saved.fingerprint,
+        "fingerprint": fingerprint,
         "identity": identity,
         "quota": quotas.quota,
         "images": len(images),
@@ -164,44 +171,22 @@ def _make(
         "sha256": checksum,
     }
     write_json(folder / DESCRIPTION, description)
-    saved.path.unlink(missing_ok=True)
+    saved.unlink(missing_ok=True)
     return TransferSet(folder, description)
 
 
-class _SavedProgress:
-    """The quotas of an unfinished set, in a file."""
+def _resume(quotas: ClassQuotas, saved: Path, fingerprint: str) -> None:
+    """Load the quotas of an unfinished set, if the file has those of the same set.
 
-    def __init__(self, path: Path, fingerprint: str, quotas: ClassQuotas) -> None:
-        self.path, self.fingerprint, self.quotas = path, fingerprint, quotas
-        self.saved_at = time.monotonic()
-
-    def resume(self) -> None:
-        """Load the quotas of the same set, if the file has them.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        if self.path.exists():
-            try:
-                state = load_sealed(self.path)
-            except UserError as error:
-                raise UserError(f"{error} Remove {self.path} to begin the set anew.") from error
-            if state.get("fingerprint") == self.fingerprint:
-                self.quotas.load_state_dict(state["classes"])
-
-    def save_if_due(self) -> None:
-        """Save every :data:`SAVE_EVERY` seconds, and before a signal stops the run."""
-        try:
-            signals.check()
-        except signals.Interrupted:
-            self._save()
-            raise
-        if time.monotonic() - self.saved_at >= SAVE_EVERY:
-            self._save()
-            self.saved_at = time.monotonic()
-
-    def _save(self) -> None:
-        save_sealed(self.path, {"fingerprint": self.fingerprint, "classes": self.quotas.state_dict()})
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        state = load_sealed(saved)
+    except UserError as error:
+        raise UserError(f"{error} Remove {saved} to begin the set anew.") from error
+    if state.get("fingerprint") == fingerprint:
+        quotas.load_state_dict(state["classes"])
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -36,9 +36,6 @@ class ImageGenerator(nn.Module):
         UserError: the image's sides are not multiples of 4.
     """
 
-    middle: Tensor  # of each channel's value range, (C, 1, 1)
-    half_range: Tensor
-
     def __init__(
         self, spec: InputSpec, latent: int = 100, width: int = 128, classes: int = 0, bounded: bool = False
     ) -> None:
@@ -67,8 +64,9 @@ class ImageGenerator(nn.Module):
         )
         self.bounded = bounded
         low, high = spec.normalised_range()
-        self.register_buffer("middle", ((low + high) / 2).view(-1, 1, 1), persistent=False)
-        self.register_buffer("half_range", ((high - low) / 2).view(-1, 1, 1), persistent=False)
+        # Of each channel's value range, (C, 1, 1).
+        self.middle = nn.Buffer(((low + high) / 2).view(-1, 1, 1), persistent=False)
+        self.half_range = nn.Buffer(((high - low) / 2).view(-1, 1, 1), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
         """Images ``(N, C, H, W)`` of latents followed by one-hot classes, ``(N, latent + classes)``."""

@@ -9,13 +9,11 @@ from zskd_nni.methods.zskt.generator import RANGES
 from zskd_nni.runtime.validation import Bounds, Count, CountOrZero, NotNegative, Positive, Settings, one_of
 from zskd_nni.training.hints import Pairs
 
-Width = Annotated[
-    int, Bounds("must be an even number of channels", lambda channels: channels >= 2 and channels % 2 == 0)
-]
-Batch = Annotated[int, Bounds("must be at least 2 for the generator's batch statistics", lambda images: images >= 2)]
-NewImages = Annotated[
-    CountOrZero, Bounds("must be at least 2 for the generator's batch statistics", lambda images: images != 1)
-]
+_ENOUGH = "must be at least 2 for the generator's batch statistics"
+
+Width = Annotated[int, Bounds("must be an even number of channels", lambda width: width >= 2 and width % 2 == 0)]
+Batch = Annotated[int, Bounds(_ENOUGH, lambda images: images >= 2)]
+NewImages = Annotated[CountOrZero, Bounds(_ENOUGH, lambda images: images != 1)]
 Attention = Annotated[
     str | Pairs,
     Bounds(

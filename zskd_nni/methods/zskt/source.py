@@ -63,14 +63,9 @@ class ZsktSource:
 
     def _restart(self) -> None:
         settings = self.settings
-        self.generator = new_generator(
-            self.teacher.spec,
-            self.seed,
-            latent=settings.latent,
-            width=settings.width,
-            classes=self.classes,
-            output_range=settings.generator_range,
-        ).to(self.teacher.device)
+        sizes = {"latent": settings.latent, "width": settings.width, "classes": self.classes}
+        network = new_generator(self.teacher.spec, self.seed, output_range=settings.generator_range, **sizes)
+        self.generator = network.to(self.teacher.device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), settings.generator_learning_rate, fused=True)
         self.images: Tensor | None = None  # of this round, normalised
         self.memory: ImageMemory | None = None  # of earlier rounds and the figures, normalised
