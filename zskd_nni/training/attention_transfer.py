@@ -34,17 +34,15 @@ def attention_pairs(student: nn.Module, teacher: Teacher, layers: str | Pairs = 
         return ()
     probe = teacher.example_input()
     if isinstance(layers, str):
-        theirs, ours = _last_of_each_size(teacher.model, probe), _last_of_each_size(student, probe)
-        return tuple((path, ours[size]) for size, path in theirs.items() if size in ours)
-    for pair in layers:
-        (height, width), (rows, columns) = (
-            _size_at(network, path, probe, whose)
-            for network, path, whose in zip((teacher.model, student), pair, ("The teacher", "The student"), strict=True)
-        )
-        if (height, width) != (rows, columns):
+        of_teacher, of_student = _last_of_each_size(teacher.model, probe), _last_of_each_size(student, probe)
+        return tuple((path, of_student[size]) for size, path in of_teacher.items() if size in of_student)
+    for theirs, ours in layers:
+        size = _size_at(teacher.model, theirs, probe, "The teacher")
+        other = _size_at(student, ours, probe, "The student")
+        if size != other:
             raise UserError(
-                f"Attention cannot be compared between the teacher's {pair[0]!r} ({height} x {width}) and the "
-                f"student's {pair[1]!r} ({rows} x {columns}): choose layers of the same height and width, "
+                f"Attention cannot be compared between the teacher's {theirs!r} ({size[0]} x {size[1]}) and the "
+                f"student's {ours!r} ({other[0]} x {other[1]}): choose layers of the same height and width, "
                 "attention: auto finds such, or set attention: none."
             )
     return layers

@@ -46,11 +46,9 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """What must be saved: tensors and plain values, nested as :func:`~zskd_nni.runtime.tensors.save_sealed` can."""
-        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave; called before the model's state is restored."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -72,13 +72,13 @@ class DataParallel:
             torch.manual_seed(derive_seed(torch.initial_seed(), "rank", self.team.rank))
         return _WholeBatchNorm(self.team)
 
-    def same(self, images: Tensor) -> Tensor:
-        """The first process's images; generators that every process trains may differ in their last bits."""
+    def same(self, values: Tensor) -> Tensor:
+        """The first process's values, such as its images: generators of several processes may differ in last bits."""
         if not self.divided:
-            return images
-        images = images.detach().contiguous()
-        self.team.broadcast(images)
-        return images
+            return values
+        values = values.detach().contiguous()
+        self.team.broadcast(values)
+        return values
 
     def variance(self, values: Tensor) -> Tensor | None:
         """Variance over all processes' images of ``values`` ``(n, ...)``, averaged to a scalar; None if not divided."""
@@ -107,9 +107,7 @@ class DataParallel:
             raise UserError("The processes of this launch hold different networks; all must run the same recipe.")
         with torch.no_grad():
             for value in _distinct(state.values()):
-                held = value.detach().contiguous()
-                self.team.broadcast(held)
-                value.copy_(held)
+                value.copy_(self.same(value))
 
     def add_gradients(self, model: nn.Module, optimizer: Optimizer, loss: Tensor) -> Tensor:
         """Replace the gradients by those of the whole batch; returns the loss of the whole batch."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime import signals
-
-Network = Callable[[Tensor], Tensor]
+from zskd_nni.training.metrics import Network
 
 
 @torch.no_grad()

@@ -218,7 +218,6 @@ class _CheckpointKeeper:
             shapes = {name: list(value.shape) for name, value in training.model.state_dict().items()}
             fingerprint = fingerprint_of([run.identity, run.steps, run.seed, shapes])
             self.checkpoint = Checkpoint(Path(run.checkpoint), fingerprint)
-        self._before = 0.0  # seconds of the parts before this one
         self._started = self._saved = time.monotonic()
 
     def resume(self) -> tuple[int, History]:
@@ -231,7 +230,8 @@ class _CheckpointKeeper:
             if self.team.first(self.checkpoint.exists):
                 step, history = self.checkpoint.load(self.training)
                 self.team.wait()  # for those that still read, before the first process writes another
-        self._before, self._started, self._saved = history.seconds, time.monotonic(), time.monotonic()
+        self._saved = time.monotonic()
+        self._started = self._saved - history.seconds  # as if the parts before this one had run without a pause
         return step, history
 
     def is_due(self) -> bool:
@@ -240,8 +240,7 @@ class _CheckpointKeeper:
 
     def save(self, done: int, monitor: _LossMonitor) -> None:
         """Write the state after ``done`` steps; where something is not finite, the last good checkpoint stays."""
-        now = time.monotonic()
-        monitor.history.seconds = self._before + now - self._started
+        monitor.history.seconds = time.monotonic() - self._started
         if self.checkpoint is not None and self.team.leads:
             monitor.require_finite(done)
             self.checkpoint.save(self.training, done, monitor.history)
