@@ -101,9 +101,7 @@ def fit_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
                 f"The images have {images.shape[1]} channels of {images.shape[2]}x{images.shape[3]} pixels, the "
                 f"network takes {channels} of {height}x{width}; only grey (1) and colour (3) are made into each other."
             )
-        images = (
-            images.mean(1, keepdim=True) if channels == 1 else images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
-        )
+        images = images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
     if tuple(images.shape[2:]) == (28, 28) and (height, width) == (32, 32):
         return functional.pad(images, (2, 2, 2, 2))
     if tuple(images.shape[2:]) != (height, width):

@@ -37,15 +37,12 @@ class TransferSource(Protocol):
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
         """Images ``(batch_size, C, H, W)`` in the teacher's value range for ``step`` (from 0)."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: nested tensors and plain values; empty if batches depend only on the step."""
-        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        ...
 
 
 class EpochOrder:

@@ -139,6 +139,27 @@ def checking_batch(images: Tensor) -> int:
     return min(500, inference_batch(images[0].numel()))
 
 
+def onnx_session(model: bytes | str | Path, options: Any = None) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU.
+
+    Args:
+        model: the file, or its bytes.
+        options: an ``onnxruntime.SessionOptions``.
+
+    Raises:
+        UserError: onnxruntime refuses the model.
+    """
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has exceptions of its own
+        named = "The exported network" if isinstance(model, bytes) else model
+        raise UserError(f"{named} cannot be run by onnxruntime ({error}).") from error
+
+
 def run_onnx(model: bytes | str | Path, images: Tensor) -> Tensor:
     """Logits ``(N, K)`` of an ONNX model in onnxruntime on the CPU.
 
@@ -152,16 +173,7 @@ def run_onnx(model: bytes | str | Path, images: Tensor) -> Tensor:
         >>> run_onnx(onnx_bytes(teacher.model, teacher.spec), torch.zeros(3, 1, 32, 32)).shape
         torch.Size([3, 10])
     """
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)
-    try:
-        session = onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # onnxruntime has exceptions of its own
-        named = "The exported network" if isinstance(model, bytes) else model
-        raise UserError(f"{named} cannot be run by onnxruntime ({error}).") from error
+    session = onnx_session(model)
     parts = [
         session.run(["logits"], {"images": part.numpy().astype(np.float32)})[0]
         for part in images.split(checking_batch(images))
@@ -174,7 +186,6 @@ class ImageSource(Protocol):
 
     def batch(self, step: int, random: torch.Generator) -> Tensor:
         """Images ``(N, C, H, W)``."""
-        ...
 
 
 def export_onnx(

@@ -37,18 +37,13 @@ _ENTRIES: dict[str, tuple[type, str]] = {
 
 _CONVOLUTION = "in_channels out_channels kernel_size stride padding dilation groups padding_mode"
 _NORM = "num_features eps momentum affine track_running_stats"
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d)
 # The constructor arguments that fix a layer's size and behaviour. A bias is handled apart.
 _ARGUMENTS: dict[type[nn.Module], str] = {
     nn.Linear: "in_features out_features",
-    nn.Conv1d: _CONVOLUTION,
-    nn.Conv2d: _CONVOLUTION,
-    nn.Conv3d: _CONVOLUTION,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _CONVOLUTION),
     nn.ConvTranspose2d: f"{_CONVOLUTION} output_padding",
-    nn.BatchNorm1d: _NORM,
-    nn.BatchNorm2d: _NORM,
-    nn.BatchNorm3d: _NORM,
-    nn.InstanceNorm1d: _NORM,
-    nn.InstanceNorm2d: _NORM,
+    **dict.fromkeys(_NORMS, _NORM),
     nn.LayerNorm: "normalized_shape eps elementwise_affine",
     nn.GroupNorm: "num_groups num_channels eps affine",
     nn.PReLU: "num_parameters",

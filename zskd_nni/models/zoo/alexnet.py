@@ -75,10 +75,7 @@ class AlexNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 assert module.bias is not None
-                nn.init.zeros_(module.bias)
-        for module in (self.conv2, self.conv4, self.conv5):
-            assert module.bias is not None
-            nn.init.ones_(module.bias)
+                nn.init.constant_(module.bias, 1.0 if module in (self.conv2, self.conv4, self.conv5) else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.pool1(self.norm1(self.relu1(self.conv1(x)))))  # (N, 48, 15, 15)
