@@ -55,6 +55,8 @@ from zskd_nni.synthesis import FeatureTerm
 
 _PROBES = 8  # noise images
 
+Finite = Annotated[float, Bounds("must be a number", lambda value: -inf < value < inf)]
+
 
 @dataclass(frozen=True)
 class StsSettings(Settings):
@@ -80,7 +82,7 @@ class StsSettings(Settings):
     weights: Annotated[str, one_of("incoming", "outgoing")] = "incoming"
     sigma: Positive = 1.5
     sigma_is: Annotated[str, one_of("deviation", "variance")] = "deviation"
-    mean: Annotated[float, Bounds("must be a number", lambda value: -inf < value < inf)] = 0.0
+    mean: Finite = 0.0
     clamp: Annotated[str, one_of("none", "relu", "auto")] = "none"
     spatial: Annotated[str, one_of("independent", "shared")] = "independent"
     temperature: Positive = 20.0
