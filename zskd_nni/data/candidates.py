@@ -33,7 +33,7 @@ class ImageLocation:
         root: folder of named data sets; by default that of the variable ``ZSKD_NNI_DATA``.
         download: let torchvision fetch them there.
         base: the folder that relative paths start from.
-        part: ``all`` images, the ``held-out`` tenth (the same for every seed), or the ``other`` nine.
+        part: ``all`` images, the ``held-out`` tenth (the same for every seed), or the ``other`` nine tenths.
     """
 
     root: Path | None = None
@@ -49,8 +49,8 @@ def procedural_images(kind: str, count: int, spec: InputSpec, random: torch.Gene
         kind: one of :data:`PROCEDURAL`.
         count: how many.
         spec: shape and value range.
-        random: everything is drawn from it.
-        deviation: of ``noise-gaussian`` about the middle of the value range, as a fraction of the range.
+        random: the generator that everything is drawn from.
+        deviation: standard deviation of ``noise-gaussian`` about the middle of the range, as a fraction of the range.
     """
     if kind == "noise-gaussian":
         middle, width = (spec.low + spec.high) / 2, deviation * (spec.high - spec.low)
@@ -61,12 +61,12 @@ def procedural_images(kind: str, count: int, spec: InputSpec, random: torch.Gene
 
 
 class Candidates:
-    """The candidates of all sources, in blocks that depend only on the seed and their number.
+    """The candidates of all sources, in blocks; each depends only on the seed and its number.
 
     Args:
         sources: names of procedural sources, data sets or paths; they take turns.
         spec: shape and value range.
-        limit: procedural candidates of each source, at most.
+        limit: the most candidates of each procedural source.
         seed: names the random streams. Real images come in an order drawn from it and from the data set's name, or
             the images' content where they have no name.
         where: where the real images are.
@@ -100,7 +100,7 @@ class Candidates:
             if name not in PROCEDURAL:
                 images = self._read(name, where or ImageLocation())
                 self.data[name] = sha256_of_bytes(images.images.contiguous().numpy().tobytes())
-                # By content: the same file has another path from another folder, and must give the same set there.
+                # By content: a file's path depends on the working folder, and the set must not.
                 stream = name if name in NAMED_SETS else self.data[name]
                 order = torch.randperm(len(images), generator=generator(seed, "order of candidates", stream))
                 self._real[name] = images.subset(order)

@@ -71,7 +71,7 @@ def shard_name(index: int) -> str:
 
 
 def note_name(index: int) -> str:
-    """File name of a shard's manifest entry until it is in the manifest."""
+    """File name of the note that keeps a shard's manifest entry until it is merged into the manifest."""
     return f"shard-{index:05d}.json"
 
 
@@ -112,8 +112,8 @@ class ImpressionStore:
             identity: JSON-able; what these impressions are (teacher, method, settings, seed). A store with another
                 identity is refused.
             plan: number of impressions of each shard.
-            environment: JSON-able; how they are made (device, threads, versions). That of the first run stays in the
-                manifest.
+            environment: JSON-able; how they are made (device, threads, versions). The manifest keeps that of the
+                first run.
 
         Raises:
             UserError: the folder holds another store, or something else.
@@ -156,7 +156,7 @@ class ImpressionStore:
             inner = folder / "impressions"  # of a whole run's folder
             hint = f" Did you mean {inner}?" if (inner / MANIFEST).is_file() else ""
             raise UserError(f"{folder} is not a store of impressions: it has no {MANIFEST}.{hint}")
-        notes = _notes(folder)  # before the manifest: notes are merged into that first and then removed
+        notes = _notes(folder)  # first: merging writes the manifest, and only then removes the notes
         manifest = read_json(path)
         if isinstance(manifest, dict):
             check_format(manifest, FORMAT, path, f"Remove {folder} and run the command again to make it anew.")
@@ -198,14 +198,14 @@ class ImpressionStore:
 
     @property
     def fingerprint(self) -> str:
-        """Of the identity."""
+        """Fingerprint of the identity."""
         return self.manifest["fingerprint"]
 
     def __len__(self) -> int:
         return sum(self.plan)
 
     def missing(self, among: Sequence[int] | None = None) -> list[int]:
-        """Shards, of those given or of all, that are not there or differ from their checksum; in order."""
+        """Numbers of the shards, of those given or of all, that are missing or differ from their checksum; in order."""
         return [index for index in (range(len(self.plan)) if among is None else among) if self.damage(index)]
 
     def damage(self, index: int) -> str | None:
@@ -229,10 +229,10 @@ class ImpressionStore:
         """Keep a finished shard: first its file, then its entry in the manifest.
 
         Args:
-            index: of the shard.
+            index: number of the shard.
             impressions: as many as planned.
-            seconds: that it took.
-            environment: in which it was made; the entry says what differs from the store's.
+            seconds: the time it took.
+            environment: that of this shard; the entry says what differs from the store's.
             note: write the entry into a note beside the shard, not into the manifest, which another process writes.
 
         Raises:
@@ -261,12 +261,12 @@ class ImpressionStore:
             self._write_manifest()
 
     def changed_environment(self, environment: dict[str, Any]) -> dict[str, Any]:
-        """What differs from the environment in which the store was begun, but for threads: those are set to it."""
+        """What differs from the environment of the first run, except threads: later runs take its number of threads."""
         known = self.manifest["environment"]
         return {key: value for key, value in environment.items() if key != "threads" and known.get(key) != value}
 
     def read(self, index: int) -> Impressions:
-        """A shard, after its checksum and its content were checked.
+        """Read a shard, and check its checksum and content.
 
         Raises:
             UserError: it is missing or damaged.
@@ -280,7 +280,7 @@ class ImpressionStore:
         return Impressions(**tensors)
 
     def _wrong_content(self, tensors: dict[str, Tensor], count: int) -> str:
-        """What is wrong with a shard whose checksum is right: a manifest can be forged as well."""
+        """What is wrong with a shard whose checksum is right, because the manifest may be forged too."""
         if set(tensors) != set(_FIELDS):
             return f"it has {', '.join(sorted(tensors)) or 'nothing'}"
         shape = self.manifest["identity"].get("input", {}).get("shape", list(tensors["images"].shape[1:]))

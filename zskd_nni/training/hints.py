@@ -1,7 +1,7 @@
 """Hidden layers whose outputs the student matches (hints, Romero et al., FitNets, ICLR 2015, 1412.6550).
 
-A pruned student keeps some of the teacher's layers at full width, and of the others a subset of the channels. Their
-outputs can be compared number by number, and say far more about an image than ten logits do.
+A pruned student keeps some of the teacher's layers at full width, and some channels of the others. The outputs of both
+can be compared element by element, and say far more about an image than ten logits do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Hint(NamedTuple):
     Attributes:
         teacher: path of the teacher's layer.
         student: path of the student's layer.
-        channels: which of the teacher's channels the student's are, in its order; None for all of them.
+        channels: the teacher's channels that the student has, in the student's order; None if it has all.
     """
 
     teacher: str
@@ -44,11 +44,11 @@ def find_hints(
     """The layers whose outputs are matched.
 
     Args:
-        student: takes what the teacher takes.
-        teacher: its classifier is left out of ``auto``, whose outputs are the logits.
-        layers: ``none``; ``auto`` for every linear layer and convolution (for the BatchNorm layer behind it, if
-            there is one) that both networks have at the same path with outputs of one shape, or with channels that are
-            known from ``kept`` (there may be none); or the pairs themselves.
+        student: a network with the teacher's input.
+        teacher: ``auto`` leaves out its classifier, whose outputs are the logits.
+        layers: ``none``; the pairs themselves; or ``auto``: every linear layer and convolution (or the BatchNorm layer
+            that follows it) that both networks have at the same path, if the outputs have the same shape or ``kept``
+            names the channels. There may be no such layer.
         kept: layer of the student -> the teacher's channels that pruning kept in it, in order.
 
     Raises:
@@ -76,7 +76,7 @@ def find_hints(
             raise UserError(
                 f"distillation.features: the teacher's {theirs!r} gives {shapes[0] or 'no tensor'} for an image, the "
                 f"student's {ours!r} {shapes[1] or 'no tensor'}; only outputs of one shape can be matched. "
-                "features: auto finds such."
+                "features: auto finds such layers."
             )
     return tuple(matched)
 
@@ -92,7 +92,7 @@ def _comparable(student: nn.Module, teacher: Teacher) -> list[str]:
         for (path, layer), after in zip(layers, following, strict=True)
         if path in known
         and path != teacher.classifier_path
-        and (isinstance(layer, norms) or not isinstance(after, norms))  # what BatchNorm gives is compared
+        and (isinstance(layer, norms) or not isinstance(after, norms))  # BatchNorm's output is compared
     ]
 
 
@@ -109,7 +109,7 @@ def check_paths(student: nn.Module, teacher: Teacher, layers: Pairs) -> None:
 
 @torch.no_grad()
 def output_shapes(model: nn.Module, paths: list[str], probe: Tensor) -> dict[str, list[int]]:
-    """Shapes of the modules' last outputs for a batch of images, by path, in the order of these calls.
+    """Shapes of the modules' last outputs for a batch of images, by path, in the order of the calls.
 
     Modules that do not run or give no tensor are left out.
 

@@ -78,7 +78,7 @@ def channel_moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """
     features, over = features.float(), [0, *range(2, features.ndim)]
     mean = features.mean(over, keepdim=True)
-    variance = (features - mean).square().mean(over)  # on a CPU in two thirds of what var() takes with its gradient
+    variance = (features - mean).square().mean(over)  # with its gradient, on a CPU, 2/3 of the time of var()
     return mean.flatten(), variance
 
 
@@ -111,13 +111,13 @@ def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
 def feature_loss(student: Tensor, teacher: Tensor, variance: Tensor | None = None) -> Tensor:
     """Mean squared difference of two layers' outputs over the teacher's variance: ``(N, ...), (N, ...) -> scalar``.
 
-    A loss of 1 is that of a student with the teacher's mean output for every image. The variance over the batch is
-    taken for each number and then averaged.
+    A student that gives the teacher's mean output for every image has a loss of 1. The variance over the batch is
+    computed for each element of the output and then averaged.
 
     Args:
         student: outputs of a layer.
         teacher: outputs of the same shape, for the same images.
-        variance: that of the whole batch, a scalar, where these images are a part of it.
+        variance: of the whole batch, a scalar, if these images are only a part of it.
 
     Example:
         >>> teacher = torch.tensor([[1.0], [3.0]])
@@ -162,7 +162,7 @@ def attention_loss(student: Tensor, teacher: Tensor, distance: str = "squared-me
 
 
 def attention_distance(student: Tensor, teacher: Tensor, distance: str = "squared-mean") -> Tensor:
-    """:func:`attention_loss` of maps: ``(N, H * W), (N, H * W) -> scalar``."""
+    """:func:`attention_loss` of given maps: ``(N, H * W), (N, H * W) -> scalar``."""
     difference = student - teacher
     if distance == "squared-mean":
         return difference.square().mean()

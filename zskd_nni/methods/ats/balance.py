@@ -22,7 +22,6 @@ OWN, REPEAT, NEAREST = 0, 1, 2
 ORIGINS = ("own", "repeats", "nearest")
 
 SmallCount = Annotated[int, Bounds("must be at least 1 and at most 10,000", lambda value: 1 <= value <= 10_000)]
-Split = Annotated[str, Bounds("is train or test", ("train", "test").__contains__)]
 Fill = Annotated[str, Bounds("is augment, confidence or none", ("augment", "confidence", "none").__contains__)]
 
 
@@ -33,20 +32,20 @@ class AtsSettings(Settings):
     Attributes:
         sources: names of procedural sources, data sets or paths; they take turns.
         split: of named data sets.
-        balanced: take as many images of each class; otherwise the first ones.
-        candidates: of each procedural source, at most so many candidates for each image of the set; all images of real
-            sources are candidates once.
+        balanced: take equally many images of each class; otherwise take the first candidates.
+        candidates: the most candidates of each procedural source for each image of the set; every image of a real
+            source is a candidate once.
         fill: ``augment``, ``confidence`` or ``none``: how scarce classes are filled.
         repeats: the augmentation that makes repeats.
-        tries: rounds of repeats; each makes as many as are missing.
-        deviation: of the Gaussian noise about the middle of the value range, as a fraction of the range.
+        tries: the most rounds of repeats; each round makes as many as are still missing.
+        deviation: standard deviation of the Gaussian noise about the middle of the range, as a fraction of the range.
 
     Raises:
         ValueError: a value outside its range.
     """
 
     sources: tuple[str, ...] = ("shapes",)
-    split: Split = "train"
+    split: Annotated[str, Bounds("is train or test", ("train", "test").__contains__)] = "train"
     balanced: bool = True
     candidates: SmallCount = 20
     fill: Fill = "augment"
@@ -85,7 +84,7 @@ class CannotBalanceError(UserError):
 
 
 class ClassQuotas:
-    """The images taken so far, and for each class with room the nearest of those not taken.
+    """The images taken so far, and for each class that needs more, the nearest of those not taken.
 
     Args:
         classes: number of classes K.
