@@ -29,23 +29,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="A recipe is a packaged name (zskd-nni recipes) or a YAML file. The same command again resumes.",
+    epilog="A recipe is a packaged name (zskd-nni recipes) or a YAML file. Run the same command again to resume.",
 )
 _MOST_THREADS = 4096  # the most that a store of impressions records
 _DISTRIBUTED = ("synthesize", "distill", "compress")  # the commands that several processes can share
 RECORDS = Path("results/reproduce")
 
 # Options that several commands have.
-OutOption = Annotated[Path, typer.Option("--out", help="Output folder; the same command again resumes in it.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Output folder; the same command continues there.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed, instead of the recipe's.")]
 DataRootOption = Annotated[
     Path | None,
-    typer.Option("--data-root", help="Folder of real test data; the variable ZSKD_NNI_DATA where absent."),
+    typer.Option("--data-root", help="Folder of real test data, instead of ZSKD_NNI_DATA."),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, max=_MOST_THREADS, help="CPU threads; all cores where absent.")
+    int | None, typer.Option("--threads", min=1, max=_MOST_THREADS, help="CPU threads; by default all cores.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of the records.")]
 
 
@@ -62,7 +62,7 @@ class RecipeOptions:
     ] = None
     scale: Annotated[
         str | None,
-        typer.Option("--scale", metavar="NAME", help="One of the recipe's scales, such as cpu; full where absent."),
+        typer.Option("--scale", metavar="NAME", help="A scale of the recipe, such as cpu; by default full."),
     ] = None
 
     def load(self, *more: str) -> LoadedRecipe:
@@ -120,7 +120,7 @@ class SearchMachineOptions(MachineOptions):
     threads: Annotated[
         int | None,
         typer.Option(
-            "--threads", min=1, max=_MOST_THREADS, help="CPU threads of a trial; the cores divided where absent."
+            "--threads", min=1, max=_MOST_THREADS, help="CPU threads of a trial; by default a share of the cores."
         ),
     ] = None
 
@@ -202,7 +202,7 @@ def demo(
 def compress(options: RunOptions) -> None:
     """Run a whole recipe, from its teacher to its report.
 
-    Impressions, student, controls, export, report.
+    Makes impressions, the student, its controls, the exports and the report.
     """
     _work_through(options.load(), options)
     out = options.out
@@ -297,10 +297,10 @@ def search(
         bool, typer.Option("--portal", help="Open NNI's web portal to the network; it has no password.")
     ] = False,
     port: Annotated[
-        int | None, typer.Option("--port", min=1, max=65535, help="Of NNI's web server; a free one where absent.")
+        int | None, typer.Option("--port", min=1, max=65535, help="Port of NNI's web server; by default a free one.")
     ] = None,
 ) -> None:
-    """Search a recipe's settings by an NNI experiment.
+    """Search a recipe's settings with an NNI experiment.
 
     No data is needed; docs/experiments.md.
     """
@@ -467,7 +467,7 @@ def reproduce(
     results: ResultsOption = RECORDS,
     list_only: Annotated[bool, typer.Option("--list", help="Show tables, or a table's cells and their state.")] = False,
 ) -> None:
-    """Run the papers' tables, one record a run.
+    """Run the papers' tables; each run leaves a record.
 
     A run that is finished is not run again, one that was stopped is resumed. The same command in a second process takes
     the cells that the first is not working on. Without a TABLE the tables are listed.
