@@ -391,11 +391,11 @@ def test_a_picture_of_a_store_whose_shards_hold_one_class_each() -> None:
             read.append(shard)
             yield shard
 
-    images, logits = some_of_each(parts(), 3)
+    images, logits = some_of_each(parts(), 3 * 5)
     assert logits.argmax(1).tolist() == [k for k in range(5) for _ in range(3)]
     assert images[:, 0, 0, 0].tolist() == [float(k) for k in range(5) for _ in range(3)]
     read.clear()
     shards[0] = (torch.zeros(20, 1, 8, 8), torch.eye(5)[torch.arange(20) % 5])
-    assert len(some_of_each(parts(), 4)[0]) == 20
+    assert len(some_of_each(parts(), 4 * 5)[0]) == 20
     assert len(read) == 1, "no more is read than is needed"
     assert spread(3) == [0, 1, 2] and spread(100, 4) == [0, 25, 50, 75] and spread(0) == []

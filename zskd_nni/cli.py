@@ -10,10 +10,12 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer import Argument, Option
 
 from zskd_nni.runtime.errors import UserError
 
@@ -31,38 +33,32 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="A recipe is a packaged name (zskd-nni recipes) or a YAML file. Run the same command again to resume.",
 )
-_MOST_THREADS = 4096  # the most that a store of impressions records
 _DISTRIBUTED = ("synthesize", "distill", "compress")  # the commands that several processes can share
 RECORDS = Path("results/reproduce")
 
 # Options that several commands have.
-OutOption = Annotated[Path, typer.Option("--out", help="Output folder; the same command continues there.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed, instead of the recipe's.")]
-DataRootOption = Annotated[
-    Path | None,
-    typer.Option("--data-root", help="Folder of real test data, instead of ZSKD_NNI_DATA."),
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, max=_MOST_THREADS, help="CPU threads; by default all cores.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of the records.")]
+OutOption = Annotated[Path, Option(help="Output folder; the same command continues there.")]
+SeedOption = Annotated[int | None, Option(min=0, help="Seed, instead of the recipe's.")]
+DataRootOption = Annotated[Path | None, Option(help="Folder of real test data, instead of ZSKD_NNI_DATA.")]
+_threads = partial(Option, min=1, max=4096)  # the most that a store of impressions records
+ThreadsOption = Annotated[int | None, _threads(help="CPU threads; by default all cores.")]
+QuietOption = Annotated[bool, Option("--quiet", help="Show no progress.")]
+ResultsOption = Annotated[Path, Option(help="Folder of the records.")]
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
     """A recipe, what is changed in it, and the output folder."""
 
-    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A packaged recipe, or a YAML file.")]
+    recipe: Annotated[str, Argument(metavar="NAME|FILE", help="A packaged recipe, or a YAML file.")]
     out: OutOption
     seed: SeedOption = None
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a key of the recipe; may be given often."),
+        Option("--set", metavar="KEY.PATH=VALUE", help="Change a key of the recipe; may be given often."),
     ] = None
     scale: Annotated[
-        str | None,
-        typer.Option("--scale", metavar="NAME", help="A scale of the recipe, such as cpu; by default full."),
+        str | None, Option(metavar="NAME", help="A scale of the recipe, such as cpu; by default full.")
     ] = None
 
     def load(self, *more: str) -> LoadedRecipe:
@@ -77,16 +73,19 @@ class DataOptions:
     """Where real images are."""
 
     data_root: DataRootOption = None
-    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch test data that is missing.")] = (
-        False
-    )
+    download: Annotated[bool, Option("--download", help="Let torchvision fetch test data that is missing.")] = False
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The keyword arguments of this meaning."""
+        return {"root": self.data_root, "download": self.download}
 
 
 @dataclass(frozen=True)
 class MachineOptions:
     """What a command computes on, and whether it shows its progress."""
 
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or cuda:N.")] = "cpu"
+    device: Annotated[str, Option(help="cpu, cuda, or cuda:N.")] = "cpu"
     threads: ThreadsOption = None
     quiet: QuietOption = False
 
@@ -117,12 +116,7 @@ class MachineOptions:
 class SearchMachineOptions(MachineOptions):
     """The same for each trial of a search."""
 
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads", min=1, max=_MOST_THREADS, help="CPU threads of a trial; by default a share of the cores."
-        ),
-    ] = None
+    threads: Annotated[int | None, _threads(help="CPU threads of a trial; by default a share of the cores.")] = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ def _tell_version(wanted: bool) -> None:
 def _refuse_torchrun_where_one_process_works(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+        bool, Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     from zskd_nni.runtime.torchrun import launched
@@ -216,22 +210,14 @@ def _work_through(loaded: LoadedRecipe, options: RunOptions, impressions: Path |
 
     options.prepare()
     with joined(options.device) as device:
-        report = Run(
-            loaded,
-            options.out,
-            device=device,
-            root=options.data_root,
-            download=options.download,
-            impressions=impressions,
-            quiet=options.quiet,
-        ).compress()
+        run = Run(loaded, options.out, device=device, impressions=impressions, quiet=options.quiet, **options.where)
+        report = run.compress()
     _echo(render_table(report))
 
 
 @command()
 def synthesize(
-    options: RunOptions,
-    size: Annotated[int | None, typer.Option("--size", min=1, help="Impressions, instead of the recipe's.")] = None,
+    options: RunOptions, size: Annotated[int | None, Option(min=1, help="Impressions, instead of the recipe's.")] = None
 ) -> None:
     """Make a store of data impressions of a recipe's teacher.
 
@@ -247,9 +233,7 @@ def synthesize(
         _echo(f"teacher: {teacher.num_classes} classes, classifier {teacher.classifier_path}")
         if (out / "run.json").exists():
             raise UserError(f"{out} is the folder of a run of compress or distill; choose another --out.")
-        source = loaded.transfer_source(
-            teacher, out, quiet=options.quiet, root=options.data_root, download=options.download
-        )
+        source = loaded.transfer_source(teacher, out, quiet=options.quiet, **options.where)
         _echo(_describe_transfer_set(method, source.size, out, team().size))
 
 
@@ -264,20 +248,17 @@ def _describe_transfer_set(method: str, size: int | None, out: Path, processes: 
         return f"{size:,} images of {method} in {out}"
     summary = ImpressionStore.open(out).summary()
     rate = summary["impressions_per_second"]
+    speed = "" if rate is None else f", {rate:,.0f} a second{' and process' if processes > 1 else ''}"
     return (
         f"{summary['impressions']:,} impressions in {out}: mean divergence {summary['mean_fit']:.4f} after "
-        f"{summary['mean_steps']:.1f} steps"
-        + ("" if rate is None else f", {rate:,.0f} a second")
-        + (" and process" if rate is not None and processes > 1 else "")
+        f"{summary['mean_steps']:.1f} steps{speed}"
     )
 
 
 @command()
 def distill(
     options: RunOptions,
-    impressions: Annotated[
-        Path | None, typer.Option("--impressions", help="A store made by synthesize, instead of making one.")
-    ] = None,
+    impressions: Annotated[Path | None, Option(help="A store made by synthesize, instead of making one.")] = None,
 ) -> None:
     """Train a recipe's student network on impressions alone.
 
@@ -294,10 +275,10 @@ def search(
     machine: SearchMachineOptions,
     data_root: DataRootOption = None,
     portal: Annotated[
-        bool, typer.Option("--portal", help="Open NNI's web portal to the network; it has no password.")
+        bool, Option("--portal", help="Open NNI's web portal to the network; it has no password.")
     ] = False,
     port: Annotated[
-        int | None, typer.Option("--port", min=1, max=65535, help="Port of NNI's web server; by default a free one.")
+        int | None, Option(min=1, max=65535, help="Port of NNI's web server; by default a free one.")
     ] = None,
 ) -> None:
     """Search a recipe's settings with an NNI experiment.
@@ -319,7 +300,7 @@ def search(
 
 
 @command(hidden=True)
-def trial(job: Annotated[Path, typer.Argument(metavar="FOLDER", help="As a search wrote it.")]) -> None:
+def trial(job: Annotated[Path, Argument(metavar="FOLDER", help="As a search wrote it.")]) -> None:
     """One trial of a search; NNI starts it."""
     from zskd_nni.pipeline.search.trial import JOB, run_trial
     from zskd_nni.runtime.files import read_json
@@ -332,11 +313,11 @@ def trial(job: Annotated[Path, typer.Argument(metavar="FOLDER", help="As a searc
 @command()
 def evaluate(
     network: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A student.json (or the folder it lies in), or an .onnx file.")
+        Path, Argument(metavar="FILE", help="A student.json (or the folder it lies in), or an .onnx file.")
     ],
-    data: Annotated[str, typer.Option("--data", help="digits, mnist, fashion-mnist, cifar10, an .npz or a folder.")],
+    data: Annotated[str, Option(help="digits, mnist, fashion-mnist, cifar10, an .npz or a folder.")],
     where: DataOptions,
-    split: Annotated[str, typer.Option("--split", help="train or test.")] = "test",
+    split: Annotated[str, Option(help="train or test.")] = "test",
 ) -> None:
     """Measure a saved network or ONNX file on labelled images.
 
@@ -353,11 +334,9 @@ def evaluate(
 
 @command()
 def show(
-    store: Annotated[Path, typer.Argument(metavar="FOLDER", help="A store of impressions.")],
-    out: Annotated[Path, typer.Option("--out", help="The picture, .png.")] = Path("impressions.png"),
-    count: Annotated[
-        int, typer.Option("--count", min=1, max=1000, help="How many impressions at most, equally many of a class.")
-    ] = 60,
+    store: Annotated[Path, Argument(metavar="FOLDER", help="A store of impressions.")],
+    out: Annotated[Path, Option(help="The picture, .png.")] = Path("impressions.png"),
+    count: Annotated[int, Option(min=1, max=1000, help="How many impressions at most, equally many of a class.")] = 60,
 ) -> None:
     """Draw the impressions of a store.
 
@@ -374,18 +353,14 @@ def show(
     if not finished:
         raise UserError(f"{store} holds no finished impressions yet.")
     spec = saved_input(opened.manifest["identity"], store / "manifest.json")
-    first = opened.read(finished[0])
-    shards = (first if index == 0 else opened.read(finished[index]) for index in spread(len(finished)))
-    classes = first.logits.shape[1]
-    images, logits = some_of_each(((shard.images, shard.logits) for shard in shards), max(1, count // classes))
+    shards = (opened.read(finished[index]) for index in spread(len(finished)))
+    images, logits = some_of_each(((shard.images, shard.logits) for shard in shards), count)
     impressions_picture(images[:count], logits[:count], spec, out, title=str(store))
     typer.echo(f"{out}: {len(images[:count])} of {len(opened):,} impressions")
 
 
 @command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe's YAML.")] = None,
-) -> None:
+def recipes(name: Annotated[str | None, Argument(metavar="[NAME]", help="Print this recipe's YAML.")] = None) -> None:
     """List the packaged recipes, or print one."""
     import yaml
 
@@ -401,14 +376,14 @@ def recipes(
 
 @command("train-teacher")
 def train_teacher_command(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="One of the names above.")],
+    name: Annotated[str, Argument(metavar="NAME", help="One of the names above.")],
     out: OutOption,
     data: DataOptions,
     machine: MachineOptions,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of start and order.")] = 0,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int, Option(min=0, help="Of start and order.")] = 0,
+    epochs: Annotated[int | None, Option(min=1, help="Instead of the recipe's.")] = None,
     validation: Annotated[
-        bool, typer.Option("--validation", help="Measure on the last 5,000 training images, held back.")
+        bool, Option("--validation", help="Measure on the last 5,000 training images, held back.")
     ] = False,
 ) -> None:
     """Train one of the zoo's teachers on real data.
@@ -428,15 +403,7 @@ def train_teacher_command(
             "teacher.weights.",
             err=True,
         )
-    training = TeacherTraining(
-        seed=seed,
-        epochs=epochs,
-        validation=validation,
-        root=data.data_root,
-        download=data.download,
-        device=machine.device,
-        quiet=machine.quiet,
-    )
+    training = TeacherTraining(seed, epochs, validation, data.data_root, data.download, machine.device, machine.quiet)
     result = train_teacher(name, out, training)
     typer.echo(f"{out / name}.safetensors: {result['accuracy']:.2f} % on {result['measured_on']} of {result['data']}")
 
@@ -445,15 +412,15 @@ def train_teacher_command(
 class ReproduceOptions:
     """Which runs of the papers' tables are meant."""
 
-    table: Annotated[str | None, typer.Argument(metavar="[TABLE]", help="A table; all for every cell.")] = None
+    table: Annotated[str | None, Argument(metavar="[TABLE]", help="A table; all for every cell.")] = None
     cells: Annotated[
         list[str] | None,
-        typer.Option("--cell", metavar="SUBSTRING", help="Only cells with this in their name; may be given often."),
+        Option("--cell", metavar="SUBSTRING", help="Only cells with this in their name; may be given often."),
     ] = None
     seeds: Annotated[
-        list[int] | None, typer.Option("--seed", min=0, help="Instead of the table's seeds; may be given often.")
+        list[int] | None, Option("--seed", min=0, help="Instead of the table's seeds; may be given often.")
     ] = None
-    scale: Annotated[str, typer.Option("--scale", metavar="NAME", help="full, cpu or smoke.")] = "full"
+    scale: Annotated[str, Option(metavar="NAME", help="full, cpu or smoke.")] = "full"
 
 
 @command()
@@ -461,11 +428,11 @@ def reproduce(
     options: ReproduceOptions,
     data: DataOptions,
     machine: MachineOptions,
-    out: Annotated[Path, typer.Option("--out", help="Transfer sets and students; a later run resumes there.")] = Path(
+    out: Annotated[Path, Option(help="Transfer sets and students; a later run resumes there.")] = Path(
         "runs/reproduce"
     ),
     results: ResultsOption = RECORDS,
-    list_only: Annotated[bool, typer.Option("--list", help="Show tables, or a table's cells and their state.")] = False,
+    list_only: Annotated[bool, Option("--list", help="Show tables, or a table's cells and their state.")] = False,
 ) -> None:
     """Run the papers' tables; each run leaves a record.
 
@@ -491,8 +458,7 @@ def reproduce(
 
 @command("results")
 def results_command(
-    results: ResultsOption = RECORDS,
-    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("docs/results.md"),
+    results: ResultsOption = RECORDS, out: Annotated[Path, Option(help="The page.")] = Path("docs/results.md")
 ) -> None:
     """Write the page of results from the records of reproduce."""
     from zskd_nni.research.reproduction.context import available_teachers
@@ -523,9 +489,12 @@ def main() -> None:
             except Interrupted as stop:
                 for signum in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(signum, signal.SIG_IGN)
-                print(f"{stop}; what was finished is kept, the same command goes on from there.", file=sys.stderr)
+                print(
+                    f"{stop}; what was finished is kept, the same command goes on from there.",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 sys.stdout.flush()
-                sys.stderr.flush()
                 os._exit(128 + stop.signum)  # nothing is left to do, and a further signal must not change the exit code
     except KeyboardInterrupt:
         sys.exit(130)

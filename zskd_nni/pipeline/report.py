@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zskd_nni.data.datasets import NAMED_SETS, LabelledImages
-from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline.export import INTEGERS, float_answers, integer_answers
 from zskd_nni.pipeline.students import StudentResult
@@ -22,6 +21,9 @@ from zskd_nni.runtime.provenance import provenance
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.training.inference import logits_on
 from zskd_nni.training.metrics import accuracy, agreement
+
+if TYPE_CHECKING:
+    from zskd_nni.pipeline.run import Run
 
 # Controls that learn on other images: which kind of procedural images, and how a report calls them.
 CONTROL_IMAGES = {"noise": ("uniform", "uniform noise"), "leaves": ("leaves", "dead leaves")}
@@ -45,27 +47,6 @@ class Figures:
     def agreement(self) -> dict[str, float]:
         """Agreement on test data if there is some, otherwise on held-out images."""
         return self.held_out if self.test is None else self.test
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a finished run reports.
-
-    Attributes:
-        students: the student and the controls, by name.
-        figures: of all of them.
-        exported: as :func:`zskd_nni.pipeline.export.export_student` returns it.
-        test: the evaluation data; None without.
-        store: the impressions that were trained on; None where the method makes none.
-        handed_in: whether the store was given to the run, instead of made by it.
-    """
-
-    students: Mapping[str, StudentResult]
-    figures: Figures
-    exported: Mapping[str, Any]
-    test: LabelledImages | None
-    store: ImpressionStore | None
-    handed_in: bool
 
 
 def measure(
@@ -102,27 +83,29 @@ def _agreements(logits: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def build_report(
-    loaded: LoadedRecipe, teacher: Teacher, results: Results, identity: Mapping[str, Any], device: str
+    run: Run,
+    students: Mapping[str, StudentResult],
+    figures: Figures,
+    exported: Mapping[str, Any],
+    test: LabelledImages | None,
+    store: ImpressionStore | None,
 ) -> dict[str, Any]:
     """The content of ``report.json``, without its seconds.
 
     Args:
-        loaded: the recipe.
-        teacher: its teacher.
-        results: of the run.
-        identity: of the run.
-        device: cpu or cuda.
+        run: whose report it is.
+        students: the student and the controls, by name.
+        figures: of all of them.
+        exported: as :func:`zskd_nni.pipeline.export.export_student` returns it.
+        test: the evaluation data; None without.
+        store: the impressions that were trained on; None where the method makes none.
     """
-    recipe, figures, exported, test = loaded.recipe, results.figures, results.exported, results.test
-    student = results.students["student"]
-    method, options = find_method(recipe.transfer.method), recipe.transfer.options()
-    data_free = is_data_free(method, options)
-    impressions = None
-    if results.store is not None:
-        impressions = results.store.summary()
-        if results.handed_in:  # the recipe does not tell how it was made
-            impressions["given"] = {"fingerprint": results.store.fingerprint, **results.store.manifest["identity"]}
-    controls = {name: each for name, each in results.students.items() if name != "student"}
+    recipe, student, options = run.recipe, students["student"], run.recipe.transfer.options()
+    data_free = recipe.transfer.data_free
+    impressions = None if store is None else store.summary()
+    if impressions is not None and run.given is not None:  # the recipe does not tell how it was made
+        impressions["given"] = {"fingerprint": run.given.fingerprint, **run.given.manifest["identity"]}
+    controls = {name: each for name, each in students.items() if name != "student"}
     return {
         "name": recipe.name,
         "description": recipe.description,
@@ -134,7 +117,7 @@ def build_report(
         "agreement_onnx": None if exported["quantization"] is None else exported["quantization"]["agreement"],
         "parameters": {
             name: sum(p.numel() for p in network.parameters())
-            for name, network in (("teacher", teacher.model), ("student", student.network))
+            for name, network in (("teacher", run.teacher.model), ("student", student.network))
         },
         "bytes": exported["bytes"],
         "latency_ms": exported["latency_ms"],
@@ -146,17 +129,17 @@ def build_report(
         "onnx_difference": exported["onnx_difference"],
         "data_free": data_free,
         "only_calibrated": recipe.only_calibrates,
-        "learnt_on": None if data_free else getattr(options, "data", method.name),
-        "learnt_on_what_is_measured": not data_free and test is not None and _trained_on_it(loaded, options),
-        "classifier": teacher.classifier_path,
+        "learnt_on": None if data_free else getattr(options, "data", recipe.transfer.method),
+        "learnt_on_what_is_measured": not data_free and test is not None and _trained_on_it(run.loaded, options),
+        "classifier": run.teacher.classifier_path,
         "evaluation": recipe.evaluation.data if recipe.evaluation and test is not None else None,
         "seconds": {},
-        "recipe": identity["recipe"],
-        "fingerprint": fingerprint_of(identity),
+        "recipe": run.identity["recipe"],
+        "fingerprint": fingerprint_of(run.identity),
         "provenance": {
-            **provenance(device, recipe.seed),
+            **provenance(run.device, recipe.seed),
             "selected_on": recipe.selected_on,
-            "teacher": teacher.fingerprint,
+            "teacher": run.teacher.fingerprint,
         },
     }
 

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from zskd_nni.data.datasets import DATA_VARIABLE, NAMED_SETS, LabelledImages, data_root
 from zskd_nni.data.sources import ProceduralSource, TransferSource
-from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.models.build import code_fingerprint, network_fingerprint
 from zskd_nni.pipeline.export import export_student
 from zskd_nni.pipeline.preflight import check_work
-from zskd_nni.pipeline.report import CONTROL_IMAGES, Results, build_report, measure
+from zskd_nni.pipeline.report import CONTROL_IMAGES, build_report, measure
 from zskd_nni.pipeline.report_html import write_report
 from zskd_nni.pipeline.students import StudentResult, Students
 from zskd_nni.recipes.load import LoadedRecipe
@@ -97,11 +96,10 @@ class Run:
         store = ImpressionStore.open(folder)
         if store.manifest["identity"].get("teacher") != self.teacher.fingerprint:
             raise UserError(f"{folder} holds impressions of another teacher than the recipe's.")
-        section = self.recipe.transfer
-        if not is_data_free(find_method(section.method), section.options()):
+        if not self.recipe.transfer.data_free:
             raise UserError(
-                f"--impressions: the recipe's transfer.method {section.method} reads real images, and {folder} holds "
-                "impressions; leave out one of the two."
+                f"--impressions: the recipe's transfer.method {self.recipe.transfer.method} reads real images, and "
+                f"{folder} holds impressions; leave out one of the two."
             )
         if store.manifest["identity"].get("seed") == self._held_out_seed():
             raise UserError(
@@ -215,8 +213,7 @@ class Run:
             figures = measure(students, self.teacher, self.out, held_out, test)
             if store is not None:
                 self._draw(store)
-            results = Results(students, figures, exported, test, store, handed_in=self.given is not None)
-            report = build_report(self.loaded, self.teacher, results, self.identity, self.device)
+            report = build_report(self, students, figures, exported, test, store)
         report["seconds"] = {**self.seconds, "total": round(sum(self.seconds.values()), 2)}
         write_report(self.out, report)
         return report
@@ -269,7 +266,6 @@ class Run:
 
     def _draw(self, store: ImpressionStore) -> None:
         shards = (store.read(index) for index in spread(len(store.plan)))
-        each = max(1, 60 // self.teacher.num_classes)
-        images, logits = some_of_each(((shard.images, shard.logits) for shard in shards), each)
+        images, logits = some_of_each(((shard.images, shard.logits) for shard in shards), 60)
         title = "Data impressions, with the class and confidence the teacher sees"
         impressions_picture(images[:100], logits[:100], self.teacher.spec, self.out / "impressions.png", title=title)

@@ -5,19 +5,19 @@ NNI's own ``config_list`` passes through untouched. Unknown keys are errors that
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from zskd_nni.methods.registry import default_preset, find_method, preset_for
+from zskd_nni.methods.registry import default_preset, find_method, is_data_free, preset_for
 from zskd_nni.models.build import FORMS
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig, QuantizationConfig, Section
 from zskd_nni.recipes.search_space import check_space
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.validation import unknown_key
 from zskd_nni.training.distillation import DistillationSettings
 
 
@@ -94,9 +94,7 @@ class TransferSection(BaseModel):
         known = [*type(self).model_fields, *(entry.name for entry in fields(method.options(self.preset, {})))]
         for key in self.model_extra or {}:
             if key not in known and not getattr(method, "ignores_other_keys", False):
-                near = difflib.get_close_matches(key, known, 1, 0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-                raise ValueError(f"unknown key {key!r}; {hint}")
+                raise ValueError(unknown_key(key, key, known))
         self.options()
         return self
 
@@ -105,6 +103,11 @@ class TransferSection(BaseModel):
         method = find_method(self.method)
         preset = self.preset if teacher is None else preset_for(method, self.preset, teacher)
         return method.options(preset, self.model_extra or {})
+
+    @property
+    def data_free(self) -> bool:
+        """Whether a student is trained on no real image."""
+        return is_data_free(find_method(self.method), self.options())
 
 
 class CompressionSection(Section):

@@ -35,15 +35,12 @@ def impressions_picture(
         title: above the grid.
         names: of the classes; their numbers where absent.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     confidence, seen = torch.softmax(logits.float(), 1).max(1)
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(columns * 0.95, rows * 1.15 + (0.45 if title else 0)), dpi=110)
-    FigureCanvasAgg(figure)
-    axes = np.atleast_2d(figure.subplots(rows, columns, squeeze=False))
-    for number, axis in enumerate(axes.flat):
+    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.axis("off")
         if number >= len(images):
             continue
@@ -70,18 +67,19 @@ def as_picture(image: Tensor, spec: InputSpec) -> np.ndarray:
     return (unit.permute(1, 2, 0) if len(unit) == 3 else unit.mean(0)).numpy()
 
 
-def some_of_each(parts: Iterable[tuple[Tensor, Tensor]], per_class: int) -> tuple[Tensor, Tensor]:
-    """Images and logits of up to ``per_class`` impressions of every class.
+def some_of_each(parts: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Images and logits of about ``count`` impressions, equally many of every class if there are enough.
 
     Args:
         parts: images ``(n, C, H, W)`` and logits ``(n, K)`` of each shard, read until there are enough; a shard may
             hold a single class.
-        per_class: how many.
+        count: how many in all; at least one of every class is taken.
     """
     images, logits = [], []
     for some, answers in parts:
         images.append(some)
         logits.append(answers)
+        per_class = max(1, count // answers.shape[1])
         chosen = pick_by_class(torch.cat(logits), per_class)
         if len(chosen) == per_class * answers.shape[1]:
             break

@@ -23,13 +23,11 @@ import yaml
 from torch import Tensor
 
 from zskd_nni.data.sources import TransferSource
-from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.models.onnx_export import export_onnx, run_onnx
 from zskd_nni.pipeline import Run
 from zskd_nni.pipeline.export import INTEGERS, STUDENT, export_integers, integer_answers
 from zskd_nni.pipeline.search.probe_set import load_probe
 from zskd_nni.recipes.load import LoadedRecipe, check_recipe
-from zskd_nni.recipes.schema import Recipe
 from zskd_nni.recipes.search_space import flat_parameters, with_parameters
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.errors import UserError
@@ -138,7 +136,7 @@ def run_trial(job_folder: Path) -> None:
     flat = flat_parameters(job["space"], given)
     report: dict[str, Any] = {"default": 0.0, "parameters": flat, "given": given}
     with contextlib.suppress(UserError):  # raised again below; and without a recipe no image is read
-        report["data_free"] = trains_data_free(trial_recipe(job_folder, job, flat).recipe)
+        report["data_free"] = trial_recipe(job_folder, job, flat).recipe.transfer.data_free
     nni.report_intermediate_result(report)
     try:
         report.update(measure(job_folder, job, flat))
@@ -180,14 +178,9 @@ def measure(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> dict
         "file": student.file.name,
         "folder": out.name,
         "status": OVER_BUDGET if over else "done",
-        "data_free": trains_data_free(loaded.recipe),
+        "data_free": loaded.recipe.transfer.data_free,
         "note": student.note or None,
     }
-
-
-def trains_data_free(recipe: Recipe) -> bool:
-    """Whether a recipe's student is trained on no real image."""
-    return is_data_free(find_method(recipe.transfer.method), recipe.transfer.options())
 
 
 def trial_recipe(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) -> LoadedRecipe:
