@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.onnx_export import run_onnx
+from zskd_nni.models.onnx_export import onnx_session, run_onnx
 from zskd_nni.models.serialization import load_network
 from zskd_nni.models.teacher import first_tensor
 from zskd_nni.runtime.errors import UserError
@@ -96,15 +96,9 @@ def _accuracy_line(path: Path, logits: Tensor, images: LabelledImages) -> str:
 
 def _input_shape(path: Path) -> tuple[int, int, int]:
     """``(C, H, W)`` of an ONNX file's images."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has exceptions of its own
-        raise UserError(f"{path} cannot be run by onnxruntime ({error}).") from error
+    session = onnx_session(path)
     inputs = {each.name: each.shape for each in session.get_inputs()}
     shape = tuple(inputs.get("images") or ())[1:]
     outputs = [each.name for each in session.get_outputs()]

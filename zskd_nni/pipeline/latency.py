@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from zskd_nni.models.onnx_export import onnx_session
+
 _WARM_UP = 10
 
 
@@ -35,13 +37,9 @@ def median_latencies(
 def _measure(models: dict[str, Path], image: Tensor, rounds: int, seconds: float) -> dict[str, float]:
     import onnxruntime
 
-    onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    sessions = {
-        name: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for name, path in models.items()
-    }
+    sessions = {name: onnx_session(path, options) for name, path in models.items()}
     feed = {"images": image.numpy().astype(np.float32)}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(_WARM_UP):

@@ -96,13 +96,9 @@ def render_table(report: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
     lines.insert(1, "-" * len(lines[0]))
-    lines.append("")
-    for stage, seconds in report["seconds"].items():
-        lines.append(f"{stage:<32}{seconds:>8.1f} s")
-    lines.append("")
-    lines.append(f"agreement is measured on {report['agreement_on']}")
-    lines.append(f"the teacher's classifier is {report['classifier']}")
-    lines.extend(remarks(report))
+    lines += ["", *(f"{stage:<32}{seconds:>8.1f} s" for stage, seconds in report["seconds"].items()), ""]
+    measured, classifier = report["agreement_on"], report["classifier"]
+    lines += [f"agreement is measured on {measured}", f"the teacher's classifier is {classifier}", *remarks(report)]
     return "\n".join(lines)
 
 
@@ -110,9 +106,8 @@ def render_html(folder: Path, report: dict[str, Any]) -> str:
     """``report.html`` as one file, its picture and curves inside."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("zskd_nni.pipeline"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = jinja2.PackageLoader("zskd_nni.pipeline")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     picture = folder / "impressions.png"
     impressions = report["impressions"]
     return environment.get_template("report.html").render(
@@ -135,13 +130,11 @@ def _curve(history: dict[str, Any] | None, width: int = 560, height: int = 140) 
     if not history or len(history["losses"]) < 2:
         return None
     values = [math.log10(max(loss, 1e-12)) for loss in history["losses"]]
-    low, high = min(values), max(values)
-    last = history["steps"][-1]
-    points = (
-        (width * step / last, height * (high - value) / max(high - low, 1e-9))
+    low, high, last = min(values), max(values), history["steps"][-1]
+    return " ".join(
+        f"{width * step / last:.1f},{height * (high - value) / max(high - low, 1e-9):.1f}"
         for step, value in zip(history["steps"], values, strict=True)
     )
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _histogram(steps: dict[str, int], bars: int = 20) -> list[tuple[str, int, float]]:

@@ -6,11 +6,10 @@ Each stage leaves its network in the run's ``state/`` folder; a stage whose netw
 from __future__ import annotations
 
 import copy
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +28,7 @@ from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import make_folder, plain, read_json, remove_leftovers
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.tensors import load_sealed, save_sealed
-from zskd_nni.training.distillation import distill
+from zskd_nni.training.distillation import DistillationSettings, distill
 from zskd_nni.training.hints import find_hints
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from zskd_nni.compression.quantization.quantize import QuantizedNetwork
 
 T = TypeVar("T")
+_SOURCE_STATE = ".source.pt"
 
 
 @dataclass
@@ -141,11 +141,14 @@ class Students:
         number = derive_seed(self.recipe.seed, seed) % 2**31
         return CompressionRun(number, self._checkpoint(checkpoint), self.recipe.compression.distiller, self.quiet)
 
+    def _lesson(self, images: TransferSource) -> tuple[Teacher, TransferSource, DistillationSettings]:
+        """What every training takes after its student; the teacher is moved to the device."""
+        return self.teacher.to(self.device), images, self.recipe.distillation
+
     def _distilled(self, name: str, images: TransferSource, train: bool) -> StudentResult:
         """Pruned and distilled, in floating point."""
         finished, live = self.folder / f"{name}.json", images if train else None
-        known = self._load(finished, live)
-        if known is not None:
+        if (known := self._reload(_load_student, finished, live)) is not None:
             return known
         pruning = self.recipe.compression.pruning
         student = StudentResult(self.fresh()) if pruning is None else self._pruned(name, images, train)
@@ -172,9 +175,7 @@ class Students:
             after_step = held_at_zero(network, student.masks)
         history = distill(
             network,
-            self.teacher.to(self.device),
-            images,
-            self.recipe.distillation,
+            *self._lesson(images),
             student.kept,
             seed=derive_seed(self.recipe.seed, "distillation") % 2**31,
             checkpoint=self._checkpoint(name),
@@ -183,36 +184,23 @@ class Students:
             quiet=self.quiet,
         )
         hints = find_hints(network, self.teacher, self.recipe.distillation.features, student.kept)
-        student.record["distillation"] = {
-            "steps": history.steps,
-            "losses": history.losses,
-            "features": [[hint.teacher, hint.student] for hint in hints],
-        }
+        matched = [[hint.teacher, hint.student] for hint in hints]
+        student.record["distillation"] = {"steps": history.steps, "losses": history.losses, "features": matched}
 
     def _pruned(self, name: str, images: TransferSource, train: bool) -> StudentResult:
         """Masked by NNI, trained under the masks, and shrunk."""
         from zskd_nni.compression.pruning.prune import prune
 
         finished, live = self.folder / f"{name}-pruned.json", images if train else None
-        known = self._load(finished, live)
-        if known is not None:
+        if (known := self._reload(_load_student, finished, live)) is not None:
             return known
         pruning = self.recipe.compression.pruning
         assert pruning is not None
+        run = self._compression_run(f"{name}-pruning", "pruning")
         with self.timed(f"pruning of {name}"):
-            pruned = prune(
-                self.fresh(),
-                pruning,
-                self.teacher.to(self.device),
-                images,
-                self.recipe.distillation,
-                train=train,
-                plan=self.pruning_plan,
-                run=self._compression_run(f"{name}-pruning", "pruning"),
-            )
-            student = StudentResult(
-                pruned.network, {"pruning": pruned.record}, None, pruned.masks, pruned.kept_channels
-            )
+            pruned = prune(self.fresh(), pruning, *self._lesson(images), train=train, plan=self.pruning_plan, run=run)
+            record = {"pruning": pruned.record}
+            student = StudentResult(pruned.network, record, None, pruned.masks, pruned.kept_channels)
             self.team.first(lambda: self._save_stage(student, finished, live))
         # Processes that all pruned may differ in the last bits: all take what the first has saved.
         return student if self.team.alone else _load_student(finished)
@@ -226,23 +214,16 @@ class Students:
         from zskd_nni.compression.quantization.serialization import load_quantization
 
         finished, live = self.folder / f"{name}-quantized.json", images if train else None
-        known = self._reload(load_quantization, finished, live)
-        if known is not None:
+        if (known := self._reload(load_quantization, finished, live)) is not None:
             return known
         config = self.recipe.compression.quantization
         assert config is not None
         if not train and quantizer_class_name(config.quantizer) not in ROUNDING_QUANTIZERS:
             return None
+        run = self._compression_run(f"{name}-quantization", "quantization")
         with self.timed(f"quantization of {name}"):
             quantized = quantize(
-                student.network,
-                config,
-                self.teacher.to(self.device),
-                images,
-                self.recipe.distillation,
-                train=train,
-                masks=student.masks,
-                run=self._compression_run(f"{name}-quantization", "quantization"),
+                student.network, config, *self._lesson(images), train=train, masks=student.masks, run=run
             )
             self.team.first(lambda: self._save_quantized(quantized, finished, live))
         return quantized
@@ -253,31 +234,24 @@ class Students:
         from zskd_nni.compression.quantization.stage import compress_in_one_training
 
         finished, quantized = self.folder / f"{name}.json", self.folder / f"{name}-quantized.json"
-        known, known_quantization = self._load(finished, images), self._reload(load_quantization, quantized)
+        known = self._reload(_load_student, finished, images)
+        known_quantization = self._reload(load_quantization, quantized)
         if known is not None and known_quantization is not None:
             known.quantization = known_quantization
             return known
-        compression = self.recipe.compression
-        assert compression.pruning is not None and compression.quantization is not None
+        pruning, quantization = self.recipe.compression.pruning, self.recipe.compression.quantization
+        assert pruning is not None and quantization is not None
+        run = self._compression_run(name, "pruning")
         with self.timed(f"pruning, quantization and distillation of {name}"):
-            pruned, quantization = compress_in_one_training(
-                self.fresh().to(self.device),
-                compression.pruning,
-                compression.quantization,
-                self.teacher.to(self.device),
-                images,
-                self.recipe.distillation,
-                plan=self.pruning_plan,
-                run=self._compression_run(name, "pruning"),
+            network = self.fresh().to(self.device)
+            pruned, integers = compress_in_one_training(
+                network, pruning, quantization, *self._lesson(images), plan=self.pruning_plan, run=run
             )
             record = {"pruning": pruned.record, "distillation": pruned.record["history"]}
-            student = StudentResult(pruned.network.cpu().eval(), record, quantization)
-            self.team.first(lambda: self._save_quantized(quantization, quantized))
+            student = StudentResult(pruned.network.cpu().eval(), record, integers)
+            self.team.first(lambda: self._save_quantized(integers, quantized, None))
             self.team.first(lambda: self._save_stage(student, finished, images))
         return student
-
-    def _load(self, description: Path, live: TransferSource | None) -> StudentResult | None:
-        return self._reload(_load_student, description, live)
 
     def _reload(self, load: Callable[[Path], T], description: Path, live: TransferSource | None = None) -> T | None:
         """A finished stage's result; None if the stage is still to be run, or its files are damaged.
@@ -286,11 +260,10 @@ class Students:
         """
         if not self.team.first(description.exists):
             return None
-        result = None
         try:
-            result = load(description)
+            result: T | None = load(description)
             if live is not None and live.state_dict():
-                live.load_state_dict(load_sealed(_source_state(description)))
+                live.load_state_dict(load_sealed(description.with_suffix(_SOURCE_STATE)))
         except UserError as error:
             result = None
             if self.team.leads:
@@ -300,14 +273,11 @@ class Students:
 
     def _save_stage(self, student: StudentResult, description: Path, live: TransferSource | None, **extra: Any) -> None:
         """Write a stage's network, and the state of a live source: later stages score and calibrate on its images."""
-        state = {} if live is None else live.state_dict()
-        if state:
-            save_sealed(_source_state(description), state)
+        if live is not None and (state := live.state_dict()):
+            save_sealed(description.with_suffix(_SOURCE_STATE), state)
         self.save(student, description, **extra)
 
-    def _save_quantized(
-        self, quantized: QuantizedNetwork, description: Path, live: TransferSource | None = None
-    ) -> None:
+    def _save_quantized(self, quantized: QuantizedNetwork, description: Path, live: TransferSource | None) -> None:
         from zskd_nni.compression.quantization.serialization import save_calibration
 
         calibration = plain(save_calibration(quantized, description))
@@ -327,24 +297,11 @@ class Students:
             extra["masks"] = save_masks(student.masks, description)
         if student.kept:
             extra["kept_channels"] = {path: channels.tolist() for path, channels in student.kept.items()}
-        save_network(
-            copy.deepcopy(student.network).cpu(),
-            self.network.model,
-            self.network.arguments,
-            description.with_suffix(".safetensors"),
-            description,
-            self.loaded.base,
-            {
-                "input": plain(dataclasses.asdict(self.teacher.spec)),
-                "classes": self.teacher.num_classes,
-                "record": student.record,
-                **extra,
-            },
-        )
-
-
-def _source_state(description: Path) -> Path:
-    return description.with_suffix(".source.pt")
+        content = {"input": plain(asdict(self.teacher.spec)), "classes": self.teacher.num_classes}
+        content |= {"record": student.record, **extra}
+        network, section = copy.deepcopy(student.network).cpu(), self.network
+        weights = description.with_suffix(".safetensors")
+        save_network(network, section.model, section.arguments, weights, description, self.loaded.base, content)
 
 
 def _load_student(description: Path) -> StudentResult:

@@ -133,8 +133,7 @@ class Search:
         found: dict[str, str] = {}
         # The recipe alone may lack a factory, or arguments of it, that the space provides.
         with contextlib.suppress(UserError):
-            code = code_fingerprint(section.model, self.loaded.base)
-            if code is not None:
+            if (code := code_fingerprint(section.model, self.loaded.base)) is not None:
                 found["code"] = code
         with torch.random.fork_rng(devices=[]), contextlib.suppress(UserError):
             torch.manual_seed(self.seed)
@@ -162,9 +161,7 @@ class Search:
 
     def _known_table(self) -> dict[str, Any]:
         path = self.out / TRIALS
-        if not path.exists():
-            return self._table([])
-        table = read_json(path)
+        table = read_json(path) if path.exists() else self._table([])
         if not is_table(table):
             raise UserError(f"{path} is not whole; remove it, and its trials are run again.")
         return dict(table)
@@ -174,8 +171,7 @@ class Search:
         local, recipe = is_local(self.section), self._trial_recipe()
         save_probe(self.job / PROBE, self.teacher.to(self.device), self.section.probe, self.seed)
         self.teacher.to("cpu")
-        source = relocated(recipe, self.job, copy_files=not local)
-        write_atomic(self.job / RECIPE, yaml.safe_dump(source, sort_keys=False))
+        write_atomic(self.job / RECIPE, yaml.safe_dump(relocated(recipe, self.job, not local), sort_keys=False))
         job = {
             "space": self.section.space,
             "choices": relocated_choices(recipe, self.section.space, self.job, copy_files=not local),
@@ -201,13 +197,9 @@ class Search:
         folder = make_folder(self.out / "nni")
         folder.chmod(0o700)  # the logs name the portal's address
         known, unfinished = self._history(before)
-        tuner = remembering(
-            tuner_config(self.section, self.seed + len(before), self.loaded.base),
-            folder,
-            known=known,
-            unfinished=unfinished,
-            proposed=str(self.out / PROPOSED),
-        )
+        tuner = tuner_config(self.section, self.seed + len(before), self.loaded.base)
+        proposed = str(self.out / PROPOSED)
+        tuner = remembering(tuner, folder, known=known, unfinished=unfinished, proposed=proposed)
         config = experiment_config(self.section, self.job, tuner, self.section.trials - len(before))
         paths = [] if self.loaded.base is None else [str(self.loaded.base)]
         manager = Manager(config, folder, portal=self.portal, port=self.port, paths=[*paths, os.getcwd()])

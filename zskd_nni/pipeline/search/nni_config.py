@@ -114,11 +114,8 @@ def remembering(tuner: dict[str, Any], folder: Path, **arguments: Any) -> dict[s
         arguments: the other arguments of the class.
     """
     shutil.copyfile(Path(__file__).with_name("tuner.py"), folder / "search_tuner.py")
-    return {
-        "class_name": "search_tuner.RememberingTuner",
-        "code_directory": str(folder),
-        "class_args": {"tuner": tuner, **arguments},
-    }
+    class_args = {"tuner": tuner, **arguments}
+    return {"class_name": "search_tuner.RememberingTuner", "code_directory": str(folder), "class_args": class_args}
 
 
 def _builtin_tuner(name: str) -> tuple[Any, dict[str, Any]]:

@@ -110,12 +110,8 @@ class Manager:
         for name in ("NO_PROXY", "no_proxy"):  # for good: neither NNI's requests nor its websockets are for a proxy
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", LOOPBACK)))
         options = os.environ.get("NODE_OPTIONS")
-        settings = {
-            "host": None if self.portal else LOOPBACK,
-            "home": str(self.folder),
-            "patience": _SECONDS_TO_START,
-            "node_options": options,
-        }
+        host, home = None if self.portal else LOOPBACK, str(self.folder)
+        settings = {"host": host, "home": home, "patience": _SECONDS_TO_START, "node_options": options}
         required = str(PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
         # Local trials run this very package, wherever it was started from.
         package = str(Path(zskd_nni.__file__).resolve().parent.parent)

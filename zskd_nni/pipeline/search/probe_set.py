@@ -117,9 +117,8 @@ def save_probe(path: Path, teacher: Teacher, count: int, seed: int) -> None:
     if path.exists() and load_tensors(path)[1].get("made_by") == made_by:
         return
     probe = make_probe(teacher, count, seed)
-    save_tensors(
-        path, {"images": probe.images, "classes": probe.labels}, {"made_by": made_by, "kinds": ", ".join(KINDS)}
-    )
+    metadata = {"made_by": made_by, "kinds": ", ".join(KINDS)}
+    save_tensors(path, {"images": probe.images, "classes": probe.labels}, metadata)
 
 
 def load_probe(path: Path) -> LabelledImages:

@@ -78,21 +78,17 @@ def check_pairs(space: Mapping[str, Any], problem: Callable[[dict[str, Any]], st
     Raises:
         UserError: the two key paths, and what is wrong.
     """
-    known: dict[str, str | None] = {}
+    known: dict[str, str] = {}
 
-    def remembered(flat: dict[str, Any]) -> str | None:
+    def remembered(flat: dict[str, Any]) -> str:
         key = repr(flat)
         if key not in known and len(known) < MOST_RECIPES:
-            known[key] = problem(flat)
-        return known.get(key)
+            known[key] = problem(flat) or ""
+        return known.get(key, "")
 
     for one, value, other, together in pairs(space):
-        reason = None
-        for flat in together:
-            reason = remembered(flat)
-            if reason is None:
-                break
-        if reason is not None:
+        reason = ""
+        if all(reason := remembered(flat) for flat in together):
             nest = f"nest {other.path} under the choices of {one.path} that it goes with"
             raise UserError(
                 f"search.space.{other.path}: no value of it goes with {value!r} at {one.path} "
