@@ -55,7 +55,7 @@ def apply_changes(source: dict[str, Any], changes: Mapping[str, Any]) -> None:
     Raises:
         ValueError: as of :func:`set_at`, with the path in front.
     """
-    method = _transfer(source).get("method", "zskd")
+    method = section_of(source, "transfer").get("method", "zskd")
     for path, value in changes.items():
         try:
             set_at(source, path, copy.deepcopy(value))
@@ -63,9 +63,10 @@ def apply_changes(source: dict[str, Any], changes: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: {error}") from error
     preset_named = changes.keys() & {"transfer", "transfer.preset"}
     if changes.get("transfer.method", method) != method and not preset_named:
-        _transfer(source).pop("preset", None)
+        section_of(source, "transfer").pop("preset", None)
 
 
-def _transfer(source: Mapping[str, Any]) -> dict[str, Any]:
-    section = source.get("transfer")
+def section_of(source: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The mapping at a key of a recipe's plain mapping; an empty one where something else is, or nothing."""
+    section = source.get(name)
     return section if isinstance(section, dict) else {}

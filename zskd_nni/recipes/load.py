@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ class LoadedRecipe:
 
 def packaged_folder() -> Path:
     """The folder of the packaged recipes."""
-    return Path(str(resources.files("zskd_nni.recipes") / "packaged"))
+    return Path(__file__).with_name("packaged")
 
 
 def packaged_names() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from zskd_nni.data.candidates import PROCEDURAL
 from zskd_nni.data.datasets import NAMED_SETS
+from zskd_nni.recipes.key_paths import section_of
 
 _NOT_FILES = (*NAMED_SETS, *PROCEDURAL)
 
@@ -48,21 +49,19 @@ class NamedFile:
 
 def named_files(source: dict[str, Any]) -> Iterator[NamedFile]:
     """All places of a recipe's plain mapping that may name a file; whether it exists is not looked at."""
-    for section in ("teacher", "student"):
-        network = source.get(section)
-        if isinstance(network, dict):
-            if ".py:" in str(network.get("model", "")):
-                yield NamedFile(f"{section}.model", network, "model")
-            if isinstance(network.get("weights"), str) and not network["weights"].startswith("zoo:"):
-                yield NamedFile(f"{section}.weights", network, "weights")
-    for section in ("evaluation", "transfer"):
-        content = source.get(section)
-        if isinstance(content, dict) and _may_be_file(content.get("data")):
-            yield NamedFile(f"{section}.data", content, "data")
-    transfer = source.get("transfer")
-    sources = transfer.get("sources") if isinstance(transfer, dict) else None
-    for index, name in enumerate(sources if isinstance(sources, list) else ()):
-        if _may_be_file(name):
+    for name in ("teacher", "student"):
+        network = section_of(source, name)
+        if ".py:" in str(network.get("model", "")):
+            yield NamedFile(f"{name}.model", network, "model")
+        if isinstance(weights := network.get("weights"), str) and not weights.startswith("zoo:"):
+            yield NamedFile(f"{name}.weights", network, "weights")
+    for name in ("evaluation", "transfer"):
+        content = section_of(source, name)
+        if _may_be_file(content.get("data")):
+            yield NamedFile(f"{name}.data", content, "data")
+    sources = section_of(source, "transfer").get("sources")
+    for index, text in enumerate(sources if isinstance(sources, list) else ()):
+        if _may_be_file(text):
             yield NamedFile(f"transfer.sources.{index}", sources, index)
 
 
