@@ -41,7 +41,6 @@ from zskd_nni.runtime.validation import Bounds, Settings
 
 # Less is zero in single precision.
 Floor = Annotated[float, Bounds("must be positive (at least 1e-30)", lambda value: 1e-30 <= value < inf)]
-Order = Annotated[str, Bounds("is interleaved or rows", ("interleaved", "rows").__contains__)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class ZskdSettings(Settings):
     betas: tuple[float, ...] = (1.0, 0.1)
     floor: Floor = 1e-4
     cancel_beta: bool = False
-    order: Order = "interleaved"
+    order: Annotated[str, Bounds("is interleaved or rows", ("interleaved", "rows").__contains__)] = "interleaved"
 
     def __post_init__(self) -> None:
         if not self.betas or not all(0 < beta < inf for beta in self.betas):
