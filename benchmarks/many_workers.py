@@ -6,9 +6,9 @@
 What is measured, in seconds of one core's time: each of a number of shards, the start of a process up to its first
 shard, checking a finished shard, and writing the manifest. What is simulated is the launch: processes that start
 together, divide what is missing by the package's own function (``zskd_nni.runtime.distributed.share``), work shard
-after shard, and all start anew when one of them dies, which is what torch elastic does. Failures come
-at random, as often for every worker, and a shard that was not finished is lost. How long it takes until all processes of a start have found each
-other is not measured for a thousand; it is assumed (``RENDEZVOUS``).
+after shard, and all start anew when one of them dies, which is what torch elastic does. Failures come at random, as
+often for every worker, and a shard that was not finished is lost. How long it takes until all processes of a start
+have found each other is not measured for a thousand; it is assumed (``RENDEZVOUS``).
 """
 
 from __future__ import annotations

@@ -110,17 +110,49 @@ def test_the_ladder_measures_and_profiles_every_rung(tmp_path: Path) -> None:
             assert record[side]["convolution, backward"] > 0.1
 
 
-def test_settings_are_tried_on_a_slice_that_neither_teacher_nor_student_has_seen(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def slice_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, so that the teacher on the rest of the split is trained once."""
+    return tmp_path_factory.mktemp("slice")
+
+
+def test_settings_are_tried_on_a_slice_that_neither_teacher_nor_student_has_seen(slice_folder: Path) -> None:
     changes = ["student.steps=20", "student.augmentation.scale=[0.9, 1.1]", "targets.betas=[1.0]"]
-    command = ["digits-zskd-best", "--scale", "smoke", "--seeds", "0", "1", "--out", str(tmp_path), "--set", *changes]
+    command = [
+        "digits-zskd-best",
+        "--scale",
+        "smoke",
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        str(slice_folder),
+        "--set",
+        *changes,
+    ]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "on_a_slice.py"), *command], capture_output=True, text=True, check=True
     )
     assert "seed 1" in done.stdout and "accuracy: " in done.stdout and " +- " in done.stdout
-    teacher = json.loads((tmp_path / "teachers" / "lenet5-digits.json").read_text())
+    teacher = json.loads((slice_folder / "teachers" / "lenet5-digits.json").read_text())
     assert teacher["trained_on"] == "1294 images of the training split"
     assert teacher["measured_on"] == "143 images of the training split, held back"
     assert "20 steps" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("twin", [False, True], ids=["data-free", "twin"])
+def test_recipes_are_tried_on_a_slice(slice_folder: Path, twin: bool) -> None:
+    small = ["transfer.size=100", "transfer.held_out=50", "distillation.steps=10", "compression.pruning.steps=2"]
+    changes = [*small, "compression.quantization=null", "controls=[noise]"]
+    command = ["digits-prune50", "--out", str(slice_folder), *(["--twin"] if twin else []), "--set", *changes]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "recipe_on_a_slice.py"), *command], capture_output=True, text=True, check=True
+    )
+    assert "student: " in done.stdout and "noise: " in done.stdout
+    (folder,) = slice_folder.glob(f"digits-prune50-full-{'twin-' if twin else ''}*-seed0")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["data_free"] is not twin
+    assert "143 images" in report["agreement_on"]
 
 
 def test_operations_are_counted_by_hand() -> None:
