@@ -154,7 +154,7 @@ def test_one_call_makes_what_a_recipes_transfer_section_makes(digits_teacher, tm
     ("options", "message"),
     [
         ({"method": "zsdk"}, "no method 'zsdk'.*Did you mean.*'zskd'"),
-        ({"preset": "worst"}, "zskd: preset: zskd has paper, author-code, best, not 'worst'"),
+        ({"preset": "worst"}, "zskd: preset: zskd has paper, author-code, best, best-colour, not 'worst'"),
         ({"synthesis": {"max_step": 3}}, "zskd: unknown key 'synthesis.max_step'; did you mean 'max_steps'"),
     ],
 )

@@ -118,7 +118,7 @@ def test_keys_like_nothing_list_what_is_known() -> None:
         ("transfer.size=many", "transfer.size: .*'many'"),
         ("transfer.held_out=-1", "transfer.held_out"),
         ("transfer.method=zsdk", "no method 'zsdk'.*Did you mean 'zskd'"),
-        ("transfer.preset=bset", "preset: zskd has paper, author-code, best, not 'bset'"),
+        ("transfer.preset=bset", "preset: zskd has paper, author-code, best, best-colour, not 'bset'"),
         ("transfer.synthesis=3", "transfer: synthesis: input should be"),
         ("transfer.synthesis.temperature=0", "transfer: synthesis: temperature must be positive"),
         ("transfer.synthesis.temperature=1.0e+300", "temperature must be positive .from 1e-06 to 1e.06"),

@@ -310,7 +310,7 @@ def test_author_code_preset_is_the_released_code() -> None:
 
 def test_unknown_presets_and_keys() -> None:
     method = find_method("zskd")
-    with pytest.raises(ValueError, match="paper, author-code, best, not 'bset'"):
+    with pytest.raises(ValueError, match="paper, author-code, best, best-colour, not 'bset'"):
         method.options("bset", {})
     with pytest.raises(ValueError, match=r"'synthesis.max_step'; did you mean 'max_steps'"):
         method.options("best", {"synthesis": {"max_step": 3}})

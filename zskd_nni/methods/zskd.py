@@ -218,7 +218,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_statistics": 0.1,
         },
     },
-    # A few steps from images that fill the frame, led by the teacher's BatchNorm statistics: what `best` stands for with
+    # A few steps from images that fill the frame, led by the teacher's BatchNorm statistics: what `best` means with
     # colour images and a teacher that has such layers.
     "best-colour": {
         "targets": {"betas": (1.0, 0.1)},
