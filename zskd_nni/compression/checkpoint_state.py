@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.training.checkpoint import load_optimizer_state, optimizer_state
 
-_NORM_PRUNERS = {"LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner"}
-_SCORING_PRUNERS = {"TaylorPruner", "SlimPruner"}
+NORM_PRUNERS = ("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner")
+SCORING_PRUNERS = ("TaylorPruner", "SlimPruner")
 # Weights alone decide their masks; a distiller's loss is a mean over images.
-_DIVISIBLE = {*_NORM_PRUNERS, "AGPPruner", "LinearPruner", "ZeroShotDistiller", "DynamicLayerwiseDistiller"}
+_DIVISIBLE = {*NORM_PRUNERS, "AGPPruner", "LinearPruner", "ZeroShotDistiller", "DynamicLayerwiseDistiller"}
 # What scheduled pruners and quantizers change of a target's setting.
 _SETTINGS = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "apply_method")
 
@@ -65,14 +65,14 @@ class CompressionState:
         """
         names = {type(compressor).__name__ for compressor in self._compressors.values()}
         links = [getattr(space, "link", None) for one in self._compressors.values() for space in _spaces(one)]
-        several_links = any(not isinstance(link, str) and link is not None and len(link) > 1 for link in links)
+        several_links = any(isinstance(link, list | tuple) and len(link) > 1 for link in links)
         gradients = any(isinstance(hook, TensorHook | BackwardHook) for hook in self.hooks)
         return names <= _DIVISIBLE and not several_links and not gradients
 
     def only_scores(self) -> bool:
         """Whether this training serves a pruner's scores alone: Taylor or Slim, without schedule or distiller."""
         names = {type(compressor).__name__ for compressor in self._compressors.values()}
-        return bool(names & _SCORING_PRUNERS) and names <= {*_SCORING_PRUNERS, *_NORM_PRUNERS}
+        return not names.isdisjoint(SCORING_PRUNERS) and names <= {*SCORING_PRUNERS, *NORM_PRUNERS}
 
     def description(self) -> list[str]:
         """The compressors and their settings, before the first step; the checkpoint of others is refused."""
@@ -124,11 +124,8 @@ class CompressionState:
 
     def _wrapped(self) -> dict[str, nn.Module]:
         modules = {} if self.model is None else dict(self.model.named_modules())
-        return {
-            path: module
-            for path, module in modules.items()
-            if isinstance(module, ModuleWrapper) or isinstance(getattr(module, "_nni_wrapper", None), ModuleWrapper)
-        }
+        kinds = {path: (module, getattr(module, "_nni_wrapper", None)) for path, module in modules.items()}
+        return {path: pair[0] for path, pair in kinds.items() if any(isinstance(one, ModuleWrapper) for one in pair)}
 
     def _make_room(self, shapes: dict[str, dict[str, list[int]]]) -> None:
         # Scales and ranges are None, or of another shape, until a forward pass; load_state_dict expects their shape.

@@ -14,14 +14,13 @@ from nni.compression.base.compressor import Compressor
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.distillation.basic_distiller import TeacherModelBasedDistiller
 from nni.compression.pruning.basic_pruner import _NormPruner
-from nni.compression.utils import Evaluator, TorchEvaluator
-from nni.compression.utils.evaluator import ForwardHook
+from nni.compression.utils.evaluator import Evaluator, ForwardHook, TorchEvaluator
 from schema import SchemaError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from zskd_nni.compression.evaluator import DataFreeEvaluator
-from zskd_nni.models.teacher import OutputAdapter, Teacher, first_tensor
+from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings, check_student
 from zskd_nni.training.losses import distillation_loss
@@ -85,34 +84,20 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
     ) -> None:
         if evaluator is None:
             raise UserError("ZeroShotDistiller needs an evaluator: it has the images and the optimiser.")
-        if temperature is None:
-            settings = evaluator.settings if isinstance(evaluator, DataFreeEvaluator) else DistillationSettings()
-            temperature = settings.temperature
-        self.temperature = _checked_temperature(temperature)
+        settings = evaluator.settings if isinstance(evaluator, DataFreeEvaluator) else DistillationSettings()
+        self.temperature = _checked_temperature(settings.temperature if temperature is None else temperature)
         given = teacher_model.model if isinstance(teacher_model, Teacher) else teacher_model
         if given is model:
             raise UserError("The teacher is the student itself; give the distiller a copy of the model from before.")
         _check_answers(model, teacher_model, evaluator)
-        self._teacher_output: OutputAdapter = first_tensor
-        if isinstance(teacher_model, Teacher):
-            self._teacher_output = teacher_model.output
-            clean = teacher_model.model
-        else:
-            clean = copy.deepcopy(given).float().eval().requires_grad_(False)
-        if config_list:
+        self._teacher_output = teacher_model.output if isinstance(teacher_model, Teacher) else first_tensor
+        if config_list or not isinstance(teacher_model, Teacher):
             # NNI wraps the teacher's linked layers; it gets a copy, so that the given teacher stays as it is.
-            clean = copy.deepcopy(clean)
+            given = copy.deepcopy(given).float().eval().requires_grad_(False)
         self._answers: list[Any] = []
         self.config_list: list[dict]
-        super().__init__(
-            model=model,
-            config_list=config_list,
-            evaluator=evaluator,
-            teacher_model=clean,
-            teacher_predict=teacher_predict or default_teacher_predict,
-            origin_loss_lambda=float(origin_loss_lambda),
-            existed_wrappers=existed_wrappers,
-        )
+        predict = teacher_predict or default_teacher_predict
+        super().__init__(model, config_list, evaluator, given, predict, float(origin_loss_lambda), existed_wrappers)
 
     @classmethod
     def from_compressor(
@@ -127,14 +112,9 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         temperature: float | None = None,
     ) -> ZeroShotDistiller:
         """A distiller on top of ``compressor``; its ``compress`` runs both. Arguments as in the constructor."""
+        given = {"teacher_model": teacher_model, "teacher_predict": teacher_predict, "temperature": temperature}
         return super(TeacherModelBasedDistiller, cls).from_compressor(
-            compressor,
-            new_config_list,
-            evaluator=evaluator,
-            teacher_model=teacher_model,
-            teacher_predict=teacher_predict,
-            origin_loss_lambda=origin_loss_lambda,
-            temperature=temperature,
+            compressor, new_config_list, evaluator=evaluator, origin_loss_lambda=origin_loss_lambda, **given
         )
 
     def wrap_model(self) -> None:
@@ -206,8 +186,14 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
 
     def _register_loss_patch(self, evaluator: Evaluator) -> None:
         if self.origin_loss_lambda == 0 and isinstance(evaluator, TorchEvaluator):
+            step = evaluator._training_step
+
+            def unlabelled_step(*args: Any, **kwargs: Any) -> Tensor:
+                step(*args, **kwargs)
+                return torch.zeros(())
+
             # NNI patches tensors, sequences and mappings; a training step without a loss of its own returns None.
-            _discard_origin_loss(evaluator)
+            evaluator._training_step = unlabelled_step
 
         def loss_patch(original_loss: Tensor, batch: Any) -> Tensor:
             with torch.no_grad():
@@ -229,14 +215,11 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
                 )
         if not self._target_spaces:
             self._answers = []
-            evaluator.register_hooks([ForwardHook(self.bound_model, "logits", self._keep_answer)])
+            evaluator.register_hooks([ForwardHook(self.bound_model, "logits", lambda _buffer: self._keep_answer)])
         super()._fuse_preprocess(evaluator)
 
-    def _keep_answer(self, buffer: list) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._answers = [output]
-
-        return keep
+    def _keep_answer(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._answers = [output]
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         self._answers = []
@@ -296,7 +279,7 @@ def images_of(batch: Any) -> Tensor:
     found: Any = batch
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
+    elif isinstance(batch, Sequence) and batch:
         found = batch[0]
     if isinstance(found, Tensor):
         return found
@@ -313,16 +296,6 @@ def _waits_for_masks(compressor: Compressor) -> bool:
     return all(bool(mask.all()) for mask in masks)
 
 
-def _discard_origin_loss(evaluator: TorchEvaluator) -> None:
-    step = evaluator._training_step
-
-    def unlabelled_step(*args: Any, **kwargs: Any) -> Tensor:
-        step(*args, **kwargs)
-        return torch.zeros(())
-
-    evaluator._training_step = unlabelled_step
-
-
 def _check_answers(model: nn.Module, teacher: nn.Module | Teacher, evaluator: Evaluator) -> None:
     if isinstance(teacher, Teacher):
         check_student(model, teacher)
@@ -333,10 +306,8 @@ def _check_answers(model: nn.Module, teacher: nn.Module | Teacher, evaluator: Ev
     with torch.no_grad():
         shapes = [list(first_tensor(copy.deepcopy(network).eval()(dummy)).shape) for network in (model, teacher)]
     if shapes[0] != shapes[1]:
-        raise UserError(
-            f"The student answers with {shapes[0][-1]} classes, the teacher with {shapes[1][-1]}; "
-            "they must be the same."
-        )
+        classes = f"{shapes[0][-1]} classes, the teacher with {shapes[1][-1]}"
+        raise UserError(f"The student answers with {classes}; they must be the same.")
 
 
 def _checked_temperature(value: Any) -> float:

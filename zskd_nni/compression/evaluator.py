@@ -11,9 +11,7 @@ from typing import Any
 
 import nni
 import torch
-from nni.common.types import SCHEDULER
-from nni.compression.utils import TorchEvaluator
-from nni.compression.utils.evaluator import Hook
+from nni.compression.utils.evaluator import Hook, TorchEvaluator
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,6 +25,7 @@ from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.hooks import evaluating
 from zskd_nni.models.memory_format import copied_images
 from zskd_nni.models.teacher import Teacher, first_tensor
+from zskd_nni.recipes.compression_config import CompressionRun
 from zskd_nni.runtime.distributed import team
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import generator
@@ -151,13 +150,11 @@ class DataFreeEvaluator(TorchEvaluator):
     def _init_optimizer_helpers(self, pure_model: nn.Module) -> None:
         # NNI calls this once it knows the model, so that the evaluator can be made without one.
         if not self._tmp_optimizers:
-            traced = nni.trace(torch.optim.AdamW)
             weights = [parameter for parameter in pure_model.parameters() if parameter.requires_grad]
             if not weights:
                 raise UserError("The model has no weight that may be trained (requires_grad is false everywhere).")
-            self._tmp_optimizers = [
-                traced(weights, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
-            ]
+            rate, decay = self.settings.learning_rate, self.settings.weight_decay
+            self._tmp_optimizers = [nni.trace(torch.optim.AdamW)(weights, lr=rate, weight_decay=decay)]
         super()._init_optimizer_helpers(pure_model)
 
     def bind_model(self, model: nn.Module, param_names_map: dict[str, str] | None = None) -> None:
@@ -173,7 +170,6 @@ class DataFreeEvaluator(TorchEvaluator):
         """As NNI's."""
         if self._copy_hook is not None:
             self._copy_hook.remove()
-            self._copy_hook = None
         super().unbind_model()
 
     def patch_loss(self, patch: Callable[[Tensor, Any], Tensor]) -> None:
@@ -198,11 +194,8 @@ class DataFreeEvaluator(TorchEvaluator):
         known = {id(weight) for weight in _optimized(optimizer)}
         added = [(path, weight) for path, weights in module_name_param_dict.items() for weight in weights]
         added = [(path, weight) for path, weight in added if id(weight) not in known]
-        scales = {
-            id(weight): weight
-            for _, weight in added
-            if self._own_optimizer and weight.numel() and names.get(id(weight), "").endswith("_scale")
-        }
+        own = {id(weight): weight for _, weight in added if self._own_optimizer and weight.numel()}
+        scales = {key: weight for key, weight in own.items() if names.get(key, "").endswith("_scale")}
         for scale in scales.values():
             # A step of Adam is as long as its learning rate, whatever the gradient. A learnt quantization scale is
             # often as small as the weights' rate, at which one step would carry it across 0.
@@ -224,29 +217,20 @@ class DataFreeEvaluator(TorchEvaluator):
         """Optimiser steps of a training: the smaller of the two limits, or the settings' number without either."""
         size = self.source.size
         epoch = _STEPS_OF_A_STREAM if size is None else max(1, size // self.source.batch_size)
-        limits = [] if max_steps is None else [max_steps]
-        if max_epochs is not None:
-            limits.append(max_epochs * epoch)
-        return min(limits, default=self.settings.steps)
+        limits = (max_steps, None if max_epochs is None else max_epochs * epoch)
+        return min((limit for limit in limits if limit is not None), default=self.settings.steps)
 
     def batch(self, step: int, random: torch.Generator, model: nn.Module | None = None) -> Tensor:
         """What student and teacher see at a step: ``(N, C, H, W)``, augmented and normalised."""
-        return self.teacher.spec.normalise(
-            transfer_batch(self.source, self.teacher, self.settings, step, random, model)
-        )
-
-    @property
-    def calibration_batch(self) -> int:
-        """Images in a batch of the calibration: 256, fewer if they are large."""
-        return min(_CALIBRATION_BATCH, self.teacher.spec.inference_batch)
+        images = transfer_batch(self.source, self.teacher, self.settings, step, random, model)
+        return self.teacher.spec.normalise(images)
 
     @torch.no_grad()
     def calibration_set(self) -> Tensor:
         """The first ``calibration_images`` images of the source ``(N, C, H, W)``, normalised, without augmentation."""
         if self._calibration_set is None:
             parts: list[Tensor] = []
-            wanted = self.options.calibration_images
-            wanted = min(wanted, self.source.size or wanted)
+            wanted = min(self.options.calibration_images, self.source.size or self.options.calibration_images)
             while sum(map(len, parts)) < wanted:
                 parts.append(self.source.batch(len(parts), generator(self.seed, "calibration", len(parts)), self.model))
             images = torch.cat(parts)[:wanted].to(self.teacher.device)
@@ -265,7 +249,7 @@ class DataFreeEvaluator(TorchEvaluator):
     def _agreement_on_calibration(self, model: nn.Module) -> float:
         """Share of the calibration set on which ``model`` chooses the teacher's class, in [0, 1]."""
         with evaluating(model):
-            parts = self.calibration_set().split(self.calibration_batch)
+            parts = self.calibration_set().split(min(_CALIBRATION_BATCH, self.teacher.spec.inference_batch))
             student = torch.cat([first_tensor(model(part)) for part in parts])
             teacher = torch.cat([self.teacher.output(self.teacher.model(part)) for part in parts])
         return agreement(student, teacher)
@@ -275,7 +259,7 @@ class DataFreeEvaluator(TorchEvaluator):
         model: nn.Module,
         optimizer: Optimizer,
         training_step: TrainingStep,
-        lr_scheduler: SCHEDULER | None = None,
+        lr_scheduler: LRScheduler | None = None,
         max_steps: int | None = None,
         max_epochs: int | None = None,
     ) -> None:
@@ -289,7 +273,7 @@ class DataFreeEvaluator(TorchEvaluator):
                 "pseudo_labels=True."
             )
         only_scores = self._compression.only_scores() and not self.options.train_while_scoring
-        masks = self.options.masks
+        masks, distilled = self.options.masks, distillation_identity(self.teacher, self.source, self.settings)
         shared = DataParallel(team(), divided=self._compression.can_be_divided())
 
         def loss(step: int, random: torch.Generator) -> Tensor:
@@ -307,12 +291,7 @@ class DataFreeEvaluator(TorchEvaluator):
             label=self.options.label,
             after_step=_put_back(model, optimizer) if only_scores else held_at_zero(model, masks) if masks else None,
             quiet=self.quiet,
-            identity=[
-                distillation_identity(self.teacher, self.source, self.settings),
-                self.pseudo_labels,
-                only_scores,
-                self._compression.description(),
-            ],
+            identity=[distilled, self.pseudo_labels, only_scores, self._compression.description()],
             extra=self._compression,
             shared=shared,
         )
@@ -323,10 +302,22 @@ class DataFreeEvaluator(TorchEvaluator):
             self.histories.append(fit(model, optimizer, schedule, loss, run))
 
     def _checkpoint_path(self) -> Path | None:
-        path = self.checkpoint
-        if path is None or not self.histories:
-            return path
-        return path.with_name(f"{path.stem}-{len(self.histories) + 1}{path.suffix}")
+        path, number = self.checkpoint, len(self.histories) + 1
+        return path.with_name(f"{path.stem}-{number}{path.suffix}") if path and self.histories else path
+
+
+def evaluator_of_run(
+    run: CompressionRun,
+    teacher: Teacher,
+    images: TransferSource,
+    settings: DistillationSettings,
+    pseudo_labels: bool = False,
+    **options: Any,
+) -> DataFreeEvaluator:
+    """The evaluator of one training; further arguments are those of :class:`EvaluatorOptions`."""
+    given: dict[str, Any] = {"seed": run.seed, "checkpoint": run.checkpoint, "quiet": run.quiet}
+    rare = EvaluatorOptions(**options)
+    return DataFreeEvaluator(teacher, images, settings, pseudo_labels=pseudo_labels, options=rare, **given)
 
 
 def _put_back(model: nn.Module, optimizer: Optimizer) -> Callable[[int], None]:

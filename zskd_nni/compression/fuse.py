@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nni.compression import distillation
 from nni.compression.base.compressor import Compressor
-from nni.compression.distillation import Adaptive1dLayerwiseDistiller, DynamicLayerwiseDistiller
 from torch import nn
 
-from zskd_nni.compression.distiller import ZeroShotDistiller, default_teacher_predict, with_float_lambdas
+from zskd_nni.compression.distiller import default_teacher_predict, with_float_lambdas
 from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.data.sources import NoiseSource
 from zskd_nni.models.teacher import Teacher
+from zskd_nni.recipes.compression_config import DistillerConfig
 from zskd_nni.runtime.errors import UserError, error_context
-
-if TYPE_CHECKING:
-    from zskd_nni.recipes.compression_config import DistillerConfig
-
-_DISTILLERS: dict[str, Any] = {
-    "ZeroShotDistiller": ZeroShotDistiller,
-    "DynamicLayerwiseDistiller": DynamicLayerwiseDistiller,
-    "Adaptive1dLayerwiseDistiller": Adaptive1dLayerwiseDistiller,
-}
 
 
 def fused_distiller(compressor: Compressor, config: DistillerConfig | None, evaluator: DataFreeEvaluator) -> Any:
@@ -37,14 +29,13 @@ def fused_distiller(compressor: Compressor, config: DistillerConfig | None, eval
     Raises:
         UserError: the distiller refuses the config list.
     """
-    name = "ZeroShotDistiller" if config is None else config.name
-    teacher: Any = evaluator.teacher
-    if name != "ZeroShotDistiller":
-        teacher = copy.deepcopy(teacher.model)  # NNI's own wrap the teacher's layers
+    config = config or DistillerConfig()
+    name, ours = config.name, config.name == "ZeroShotDistiller"
+    teacher = evaluator.teacher if ours else copy.deepcopy(evaluator.teacher.model)  # NNI's own wrap its layers
     weight = float(evaluator.pseudo_labels)
     try:
-        config_list = [] if config is None else with_float_lambdas(config.config_list)
-        distiller = _DISTILLERS[name].from_compressor(compressor, config_list, teacher, default_teacher_predict, weight)
+        kind, targets = getattr(distillation, name), with_float_lambdas(config.config_list)
+        distiller = kind.from_compressor(compressor, targets, teacher, default_teacher_predict, weight)
         if name == "Adaptive1dLayerwiseDistiller":
             distiller.track_forward(evaluator.get_dummy_input())
         return distiller
@@ -52,8 +43,8 @@ def fused_distiller(compressor: Compressor, config: DistillerConfig | None, eval
         raise
     except Exception as error:  # NNI's schema, assertions and key errors
         text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-        whose = "" if name == "ZeroShotDistiller" else "NNI's "
-        raise UserError(f"compression.distiller: {whose}{name} refuses the config ({text}).") from error
+        whose = name if ours else f"NNI's {name}"
+        raise UserError(f"compression.distiller: {whose} refuses the config ({text}).") from error
 
 
 def check_distiller(network: nn.Module, config: DistillerConfig, teacher: Teacher) -> None:

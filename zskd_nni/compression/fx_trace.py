@@ -53,9 +53,10 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
         except UserError:
             raise
         except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
                 f"{name} does not accept the dummy input ({_describe(dummy_input)}): {_where(error, model)}: "
-                f"{_innermost(error)}; pass an input of the shape that the model is used with"
+                f"{reason}; pass an input of the shape that the model is used with"
             ) from error
     graph_module.training = False
     return graph_module
@@ -141,10 +142,6 @@ def _where(error: BaseException, model: nn.Module) -> str:
         return f"in {type(model).__name__}"
     frame = outside[-1]
     return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: `{frame.line}`"
-
-
-def _innermost(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _describe(dummy_input: Any) -> str:

@@ -16,7 +16,7 @@ from zskd_nni.runtime.errors import UserError
 
 Kind = Literal["pruning", "quantization"]
 
-_SELECTION = ("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re")
+SELECTION_KEYS = ("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re")
 _TARGETS = ("target_names", "target_settings")
 _SETTINGS: dict[Kind, tuple[str, ...]] = {
     "pruning": ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "global_group_id",
@@ -54,10 +54,8 @@ def modern_config_list(config_list: list[dict[str, Any]], kind: Kind) -> list[di
         [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]
     """
     if not isinstance(config_list, list) or not all(isinstance(config, dict) for config in config_list):
-        example = {
-            "pruning": "[{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]",
-            "quantization": "[{'op_types': ['Conv2d'], 'target_names': ['weight'], 'quant_dtype': 'int8'}]",
-        }[kind]
+        keys = "'sparse_ratio': 0.5" if kind == "pruning" else "'target_names': ['weight'], 'quant_dtype': 'int8'"
+        example = f"[{{'op_types': ['Conv2d'], {keys}}}]"
         raise UserError(f"a {kind} config is a list of dicts such as {example}, not {type(config_list).__name__}")
     kept: list[dict[str, Any]] = []
     excluded: dict[str, list[str]] = {}
@@ -70,31 +68,29 @@ def modern_config_list(config_list: list[dict[str, Any]], kind: Kind) -> list[di
             config["op_names_re"] = [*config.get("op_names_re", []), *(f".*{part}.*" for part in parts)]
         if config.pop("exclude", False):
             for key in ("op_types", "op_names", "op_names_re"):
-                excluded.setdefault(f"exclude_{key}", []).extend(_strings(config.get(key, []), f"{where}: {key}"))
+                if names := _strings(config.get(key, []), f"{where}: {key}"):
+                    excluded.setdefault(f"exclude_{key}", []).extend(names)
+        elif kind == "pruning":
+            kept.append(_pruning_entry(config, where, number))
         else:
-            kept.append(
-                _pruning_entry(config, where, number) if kind == "pruning" else _quantization_entry(config, where)
-            )
+            kept.append(_quantization_entry(config, where))
     if config_list and not kept:
         raise UserError(f"the {kind} config only excludes modules; add an entry that names some")
     for config in kept:
-        config.update(
-            {key: list(dict.fromkeys([*config.get(key, []), *names])) for key, names in excluded.items() if names}
-        )
+        for key, names in excluded.items():
+            config[key] = list(dict.fromkeys([*config.get(key, []), *names]))
     return kept
 
 
 def _check_keys(config: dict[str, Any], kind: Kind, where: str) -> None:
-    known = (*_SELECTION, *_TARGETS, *_SETTINGS[kind], "op_partial_names", "exclude", *_LEGACY[kind])
+    known = (*SELECTION_KEYS, *_TARGETS, *_SETTINGS[kind], "op_partial_names", "exclude", *_LEGACY[kind])
     settings = config.get("target_settings")
-    targets = settings.items() if isinstance(settings, dict) else ()
     places = [(config, known, where)]
-    places += [
-        (each, _SETTINGS[kind], f"{where}, target_settings.{name}") for name, each in targets if type(each) is dict
-    ]
+    for name, setting in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(setting, dict):
+            places.append((setting, _SETTINGS[kind], f"{where}, target_settings.{name}"))
     for found, keys, place in places:
-        unknown = next((key for key in found if key not in keys), None)
-        if unknown is not None:
+        for unknown in (key for key in found if key not in keys):
             modern = [name for name in keys if name not in _LEGACY[kind]]
             near = [match for names in (modern, keys) for match in difflib.get_close_matches(str(unknown), names, 1)]
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(keys)}"
@@ -109,8 +105,7 @@ def _pruning_entry(config: dict[str, Any], where: str, number: int) -> dict[str,
         config["sparse_ratio"] = _ratio(config.pop(given[0]), f"{where}: {given[0]}")
         if given[0] == "total_sparsity":
             config["global_group_id"] = f"total_sparsity of entry {number}"
-    if "max_sparsity_per_layer" in config:
-        key = "max_sparsity_per_layer"
+    if (key := "max_sparsity_per_layer") in config:
         config["max_sparse_ratio"] = _ratio(config.pop(key), f"{where}: {key}", least=1e-9)
     return config
 

@@ -29,7 +29,7 @@ Labels = np.ndarray
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
-# f(0) = 0, element by element
+# f(0) = 0, element by element, or only another shape
 _ZERO_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.RReLU,
     nn.Tanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Softsign, nn.PReLU,
@@ -38,7 +38,7 @@ _ZERO_MODULES = (
 _ZERO_FUNCTIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish",
     "hardswish", "tanh", "tanh_", "softsign", "tanhshrink", "dropout", "dropout_", "dropout2d", "stochastic_depth",
-    "clone", "detach", "contiguous", "abs", "neg", "square", "float", "to", "type_as",
+    "clone", "detach", "contiguous", "abs", "neg", "square", "float", "to", "type_as", "squeeze", "unsqueeze",
 }  # fmt: skip
 # element by element, but f(0) may be another constant
 _CONSTANT_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh)
@@ -49,15 +49,12 @@ _POOL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Upsample,
 )  # fmt: skip
-_POOL_FUNCTIONS = {
-    "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_max_pool1d", "adaptive_max_pool2d", "interpolate",
-}  # fmt: skip
+_POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
+_POOL_FUNCTIONS = {"interpolate", *(f"{name}{dims}d" for name in _POOLS for dims in (1, 2))}
 _ADDITIONS = {"add", "add_", "iadd", "sub", "sub_", "isub", "subtract"}
 _PRODUCTS = {"mul", "mul_", "imul", "multiply"}
 _QUOTIENTS = {"div", "div_", "truediv", "itruediv", "divide"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin"}
-_SQUEEZES = {"squeeze", "unsqueeze"}
 _CONCATENATIONS = {"cat", "concat", "concatenate"}
 _QUESTIONS = {"size", "dim", "numel", "ndimension", "getattr", "len", "is_floating_point"}
 
@@ -214,7 +211,6 @@ class _Analysis:
 
     def module(self, node: Node, module: Any) -> Flow | None:
         name, calls = str(node.target), self.calls[node.target]
-        inputs = self.inputs(node)
         if next(module.parameters(), None) is not None:
             if calls > 1:
                 self.raw.unfollowed[name] = f"forward calls it {calls} times"
@@ -224,7 +220,7 @@ class _Analysis:
                 return self.stop(node, f"they enter {name}, whose output nothing reads")
         if len(node.all_input_nodes) != 1:
             return self.stop(node, f"they enter {name} ({type(module).__name__}) beside other tensors")
-        flow = inputs[0] if inputs else None
+        flow = self.flows.get(_first(node))
         # NNI chooses its replacement by the class name: a subclass would be replaced by its parent.
         exact = type(module)
         if exact in CONVOLUTIONS:
@@ -241,7 +237,7 @@ class _Analysis:
             zero = isinstance(module, nn.Hardtanh) and module.min_val <= 0 <= module.max_val
             return self.kept(node, flow, flow.constant or not zero)
         if isinstance(module, _POOL_MODULES):
-            padded = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and _is_padded(module.padding)
+            padded = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and is_padded(module.padding)
             return self.pool(node, flow, padded or getattr(module, "return_indices", False))
         if exact is nn.LocalResponseNorm and flow.dim == 1 and not flow.constant:
             self.note_raw(flow)
@@ -253,10 +249,9 @@ class _Analysis:
     def convolution(self, node: Node, module: Any, flow: Flow | None) -> Flow | None:
         name = str(node.target)
         if flow is not None and flow.dim != 1:
-            self.stop(node, f"they enter {name} as something else than channels")
-            flow = None
+            flow = self.stop(node, f"they enter {name} as something else than channels")
         depthwise, composite = is_depthwise(module), name in self.composite
-        if flow is not None and flow.constant and _is_padded(module.padding) and (composite or not depthwise):
+        if flow is not None and flow.constant and is_padded(module.padding) and (composite or not depthwise):
             self.stop(node, f"what a removed channel leaves behind would reach the padding of {name}")
         if depthwise:
             if flow is None:
@@ -272,19 +267,18 @@ class _Analysis:
         return Flow(1, labels, raw=True)
 
     def linear(self, node: Node, module: nn.Linear, flow: Flow | None) -> Flow | None:
-        shape = node_shape(node)
-        if flow is not None and shape is not None and flow.dim != len(shape) - 1:
+        dim = len(node_shape(node) or ()) - 1
+        if flow is not None and flow.dim != dim:
             self.stop(node, f"they enter {node.target} as something else than features")
         self.note_raw(flow)
         labels = self.raw.sources[str(node.target)] = self.fresh(module.out_features)
-        return Flow(len(shape) - 1, labels, raw=True) if shape is not None else None
+        return Flow(dim, labels, raw=True)
 
     def norm(self, node: Node, module: Any, flow: Flow) -> Flow | None:
         name = str(node.target)
-        if flow.dim != 1:
-            return self.stop(node, f"they enter {name} as something else than channels")
-        if module.running_mean is None:
-            return self.stop(node, f"they enter {name}, which keeps no running statistics")
+        if flow.dim != 1 or module.running_mean is None:
+            why = " as something else than channels" if flow.dim != 1 else ", which keeps no running statistics"
+            return self.stop(node, f"they enter {name}{why}")
         self.raw.followers[name] = flow.labels
         silent = module.affine and name not in self.composite
         if not silent:
@@ -297,9 +291,7 @@ class _Analysis:
         return self.kept(node, flow)
 
     def flatten(self, node: Node, flow: Flow, start: int, end: int) -> Flow | None:
-        shape = node_shape(_first(node))
-        if shape is None:
-            return self.stop(node, f"they pass `{_label(node)}`")
+        shape = node_shape(_first(node)) or ()  # what has channels has a shape
         start, end = start % len(shape), end % len(shape)
         if start > flow.dim:
             return self.kept(node, flow)
@@ -318,10 +310,8 @@ class _Analysis:
         if len(inputs) > 1 or _first(node) not in self.flows:
             return self.stop(node, f"they enter `{_label(node)}` beside other tensors")
         flow = inputs[0]
-        if name in _ZERO_FUNCTIONS | _SQUEEZES:
-            return self.kept(node, flow)
-        if name in _CONSTANT_FUNCTIONS:
-            return self.kept(node, flow, True)
+        if name in _ZERO_FUNCTIONS | _CONSTANT_FUNCTIONS:
+            return self.kept(node, flow, flow.constant or name in _CONSTANT_FUNCTIONS)
         if name in _POOL_FUNCTIONS:
             # An average over a padded border is not constant; reading the padding from the arguments is not worth it.
             return self.pool(node, flow, name.startswith("avg_pool"))
@@ -341,19 +331,17 @@ class _Analysis:
         if not isinstance(parts, tuple | list) or shape is None or not isinstance(dim, int):
             return self.stop(node, f"they pass `{_label(node)}`")
         dim %= len(shape)
-        labels = []
+        flows = []
         for part in parts:
             flow, part_shape = self.flows.get(part), node_shape(part)
             if flow is None and part_shape is not None:
-                labels.append(self.fresh(part_shape[dim]))
-                self.raw.freeze(labels[-1], f"they are joined with channels that stay by `{_label(node)}`")
-            elif flow is not None and flow.dim == dim:
-                labels.append(flow.labels)
-            else:
+                flow = Flow(dim, self.fresh(part_shape[dim]))
+                self.raw.freeze(flow.labels, f"they are joined with channels that stay by `{_label(node)}`")
+            if flow is None or flow.dim != dim:
                 return self.stop(node, f"they pass `{_label(node)}` along another dimension")
-        inputs = self.inputs(node)
-        constant, raw = any(flow.constant for flow in inputs), any(flow.raw for flow in inputs)
-        return Flow(dim, np.concatenate(labels), constant, raw)
+            flows.append(flow)
+        constant, raw = any(flow.constant for flow in flows), any(flow.raw for flow in flows)
+        return Flow(dim, np.concatenate([flow.labels for flow in flows]), constant, raw)
 
     def arithmetic(self, node: Node, name: str) -> Flow | None:
         if any(isinstance(argument, Node) for argument in node.kwargs.values()):
@@ -369,12 +357,12 @@ class _Analysis:
         if len(tensors) != 2 or len(flows) != 2 or name in _QUOTIENTS:
             return self.stop(node, f"they enter `{_label(node)}` with a tensor whose channels stay")
         first, second = flows
-        sizes = sorted(len(flow.labels) for flow in flows)
+        narrow, wide = sorted(flows, key=lambda flow: len(flow.labels))
+        spread = len(narrow.labels) != len(wide.labels)
         other_layout = len(node_shape(tensors[0]) or ()) != len(node_shape(tensors[1]) or ()) or first.dim != second.dim
-        if other_layout or (sizes[0] != sizes[1] and sizes[0] != 1):
+        if other_layout or (spread and len(narrow.labels) != 1):
             return self.stop(node, f"they enter `{_label(node)}` with a tensor of another layout")
-        if sizes[0] != sizes[1]:
-            wide, narrow = (first, second) if len(second.labels) == 1 else (second, first)
+        if spread:
             self.raw.freeze(narrow.labels, f"it is spread over other channels by `{_label(node)}`")
             if name in _ADDITIONS:
                 self.raw.freeze(wide.labels, f"something else is added to all of them by `{_label(node)}`")
@@ -460,14 +448,12 @@ def _freeze_partial_ties(flow: ChannelFlow) -> None:
             if not np.array_equal(flow.sources[owner], labels):
                 for shared in (labels, flow.sources[owner]):
                     flow.freeze(shared, f"{owner} and {name} share some of their channels only")
-    changed = True
-    while changed:
-        changed = False
-        for labels in flow.sources.values():
-            reasons = [flow.frozen[label] for label in labels.tolist() if label in flow.frozen]
-            if 0 < len(reasons) < len(labels):
-                flow.freeze(labels, reasons[0])
-                changed = True
+    frozen = -1
+    while frozen != len(flow.frozen):
+        frozen = len(flow.frozen)
+        for name, labels in flow.sources.items():
+            if reason := flow.reason(name):
+                flow.freeze(labels, reason)
 
 
 def _first(node: Node) -> Node:
@@ -488,7 +474,6 @@ def _label(node: Node) -> str:
     return str(node.target) if node.op == "call_module" else _name(node)
 
 
-def _is_padded(padding: Any) -> bool:
-    if isinstance(padding, str):
-        return padding != "valid"
-    return padding != 0 if isinstance(padding, int) else any(side != 0 for side in padding)
+def is_padded(padding: str | int | tuple[int, ...]) -> bool:
+    """Whether a convolution or pooling with this ``padding`` sees zeros around the image."""
+    return padding != "valid" if isinstance(padding, str) else any([padding] if isinstance(padding, int) else padding)

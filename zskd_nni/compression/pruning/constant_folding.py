@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS
+from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, is_padded
 from zskd_nni.models.hooks import hooked
 
 _FLAT = 1e-5  # relative spread below which a channel counts as constant: rounding only
@@ -65,8 +65,7 @@ def bias_of_constants(module: nn.Module, channels: Tensor, values: Tensor) -> Te
     if isinstance(module, nn.Linear):
         return module.weight[:, channels] @ values
     assert isinstance(module, CONVOLUTIONS)
-    padded = module.padding != "valid" if isinstance(module.padding, str) else any(module.padding)
-    if padded:
+    if is_padded(module.padding):
         return None
     extents = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     image = module.weight.new_zeros(1, module.in_channels, *extents)

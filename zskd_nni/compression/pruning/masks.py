@@ -17,6 +17,16 @@ from zskd_nni.runtime.tensors import load_tensors, save_tensors
 Masks = Mapping[str, Mapping[str, Tensor | None]]
 
 
+def is_kept(mask: Tensor, dim: int) -> Tensor:
+    """``(channels,)`` of bool: whether a mask has anything but zeros at a position along ``dim``."""
+    return mask.detach().cpu().movedim(dim, 0).unsqueeze(-1).flatten(1).any(1)
+
+
+def kept_channels(mask: Tensor, dim: int) -> Tensor:
+    """The positions ``(K,)`` of :func:`is_kept`."""
+    return is_kept(mask, dim).nonzero().flatten()
+
+
 def masks_on_cpu(network: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
     """The masks on the CPU, those of parameters in the parameter's shape, without ``None``."""
 
@@ -34,7 +44,7 @@ def describe_masks(masks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """JSON-able: ``sparsity`` of every parameter, and the output channels whose whole weight is masked by module."""
     named = {f"{name}.{target}": mask for name, targets in masks.items() for target, mask in targets.items()}
     weights = {name: targets["weight"] for name, targets in masks.items() if "weight" in targets}
-    empty = {name: ~mask.flatten(1).any(1) for name, mask in weights.items() if mask.ndim > 1}
+    empty = {name: ~is_kept(mask, 0) for name, mask in weights.items() if mask.ndim > 1}
     return {
         "sparsity": {name: round(1 - float(mask.double().mean()), 6) for name, mask in named.items()},
         "removed_channels": {name: gone.nonzero().flatten().tolist() for name, gone in empty.items() if gone.any()},
@@ -93,19 +103,18 @@ def held_at_zero(network: nn.Module, masks: Masks) -> Callable[[int], None]:
         network: as it is trained; NNI keeps the parameters of a wrapped module in the wrapper.
         masks: by module path.
     """
-    held: list[tuple[nn.Parameter, Tensor]] = []
-    zero_points: list[nn.Parameter] = []
+    held: list[tuple[Tensor, Tensor]] = []
+    zero_points: list[Tensor] = []
     for name, targets in masks.items():
         module = network.get_submodule(name)
-        owners = [owner for owner in (getattr(module, "_nni_wrapper", None), module) if owner is not None]
+        wrapper = getattr(module, "_nni_wrapper", module)
         for target, mask in targets.items():
-            parameter = next((own for owner in owners if (own := owner._parameters.get(target)) is not None), None)
-            if mask is None or parameter is None:
-                continue
-            held.append((parameter, mask.to(parameter.device, parameter.dtype)))
-            zero_point = owners[0]._parameters.get(f"{target}_zero_point")
-            if zero_point is not None:
-                zero_points.append(zero_point)
+            own = wrapper._parameters.get(target)
+            parameter = module._parameters.get(target) if own is None else own
+            if mask is not None and parameter is not None:
+                held.append((parameter, mask.to(parameter.device, parameter.dtype)))
+                zero_point = wrapper._parameters.get(f"{target}_zero_point")
+                zero_points += [] if zero_point is None else [zero_point]
 
     @torch.no_grad()
     def back_to_zero(_: int) -> None:
@@ -133,14 +142,8 @@ def masks_file(description: Path) -> Path:
 def save_masks(masks: Masks, description: Path) -> dict[str, Any]:
     """Write the masks beside a network's description; returns what the description must hold for :func:`load_masks`."""
     file = masks_file(description)
-    tensors = {
-        f"{name}:{target}": mask != 0
-        for name, targets in masks.items()
-        for target, mask in targets.items()
-        if mask is not None
-    }
-    save_tensors(file, tensors)
-    return {"sha256": sha256_of_file(file)}
+    named = {f"{name}:{target}": mask for name, targets in masks.items() for target, mask in targets.items()}
+    return {"sha256": save_tensors(file, {key: mask != 0 for key, mask in named.items() if mask is not None})}
 
 
 def load_masks(described: Any, description: Path) -> Masks:

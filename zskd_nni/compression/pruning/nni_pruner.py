@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import logging
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from nni.compression.base.config import default_config_schema
 from torch import nn
 
+from zskd_nni.compression.checkpoint_state import NORM_PRUNERS, SCORING_PRUNERS
 from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.compression.nni_config import modern_config_list
+from zskd_nni.compression.nni_messages import REFUSALS, quiet, refusals_as_sentences
 from zskd_nni.compression.pruning.dependency_config import PruningPlan, plan_pruning
 from zskd_nni.models.shared_modules import check_compressible
 from zskd_nni.models.teacher import Teacher
+from zskd_nni.recipes.compression_config import PruningConfig
 from zskd_nni.runtime.errors import UserError, error_context
 
-if TYPE_CHECKING:
-    from zskd_nni.recipes.compression_config import PruningConfig
-
-NORM_PRUNERS = ("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner")
-SCORING_PRUNERS = ("TaylorPruner", "SlimPruner")
 PRUNERS = (*NORM_PRUNERS, *SCORING_PRUNERS, "MovementPruner")
-# What NNI raises in the middle of a run where it refuses a config. A full memory is no refusal.
-ERRORS_OF_A_RUN = (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
 
 
 def is_data_driven(config: PruningConfig) -> bool:
@@ -65,7 +60,7 @@ def pruning_plan(network: nn.Module, config: PruningConfig, teacher: Teacher) ->
     network, example = deepcopy(network).cpu(), teacher.example_input().cpu()  # shrinking is done on the CPU as well
     with error_context("compression.pruning"):
         check_compressible(network, example)
-    with nni_errors_as_sentences(config):
+    with errors_as_sentences(config, (Exception,)):
         config_list = modern_config_list(config.config_list, "pruning")
         schema = default_config_schema("pruning")
         for entry in config_list:
@@ -103,13 +98,13 @@ def make_pruner(network: nn.Module, config: PruningConfig, plan: PruningPlan, ev
 
     # NNI ranks single weights by a view of them, which channels_last does not allow.
     network.to(memory_format=torch.contiguous_format)
-    with nni_errors_as_sentences(config):
+    with errors_as_sentences(config, (Exception,)):
         arguments = {**default_arguments(config), **config.arguments}
         pruner = getattr(nni_pruning, config.pruner)(network, plan.config_list, evaluator, **arguments)
-        if config.schedule is not None:
-            scheduled = getattr(nni_pruning, config.schedule.name)
-            pruner = scheduled(pruner, config.schedule.interval, config.schedule.total_times)
-    return pruner
+        if config.schedule is None:
+            return pruner
+        scheduled = getattr(nni_pruning, config.schedule.name)
+        return scheduled(pruner, config.schedule.interval, config.schedule.total_times)
 
 
 def default_arguments(config: PruningConfig) -> dict[str, Any]:
@@ -141,11 +136,10 @@ def check_arguments(config: PruningConfig, steps: int) -> None:
         value = arguments.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"{where}.{name} must be a whole number of at least {least}, not {value!r}.")
-    interval = None if config.schedule is None else config.schedule.interval
-    if interval is not None and arguments.get("training_steps", 0) > interval:
+    if config.schedule is not None and arguments.get("training_steps", 0) > config.schedule.interval:
         raise UserError(
             f"{where}.training_steps: {config.pruner} scores on {arguments['training_steps']} steps, and "
-            f"compression.pruning.schedule.interval leaves it {interval}; give it at most as many."
+            f"compression.pruning.schedule.interval leaves it {config.schedule.interval}; give it at most as many."
         )
     if config.pruner == "MovementPruner":
         warmup, cooldown = arguments["warmup_step"], arguments["cooldown_begin_step"]
@@ -176,19 +170,9 @@ def fold_slim_factors(pruner: Any) -> None:
 
 
 @contextlib.contextmanager
-def nni_errors_as_sentences(config: PruningConfig, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Raise NNI's schema, assertion and key errors as a :class:`UserError`; silence its remarks on schedules."""
-    logger = logging.getLogger("nni.compression.pruning.scheduled_pruner")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+def errors_as_sentences(config: PruningConfig, kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
+    """Raise NNI's refusals as a :class:`UserError`; silence its remarks on schedules."""
+    with refusals_as_sentences(f"compression.pruning: NNI's {config.pruner}", kinds), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with quiet("nni.compression.pruning.scheduled_pruner"):
             yield
-    except UserError:
-        raise
-    except kinds as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"compression.pruning: NNI's {config.pruner} refuses the config ({text}).") from error
-    finally:
-        logger.setLevel(level)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from zskd_nni.compression.fx_trace import copied
+from zskd_nni.compression.nni_messages import quiet
+from zskd_nni.compression.pruning.masks import kept_channels
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
 
 _SELECTIONS = {"getitem", "chunk", "split", "narrow", "unbind", "select", "index_select"}
@@ -34,21 +35,13 @@ def run_speedup(
     Returns:
         NNI's ``ModelSpeedup`` after its work; it knows the masks of every node.
     """
-    with _silent(), torch.random.fork_rng(devices=[]):
+    printed = contextlib.redirect_stdout(io.StringIO())
+    # "Shape Dependency" is NNI's as well; ours is given to ModelSpeedup.
+    with printed, quiet("nni.compression.speedup", "Shape Dependency", __name__), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         speedup = _model_speedup(model, graph_module, masks, arguments)
         speedup.speedup_model()
     return speedup
-
-
-def is_kept(mask: Tensor, dim: int) -> Tensor:
-    """``(channels,)`` of bool: whether a mask has anything but zeros at a position along ``dim``."""
-    return mask.detach().cpu().movedim(dim, 0).flatten(1).any(1)
-
-
-def kept_channels(mask: Tensor, dim: int) -> Tensor:
-    """The positions ``(K,)`` of :func:`is_kept`."""
-    return is_kept(mask, dim).nonzero().flatten()
 
 
 def _model_speedup(
@@ -126,15 +119,3 @@ def _replace_layer_norm(module: nn.LayerNorm, masks: Any) -> Any:
     from nni.compression.speedup.replacement import replace_layernorm
 
     return replace_layernorm(module, masks)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """NNI prints, and several of its loggers report every node."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)

@@ -9,14 +9,15 @@ under them. Movement, and any pruner under a schedule, change their masks during
 from __future__ import annotations
 
 import copy
-import dataclasses
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from nni.compression.base.compressor import Pruner
 from torch import Tensor, nn
 
-from zskd_nni.compression.evaluator import DataFreeEvaluator, EvaluatorOptions
+from zskd_nni.compression.evaluator import DataFreeEvaluator, evaluator_of_run
 from zskd_nni.compression.fuse import fused_distiller
+from zskd_nni.compression.pruning import nni_pruner
 from zskd_nni.compression.pruning.dependency_config import PruningPlan
 from zskd_nni.compression.pruning.masks import (
     Masks,
@@ -26,17 +27,6 @@ from zskd_nni.compression.pruning.masks import (
     remaining_masks,
     share_of_zeros,
 )
-from zskd_nni.compression.pruning.nni_pruner import (
-    ERRORS_OF_A_RUN,
-    check_arguments,
-    fold_slim_factors,
-    is_data_driven,
-    make_pruner,
-    masks_change_in_training,
-    needs_pseudo_labels,
-    nni_errors_as_sentences,
-    pruning_plan,
-)
 from zskd_nni.compression.pruning.speedup import CannotShrinkError, KeptChannels, ShrinkResult, is_fine_grained, shrink
 from zskd_nni.data.sources import NoiseSource, TransferSource
 from zskd_nni.models.teacher import Teacher
@@ -44,9 +34,6 @@ from zskd_nni.recipes.compression_config import CompressionRun, PruningConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.distillation import DistillationSettings
-
-if TYPE_CHECKING:
-    from nni.compression.base.compressor import Pruner
 
 
 @dataclass(frozen=True)
@@ -113,28 +100,20 @@ def prune(
         (3, 8)
     """
     run, distillation = run or CompressionRun(), distillation or DistillationSettings()
-    plan = plan or pruning_plan(student, config, teacher)
+    plan = plan or nni_pruner.pruning_plan(student, config, teacher)
     student.to(teacher.device)
     if images is None or not train or config.steps == 0:
         masks = one_shot_masks(student, config, plan, teacher, images, distillation, run)
         return shrink_to_masks(student, masks, config, plan, teacher)
-    evaluator = DataFreeEvaluator(
-        teacher,
-        images,
-        distillation,
-        seed=run.seed,
-        checkpoint=run.checkpoint,
-        pseudo_labels=needs_pseudo_labels(config),
-        quiet=run.quiet,
-        options=EvaluatorOptions(label="distillation under masks"),
-    )
+    labels = nni_pruner.needs_pseudo_labels(config)
+    evaluator = evaluator_of_run(run, teacher, images, distillation, labels, label="distillation under masks")
     pruner = prepare_pruner(student, config, plan, evaluator, run)
     top = fused_distiller(pruner, run.distiller, evaluator)
-    with nni_errors_as_sentences(config, ERRORS_OF_A_RUN):
+    with nni_pruner.errors_as_sentences(config):
         top.compress(max_steps=config.steps, max_epochs=None)
     masks = pruner.get_masks()
     top.unwrap_model()
-    fold_slim_factors(pruner)
+    nni_pruner.fold_slim_factors(pruner)
     return shrink_to_masks(student, masks, config, plan, teacher, evaluator.histories[-1])
 
 
@@ -150,12 +129,12 @@ def prepare_pruner(
         evaluator: of the training under the masks. Its images are scored on as well.
         run: seed and progress.
     """
-    if masks_change_in_training(config):
-        return make_pruner(student, config, plan, evaluator)
+    if nni_pruner.masks_change_in_training(config):
+        return nni_pruner.make_pruner(student, config, plan, evaluator)
     masks = one_shot_masks(student, config, plan, evaluator.teacher, evaluator.source, evaluator.settings, run)
     # A pruner that is not asked for masks keeps those that it is given. Norm pruners take no further arguments.
-    holder = config if config.pruner == "LevelPruner" else dataclasses.replace(config, pruner="L1NormPruner")
-    pruner = make_pruner(student, dataclasses.replace(holder, arguments={}), plan, evaluator)
+    holder = "LevelPruner" if config.pruner == "LevelPruner" else "L1NormPruner"
+    pruner = nni_pruner.make_pruner(student, replace(config, pruner=holder, arguments={}), plan, evaluator)
     pruner.update_masks(masks)
     return pruner
 
@@ -185,24 +164,15 @@ def one_shot_masks(
     Raises:
         UserError: NNI refuses the config, or images are missing.
     """
-    if is_data_driven(config) and images is None:
+    if nni_pruner.is_data_driven(config) and images is None:
         raise UserError(f"{config.pruner} needs images to score the channels on.")
     copied = copy.deepcopy(student).requires_grad_(True)
-    evaluator = DataFreeEvaluator(
-        teacher,
-        images or NoiseSource(teacher.spec, 2),
-        distillation,
-        seed=run.seed,
-        pseudo_labels=True,
-        quiet=run.quiet,
-        options=EvaluatorOptions(label=f"scores of {config.pruner}"),
-    )
-    pruner = make_pruner(copied, dataclasses.replace(config, schedule=None), plan, evaluator)
-    with nni_errors_as_sentences(config, ERRORS_OF_A_RUN):
-        if config.pruner == "MovementPruner":
-            _, masks = pruner.compress(max(config.steps, pruner.cooldown_begin_step), None)
-        else:
-            _, masks = pruner.compress()
+    images, run = images or NoiseSource(teacher.spec, 2), replace(run, checkpoint=None)
+    evaluator = evaluator_of_run(run, teacher, images, distillation, True, label=f"scores of {config.pruner}")
+    pruner = nni_pruner.make_pruner(copied, replace(config, schedule=None), plan, evaluator)
+    limits = (max(config.steps, pruner.cooldown_begin_step), None) if config.pruner == "MovementPruner" else ()
+    with nni_pruner.errors_as_sentences(config):
+        _, masks = pruner.compress(*limits)
     pruner.unwrap_model()
     return masks
 
@@ -233,7 +203,7 @@ def shrink_to_masks(
     record: dict[str, Any] = {
         "pruner": config.pruner,
         "schedule": None if config.schedule is None else config.schedule.name,
-        "scored_on_images": is_data_driven(config),
+        "scored_on_images": nni_pruner.is_data_driven(config),
         "steps_under_masks": 0 if history is None else config.steps,
         **describe_masks(on_cpu),
         "left_out": plan.left_out,
@@ -245,14 +215,9 @@ def shrink_to_masks(
         network, kept, note = result.model, result.kept, result.note
         if not result.shrunken:
             note = f"{note}; the masks are multiplied into the weights, the network is as large as before"
-        record.update(
-            shrunk=result.shrunken,
-            parameters_before=result.parameters_before,
-            parameters_after=result.parameters_after,
-            criterion=result.criterion,
-            max_logit_difference=result.max_logit_difference,
-            layers=[dataclasses.asdict(layer) for layer in result.layers],
-        )
+        figures = ("parameters_before", "parameters_after", "criterion", "max_logit_difference")
+        record |= {"shrunk": result.shrunken, **{name: getattr(result, name) for name in figures}}
+        record["layers"] = [asdict(layer) for layer in result.layers]
     else:
         multiply_in(network, on_cpu)
         note = "speedup is off: the masks are multiplied into the weights, nothing was removed"
@@ -288,10 +253,10 @@ def check_pruning(
     Raises:
         UserError: arguments that NNI refuses, steps that end before the pruner does, a network that cannot be shrunk.
     """
-    check_arguments(config, config.steps if steps is None else steps)
+    nni_pruner.check_arguments(config, config.steps if steps is None else steps)
     network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
     evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), quiet=True)
-    make_pruner(network, config, plan, evaluator).unwrap_model()
+    nni_pruner.make_pruner(network, config, plan, evaluator).unwrap_model()
     if config.speedup and config.pruner != "LevelPruner":
         _try_to_shrink(network, config, plan, teacher)
 
@@ -306,7 +271,7 @@ def _try_to_shrink(network: nn.Module, config: PruningConfig, plan: PruningPlan,
         return  # a threshold is meant for another measure than the norm
     for setting in settings:
         setting.pop("global_group_id", None)  # ranked together by norm, a layer might be left with nothing
-    with nni_errors_as_sentences(config):
+    with nni_pruner.errors_as_sentences(config, (Exception,)):
         pruner = L1NormPruner(network, config_list)
         _, masks = pruner.compress()
         pruner.unwrap_model()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zskd_nni.compression.fx_trace import copied, input_arguments, retrace, trace, unread_nodes
 from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, NORMS, channel_flow
 from zskd_nni.compression.pruning.constant_folding import bias_of_constants, constants_in, input_ranges
-from zskd_nni.compression.pruning.masks import Masks, multiply_in
-from zskd_nni.compression.pruning.nni_speedup import is_kept, kept_channels, run_speedup
+from zskd_nni.compression.pruning.masks import Masks, is_kept, kept_channels, multiply_in
+from zskd_nni.compression.pruning.nni_speedup import run_speedup
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
 from zskd_nni.models.serialization import drop_modules
 from zskd_nni.models.shared_modules import replace_everywhere, shared_layers
@@ -73,7 +73,6 @@ class ShrinkResult:
         kept: module path -> the channels it kept, to cut something else the same way, such as a quantizer's scales.
             Only modules of the evaluation graph that read one tensor; empty if nothing was removed.
         sparsity: share of zeros in all the masks, in [0, 1].
-        shrunken: whether anything was removed.
         note: that nothing was removed and why, or what was done beyond removing channels.
     """
 
@@ -86,16 +85,18 @@ class ShrinkResult:
     layers: list[LayerWidths] = field(default_factory=list)
     kept: dict[str, KeptChannels] = field(default_factory=dict)
     sparsity: float = 0.0
-    shrunken: bool = True
     note: str = ""
+
+    @property
+    def shrunken(self) -> bool:
+        """Whether anything was removed: by widths, as folded constants may add more biases than weights went."""
+        return any(
+            row.inputs_after < row.inputs_before or row.outputs_after < row.outputs_before for row in self.layers
+        )
 
 
 def shrink(
-    model: nn.Module,
-    masks: Masks,
-    dummy_input: Any,
-    tolerance: float = 1e-4,
-    graph: GraphModule | None = None,
+    model: nn.Module, masks: Masks, dummy_input: Any, tolerance: float = 1e-4, graph: GraphModule | None = None
 ) -> ShrinkResult:
     """Remove the channels that the masks zero, and check that the network still computes the same.
 
@@ -174,14 +175,9 @@ def _result(model: nn.Module, candidate: nn.Module, sparsity: float, note: str) 
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in candidate.named_modules():
         module.training = modes.get(name, model.training)
-    layers = _widths(model, candidate)
     before, after = (sum(parameter.numel() for parameter in network.parameters()) for network in (model, candidate))
-    # By widths, not parameters: folded constants may add more biases than weights were removed.
-    shrunken = any(
-        layer.inputs_after < layer.inputs_before or layer.outputs_after < layer.outputs_before for layer in layers
-    )
     return ShrinkResult(
-        candidate, before, after, 0.0, None, "not needed", layers, sparsity=sparsity, shrunken=shrunken, note=note
+        candidate, before, after, 0.0, None, "not needed", _widths(model, candidate), sparsity=sparsity, note=note
     )
 
 
@@ -291,9 +287,8 @@ def is_fine_grained(mask: Tensor) -> bool:
     """Whether the mask zeroes more than whole output and input channels."""
     if mask.dim() < 2:
         return False
-    rows, columns = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
-    product = rows[:, None] & columns[None, :]
-    return not bool((mask.bool() == product.view(*product.shape, *[1] * (mask.dim() - 2))).all())
+    product = torch.outer(is_kept(mask, 0), is_kept(mask, 1))
+    return not bool((mask.cpu().bool() == product.view(*product.shape, *[1] * (mask.dim() - 2))).all())
 
 
 def _channel_masks(targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -305,15 +300,12 @@ def _channel_masks(targets: dict[str, Tensor]) -> dict[str, Tensor]:
     weight = targets.get("weight")
     if weight is None or not is_fine_grained(weight):
         return targets
-    return {**targets, "weight": _spread(weight.flatten(1).any(1).to(weight.dtype), weight)}
+    return {**targets, "weight": _spread(is_kept(weight, 0).to(weight.dtype), weight)}
 
 
 def _removes_channels(targets: dict[str, Tensor]) -> bool:
     weight = targets.get("weight")
-    if weight is None:
-        return False
-    rows = weight if weight.dim() > 1 else weight[:, None]
-    return any(not bool(each.flatten(1).any(1).all()) for each in (rows, rows.transpose(0, 1)))
+    return weight is not None and not all(bool(is_kept(weight, dim).all()) for dim in range(min(weight.dim(), 2)))
 
 
 # ---- removing the channels
@@ -346,11 +338,12 @@ def _remove(
         raise CannotShrinkError(
             f"NNI cannot shrink {type(masked).__name__}: {type(error).__name__}{': ' + what[0] if what else ''}"
         ) from error
-    notes += _fold_constants(masked, candidate, speedup, called, arguments)
+    kept = _kept_by_module(speedup)
+    notes += _fold_constants(masked, candidate, {name: kept[name] for name in kept if called[name] == 1}, arguments)
     replace_everywhere(candidate, shared)
     if any(isinstance(module, PrunedLocalResponseNorm) for module in candidate.modules()):
         notes.append("local response normalisation keeps the neighbourhoods of the original channels")
-    return candidate.eval(), _kept_by_module(speedup), notes  # NNI's new layers are in training mode
+    return candidate.eval(), kept, notes  # NNI's new layers are in training mode
 
 
 def _mask_layers_before_norms(model: nn.Module, masks: _ParameterMasks, graph_module: GraphModule) -> None:
@@ -364,69 +357,51 @@ def _mask_layers_before_norms(model: nn.Module, masks: _ParameterMasks, graph_mo
         return
     flow = channel_flow(graph_module)
     for name in norms:
-        if name not in flow.followers or not {"weight", "bias"} <= masks[name].keys():
-            continue
-        tied = flow.tied(name)
-        if any(other in masks and other not in norms for other in tied):
+        tied = flow.tied(name) if name in flow.followers and {"weight", "bias"} <= masks[name].keys() else []
+        if not tied or any(other in masks and other not in norms for other in tied):
             continue
         masked_norms = [masks[other] for other in tied if other in norms]
-        zero = torch.stack([mask for targets in masked_norms for mask in targets.values()]).sum(0) == 0
+        used = torch.stack([mask for targets in masked_norms for mask in targets.values()]).any(0)
         for other in tied:
             module: Any = model.get_submodule(other)
             if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-                masks[other] = {}
-                for target, parameter in module.named_parameters(recurse=False):
-                    masks[other][target] = torch.ones_like(parameter).detach()
-                    masks[other][target][zero] = 0
-                    parameter.data[zero] = 0
+                own = dict(module.named_parameters(recurse=False))
+                masks[other] = {target: _spread(used.float(), parameter) for target, parameter in own.items()}
+                multiply_in(model, {other: masks[other]})
 
 
 def _drop_auxiliary_heads(model: nn.Module, called: Counter[str]) -> list[str]:
     """Drop heads like GoogLeNet's: they read channels that are removed, and the evaluation graph has not got them."""
     if not getattr(model, "aux_logits", False):
         return []
-    unused = [
-        name
-        for name, child in model.named_children()
-        if next(child.parameters(), None) is not None
-        and not any(target == name or target.startswith(f"{name}.") for target in called)
-    ]
+    used = {target.partition(".")[0] for target in called}
+    unused = [name for name, child in model.named_children() if name not in used and [*child.parameters()]]
     drop_modules(model, unused)
     return unused
 
 
 def _fold_constants(
-    masked: nn.Module, candidate: nn.Module, speedup: Any, called: Counter[str], arguments: tuple[Any, ...]
+    masked: nn.Module, candidate: nn.Module, kept: dict[str, KeptChannels], arguments: tuple[Any, ...]
 ) -> list[str]:
-    """Add to the biases what the removed input channels contributed as constants."""
-    readers = {
-        str(node.target): node
-        for node in speedup.graph_module.graph.nodes
-        if node.op == "call_module"
-        and isinstance(masked.get_submodule(node.target), (nn.Linear, *CONVOLUTIONS))
-        and called[str(node.target)] == 1
-    }
+    """Add to the biases of layers that are called once what the removed input channels contributed as constants."""
+    readers = [name for name in kept if isinstance(masked.get_submodule(name), (nn.Linear, *CONVOLUTIONS))]
     generator = torch.Generator().manual_seed(1)
     with input_ranges(masked, readers) as ranges, torch.no_grad():
         for uniform in (False, True):
             masked(*_random_like(arguments, generator, uniform))
     folded, unfoldable = 0, []
-    for name, node in readers.items():
-        module, smaller = masked.get_submodule(name), cast(Any, candidate.get_submodule(name))
-        dim = -1 if isinstance(module, nn.Linear) else 1
-        in_mask, out_mask = (speedup.node_infos[n].output_masks for n in (node.args[0], node))
-        if not isinstance(in_mask, Tensor) or not isinstance(out_mask, Tensor):
-            continue
-        removed = (~is_kept(in_mask, dim)).nonzero().flatten()
+    for name in readers:
         low, high = ranges[name]
-        values = constants_in((low[removed], high[removed]))
+        gone = torch.ones_like(low, dtype=torch.bool).index_fill(0, kept[name].inputs, False)
+        values = constants_in((low[gone], high[gone]))
         if values is None or not bool(values.any()):
             continue  # a channel that varies must not have been removed: the comparison will refuse that
-        bias = bias_of_constants(module, removed, values)
+        bias = bias_of_constants(masked.get_submodule(name), gone.nonzero().flatten(), values)
         if bias is None:
             unfoldable.append(name)
             continue
-        bias = bias[kept_channels(out_mask, dim)].detach()
+        smaller: Any = candidate.get_submodule(name)
+        bias = bias[kept[name].outputs].detach()
         smaller.bias = nn.Parameter(bias if smaller.bias is None else smaller.bias.detach() + bias)
         folded += 1
     notes = []
@@ -459,7 +434,7 @@ def _widths(before: nn.Module, after: nn.Module) -> list[LayerWidths]:
     rows = []
     for name, module in before.named_modules():
         old, new = _channels_of(module), _channels_of(smaller.get(name))
-        if old is not None and new is not None:
+        if old and new:
             rows.append(LayerWidths(name, type(module).__name__, old[0], new[0], old[1], new[1]))
     return rows
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from zskd_nni.compression.pruning.masks import kept_channels
 from zskd_nni.runtime.errors import UserError
 
 # Module path -> target -> {scale, zero_point, quant_dtype, ...}
@@ -43,27 +44,20 @@ def slice_calibration(calibration: Calibration, masks_or_kept_channels: Mapping[
         for target, entry in targets.items():
             kind = target.split("_")[1] if target.startswith("_") else ""
             axes = {"input": {1: inputs}, "output": {1: outputs}}.get(kind, {0: outputs, 1: inputs})
-            result[path][target] = {
-                key: _cut(value, axes, f"{path}.{target}.{key}")
-                if key in _TENSOR_KEYS and isinstance(value, Tensor)
-                else value
-                for key, value in entry.items()
-            }
+            tensors = {key: entry[key] for key in _TENSOR_KEYS if isinstance(entry.get(key), Tensor)}
+            cut = {key: _cut(value, axes, f"{path}.{target}.{key}") for key, value in tensors.items()}
+            result[path][target] = {**entry, **cut}
     return result
 
 
 def _kept_channels(kept: Any) -> tuple[Tensor | None, Tensor | None]:
     """Positions of the kept inputs and outputs; None where all are kept."""
-    if kept is None:
-        return None, None
-    if not isinstance(kept, Mapping):
+    if kept is not None and not isinstance(kept, Mapping):
         return kept.inputs, kept.outputs
-    weight = kept.get("weight")
+    weight = (kept or {}).get("weight")
     if weight is None:
         return None, None
-    outputs = weight.flatten(1).any(1) if weight.ndim > 1 else weight.bool()
-    inputs = weight.transpose(0, 1).flatten(1).any(1).nonzero().flatten() if weight.ndim > 1 else None
-    return inputs, outputs.nonzero().flatten()
+    return kept_channels(weight, 1) if weight.ndim > 1 else None, kept_channels(weight, 0)
 
 
 def _cut(value: Tensor, axes: dict[int, Tensor | None], where: str) -> Tensor:

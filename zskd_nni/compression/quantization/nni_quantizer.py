@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -14,11 +13,11 @@ from nni.compression import quantization as nni_quantization
 from nni.compression.base.compressor import Pruner, Quantizer
 from nni.compression.base.config import select_modules_by_config
 from pydantic import Field, TypeAdapter, ValidationError
-from schema import SchemaError
 from torch import nn
 
 from zskd_nni.compression.evaluator import DataFreeEvaluator
-from zskd_nni.compression.nni_config import modern_config_list
+from zskd_nni.compression.nni_config import SELECTION_KEYS, modern_config_list
+from zskd_nni.compression.nni_messages import refusals_as_sentences
 from zskd_nni.compression.quantization.bn_folding import batch_norm_folds
 from zskd_nni.compression.quantization.calibration import Calibration, plain_calibration
 from zskd_nni.models.shared_modules import called_paths
@@ -41,10 +40,7 @@ ROUNDING_QUANTIZERS = ("PtqQuantizer", "QATQuantizer", "LsqQuantizer", "LsqPlusQ
 QUANTIZERS: dict[str, type[Quantizer]] = {
     name: getattr(nni_quantization, name) for name in (*ROUNDING_QUANTIZERS, "DoReFaQuantizer", "BNNQuantizer")
 }
-_NAME_LISTS = (
-    *("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re"),
-    "target_names",
-)
+
 _FOLDS = TypeAdapter(list[Annotated[tuple[str, ...], Field(min_length=2, max_length=3)]])
 
 
@@ -86,7 +82,7 @@ def quantizer_config_list(
     called = called_paths(network, dummy)
     folds = [tuple(names) for names in config.fuse_names]
     if config.fuse_batch_norm:
-        with nni_errors_as_sentences(config.quantizer):
+        with refusals_as_sentences(f"NNI's {config.quantizer}"):
             found = batch_norm_folds(network, with_fuse_names(network, config.config_list, folds), dummy)
         folds.extend(names for names in found if _can_fold(network, names, masked))
     return [_without_uncalled(network, entry, called) for entry in with_fuse_names(network, config.config_list, folds)]
@@ -103,17 +99,14 @@ def _without_uncalled(network: nn.Module, config: dict, called: set[str]) -> dic
 
     NNI fails over them.
     """
-    uncalled = [
-        name
-        for name in select_modules_by_config(network, config)[0]
-        if name not in called and next(network.get_submodule(name).parameters(recurse=False), None) is not None
-    ]
-    named = [name for name in uncalled if name in config.get("op_names", ())]
-    if named:
-        raise UserError(
-            f"the quantization config names {named[0]!r}, which forward never calls when the network is evaluated: "
-            "there is nothing to calibrate it on; leave it out"
-        )
+    selected = select_modules_by_config(network, config)[0]
+    uncalled = [name for name in selected if name not in called and [*selected[name].parameters(recurse=False)]]
+    for name in uncalled:
+        if name in config.get("op_names", ()):
+            raise UserError(
+                f"the quantization config names {name!r}, which forward never calls when the network is evaluated: "
+                "there is nothing to calibrate it on; leave it out"
+            )
     return {**config, "exclude_op_names": [*config.get("exclude_op_names", ()), *uncalled]} if uncalled else config
 
 
@@ -140,7 +133,7 @@ def with_fuse_names(model: nn.Module, config_list: list[dict], fuse_names: Seque
 
 
 def _check_entry(config: dict, where: str) -> None:
-    for key in _NAME_LISTS:
+    for key in (*SELECTION_KEYS, "target_names"):
         value = config.get(key, [])
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
             raise UserError(f"{where}.{key} must be a list of words, not {value!r}.")
@@ -164,18 +157,6 @@ def _checked_folds(folds: Any, key: str) -> list[tuple[str, ...]]:
         ) from error
 
 
-@contextlib.contextmanager
-def nni_errors_as_sentences(name: str) -> Iterator[None]:
-    """Raise NNI's schema, assertion and look-up errors as a :class:`UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (SchemaError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"NNI's {name} refuses the config ({text}).") from error
-
-
 def make_quantizer(
     model: nn.Module,
     name: str,
@@ -192,10 +173,9 @@ def make_quantizer(
     Raises:
         UserError: NNI refuses the config or the arguments.
     """
-    ranges = None
-    if name in ("LsqQuantizer", "LsqPlusQuantizer"):
-        ranges = calibrate(model, name, config_list, evaluator, "symmetric" if name == "LsqQuantizer" else "affine")
-    with nni_errors_as_sentences(name):
+    scheme = {"LsqQuantizer": "symmetric", "LsqPlusQuantizer": "affine"}.get(name)
+    ranges = calibrate(model, name, config_list, evaluator, scheme) if scheme else None
+    with refusals_as_sentences(f"NNI's {name}"):
         if pruner is None:
             quantizer = QUANTIZERS[name](model, config_list, evaluator, **arguments)
         else:
@@ -220,7 +200,7 @@ def calibrate(
         for setting in (config, *config.get("target_settings", {}).values()):
             setting["quant_scheme"] = scheme
     quantizer = make_quantizer(copy.deepcopy(model), "PtqQuantizer", config_list, evaluator, {})
-    with nni_errors_as_sentences(name):
+    with refusals_as_sentences(f"NNI's {name}"):
         quantizer.compress(0, None)
     quantizer.unwrap_model()
     return plain_calibration(quantizer.get_calibration_config())

@@ -12,18 +12,12 @@ from nni.compression.base.compressor import Quantizer
 from nni.compression.base.target_space import TargetType
 from torch import Tensor, nn
 
-from zskd_nni.compression.evaluator import DataFreeEvaluator, EvaluatorOptions
+from zskd_nni.compression.evaluator import evaluator_of_run
 from zskd_nni.compression.fuse import fused_distiller
 from zskd_nni.compression.pruning.masks import Masks
+from zskd_nni.compression.quantization import nni_quantizer
 from zskd_nni.compression.quantization.bn_folding import check_folds
 from zskd_nni.compression.quantization.calibration import Calibration, plain_calibration, slice_calibration
-from zskd_nni.compression.quantization.nni_quantizer import (
-    ROUNDING_QUANTIZERS,
-    folds_of,
-    make_quantizer,
-    quantizer_class_name,
-    quantizer_config_list,
-)
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.recipes.compression_config import CompressionRun, QuantizationConfig
@@ -51,7 +45,7 @@ class QuantizedNetwork:
     @property
     def folds(self) -> list[tuple[str, ...]]:
         """Modules that act as one: a convolution or linear layer, its BatchNorm, its ReLU."""
-        return folds_of(self.config_list)
+        return nni_quantizer.folds_of(self.config_list)
 
 
 def quantize(
@@ -95,30 +89,23 @@ def quantize(
         ['_input_0', 'weight']
     """
     run, distillation = run or CompressionRun(), distillation or DistillationSettings()
-    name = quantizer_class_name(config.quantizer)
+    name = nni_quantizer.quantizer_class_name(config.quantizer)
     if not train:
-        if name not in ROUNDING_QUANTIZERS:
+        if name not in nni_quantizer.ROUNDING_QUANTIZERS:
             raise UserError(f"{name} cannot be calibrated without training.")
         name, config = "PtqQuantizer", replace(config, arguments={})
     student = copy.deepcopy(student).to(teacher.device)
-    evaluator = DataFreeEvaluator(
-        teacher,
-        images,
-        quantization_settings(config, distillation),
-        seed=run.seed,
-        checkpoint=run.checkpoint,
-        quiet=run.quiet,
-        options=EvaluatorOptions(calibration_images=config.calibration_images, masks=masks or {}, label=name),
-    )
-    config_list = quantizer_config_list(student, config, teacher)
-    check_folds(student, folds_of(config_list), teacher.spec)
-    quantizer = make_quantizer(student, name, config_list, evaluator, config.arguments)
-    if name == "PtqQuantizer":
-        top: Any = quantizer
-        top.compress(0, None)
-    else:
-        top = fused_distiller(quantizer, run.distiller, evaluator)
-        top.compress(config.steps, None)
+    # By default a tenth of the distillation's rate: the student is trained, and only has to recover from rounding.
+    rate = config.learning_rate or distillation.learning_rate / 10
+    settings = replace(distillation, steps=max(1, config.steps), learning_rate=rate)
+    options: dict[str, Any] = {"calibration_images": config.calibration_images, "masks": masks or {}, "label": name}
+    evaluator = evaluator_of_run(run, teacher, images, settings, **options)
+    config_list = nni_quantizer.quantizer_config_list(student, config, teacher)
+    check_folds(student, nni_quantizer.folds_of(config_list), teacher.spec)
+    quantizer = nni_quantizer.make_quantizer(student, name, config_list, evaluator, config.arguments)
+    ptq = name == "PtqQuantizer"
+    top: Any = quantizer if ptq else fused_distiller(quantizer, run.distiller, evaluator)
+    top.compress(0 if ptq else config.steps, None)
     calibration = plain_calibration(quantizer.get_calibration_config())
     student.eval()
     with torch.no_grad():
@@ -127,15 +114,6 @@ def quantize(
     if not torch.isfinite(logits).all():
         raise UserError(f"The network quantized by {name} answers with values that are not finite; train it with less.")
     return QuantizedNetwork(student.cpu(), name, config_list, calibration)
-
-
-def quantization_settings(config: QuantizationConfig, distillation: DistillationSettings) -> DistillationSettings:
-    """The distillation's settings with the config's steps and learning rate.
-
-    By default a tenth of the distillation's rate: the student is trained, and only has to recover from rounding.
-    """
-    rate = config.learning_rate or distillation.learning_rate / 10
-    return replace(distillation, steps=max(1, config.steps), learning_rate=rate)
 
 
 def simulated(quantized: QuantizedNetwork) -> nn.Module:
@@ -173,13 +151,12 @@ def _apply_method(quantizer: str, kind: TargetType) -> str:
 def _check_channels(space: Any, value: Tensor | None, where: str) -> None:
     if value is None or value.numel() == 1 or space.type is not TargetType.PARAMETER:
         return
-    granularity = space.granularity if isinstance(space.granularity, str) else ""
-    axis = {"out_channel": 0, "in_channel": 1}.get(granularity)
-    if axis is not None and value.numel() != space.target.shape[axis]:
-        raise UserError(
-            f"The calibration of {where} holds {value.numel()} scales, the tensor {space.target.shape[axis]} channels; "
-            "slice the calibration by the channels that were kept."
-        )
+    for granularity, channels in zip(("out_channel", "in_channel"), space.target.shape, strict=False):
+        if space.granularity == granularity and value.numel() != channels:
+            raise UserError(
+                f"The calibration of {where} holds {value.numel()} scales, the tensor {channels} channels; "
+                "slice the calibration by the channels that were kept."
+            )
 
 
 def slice_quantization(
@@ -195,9 +172,8 @@ def slice_quantization(
     Raises:
         UserError: the calibration that is left does not fit ``network``.
     """
-    modules = dict(network.named_modules())
-    calibration = slice_calibration(quantized.calibration, masks_or_kept_channels)
-    calibration = {path: targets for path, targets in calibration.items() if path in modules}
+    sliced, paths = slice_calibration(quantized.calibration, masks_or_kept_channels), dict(network.named_modules())
+    calibration = {path: targets for path, targets in sliced.items() if path in paths}
     result = replace(quantized, network=network, calibration=calibration)
     simulated(result)
     return result

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 from nni.compression.base.config import select_modules_by_config
 from torch import Tensor, nn
 
-from zskd_nni.compression.evaluator import DataFreeEvaluator, EvaluatorOptions
+from zskd_nni.compression.evaluator import DataFreeEvaluator, EvaluatorOptions, evaluator_of_run
 from zskd_nni.compression.fuse import fused_distiller
+from zskd_nni.compression.nni_messages import refusals_as_sentences
+from zskd_nni.compression.pruning import nni_pruner
 from zskd_nni.compression.pruning.dependency_config import PruningPlan
-from zskd_nni.compression.pruning.nni_pruner import (
-    ERRORS_OF_A_RUN,
-    fold_slim_factors,
-    needs_pseudo_labels,
-    nni_errors_as_sentences,
-    pruning_plan,
-)
 from zskd_nni.compression.pruning.prune import PrunedNetwork, prepare_pruner, shrink_to_masks
+from zskd_nni.compression.quantization import nni_quantizer
 from zskd_nni.compression.quantization.bn_folding import check_folds
 from zskd_nni.compression.quantization.calibration import plain_calibration
-from zskd_nni.compression.quantization.nni_quantizer import (
-    QUANTIZERS,
-    ROUNDING_QUANTIZERS,
-    calibrate,
-    folds_of,
-    make_quantizer,
-    quantizer_class_name,
-    quantizer_config_list,
-)
-from zskd_nni.compression.quantization.nni_quantizer import nni_errors_as_sentences as nni_quantizer_errors
 from zskd_nni.compression.quantization.qdq_onnx import integer_model
 from zskd_nni.compression.quantization.quantize import QuantizedNetwork, simulated, slice_quantization
 from zskd_nni.data.sources import NoiseSource, TransferSource
@@ -62,7 +49,7 @@ def check_quantization(
         UserError: an unknown quantizer, a config that selects nothing, or a config, fold or argument that NNI refuses;
             no steps to train in; types or scales that cannot be exported.
     """
-    name = quantizer_class_name(config.quantizer)
+    name = nni_quantizer.quantizer_class_name(config.quantizer)
     if config.fused and name == "PtqQuantizer":
         raise UserError(
             "compression.quantization.fused: PtqQuantizer does not train, so that there is nothing to fuse; "
@@ -74,16 +61,16 @@ def check_quantization(
         options = EvaluatorOptions(calibration_images=2)
         evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), quiet=True, options=options)
         check_compressible(network, evaluator.calibration_set())
-        config_list = quantizer_config_list(network, config, teacher)
-        check_folds(network, folds_of(config_list), teacher.spec)
+        config_list = nni_quantizer.quantizer_config_list(network, config, teacher)
+        check_folds(network, nni_quantizer.folds_of(config_list), teacher.spec)
         for entry in config_list:
             if not select_modules_by_config(network, entry)[0]:
                 shown = {key: value for key, value in entry.items() if "op_" in key}
                 raise UserError(f"the quantization config selects no module of the model by {shown}; name others")
-        with nni_quantizer_errors(name):
-            QUANTIZERS[name](network, config_list, evaluator, **config.arguments).unwrap_model()
-        calibration = calibrate(network, name, config_list, evaluator)
-        if name in ROUNDING_QUANTIZERS:
+        with refusals_as_sentences(f"NNI's {name}"):
+            nni_quantizer.QUANTIZERS[name](network, config_list, evaluator, **config.arguments).unwrap_model()
+        calibration = nni_quantizer.calibrate(network, name, config_list, evaluator)
+        if name in nni_quantizer.ROUNDING_QUANTIZERS:
             quantized = QuantizedNetwork(network, name, config_list, calibration)
             check_exportable(integer_model(quantized), teacher.spec)
 
@@ -135,35 +122,29 @@ def compress_in_one_training(
         UserError: NNI refuses a config, or the smaller network does not compute what the trained one does.
     """
     run, distillation = run or CompressionRun(), distillation or DistillationSettings()
-    plan = plan or pruning_plan(student, pruning, teacher)
+    plan = plan or nni_pruner.pruning_plan(student, pruning, teacher)
     student.to(teacher.device)
-    name = quantizer_class_name(quantization.quantizer)
+    name = nni_quantizer.quantizer_class_name(quantization.quantizer)
     steps = pruning.steps + distillation.steps + quantization.steps
-    evaluator = DataFreeEvaluator(
-        teacher,
-        images,
-        dataclasses.replace(distillation, steps=steps),
-        seed=run.seed,
-        checkpoint=run.checkpoint,
-        pseudo_labels=needs_pseudo_labels(pruning),
-        quiet=run.quiet,
-        options=EvaluatorOptions(
-            calibration_images=quantization.calibration_images, label=f"{pruning.pruner} and {name}"
-        ),
-    )
+    settings, labels = dataclasses.replace(distillation, steps=steps), nni_pruner.needs_pseudo_labels(pruning)
+    options: dict[str, Any] = {
+        "calibration_images": quantization.calibration_images,
+        "label": f"{pruning.pruner} and {name}",
+    }
+    evaluator = evaluator_of_run(run, teacher, images, settings, labels, **options)
     pruner = prepare_pruner(student, pruning, plan, evaluator, run)
     pruner.unwrap_model()  # the next compressor wraps it again
-    config_list = quantizer_config_list(student, quantization, teacher, masked=pruner._module_wrappers)
-    quantizer = make_quantizer(student, name, config_list, evaluator, quantization.arguments, pruner)
+    config_list = nni_quantizer.quantizer_config_list(student, quantization, teacher, masked=pruner._module_wrappers)
+    quantizer = nni_quantizer.make_quantizer(student, name, config_list, evaluator, quantization.arguments, pruner)
     top = fused_distiller(quantizer, run.distiller, evaluator)
-    with nni_errors_as_sentences(pruning, ERRORS_OF_A_RUN):
+    with nni_pruner.errors_as_sentences(pruning):
         top.compress(max_steps=steps, max_epochs=None)
     student.eval()
     probe = evaluator.calibration_set()
     before = _logits(student, probe).cpu()
     masks, calibration = pruner.get_masks(), plain_calibration(quantizer.get_calibration_config())
     top.unwrap_model()
-    fold_slim_factors(pruner)
+    nni_pruner.fold_slim_factors(pruner)
     whole = QuantizedNetwork(student, name, config_list, calibration)
     pruned = shrink_to_masks(student, masks, pruning, plan, teacher, evaluator.histories[-1])
     quantized = slice_quantization(whole, pruned.network, pruned.kept)
