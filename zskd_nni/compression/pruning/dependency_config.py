@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from zskd_nni.compression.fx_trace import trace
 from zskd_nni.compression.nni_config import modern_config_list
-from zskd_nni.compression.pruning.channel_flow import ChannelFlow, channel_flow
+from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, ChannelFlow, channel_flow
 from zskd_nni.runtime.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -169,12 +169,10 @@ def _is_active(entry: dict[str, Any]) -> bool:
 
 def _passes_unchanged(entry: dict[str, Any]) -> bool:
     """Whether the user decided about this module's mask in a way that nothing may be added to."""
-    return any(name.startswith(("_input_", "_output_")) for name in entry.get("target_names", [])) or any(
-        setting.get("dependency_group_id") is not None
-        or setting.get("align") is not None
-        or setting.get("granularity", "default") not in ("default", "out_channel")
-        for setting in _settings(entry)
-    )
+    settings, names = _settings(entry), entry.get("target_names", [])
+    grouped = any(setting.get(key) is not None for setting in settings for key in ("dependency_group_id", "align"))
+    whole = all(setting.get("granularity", "default") in ("default", "out_channel") for setting in settings)
+    return grouped or not whole or any(name.startswith(("_input_", "_output_")) for name in names)
 
 
 class _Planner:
@@ -183,6 +181,7 @@ class _Planner:
     def __init__(self, model: nn.Module, flow: ChannelFlow, entries: dict[str, dict[str, Any]]) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.flow, self.entries = flow, entries
+        self.depthwise = {name for name in flow.followers if isinstance(self.modules[name], CONVOLUTIONS)}
         self.own = [name for name, entry in entries.items() if _passes_unchanged(entry)]
         self.planned: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
@@ -210,7 +209,7 @@ class _Planner:
     def plan_group(self, group: list[str]) -> None:
         """Plan the layers that lose the same channels: some of them rank the channels, the others align."""
         sources = [name for name in group if name in self.flow.sources]
-        norms = [name for name in group if name in self.flow.followers and not self.is_convolution(name)]
+        norms = [name for name in group if name not in sources and name not in self.depthwise]
         own = [name for name in group if name in self.own]
         named = [name for name in group if name in self.entries and name not in own and _is_active(self.entries[name])]
         self.planned |= {name: self.entries[name] for name in own}
@@ -219,11 +218,9 @@ class _Planner:
             self.rank_by_norms(group, [name for name in norms if name in named], norms)
             return
         unnamed = [name for name in sources if name not in named + own and name not in self.flow.gates]
-        reason = self.flow.reason(group[0])
+        reason = self.reason(group, unnamed if leaders else [])
         if not leaders and not any(name in sources for name in own):  # a depthwise convolution alone, or nothing
             reason = "its channels are those of a layer that the config does not name"
-        elif not reason and unnamed and leaders:
-            reason = f"it shares channels with {unnamed[0]}, which the config does not prune"
         if reason:
             self.left_out |= dict.fromkeys(named, reason)
             return
@@ -261,10 +258,7 @@ class _Planner:
         NNI cannot align anything with a vector (``Tensor.sum`` over no dimension sums over all). Weight and bias of a
         normalisation are therefore ranked together, as one dependency group.
         """
-        unnamed = [name for name in norms if name not in named]
-        reason = self.flow.reason(group[0])
-        if not reason and unnamed:
-            reason = f"it shares channels with {unnamed[0]}, which the config does not prune"
+        reason = self.reason(group, [name for name in norms if name not in named])
         if not reason and self.flow.read_raw.intersection(self.flow.followers[norms[0]].tolist()):
             reason = "some layer reads its channels past the normalisation"
         if reason:
@@ -289,6 +283,11 @@ class _Planner:
                 "target_settings": {"weight": setting, "bias": dict(setting)},
             }
 
+    def reason(self, group: list[str], unnamed: list[str]) -> str | None:
+        """Why the channels of a group stay, of which the config ought to prune those ``unnamed`` too."""
+        shared = f"it shares channels with {unnamed[0]}, which the config does not prune" if unnamed else None
+        return self.flow.reason(group[0]) or shared
+
     def blocks(self, group: list[str]) -> int:
         return max(self.flow.blocks.get(name, 1) for name in group)
 
@@ -305,16 +304,12 @@ class _Planner:
 
     def check_sparsity(self, named: list[str]) -> None:
         # A depthwise convolution follows the others, whatever it is given.
-        names = [name for name in named if name not in self.flow.followers or not self.is_convolution(name)]
+        names = [name for name in named if name not in self.depthwise]
         for key in (*_SPARSITY, *_LIMITS):
             values = {name: _value(self.entries[name], key) for name in names}
-            if len(set(values.values())) > 1:
-                first, *others = values
-                other = next(name for name in others if values[name] != values[first])
+            first = next(iter(values))
+            for other in (name for name in names if values[name] != values[first]):
                 raise UserError(
                     f"{first} and {other} share their channels, but the pruning config gives them {key} "
                     f"{values[first]} and {values[other]}; give both the same"
                 )
-
-    def is_convolution(self, name: str) -> bool:
-        return isinstance(self.modules[name], nn.Conv1d | nn.Conv2d)
