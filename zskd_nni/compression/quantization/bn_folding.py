@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zskd_nni.compression.fx_trace import trace
 from zskd_nni.models.hooks import hooked
@@ -58,10 +59,9 @@ def batch_norm_folds(model: nn.Module, config_list: list[dict[str, Any]], dummy_
         return node.op == "call_module" and calls[node.target] == 1
 
     def only_reader(node: Node, kind: type[nn.Module] | None) -> Node | None:
-        readers = [reader for reader in node.users if called_once(reader)]
-        if len(node.users) != 1 or not readers:
-            return None
-        return readers[0] if type(graph.get_submodule(str(readers[0].target))) is kind else None
+        called = [reader for reader in node.users if called_once(reader)]
+        readers = [reader for reader in called if type(graph.get_submodule(str(reader.target))) is kind]
+        return readers[0] if len(readers) == len(node.users) == 1 else None
 
     folds = []
     for node in graph.graph.nodes:
@@ -98,9 +98,8 @@ def check_folds(model: nn.Module, folds: Iterable[Sequence[str]], spec: InputSpe
         return
     known = dict(model.named_modules())
     for names in folds:
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise UserError(f"fuse_names: the model has no module {missing[0]!r}, which the fold {list(names)} names.")
+        for name in (name for name in names if name not in known):
+            raise UserError(f"fuse_names: the model has no module {name!r}, which the fold {list(names)} names.")
     images = spec.normalise(spec.uniform_noise(4)).to(next(model.parameters()).device)
     expected = first_tensor(copy.deepcopy(model).eval()(images.clone()))
     if _changed(model, folds, images, expected):
@@ -143,11 +142,7 @@ def folded_parameters(module: nn.Module, followers: list[nn.Module], path: str) 
         mean, variance = norm.running_mean, norm.running_var
         if mean is None or variance is None:
             raise UserError(f"{path} is folded with a BatchNorm that keeps no running statistics.")
-        factor = torch.rsqrt(variance + norm.eps)
-        gain = norm.weight.detach() if norm.affine else torch.ones_like(mean)
-        shift = norm.bias.detach() if norm.affine else torch.zeros_like(mean)
-        weight = parameters["weight"]
-        bias = parameters.get("bias", torch.zeros_like(mean))
-        parameters["weight"] = weight * (gain * factor).reshape(-1, *[1] * (weight.ndim - 1))
-        parameters["bias"] = (bias - mean) * factor * gain + shift
+        weight, bias = parameters["weight"], parameters.get("bias")
+        fused = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
+        parameters["weight"], parameters["bias"] = (value.detach() for value in fused)
     return parameters
