@@ -18,7 +18,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,12 +183,6 @@ class _TensorQuantization(nn.Module):
         where: its name, for messages.
     """
 
-    scale: Tensor
-    zero_point: Tensor
-    offset: Tensor
-    low: Tensor
-    high: Tensor
-
     def __init__(self, entry: dict[str, Any], channel_axes: tuple[int, ...], where: str) -> None:
         super().__init__()
         bits, unsigned = int(entry["quant_bits"]), entry["quant_dtype"].startswith("uint")
@@ -200,26 +194,23 @@ class _TensorQuantization(nn.Module):
         dtype = torch.uint8 if unsigned else torch.int8
         scale, zero = entry["scale"].double(), entry["zero_point"].double()
         zero = zero.expand_as(scale) if zero.numel() == 1 else zero
-        self.attributes: dict[str, Any] = {}  # of ONNX's operators
-        if scale.numel() > 1:
-            long = [axis for axis, size in enumerate(scale.shape) if size > 1]
-            if len(long) != 1 or long[0] not in channel_axes:
-                raise UserError(
-                    f"{where} has scales of shape {list(scale.shape)}; ONNX files are written with one scale for a "
-                    "tensor or for each of its channels."
-                )
-            self.attributes = {"axis": long[0]}
+        long = [axis for axis, size in enumerate(scale.shape) if size > 1]
+        if len(long) > 1 or not set(long) <= set(channel_axes):
+            raise UserError(
+                f"{where} has scales of shape {list(scale.shape)}; ONNX files are written with one scale for a "
+                "tensor or for each of its channels."
+            )
+        self.attributes: dict[str, Any] = {"axis": long[0]} if long else {}  # of ONNX's operators
         # The offset takes what is cut off here.
         integer = zero.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
         shape = (-1,) if self.attributes else ()
         self.has_offset = bool((zero - integer).abs().max() > 1e-6)
-        self.register_buffer("scale", scale.float().reshape(shape))
-        self.register_buffer("zero_point", integer.to(dtype).reshape(shape))
+        self.scale = nn.Buffer(scale.float().reshape(shape))
+        self.zero_point = nn.Buffer(integer.to(dtype).reshape(shape))
         if self.has_offset:
-            self.register_buffer("offset", ((zero - integer) * scale).float())
+            self.offset = nn.Buffer(((zero - integer) * scale).float())
         if self.narrow:
-            self.register_buffer("low", ((self.qmin - integer) * scale).float())
-            self.register_buffer("high", ((self.qmax - integer) * scale).float())
+            self.low, self.high = (nn.Buffer(((end - integer) * scale).float()) for end in (self.qmin, self.qmax))
         # In NNI's shape and type, so that the integers come from NNI's own arithmetic, bit for bit.
         self._nni = entry["scale"].float(), entry["zero_point"].float()
 
@@ -235,10 +226,7 @@ class _TensorQuantization(nn.Module):
 
     def dequantize(self, integers: Tensor) -> Tensor:
         """DequantizeLinear of integers."""
-        inputs = (integers, self.scale, self.zero_point)
-        tensor = torch.onnx.ops.symbolic(
-            "DequantizeLinear", inputs, self.attributes, dtype=torch.float32, shape=integers.shape
-        )
+        tensor = self._operator("DequantizeLinear", integers, torch.float32)
         return tensor - self.offset if self.has_offset else tensor
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -247,11 +235,11 @@ class _TensorQuantization(nn.Module):
             tensor = tensor + self.offset
         if self.narrow:
             tensor = torch.minimum(torch.maximum(tensor, self.low), self.high)
+        return self.dequantize(self._operator("QuantizeLinear", tensor, self.zero_point.dtype))
+
+    def _operator(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         inputs = (tensor, self.scale, self.zero_point)
-        integers = torch.onnx.ops.symbolic(
-            "QuantizeLinear", inputs, self.attributes, dtype=self.zero_point.dtype, shape=tensor.shape
-        )
-        return self.dequantize(integers)
+        return torch.onnx.ops.symbolic(name, inputs, self.attributes, dtype=dtype, shape=tensor.shape)
 
 
 class _IntegerModule(nn.Module):
@@ -267,9 +255,7 @@ class _IntegerModule(nn.Module):
 
     def __init__(self, module: nn.Module, targets: dict[str, dict], followers: list[nn.Module], path: str) -> None:
         super().__init__()
-        self.inputs = nn.ModuleDict()
-        self.outputs = nn.ModuleDict()
-        self.parameter_levels = nn.ModuleDict()
+        self.inputs, self.outputs, self.parameter_levels = (nn.ModuleDict() for _ in range(3))
         parameters = folded_parameters(module, followers, path)
         self.relu = any(isinstance(follower, nn.ReLU) for follower in followers)
         self.stored = type(module) in (*_CONVOLUTIONS, nn.Linear)
@@ -318,13 +304,9 @@ class _IntegerModule(nn.Module):
     def _compute(self, *arguments: Any, **named: Any) -> Any:
         if not self.stored:
             return self.module(*arguments, **named)
-        weight, bias = self.weight, self.bias
-        assert weight is not None
-        layer_input = arguments[0] if arguments else named["input"]
-        if isinstance(self.module, nn.Linear):
-            return functional.linear(layer_input, weight, bias)
-        assert isinstance(self.module, _CONVOLUTIONS)
-        return self.module._conv_forward(layer_input, weight, bias)
+        module: Any = self.module
+        compute: Any = functional.linear if isinstance(module, nn.Linear) else module._conv_forward
+        return compute(arguments[0] if arguments else named["input"], self.weight, self.bias)
 
     def _parameter(self, name: str) -> Tensor | None:
         if not self.stored:
@@ -332,7 +314,8 @@ class _IntegerModule(nn.Module):
         value: Tensor | None = getattr(self, f"{name}_", None)
         if value is None or name not in self.parameter_levels:
             return value
-        return cast(_TensorQuantization, self.parameter_levels[name]).dequantize(value)
+        levels: Any = self.parameter_levels[name]
+        return levels.dequantize(value)
 
 
 def _quantize_each(levels: nn.ModuleDict, values: Iterable[Any]) -> Iterator[Any]:
