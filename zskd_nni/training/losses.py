@@ -82,12 +82,13 @@ def channel_moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean.flatten(), variance
 
 
-def statistics_distance(found: Tensor, spread: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def statistics_distance(found_mean: Tensor, found_variance: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Distance of the channels' means and variances from given ones: ``(C,)`` each ``-> scalar``.
 
-    ``|found - mean|_2 + |spread - variance|_2`` (DeepInversion, equation 4); the variances are the biased ones.
+    ``|found_mean - mean|_2 + |found_variance - variance|_2`` (DeepInversion, equation 4).
+    The variances are the biased ones.
     """
-    return (found - mean).norm() + (spread - variance).norm()
+    return (found_mean - mean).norm() + (found_variance - variance).norm()
 
 
 def belief_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, over: str = "elements") -> Tensor:
