@@ -50,7 +50,12 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(unpacked: Path) -> No
     }
     there = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     assert {name for name in there if not name.startswith("zskd_nni-")} == here
-    for name in ("py.typed", "templates/report.html", "recipes/mnist-half.yml", "zoo/weights/lenet5-mnist.safetensors"):
+    for name in (
+        "py.typed",
+        "pipeline/templates/report.html",
+        "recipes/packaged/mnist-half.yml",
+        "models/zoo/weights/lenet5-mnist.safetensors",
+    ):
         assert f"zskd_nni/{name}" in there
     assert any(name.endswith("licenses/LICENSE") for name in there)
 

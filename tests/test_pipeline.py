@@ -393,11 +393,19 @@ def test_the_users_own_network_from_a_file(tmp_path):
     report = Run(load_recipe(str(tmp_path / "mine.yml")), tmp_path / "out", quiet=True).compress()
     assert report["classifier"] == "head"
     assert not remarks(report)
-    recipe["distillation"]["features"] = "auto"  # its one hidden layer is pruned
+    recipe["distillation"]["features"] = "auto"  # its one hidden layer is pruned: what is left of it is matched
     (tmp_path / "auto.yml").write_text(json.dumps(recipe))
     matched = Run(load_recipe(str(tmp_path / "auto.yml")), tmp_path / "auto", quiet=True).compress()
-    (said,) = remarks(matched)
-    assert "no hidden layer of one name and width" in said and said in (tmp_path / "auto" / "report.html").read_text()
+    assert not remarks(matched) and matched["history"]["features"] == [["features.1", "features.1"]]
+    with open(tmp_path / "mine.py", "a") as file:
+        file.write("class Other(Net):\n    def __init__(self):\n        super().__init__()\n")
+        file.write("        self.layers, self.features = self.features, nn.Identity()\n")
+        file.write("    def forward(self, x):\n        return self.head(self.layers(x).flatten(1))\n")
+    other = {**recipe, "student": {"model": "mine.py:Other"}, "compression": {}}
+    (tmp_path / "other.yml").write_text(json.dumps(other))
+    unmatched = Run(load_recipe(str(tmp_path / "other.yml")), tmp_path / "other", quiet=True).compress()
+    (said,) = remarks(unmatched)
+    assert "no hidden layer of one name and width" in said and said in (tmp_path / "other" / "report.html").read_text()
     network = load_network(tmp_path / "out" / "student.json")
     assert network.features[0].out_channels == 4
     assert np.isfinite(network(torch.rand(2, 1, 20, 20)).detach().numpy()).all()

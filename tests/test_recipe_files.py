@@ -417,7 +417,7 @@ def test_a_teacher_too_large_to_ship_is_found_where_it_was_trained(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     loaded = load_recipe(DIGITS, ["teacher.weights=zoo:mine"])
-    with pytest.raises(UserError, match="train-teacher NAME --out teachers and found there"):
+    with pytest.raises(UserError, match="train-teacher NAME --out teachers, and looked for there"):
         loaded.teacher()
     (tmp_path / "teachers").mkdir()
     save_tensors(tmp_path / "teachers" / "mine.safetensors", load_recipe(DIGITS).teacher().model.state_dict())

@@ -58,7 +58,7 @@ def watched_run(recipe: str, changes: list[str], out: str, root: str, found: str
     """In another process: a recipe, and every file it opens with the part of the run it was opened in."""
     from zskd_nni.pipeline import Run
     from zskd_nni.recipes.load import load_recipe
-    from zskd_nni.runtime import files
+    from zskd_nni.runtime import tensors
 
     seen: list[tuple[str, str, str]] = []
     phase = ["work"]
@@ -81,16 +81,16 @@ def watched_run(recipe: str, changes: list[str], out: str, root: str, found: str
 
         return run
 
-    real = files.safe_open
+    real = tensors.safe_open
 
     def safe_open(path: Any, *arguments: Any, **options: Any) -> Any:
         sys.audit("open", str(path), "rb", 0)
         return real(path, *arguments, **options)
 
     tempfile.gettempdir()  # its first call tries the folder with a file of chance's name
-    files.safe_open = safe_open
+    tensors.safe_open = safe_open
     sys.addaudithook(hook)
-    for name, method in (("check", "_check_early"), ("evaluation", "_report")):
+    for name, method in (("check", "_check"), ("evaluation", "_finish")):
         setattr(Run, method, during(name, getattr(Run, method)))
     Run(load_recipe(recipe, changes), out, root=Path(root), quiet=True).compress()
     Path(found).write_text(json.dumps(seen))

@@ -24,11 +24,11 @@ from zskd_nni.runtime.tensors import load_tensors
 LONGER = {**TINY, "transfer": {"size": 120, "held_out": 12, "synthesis": {"max_steps": 12, "shard": 12}}}
 
 
-def run_command(arguments: list[str], folder: str, meter, at: int, signals: list[int]) -> None:
+def run_command(arguments: list[str], folder: str, meter, at: int, numbers: list[int]) -> None:
     """In another process: a command that gets signals at its ``at``-th step, or when it opens its ``at``-th file."""
     os.chdir(folder)
     sys.argv = ["zskd-nni", *arguments]
-    real, pending = signals.check, list(signals)
+    real, pending = signals.check, list(numbers)
 
     def check() -> None:
         meter.value += 1
@@ -101,9 +101,9 @@ def test_each_command(place: Path, name: str) -> None:
     for mixture in mixtures if LONG else chance.sample(mixtures, 3):
         code, reached = counted(arguments, place, chance.randrange(1, max(2, steps // 8)), mixture)
         said = (place / "stderr").read_text()
-        assert code in {CODES[signum] for signum in signals[:2]}, said
+        assert code in {CODES[signum] for signum in mixture[:2]}, said
         assert "Traceback" not in said
-        assert "the same command goes on" in said or len(signals) > 2
+        assert "the same command goes on" in said or len(mixture) > 2
         assert reached < steps or steps == 1
     code, _ = counted(arguments, place)
     assert code == 0, (place / "stderr").read_text()

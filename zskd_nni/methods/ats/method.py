@@ -149,12 +149,14 @@ def _make(
         def on_block(images: int) -> None:
             nonlocal saved_at
             progress.advance(images, f"{int((quotas.counts >= quotas.quota).sum())} classes full")
-            stopping = signals.asked()
-            if stopping or time.monotonic() - saved_at >= SAVE_EVERY:
+            try:
+                signals.check()
+            except signals.Interrupted:
+                save_sealed(saved, {"fingerprint": fingerprint, "classes": quotas.state_dict()})
+                raise
+            if time.monotonic() - saved_at >= SAVE_EVERY:
                 save_sealed(saved, {"fingerprint": fingerprint, "classes": quotas.state_dict()})
                 saved_at = time.monotonic()
-            if stopping:
-                signals.check()
 
         images, labels, origins = balance(teacher, candidates, settings, quotas, on_block)
     checksum = save_tensors(folder / IMAGES, {"images": images, "labels": labels, "origins": origins})
