@@ -47,7 +47,7 @@ class DistillationSettings:
         feature_weight: of each pair's :func:`zskd_nni.training.losses.feature_loss`.
         augmentation: what happens to each image; the teacher labels the augmented image.
         autocast: run both networks in bfloat16, with losses, weights and optimiser in float32; ``auto`` for wherever
-            the hardware is faster so. A convolutional student is then trained up to four times as fast.
+            the hardware is faster so.
 
     Raises:
         ValueError: a value outside its range.
