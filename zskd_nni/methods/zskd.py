@@ -219,8 +219,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     # A few steps from images that fill the frame, led by the teacher's BatchNorm statistics: what `best` means with
-    # colour images and a teacher that has such layers. Its weights and its rate are first guesses, not yet chosen on the
-    # validation slice.
+    # colour images and a teacher that has such layers. Its weights and its rate are first guesses, not yet chosen on
+    # the validation slice.
     "best-colour": {
         "targets": {"betas": (1.0, 0.1)},
         "synthesis": {
