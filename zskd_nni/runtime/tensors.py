@@ -57,12 +57,23 @@ def save_sealed(path: str | Path, state: Any) -> None:
 
     Args:
         path: of the file.
-        state: tensors, numbers, strings and None in dicts, lists and tuples. Tensors keep their strides.
+        state: tensors, numbers, strings and None in dicts, lists and tuples. Tensors keep their strides; those of
+            another device are written as the CPU's, so that any machine can read the file.
     """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_on_cpu(state), buffer)
     content = buffer.getvalue()
     write_atomic(path, _HEADER + hashlib.sha256(content).digest() + content)
+
+
+def _on_cpu(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_on_cpu(value) for value in state)
+    return state
 
 
 def load_sealed(path: str | Path) -> Any:
