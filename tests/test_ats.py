@@ -128,7 +128,7 @@ def test_a_file_gives_one_set_by_any_of_its_names(tmp_path: Path) -> None:
 
 def test_sources_take_turns(tmp_path: Path) -> None:
     candidates = Candidates(("noise-uniform", "digits", "shapes"), SMALL, 400, 0)
-    names = [name for name, _, _ in candidates.plan]
+    names = [name for name, _, _ in candidates.blocks]
     assert names[:4] == ["noise-uniform", "digits", "shapes", "noise-uniform"]
     assert names[-1] == "digits"
     assert candidates.total == 400 + 400 + 1437

@@ -27,7 +27,7 @@ def made(request: pytest.FixtureRequest, digits_teacher: Teacher, tmp_path_facto
 
 def test_the_teacher_sees_what_it_was_asked_for(digits_teacher: Teacher, made) -> None:
     preset, store, _ = made
-    impressions = [store.read(index) for index in range(len(store.plan))]
+    impressions = [store.read(index) for index in range(len(store.shard_sizes))]
     targets = torch.cat([part.targets for part in impressions])
     stored = torch.cat([part.logits for part in impressions])
     answers = digits_teacher.predict(store.images().float())

@@ -7,7 +7,7 @@ import torch
 from helpers import SMALL, random, small_teacher
 from torch import Tensor
 
-from zskd_nni.models.hooks import FeaturePoint, module_at, recording, replacing
+from zskd_nni.models.hooks import FeaturePoint, module_at, recording_features, replacing
 from zskd_nni.runtime.errors import UserError
 
 
@@ -23,8 +23,8 @@ def test_what_passes_is_what_the_network_computes() -> None:
     teacher = small_teacher()
     x = images()
     with (
-        recording(teacher.model, FeaturePoint("head", "input")) as before,
-        recording(teacher.model, FeaturePoint("hidden")) as hidden,
+        recording_features(teacher.model, FeaturePoint("head", "input")) as before,
+        recording_features(teacher.model, FeaturePoint("hidden")) as hidden,
     ):
         logits = teacher(x)
         teacher(x)
@@ -38,7 +38,7 @@ def test_what_passes_is_what_the_network_computes() -> None:
 def test_replacing_puts_the_rest_of_the_network_behind_given_features(path: str, side: str) -> None:
     teacher = small_teacher()
     point = FeaturePoint(path, side)
-    with recording(teacher.model, point) as seen:
+    with recording_features(teacher.model, point) as seen:
         expected = teacher(images(seed=1))
     with replacing(teacher.model, point, seen[0]):
         torch.testing.assert_close(teacher(images(seed=2)), expected)
@@ -49,7 +49,7 @@ def test_replacing_puts_the_rest_of_the_network_behind_given_features(path: str,
 def test_hooks_are_gone_when_the_forward_pass_fails() -> None:
     teacher = small_teacher()
     for context in (
-        recording(teacher.model, FeaturePoint("head")),
+        recording_features(teacher.model, FeaturePoint("head")),
         replacing(teacher.model, FeaturePoint("head"), images()),
     ):
         with pytest.raises(RuntimeError), context:

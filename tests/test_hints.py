@@ -64,7 +64,7 @@ def test_auto_matches_the_channels_that_pruning_kept() -> None:
     (hint,) = find_hints(alexnet_half(), teacher, "auto", kept)
     assert (hint.teacher, hint.student) == ("bn2", "bn2"), "bn6 keeps another number, conv1 is no BatchNorm layer"
     outputs = torch.randn((3, 128, 7, 7), generator=random(2))
-    assert torch.equal(hint.target(outputs), outputs[:, ::2])
+    assert torch.equal(hint.teacher_part(outputs), outputs[:, ::2])
 
 
 def test_a_pruned_student_is_led_back_to_the_channels_it_kept() -> None:

@@ -152,7 +152,7 @@ def test_a_symlinked_shard_is_not_used(undisturbed: Path, store: Path, tmp_path:
     shard(store, 2).symlink_to(elsewhere)
     checksum = sha256_of_file(elsewhere)
     opened = ImpressionStore.open(store)
-    assert opened.damage(2) == "gone"
+    assert opened.shard_problem(2) == "gone"
     with pytest.raises(UserError, match="gone"):
         opened.read(2)
     make_store(store)

@@ -349,7 +349,7 @@ def show(
     if out.suffix != ".png":
         raise UserError(f"--out is a .png file, not {out}.")
     opened = ImpressionStore.open(store)
-    finished = [index for index in range(len(opened.plan)) if opened.damage(index) is None]
+    finished = [index for index in range(len(opened.shard_sizes)) if opened.shard_problem(index) is None]
     if not finished:
         raise UserError(f"{store} holds no finished impressions yet.")
     spec = saved_input(opened.manifest["identity"], store / "manifest.json")

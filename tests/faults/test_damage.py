@@ -100,7 +100,7 @@ def test_damaged_shards_are_named_and_made_again(sound: Path, tmp_path: Path, ba
         opened = ImpressionStore.open(store)
         assert opened.missing() == chosen
         for index in chosen:
-            assert opened.damage(index) == "not as written"
+            assert opened.shard_problem(index) == "not as written"
             with pytest.raises(UserError, match=shard(store, index).name):
                 opened.read(index)
         with pytest.raises(UserError, match=shard(store, chosen[0]).name):

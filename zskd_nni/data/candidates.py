@@ -61,7 +61,7 @@ def procedural_images(kind: str, count: int, spec: InputSpec, random: torch.Gene
 
 
 class Candidates:
-    """The candidates of all sources, in blocks; each depends only on the seed and its number.
+    """The candidates of all sources, in blocks. A block depends only on the seed, its source and its place in it.
 
     Args:
         sources: names of procedural sources, data sets or paths; they take turns.
@@ -74,6 +74,7 @@ class Candidates:
         deviation: of ``noise-gaussian``, as :func:`procedural_images` takes it.
 
     Attributes:
+        blocks: source, number of the first image, and number of images of each block, in order.
         data: fingerprints of the real images, by source.
 
     Raises:
@@ -94,7 +95,7 @@ class Candidates:
         self.spec, self.seed, self.split, self.deviation = spec, seed, split, deviation
         self._real: dict[str, LabelledImages] = {}
         self.data: dict[str, str] = {}
-        blocks: list[list[tuple[str, int, int]]] = []
+        by_source: list[list[tuple[str, int, int]]] = []
         for name in dict.fromkeys(sources):
             count = limit
             if name not in PROCEDURAL:
@@ -105,9 +106,9 @@ class Candidates:
                 order = torch.randperm(len(images), generator=generator(seed, "order of candidates", stream))
                 self._real[name] = images.subset(order)
                 count = len(images)
-            blocks.append([(name, first, min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)])
-        longest = max(map(len, blocks))
-        self.plan = [entries[turn] for turn in range(longest) for entries in blocks if turn < len(entries)]
+            by_source.append([(name, first, min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)])
+        longest = max(map(len, by_source))
+        self.blocks = [blocks[turn] for turn in range(longest) for blocks in by_source if turn < len(blocks)]
 
     def _read(self, name: str, where: ImageLocation) -> LabelledImages:
         path = name if name in NAMED_SETS or where.base is None else str(where.base / name)
@@ -127,16 +128,16 @@ class Candidates:
 
     def __len__(self) -> int:
         """How many blocks there are."""
-        return len(self.plan)
+        return len(self.blocks)
 
     @property
     def total(self) -> int:
         """How many images there are in all blocks."""
-        return sum(count for _, _, count in self.plan)
+        return sum(count for _, _, count in self.blocks)
 
     def block(self, number: int) -> Tensor:
         """Images ``(n, C, H, W)`` of a block, in the value range."""
-        name, first, count = self.plan[number]
+        name, first, count = self.blocks[number]
         if name in self._real:
             return self._real[name].pixels(slice(first, first + count), self.spec)
         random = generator(self.seed, "candidates", name, first)

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from zskd_nni.methods import zskd
 from zskd_nni.methods.from_targets import ImpressionMethod
-from zskd_nni.models.hooks import FeaturePoint, hooked, hooked_at, module_at, recording, replacing
+from zskd_nni.models.hooks import FeaturePoint, hooked, hooked_at, module_at, recording_features, replacing
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.rng import generator
@@ -167,7 +167,7 @@ class StsTargets:
         return self.teacher.spec.uniform_noise(_PROBES, seed).to(self.teacher.device)
 
     def _features_of_noise(self) -> Tensor:
-        with recording(self.teacher.model, self.point) as seen, torch.no_grad():
+        with recording_features(self.teacher.model, self.point) as seen, torch.no_grad():
             self.teacher(self._noise(0))
         if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim not in (2, 4) or len(seen[0]) != _PROBES:
             raise UserError(

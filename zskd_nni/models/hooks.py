@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zskd_nni.runtime.errors import UserError
 
-Visit = Callable[[str, Any], Any]
+HookFunction = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def module_at(model: nn.Module, path: str, whose: str = "The model") -> nn.Modul
 
 @contextmanager
 def hooked(
-    model: nn.Module, paths: Iterable[str], before: Visit | None = None, after: Visit | None = None
+    model: nn.Module, paths: Iterable[str], before: HookFunction | None = None, after: HookFunction | None = None
 ) -> Iterator[None]:
     """Within the block, functions are called whenever one of the modules is.
 
@@ -70,15 +70,15 @@ def hooked(
         0 [3, 2]
     """
 
-    def hook_before(path: str, visit: Visit) -> Callable[..., Any]:
+    def hook_before(path: str, function: HookFunction) -> Callable[..., Any]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-            value = visit(path, inputs[0] if inputs else None)
+            value = function(path, inputs[0] if inputs else None)
             return None if value is None else (value, *inputs[1:])
 
         return hook
 
-    def hook_after(path: str, visit: Visit) -> Callable[..., Any]:
-        return lambda _module, _inputs, output: visit(path, output)
+    def hook_after(path: str, function: HookFunction) -> Callable[..., Any]:
+        return lambda _module, _inputs, output: function(path, output)
 
     with ExitStack() as handles:
         for path in paths:
@@ -90,15 +90,15 @@ def hooked(
         yield
 
 
-def hooked_at(model: nn.Module, point: FeaturePoint, visit: Visit) -> AbstractContextManager[None]:
+def hooked_at(model: nn.Module, point: FeaturePoint, function: HookFunction) -> AbstractContextManager[None]:
     """As :func:`hooked`, for one point."""
     if point.side == "input":
-        return hooked(model, [point.path], before=visit)
-    return hooked(model, [point.path], after=visit)
+        return hooked(model, [point.path], before=function)
+    return hooked(model, [point.path], after=function)
 
 
 @contextmanager
-def recording(model: nn.Module, point: FeaturePoint) -> Iterator[list[Any]]:
+def recording_features(model: nn.Module, point: FeaturePoint) -> Iterator[list[Any]]:
     """Within the block, what passes the point at each call is appended to the list.
 
     Raises:
@@ -107,7 +107,7 @@ def recording(model: nn.Module, point: FeaturePoint) -> Iterator[list[Any]]:
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-        >>> with recording(model, FeaturePoint("1", "input")) as features:
+        >>> with recording_features(model, FeaturePoint("1", "input")) as features:
         ...     logits = model(torch.zeros(3, 1, 2, 2))
         >>> features[0].shape
         torch.Size([3, 4])

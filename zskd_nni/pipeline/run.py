@@ -108,7 +108,7 @@ class Run:
             )
         missing = store.missing()
         if missing:
-            raise UserError(f"{folder} is not finished: shard {missing[0]} is {store.damage(missing[0])}.")
+            raise UserError(f"{folder} is not finished: shard {missing[0]} is {store.shard_problem(missing[0])}.")
         return store
 
     def _check(self) -> None:
@@ -265,7 +265,7 @@ class Run:
         return source.batch(0, torch.Generator().manual_seed(0)).cpu()
 
     def _draw(self, store: ImpressionStore) -> None:
-        shards = (store.read(index) for index in spread(len(store.plan)))
+        shards = (store.read(index) for index in spread(len(store.shard_sizes)))
         images, logits = some_of_each(((shard.images, shard.logits) for shard in shards), 60)
         title = "Data impressions, with the class and confidence the teacher sees"
         impressions_picture(images[:100], logits[:100], self.teacher.spec, self.out / "impressions.png", title=title)

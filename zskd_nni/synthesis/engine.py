@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from zskd_nni.models.hooks import FeaturePoint, recording
+from zskd_nni.models.hooks import FeaturePoint, recording_features
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.device import to_device
@@ -194,7 +194,7 @@ class _Objective:
         distances: list[Tensor] = []
         with ExitStack() as hooks:
             if self.term is not None:
-                features = hooks.enter_context(recording(self.teacher.model, self.term.point))
+                features = hooks.enter_context(recording_features(self.teacher.model, self.term.point))
             if self.statistics is not None:
                 distances = hooks.enter_context(self.statistics.distances())
             logits = self.teacher(images)

@@ -86,7 +86,7 @@ class ImpressionStore:
         >>> import tempfile, torch
         >>> from zskd_nni.synthesis import Impressions
         >>> folder = tempfile.mkdtemp()
-        >>> store = ImpressionStore.create(folder, {"seed": 0}, plan=[2, 3], environment={"threads": 1})
+        >>> store = ImpressionStore.create(folder, {"seed": 0}, shard_sizes=[2, 3], environment={"threads": 1})
         >>> images, logits = torch.rand(2, 1, 8, 8), torch.rand(2, 10)
         >>> fit, steps = torch.zeros(2), torch.tensor([5, 7])
         >>> store.write(0, Impressions(images, logits.softmax(1), logits, fit, steps), seconds=1.0)
@@ -103,7 +103,7 @@ class ImpressionStore:
 
     @classmethod
     def create(
-        cls, folder: str | Path, identity: dict[str, Any], plan: list[int], environment: dict[str, Any]
+        cls, folder: str | Path, identity: dict[str, Any], shard_sizes: list[int], environment: dict[str, Any]
     ) -> ImpressionStore:
         """Make a store, or resume one.
 
@@ -111,7 +111,7 @@ class ImpressionStore:
             folder: made if need be.
             identity: JSON-able; what these impressions are (teacher, method, settings, seed). A store with another
                 identity is refused.
-            plan: number of impressions of each shard.
+            shard_sizes: number of impressions of each shard.
             environment: JSON-able; how they are made (device, threads, versions). The manifest keeps that of the
                 first run.
 
@@ -121,7 +121,7 @@ class ImpressionStore:
         folder = make_folder(folder)
         if (folder / MANIFEST).exists():
             store = cls.open(folder)
-            store.require(identity, plan)
+            store.check_identity(identity, shard_sizes)
             store.merge_notes()
             return store
         if (folder / "set.json").exists():
@@ -136,7 +136,7 @@ class ImpressionStore:
             "fingerprint": fingerprint_of(identity),
             "identity": identity,
             "environment": environment,
-            "plan": plan,
+            "plan": shard_sizes,
             "shards": {},
         }
         store = cls(folder, manifest)
@@ -166,14 +166,14 @@ class ImpressionStore:
         manifest["shards"] |= {i: entry for i, entry in notes.items() if int(i) < len(manifest["plan"])}
         return cls(folder, manifest)
 
-    def require(self, identity: dict[str, Any], plan: list[int]) -> None:
+    def check_identity(self, identity: dict[str, Any], shard_sizes: list[int]) -> None:
         """Refuse a store of other impressions; arguments as in :meth:`create`.
 
         Raises:
             UserError: teacher, method, settings, seed or size differ.
         """
         difference = describe_difference(self.manifest["identity"], identity)
-        if difference or self.plan != plan:
+        if difference or self.shard_sizes != shard_sizes:
             raise UserError(
                 f"{self.folder} holds impressions of another run ({difference or 'another number of impressions'}). "
                 "Use another folder, or remove this one."
@@ -192,7 +192,7 @@ class ImpressionStore:
         write_json(self.folder / MANIFEST, self.manifest)
 
     @property
-    def plan(self) -> list[int]:
+    def shard_sizes(self) -> list[int]:
         """Number of impressions of each shard."""
         return self.manifest["plan"]
 
@@ -202,13 +202,14 @@ class ImpressionStore:
         return self.manifest["fingerprint"]
 
     def __len__(self) -> int:
-        return sum(self.plan)
+        return sum(self.shard_sizes)
 
     def missing(self, among: Sequence[int] | None = None) -> list[int]:
         """Numbers of the shards, of those given or of all, that are missing or differ from their checksum; in order."""
-        return [index for index in (range(len(self.plan)) if among is None else among) if self.damage(index)]
+        numbers = range(len(self.shard_sizes)) if among is None else among
+        return [index for index in numbers if self.shard_problem(index)]
 
-    def damage(self, index: int) -> str | None:
+    def shard_problem(self, index: int) -> str | None:
         """What is wrong with a shard, or None: ``not made yet``, ``gone``, ``not as written``."""
         entry = self.manifest["shards"].get(str(index))
         if entry is None:
@@ -272,11 +273,11 @@ class ImpressionStore:
             UserError: it is missing or damaged.
         """
         path = self.folder / shard_name(index)
-        if problem := self.damage(index):
+        if problem := self.shard_problem(index):
             raise UserError(f"{path} is {problem}. Run the same synthesis again: it makes that shard anew.")
         tensors, _ = load_tensors(path)
-        if problem := self._wrong_content(tensors, self.plan[index]):
-            raise UserError(f"{path} does not hold the {self.plan[index]} impressions planned: {problem}.")
+        if problem := self._wrong_content(tensors, self.shard_sizes[index]):
+            raise UserError(f"{path} does not hold the {self.shard_sizes[index]} impressions planned: {problem}.")
         return Impressions(**tensors)
 
     def _wrong_content(self, tensors: dict[str, Tensor], count: int) -> str:
@@ -306,7 +307,7 @@ class ImpressionStore:
             UserError: a shard is missing or damaged.
         """
         files, shape = [], torch.Size()
-        for index, count in enumerate(self.plan):
+        for index, count in enumerate(self.shard_sizes):
             shape = self.read(index).images.shape[1:]
             files.append(ImageFile.of(self.folder / shard_name(index), count))
         return LazyImages(files, shape)
@@ -326,9 +327,9 @@ class ImpressionStore:
     def summary(self) -> dict[str, Any]:
         """Counts, mean fit, seconds and rate, for reports."""
         shards = self.manifest["shards"]
-        made = sum(self.plan[int(index)] for index in shards)
+        made = sum(self.shard_sizes[int(index)] for index in shards)
         seconds = sum(entry["seconds"] for entry in shards.values())
-        fit = sum(entry["fit"] * self.plan[int(index)] for index, entry in shards.items()) / max(1, made)
+        fit = sum(entry["fit"] * self.shard_sizes[int(index)] for index, entry in shards.items()) / max(1, made)
         steps = self.steps_histogram()
         image_steps = sum(step * count for step, count in steps.items())
         return {

@@ -87,7 +87,7 @@ def synthesize(
         >>> store.images().shape
         torch.Size([12, 1, 8, 8])
     """
-    counts = _shard_sizes(size, settings.shard)
+    shard_sizes = _shard_sizes(size, settings.shard)
     if not batch_norms(teacher.model):
         settings = dataclasses.replace(settings, batch_statistics=0.0)
     identity = plain(
@@ -103,14 +103,14 @@ def synthesize(
     environment = _environment(teacher)
     folder = make_folder(folder)
     with only_writers(folder) as team:
-        manifest = team.first(lambda: ImpressionStore.create(folder, identity, counts, environment).manifest)
+        manifest = team.first(lambda: ImpressionStore.create(folder, identity, shard_sizes, environment).manifest)
         store = ImpressionStore(folder, manifest)
-        store.require(identity, counts)  # another machine's teacher may be another one
-        missing = sorted(chain.from_iterable(team.collect(store.missing(team.share(range(len(counts)))))))
+        store.check_identity(identity, shard_sizes)  # another machine's teacher may be another one
+        missing = sorted(chain.from_iterable(team.collect(store.missing(team.share(range(len(shard_sizes)))))))
         mine = team.share(missing)
-        total, done = size, size - sum(counts[index] for index in missing)
+        total, done = size, size - sum(shard_sizes[index] for index in missing)
         if not team.alone:
-            total, done, quiet = sum(counts[index] for index in mine), 0, quiet or not team.leads
+            total, done, quiet = sum(shard_sizes[index] for index in mine), 0, quiet or not team.leads
             label = f"{label} (1 of {team.size} parts)"
         with Progress(label, total, "impressions", done=done, quiet=quiet) as progress:
             _make_shards(teacher, plan, settings, store, mine, progress.advance, notes=not team.alone)
@@ -143,7 +143,7 @@ def _make_shards(
     try:
         for index in shards:
             started = time.monotonic()
-            inputs = _shard_inputs(teacher.spec, plan, settings, store.plan, index, seed)
+            inputs = _shard_inputs(teacher.spec, plan, settings, store.shard_sizes, index, seed)
             impressions = synthesize_shard(teacher, inputs, settings, on_finished, term)
             store.write(index, impressions, time.monotonic() - started, environment, note=notes)
     finally:
@@ -172,11 +172,11 @@ def _shard_sizes(size: int, shard: int) -> list[int]:
 
 
 def _shard_inputs(
-    spec: InputSpec, plan: TargetPlan, settings: SynthesisSettings, counts: list[int], index: int, seed: int
+    spec: InputSpec, plan: TargetPlan, settings: SynthesisSettings, shard_sizes: list[int], index: int, seed: int
 ) -> ShardInputs:
     """Targets, starts and weights of shard ``index``; they depend on the seed and the index alone."""
-    count = counts[index]
-    targets = plan.targets(sum(counts[:index]), count, sum(counts), derive_seed(seed, "targets", index))
+    count = shard_sizes[index]
+    targets = plan.targets(sum(shard_sizes[:index]), count, sum(shard_sizes), derive_seed(seed, "targets", index))
     random = generator(seed, "start", index)
     starts, free = start_images(settings.start, count, spec, random, settings.hold)
     prior = _log_uniform(*settings.total_variation, count, random)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,10 +20,11 @@ from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.runtime.device import has_fast_bfloat16, to_device
 from zskd_nni.runtime.distributed import team
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.validation import Count, CountOrZero, NotNegative, Positive, check_bounds
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.data_parallel import DataParallel
-from zskd_nni.training.hints import Pairs, find_hints
+from zskd_nni.training.hints import Hint, Pairs, Regressors, find_hints
 from zskd_nni.training.loop import RunOptions, TrainingRun, cosine_schedule, fit
 from zskd_nni.training.losses import distillation_loss, feature_loss
 
@@ -45,6 +46,10 @@ class DistillationSettings:
         features: hidden layers whose outputs are matched with the teacher's, beside the logits: ``none``, ``auto``, or
             pairs ``[teacher path, student path]``; see :mod:`zskd_nni.training.hints`.
         feature_weight: of each pair's :func:`zskd_nni.training.losses.feature_loss`.
+        regressors: compare layers of different width, too, each through a linear map of its own that is thrown away
+            after the training (FitNets).
+        freeze_batch_norm: normalise by the statistics that the student begins with, and leave them as they are. The
+            teacher's were taken on real images; a pruned student begins with them.
         augmentation: what happens to each image; the teacher labels the augmented image.
         autocast: run both networks in bfloat16, with losses, weights and optimiser in float32; ``auto`` for wherever
             the hardware is faster so.
@@ -67,6 +72,8 @@ class DistillationSettings:
     warmup: CountOrZero = 100
     features: str | Pairs = "none"
     feature_weight: NotNegative = 1.0
+    regressors: bool = False
+    freeze_batch_norm: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     autocast: bool | Literal["auto"] = False
 
@@ -169,8 +176,11 @@ def distill(
             "(DistillationSettings.batch); make them the same."
         )
     use_channels_last(student, teacher.spec.example_input().to(_device_of(student)))
-    optimizer, scheduler = student_schedule(student, settings)
-    hints = find_hints(student, teacher, settings.features, kept) if settings.feature_weight else ()
+    hints = find_hints(student, teacher, settings.features, kept, settings.regressors)
+    if not settings.feature_weight:
+        hints = ()
+    regressors, trained = with_regressors(student, hints, options.get("seed", 0))
+    optimizer, scheduler = student_schedule(trained, settings)
     shared = DataParallel(team())
     settings = replace(settings, autocast=_autocast(settings, teacher.device))  # a checkpoint tells it apart
 
@@ -184,18 +194,38 @@ def distill(
         images = shared.part(whole)
         with torch.no_grad(), precision(), recording_outputs(teacher.model, [hint.teacher for hint in hints]) as theirs:
             targets = teacher(images)
+        if settings.freeze_batch_norm:
+            freeze_batch_norm(student)
         with shared.forward(), precision(), recording_outputs(student, [hint.student for hint in hints]) as ours:
             logits = first_tensor(student(teacher.spec.normalise(images)))
         value = distillation_loss(logits.float(), targets.float(), settings.temperature)
-        for hint in hints:
-            target, output = hint.target(theirs[hint.teacher]).float(), ours[hint.student].float()
+        for index, hint in enumerate(hints):
+            target = hint.teacher_part(theirs[hint.teacher]).float()
+            output = regressors.outputs(index, ours[hint.student].float())
             value = value + settings.feature_weight * feature_loss(output, target, shared.variance(target))
         return shared.weighted(value, len(images), len(whole))
 
     options.setdefault("label", "distillation")
     identity = distillation_identity(teacher, source, settings)
     run = TrainingRun(settings.steps, identity=identity, extra=source, shared=shared, **options)
-    return fit(student, optimizer, scheduler, loss, run)
+    return fit(trained, optimizer, scheduler, loss, run)
+
+
+def with_regressors(student: nn.Module, hints: Sequence[Hint], seed: int) -> tuple[Regressors, nn.Module]:
+    """The hints' regressors, and the network to train: the student, together with the regressors if there are any."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "regressors"))
+        regressors = Regressors(hints, next(student.parameters()))
+    if not any(True for _ in regressors.parameters()):
+        return regressors, student
+    return regressors, nn.ModuleDict({"student": student, "regressors": regressors})
+
+
+def freeze_batch_norm(student: nn.Module) -> None:
+    """Let every BatchNorm layer normalise by its running statistics, until the network's mode is set anew."""
+    for module in student.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _autocast(settings: DistillationSettings, device: torch.device) -> bool:

@@ -6,7 +6,7 @@ can be compared element by element, and say far more about an image than ten log
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,19 +27,25 @@ class Hint(NamedTuple):
         teacher: path of the teacher's layer.
         student: path of the student's layer.
         channels: the teacher's channels that the student has, in the student's order; None if it has all.
+        widths: channels of the student's and of the teacher's layer, where a regressor must lead from one to the other.
     """
 
     teacher: str
     student: str
     channels: Tensor | None = None
+    widths: tuple[int, int] | None = None
 
-    def target(self, outputs: Tensor) -> Tensor:
+    def teacher_part(self, outputs: Tensor) -> Tensor:
         """The part of the teacher's outputs ``(N, C, ...)`` that the student's are compared with."""
         return outputs if self.channels is None else outputs.index_select(1, self.channels.to(outputs.device))
 
 
 def find_hints(
-    student: nn.Module, teacher: Teacher, layers: str | Pairs, kept: Mapping[str, Tensor] | None = None
+    student: nn.Module,
+    teacher: Teacher,
+    layers: str | Pairs,
+    kept: Mapping[str, Tensor] | None = None,
+    regressors: bool = False,
 ) -> tuple[Hint, ...]:
     """The layers whose outputs are matched.
 
@@ -50,6 +56,7 @@ def find_hints(
             that follows it) that both networks have at the same path, if the outputs have the same shape or ``kept``
             names the channels. There may be no such layer.
         kept: layer of the student -> the teacher's channels that pruning kept in it, in order.
+        regressors: match layers that differ only in their number of channels, too.
 
     Raises:
         UserError: a named layer does not exist, or the two outputs differ in shape.
@@ -58,7 +65,7 @@ def find_hints(
         return ()
     auto = isinstance(layers, str)
     if isinstance(layers, str):
-        layers = tuple((path, path) for path in _comparable(student, teacher))
+        layers = tuple((path, path) for path in _shared_layers(student, teacher))
     else:
         check_paths(student, teacher, layers)
     probe = teacher.example_input()
@@ -72,16 +79,47 @@ def find_hints(
             matched.append(Hint(theirs, ours))
         elif theirs == ours and channels is not None and shapes[1] == [len(channels), *shapes[0][1:]]:
             matched.append(Hint(theirs, ours, channels))
+        elif regressors and all(shapes) and shapes[0][1:] == shapes[1][1:]:
+            matched.append(Hint(theirs, ours, widths=(shapes[1][0], shapes[0][0])))
         elif not auto:
             raise UserError(
                 f"distillation.features: the teacher's {theirs!r} gives {shapes[0] or 'no tensor'} for an image, the "
-                f"student's {ours!r} {shapes[1] or 'no tensor'}; only outputs of one shape can be matched. "
-                "features: auto finds such layers."
+                f"student's {ours!r} {shapes[1] or 'no tensor'}; only outputs of one shape can be matched, and with "
+                "regressors: true those that differ in their channels alone. features: auto finds such layers."
             )
     return tuple(matched)
 
 
-def _comparable(student: nn.Module, teacher: Teacher) -> list[str]:
+class Regressors(nn.ModuleList):
+    """Linear maps from the student's channels to the teacher's, one for each hint (FitNets, section 2.2).
+
+    They are trained along with the student and thrown away with the training. A hint whose outputs have the teacher's
+    channels already gets the identity.
+
+    Args:
+        hints: as :func:`find_hints` gives them.
+        like: a weight of the student; the maps lie on its device.
+
+    Example:
+        >>> maps = Regressors([Hint("conv", "conv", widths=(4, 8))], torch.zeros(1))
+        >>> maps.outputs(0, torch.rand(2, 4, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+    """
+
+    def __init__(self, hints: Sequence[Hint], like: Tensor) -> None:
+        maps = [nn.Identity() if hint.widths is None else nn.Linear(*hint.widths) for hint in hints]
+        super().__init__(maps)
+        self.to(like.device)
+
+    def outputs(self, index: int, features: Tensor) -> Tensor:
+        """The outputs ``(N, C, ...)`` of the student's layer as the teacher's layer is to be matched: ``(N, C', ...)``."""
+        regressor = self[index]
+        if isinstance(regressor, nn.Identity):
+            return features
+        return regressor(features.movedim(1, -1)).movedim(-1, 1)
+
+
+def _shared_layers(student: nn.Module, teacher: Teacher) -> list[str]:
     """Paths of layers that both networks have and that ``auto`` looks at."""
     norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     layers = [entry for entry in teacher.model.named_modules() if isinstance(entry[1], (nn.Linear, nn.Conv2d, *norms))]

@@ -83,8 +83,8 @@ class CannotBalanceError(UserError):
         self.counts = counts
 
 
-class ClassQuotas:
-    """The images taken so far, and for each class that needs more, the nearest of those not taken.
+class CandidateSelection:
+    """The candidates selected so far; for each class that still needs images, also its most likely rejected ones.
 
     Args:
         classes: number of classes K.
@@ -97,7 +97,7 @@ class ClassQuotas:
         self.classes, self.quota, self.balanced = classes, quota, balanced
         self.images = torch.empty((0, *shape), dtype=torch.float16)
         self.labels = torch.empty(0, dtype=torch.int64)
-        # By class: images not taken, and the teacher's probability of the class, highest first.
+        # By class: rejected images, and the teacher's probability of that class for each, highest first.
         self.nearest = [(self.images, torch.empty(0)) for _ in range(classes)]
         self.seen = torch.zeros(classes, dtype=torch.int64)  # candidates by class
         self.block = 0  # the next one to look at
@@ -155,16 +155,16 @@ def balance(
     teacher: Teacher,
     candidates: Candidates,
     settings: AtsSettings,
-    quotas: ClassQuotas,
+    selection: CandidateSelection,
     on_block: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 1 to 5: take candidates until the quotas are full, then fill up scarce classes.
+    """Steps 1 to 5: select candidates until every class has its quota, then fill the scarce classes.
 
     Args:
         teacher: labels the candidates.
         candidates: in blocks.
         settings: how scarce classes are filled.
-        quotas: of a new set, or of one that was interrupted.
+        selection: empty for a new set, restored for one that was interrupted.
         on_block: called with the number of images after each block.
 
     Returns:
@@ -184,43 +184,45 @@ def balance(
         >>> network[1].bias.data = torch.tensor([0.8, 0.0])
         >>> teacher, settings = Teacher(network, InputSpec((1, 8, 8))), AtsSettings(sources=("structured",))
         >>> candidates = Candidates(settings.sources, teacher.spec, limit=200, seed=0)
-        >>> quotas = ClassQuotas(classes=2, quota=15, shape=(1, 8, 8), balanced=True)
-        >>> images, labels, origins = balance(teacher, candidates, settings, quotas)
+        >>> selection = CandidateSelection(classes=2, quota=15, shape=(1, 8, 8), balanced=True)
+        >>> images, labels, origins = balance(teacher, candidates, settings, selection)
         >>> images.shape, torch.bincount(labels)
         (torch.Size([30, 1, 8, 8]), tensor([15, 15]))
     """
-    while quotas.block < len(candidates) and not quotas.full:
-        block = candidates.block(quotas.block)
-        quotas.add(block, teacher.predict(block.half().float()))  # the teacher labels what is stored: half precision
+    while selection.block < len(candidates) and not selection.full:
+        block = candidates.block(selection.block)
+        selection.add(block, teacher.predict(block.half().float()))  # the teacher labels what is stored: half precision
         if on_block is not None:
             on_block(len(block))
-    if settings.balanced and int((quotas.seen > 0).sum()) <= 1:
+    if settings.balanced and int((selection.seen > 0).sum()) <= 1:
         raise CannotBalanceError(
-            f"ATS cannot balance {', '.join(settings.sources)}: the teacher puts all {int(quotas.seen.sum()):,} "
-            f"candidates into class {int(quotas.seen.argmax())} (counts by class: {_listed(quotas.seen)}). Use another "
-            "source, or balanced: false.",
-            quotas.seen.tolist(),
+            f"ATS cannot balance {', '.join(settings.sources)}: the teacher puts all {int(selection.seen.sum()):,} "
+            f"candidates into class {int(selection.seen.argmax())} (counts by class: {_listed(selection.seen)}). "
+            "Use another source, or balanced: false.",
+            selection.seen.tolist(),
         )
-    images, labels, origins = [quotas.images], [quotas.labels], [torch.full_like(quotas.labels, OWN)]
+    images, labels, origins = [selection.images], [selection.labels], [torch.full_like(selection.labels, OWN)]
     if settings.balanced and settings.fill != "none":  # step 4
-        for k in range(quotas.classes):
-            for found, origin in _fill(teacher, settings, quotas, k, candidates.seed):
+        for k in range(selection.classes):
+            for found, origin in _fill(teacher, settings, selection, k, candidates.seed):
                 images.append(found)
                 labels.append(torch.full((len(found),), k))
                 origins.append(torch.full((len(found),), origin))
     return torch.cat(images), torch.cat(labels), torch.cat(origins)
 
 
-def _fill(teacher: Teacher, settings: AtsSettings, quotas: ClassQuotas, k: int, seed: int) -> list[tuple[Tensor, int]]:
+def _fill(
+    teacher: Teacher, settings: AtsSettings, selection: CandidateSelection, k: int, seed: int
+) -> list[tuple[Tensor, int]]:
     """Repeats and nearest candidates that class ``k`` needs to reach its quota, and their origins."""
-    own, found = quotas.images[quotas.labels == k], []
-    missing = quotas.quota - len(own)
+    own, found = selection.images[selection.labels == k], []
+    missing = selection.quota - len(own)
     if missing and len(own) and settings.fill == "augment":
         repeats = _repeats(teacher, own, k, missing, settings, seed)
         found.append((repeats, REPEAT))
         missing -= len(repeats)
     if missing:
-        found.append((quotas.nearest[k][0][:missing], NEAREST))
+        found.append((selection.nearest[k][0][:missing], NEAREST))
     return found
 
 

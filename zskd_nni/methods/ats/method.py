@@ -35,7 +35,7 @@ import torch
 
 from zskd_nni.data.candidates import Candidates, ImageLocation
 from zskd_nni.data.sources import StoredSource
-from zskd_nni.methods.ats.balance import ORIGINS, AtsSettings, ClassQuotas, balance
+from zskd_nni.methods.ats.balance import ORIGINS, AtsSettings, CandidateSelection, balance
 from zskd_nni.methods.ats.transfer_set import DESCRIPTION, FORMAT, IMAGES, TransferSet
 from zskd_nni.methods.registry import PresetMethod, TransferRequest
 from zskd_nni.models.teacher import Teacher
@@ -139,35 +139,35 @@ def _make(
     quiet: bool,
 ) -> TransferSet:
     classes = teacher.num_classes
-    quotas = ClassQuotas(classes, identity["size"] // classes, teacher.spec.shape, settings.balanced)
+    selection = CandidateSelection(classes, identity["size"] // classes, teacher.spec.shape, settings.balanced)
     fingerprint, saved, saved_at = fingerprint_of(identity), folder / PROGRESS, time.monotonic()
     if saved.exists():
-        _resume(quotas, saved, fingerprint)
-    done = sum(count for _, _, count in candidates.plan[: quotas.block])
+        _resume(selection, saved, fingerprint)
+    done = sum(count for _, _, count in candidates.blocks[: selection.block])
     with Progress(label, candidates.total, "candidates", done=done, quiet=quiet) as progress:
 
         def on_block(images: int) -> None:
             nonlocal saved_at
-            progress.advance(images, f"{int((quotas.counts >= quotas.quota).sum())} classes full")
+            progress.advance(images, f"{int((selection.counts >= selection.quota).sum())} classes full")
             try:
                 signals.check()
             except signals.Interrupted:
-                save_sealed(saved, {"fingerprint": fingerprint, "classes": quotas.state_dict()})
+                save_sealed(saved, {"fingerprint": fingerprint, "classes": selection.state_dict()})
                 raise
             if time.monotonic() - saved_at >= SAVE_EVERY:
-                save_sealed(saved, {"fingerprint": fingerprint, "classes": quotas.state_dict()})
+                save_sealed(saved, {"fingerprint": fingerprint, "classes": selection.state_dict()})
                 saved_at = time.monotonic()
 
-        images, labels, origins = balance(teacher, candidates, settings, quotas, on_block)
+        images, labels, origins = balance(teacher, candidates, settings, selection, on_block)
     checksum = save_tensors(folder / IMAGES, {"images": images, "labels": labels, "origins": origins})
-    counts = {"candidates": quotas.seen.tolist()}
+    counts = {"candidates": selection.seen.tolist()}
     for code, name in enumerate(ORIGINS):
         counts[name] = torch.bincount(labels[origins == code], minlength=classes).tolist()
     description = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "identity": identity,
-        "quota": quotas.quota,
+        "quota": selection.quota,
         "images": len(images),
         "counts": counts,
         "sha256": checksum,
@@ -177,8 +177,8 @@ def _make(
     return TransferSet(folder, description)
 
 
-def _resume(quotas: ClassQuotas, saved: Path, fingerprint: str) -> None:
-    """Load the quotas of an unfinished set, if the file has those of the same set.
+def _resume(selection: CandidateSelection, saved: Path, fingerprint: str) -> None:
+    """Restore the selection of an unfinished set, if the file belongs to the same set.
 
     Raises:
         UserError: the file is damaged.
@@ -188,7 +188,7 @@ def _resume(quotas: ClassQuotas, saved: Path, fingerprint: str) -> None:
     except UserError as error:
         raise UserError(f"{error} Remove {saved} to begin the set anew.") from error
     if state.get("fingerprint") == fingerprint:
-        quotas.load_state_dict(state["classes"])
+        selection.load_state_dict(state["classes"])
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zskd_nni.data.datasets import DATA_VARIABLE, LabelledImages, load_images
-from zskd_nni.models.hooks import FeaturePoint, recording
+from zskd_nni.models.hooks import FeaturePoint, recording_features
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.research.display import Table
 from zskd_nni.runtime.errors import UserError
@@ -103,7 +103,7 @@ def features(teacher: Teacher, images: Tensor, batch: int = 500) -> Tensor:
     point = FeaturePoint(teacher.classifier_path, "input")
     parts = []
     for part in images.split(batch):
-        with recording(teacher.model, point) as seen:
+        with recording_features(teacher.model, point) as seen:
             teacher(part.float().to(teacher.device))
         parts.append(seen[-1].flatten(1).float().cpu())
     return torch.cat(parts)
