@@ -19,13 +19,12 @@ from nni.compression.utils.evaluator import BackwardHook, Hook, TensorHook
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zskd_nni.compression.pruning.pruner_kinds import SCORING_PRUNERS, WEIGHT_PRUNERS
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.training.checkpoint import load_optimizer_state, optimizer_state
 
-NORM_PRUNERS = ("LevelPruner", "L1NormPruner", "L2NormPruner", "FPGMPruner")
-SCORING_PRUNERS = ("TaylorPruner", "SlimPruner")
-# Weights alone decide their masks; a distiller's loss is a mean over images.
-_DIVISIBLE = {*NORM_PRUNERS, "AGPPruner", "LinearPruner", "ZeroShotDistiller", "DynamicLayerwiseDistiller"}
+# They look at weights alone, or (distillers) at a loss that is a mean over images.
+_DIVISIBLE = {*WEIGHT_PRUNERS, "AGPPruner", "LinearPruner", "ZeroShotDistiller", "DynamicLayerwiseDistiller"}
 # What scheduled pruners and quantizers change of a target's setting.
 _SETTINGS = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "apply_method")
 
@@ -72,7 +71,7 @@ class CompressionState:
     def only_scores(self) -> bool:
         """Whether this training serves a pruner's scores alone: Taylor or Slim, without schedule or distiller."""
         names = {type(compressor).__name__ for compressor in self._compressors.values()}
-        return not names.isdisjoint(SCORING_PRUNERS) and names <= {*SCORING_PRUNERS, *NORM_PRUNERS}
+        return not names.isdisjoint(SCORING_PRUNERS) and names <= {*SCORING_PRUNERS, *WEIGHT_PRUNERS}
 
     def description(self) -> list[str]:
         """The compressors and their settings, before the first step; the checkpoint of others is refused."""

@@ -1,4 +1,4 @@
-"""NNI's pruners: which there are, their default arguments, and their refusals as one sentence."""
+"""NNI's pruners: checks of their configs, their default arguments, and their refusals as one sentence."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ import torch
 from nni.compression.base.config import default_config_schema
 from torch import nn
 
-from zskd_nni.compression.checkpoint_state import NORM_PRUNERS, SCORING_PRUNERS
 from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.compression.nni_config import modern_config_list
 from zskd_nni.compression.nni_messages import REFUSALS, quiet, refusals_as_sentences
 from zskd_nni.compression.pruning.dependency_config import PruningPlan, plan_pruning
+from zskd_nni.compression.pruning.pruner_kinds import PRUNERS, WEIGHT_PRUNERS
 from zskd_nni.models.shared_modules import check_compressible
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import PruningConfig
 from zskd_nni.runtime.errors import UserError, error_context
 
-PRUNERS = (*NORM_PRUNERS, *SCORING_PRUNERS, "MovementPruner")
-
 
 def is_data_driven(config: PruningConfig) -> bool:
     """Whether the masks depend on images, not on the weights alone."""
-    return config.pruner not in NORM_PRUNERS
+    return config.pruner not in WEIGHT_PRUNERS
 
 
 def masks_change_in_training(config: PruningConfig) -> bool:
