@@ -19,9 +19,9 @@ def check_work(students: Students) -> None:
     check_student(fresh(), teacher)
     for network in (teacher.model,) if recipe.student is None else (teacher.model, fresh()):
         check_exportable(network, teacher.spec)
-    features = recipe.distillation.features
+    features, regressors = recipe.distillation.features, recipe.distillation.regressors
     if recipe.compression.pruning is None:
-        find_hints(fresh(), teacher, features)
+        find_hints(fresh(), teacher, features, regressors=regressors)
     elif not isinstance(features, str):  # how wide a pruned student's layers are is known when it is shrunk
         check_paths(fresh(), teacher, features)
     _check_compression(students)

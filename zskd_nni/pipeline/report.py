@@ -12,14 +12,14 @@ from torch import Tensor
 
 from zskd_nni.data.datasets import NAMED_SETS, LabelledImages
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.pipeline.export import INTEGERS, float_answers, integer_answers
+from zskd_nni.pipeline.export import INTEGERS, integer_answers
 from zskd_nni.pipeline.students import StudentResult
 from zskd_nni.recipes.load import LoadedRecipe
 from zskd_nni.recipes.schema import Recipe
 from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.synthesis import ImpressionStore
-from zskd_nni.training.inference import logits_on
+from zskd_nni.training.inference import float_answers, logits_on
 from zskd_nni.training.metrics import accuracy, agreement
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def measure(
             exported = out / INTEGERS if name == "student" else None
             networks[f"{name}_int8"] = integer_answers(student.quantization, spec, exported)
     with torch.no_grad():
-        parts = held_out.split(spec.inference_batch)
+        parts = held_out.split(spec.inference_batch_on(held_out.device))
         logits = {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
     if test is None:
         return Figures(_agreements(logits), None, {})
@@ -123,6 +123,7 @@ def build_report(
         "latency_ms": exported["latency_ms"],
         "controls": {name: _control(name, each, figures, recipe) for name, each in controls.items()},
         "impressions": impressions,
+        "start": student.record.get("start"),
         "pruning": student.record.get("pruning"),
         "quantization": exported["quantization"],
         "history": student.record.get("distillation"),

@@ -97,9 +97,21 @@ class Students:
         """The network before anything is done to it; the same at every call."""
         if self.recipe.student is None:
             return self.teacher.student().cpu()
+        return copy.deepcopy(self._given[0])
+
+    @cached_property
+    def _given(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """The recipe's own student as it starts, and which channels of the teacher it starts from, by layer."""
+        section = self.recipe.student
+        assert section is not None
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.recipe.seed, "student"))
-            return self.loaded.network(self.recipe.student).float()
+            network = self.loaded.network(section).float()
+        if section.start == "random":
+            return network, {}
+        from zskd_nni.compression.pruning.teacher_start import start_from_teacher
+
+        return network, start_from_teacher(network, self.teacher)
 
     @cached_property
     def pruning_plan(self) -> PruningPlan:
@@ -151,7 +163,7 @@ class Students:
         if (known := self._reload(_load_student, finished, live)) is not None:
             return known
         pruning = self.recipe.compression.pruning
-        student = StudentResult(self.fresh()) if pruning is None else self._pruned(name, images, train)
+        student = self._unpruned() if pruning is None else self._pruned(name, images, train)
         # The teacher itself, not pruned, has nothing to learn from itself before it is quantized.
         if train and (self.recipe.student is not None or pruning is not None):
             with self.timed(f"distillation of {name}"):
@@ -164,6 +176,15 @@ class Students:
         self.team.first(lambda: self._save_stage(student, finished, live))
         # As a later run finds it: training leaves another memory format, whose sums round differently.
         return StudentResult(load_network(finished), student.record, masks=student.masks)
+
+    def _unpruned(self) -> StudentResult:
+        """The student where the recipe prunes nothing."""
+        if self.recipe.student is None or self.recipe.student.start == "random":
+            return StudentResult(self.fresh())
+        network, kept = self.fresh(), self._given[1]
+        weighted = [path for path, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        channels = {path: len(kept[path]) for path in weighted if path in kept}
+        return StudentResult(network, {"start": {"from": "teacher", "channels": channels}}, kept=kept)
 
     def _distil(self, student: StudentResult, images: TransferSource, name: str) -> None:
         """Train the network in place; masked weights stay at zero."""
@@ -183,7 +204,8 @@ class Students:
             after_step=after_step,
             quiet=self.quiet,
         )
-        hints = find_hints(network, self.teacher, self.recipe.distillation.features, student.kept)
+        settings = self.recipe.distillation
+        hints = find_hints(network, self.teacher, settings.features, student.kept, settings.regressors)
         matched = [[hint.teacher, hint.student] for hint in hints]
         student.record["distillation"] = {"steps": history.steps, "losses": history.losses, "features": matched}
 

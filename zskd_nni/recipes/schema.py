@@ -57,6 +57,23 @@ class TeacherSection(NetworkSection):
     classifier: str | None = None
 
 
+class StudentSection(NetworkSection):
+    """Another network than the teacher's, to be trained.
+
+    Attributes:
+        start: ``random``: as the factory makes it, or from ``weights``; ``teacher``: with the teacher's channels of the
+            largest norms, where the student is the teacher's network with fewer channels.
+    """
+
+    start: Literal["random", "teacher"] = "random"
+
+    @model_validator(mode="after")
+    def _one_start(self) -> StudentSection:
+        if self.start == "teacher" and self.weights is not None:
+            raise ValueError("start: teacher and weights exclude each other; leave out one of the two")
+        return self
+
+
 class TransferSection(BaseModel):
     """The images on which the student is trained. Further keys are the method's own, put over its preset.
 
@@ -202,7 +219,7 @@ class Recipe(Section):
     name: str
     description: str = ""
     teacher: TeacherSection
-    student: NetworkSection | None = None
+    student: StudentSection | None = None
     transfer: TransferSection = Field(default_factory=TransferSection)
     compression: CompressionSection = Field(default_factory=CompressionSection)
     distillation: DistillationSettings = Field(default_factory=DistillationSettings)

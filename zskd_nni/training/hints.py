@@ -112,7 +112,7 @@ class Regressors(nn.ModuleList):
         self.to(like.device)
 
     def outputs(self, index: int, features: Tensor) -> Tensor:
-        """The outputs ``(N, C, ...)`` of the student's layer as the teacher's layer is to be matched: ``(N, C', ...)``."""
+        """The student's outputs ``(N, C, ...)`` in the teacher's number of channels: ``(N, C', ...)``."""
         regressor = self[index]
         if isinstance(regressor, nn.Identity):
             return features
