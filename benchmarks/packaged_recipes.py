@@ -107,7 +107,7 @@ def table(names: list[str]) -> str:
     """
     lines = [
         "| recipe | teacher | student | student, int8 | with real data | not distilled | on noise | parameters "
-        "| ONNX bytes | impressions, a second | seconds a seed |",
+        "| ONNX bytes | impressions, per second | seconds per seed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
