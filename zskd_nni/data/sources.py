@@ -15,6 +15,7 @@ from zskd_nni.data.procedural import start_images
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.runtime.device import to_device
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.rng import generator
 
 _SHARE_OF_MEMORY = 0.25  # of what is free on a GPU, for the images of a set
@@ -125,6 +126,44 @@ class StoredSource(_Stateless):
         if not self._cached:
             self.images, self._cached = cache_on_device(self.images, self.device), True
         return self.images[self._order.rows(step, self.images.device)].float()
+
+
+class MixedSource:
+    """Batches of one source in which some images are taken from a small further set.
+
+    Args:
+        source: gives most of the images.
+        images: ``(N, C, H, W)`` of the further set, in the teacher's value range.
+        share: of each batch, in (0, 1), that is drawn from the further set; at least one image, and never all.
+        fingerprint: of the further set.
+
+    Example:
+        >>> spec = InputSpec((3, 32, 32))
+        >>> mixed = MixedSource(NoiseSource(spec, 8), torch.zeros(2, 3, 32, 32), 0.25, "two black images")
+        >>> mixed.batch(0, torch.Generator()).flatten(1).any(1).tolist()
+        [True, True, True, True, True, True, False, False]
+    """
+
+    def __init__(self, source: TransferSource, images: Tensor, share: float, fingerprint: str) -> None:
+        self.source, self.images, self.share = source, images, share
+        self.size = None if source.size is None else source.size + len(images)
+        self.batch_size = source.batch_size
+        self.fingerprint = fingerprint_of([source.fingerprint, fingerprint, share])
+
+    def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Images ``(batch_size, C, H, W)``; those of the further set come last, drawn with replacement."""
+        batch = self.source.batch(step, random, student)
+        count = min(max(1, round(self.share * len(batch))), len(batch) - 1)
+        drawn = torch.randint(len(self.images), (count,), generator=random)
+        return torch.cat([batch[: len(batch) - count], to_device(self.images[drawn], batch.device)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The other source's state."""
+        return self.source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.source.load_state_dict(state)
 
 
 def cache_on_device(images: Tensor | LazyImages, device: torch.device) -> Tensor | LazyImages:

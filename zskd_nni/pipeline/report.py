@@ -111,7 +111,7 @@ def build_report(
         "description": recipe.description,
         "accuracy": {name: figures.accuracy.get(name) for name in ("teacher", "student", "student_int8")},
         "agreement": round(figures.agreement["student"], 6),
-        "agreement_on": _measured_on(recipe, test, data_free),
+        "agreement_on": _measured_on(recipe, test),
         "agreement_held_out": round(figures.held_out["student"], 6),
         "agreement_int8": _rounded(figures.agreement.get("student_int8")),
         "agreement_onnx": None if exported["quantization"] is None else exported["quantization"]["agreement"],
@@ -130,7 +130,7 @@ def build_report(
         "onnx_difference": exported["onnx_difference"],
         "data_free": data_free,
         "only_calibrated": recipe.only_calibrates,
-        "learnt_on": None if data_free else getattr(options, "data", recipe.transfer.method),
+        "learnt_on": None if data_free else _learnt_on(recipe, options),
         "learnt_on_what_is_measured": not data_free and test is not None and _trained_on_it(run.loaded, options),
         "classifier": run.teacher.classifier_path,
         "evaluation": recipe.evaluation.data if recipe.evaluation and test is not None else None,
@@ -149,9 +149,19 @@ def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 6)
 
 
-def _measured_on(recipe: Recipe, test: LabelledImages | None, data_free: bool) -> str:
+def _learnt_on(recipe: Recipe, options: Any) -> str:
+    """The real images that the student was trained on, in words."""
+    section = recipe.transfer
+    if section.also is None:
+        return str(getattr(options, "data", section.method))
+    own = "" if section.method_is_data_free else f"{getattr(options, 'data', section.method)} and "
+    return f"{own}{section.also}, {section.also_share:.0%} of each batch"
+
+
+def _measured_on(recipe: Recipe, test: LabelledImages | None) -> str:
     """What agreement is measured on, in words."""
     if test is None:
+        data_free = recipe.transfer.method_is_data_free
         return f"held-out {'impressions of another seed' if data_free else 'images that no student was trained on'}"
     section = recipe.evaluation
     assert section is not None
@@ -164,6 +174,7 @@ def _trained_on_it(loaded: LoadedRecipe, options: Any) -> bool:
     section = loaded.recipe.evaluation
     assert section is not None
     names = [*str(getattr(options, "data", "")).split(", "), *getattr(options, "sources", ())]
+    names += [loaded.recipe.transfer.also or ""]
     if section.data in NAMED_SETS:
         return section.data in names and section.split == getattr(options, "split", "train")
     measured = loaded.path(section.data).resolve()

@@ -96,7 +96,7 @@ class Run:
         store = ImpressionStore.open(folder)
         if store.manifest["identity"].get("teacher") != self.teacher.fingerprint:
             raise UserError(f"{folder} holds impressions of another teacher than the recipe's.")
-        if not self.recipe.transfer.data_free:
+        if not self.recipe.transfer.method_is_data_free:
             raise UserError(
                 f"--impressions: the recipe's transfer.method {self.recipe.transfer.method} reads real images, and "
                 f"{folder} holds impressions; leave out one of the two."
@@ -114,6 +114,7 @@ class Run:
     def _check(self) -> None:
         """Refuse, before the long work begins, what can be known to be wrong."""
         check_work(self.students)
+        self.loaded.own_images(self.teacher)
         name = self.loaded.data_name()
         self.measured = name is not None
         if name in NAMED_SETS[1:] and data_root(self.root) is None:
@@ -230,7 +231,8 @@ class Run:
     def transfer(self) -> TransferSource:
         """The transfer source of the recipe's method, made or resumed in ``impressions/``."""
         if self.given is not None:
-            return self.given.source(self.recipe.distillation.batch, self.recipe.seed, self.device)
+            given = self.given.source(self.recipe.distillation.batch, self.recipe.seed, self.device)
+            return self.loaded.with_own_images(given, self.teacher)
         source = self._source("impressions", reserved=self.recipe.transfer.held_out)
         self.team.first(lambda: self._require_same_images(source))
         return source

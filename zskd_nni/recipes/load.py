@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from torch import Tensor
 
 from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, load_images
-from zskd_nni.data.sources import TransferSource
+from zskd_nni.data.sources import MixedSource, TransferSource
 from zskd_nni.methods.registry import TransferRequest, find_method
 from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights
 from zskd_nni.models.teacher import Teacher
@@ -23,6 +24,7 @@ from zskd_nni.recipes.key_paths import apply_changes, get_at
 from zskd_nni.recipes.named_files import named_files
 from zskd_nni.recipes.schema import NetworkSection, Recipe
 from zskd_nni.runtime.errors import UserError, error_context
+from zskd_nni.runtime.files import sha256_of_bytes
 from zskd_nni.runtime.validation import boolean_for_a_number, describe_validation
 
 
@@ -103,7 +105,27 @@ class LoadedRecipe:
         section = self.recipe.transfer
         own = {"size": section.size, "batch_size": self.recipe.distillation.batch, "seed": self.recipe.seed}
         request = TransferRequest(folder=folder, options=section.options(teacher), base=self.base, **{**own, **changes})
-        return find_method(section.method).source(teacher, request)
+        source = find_method(section.method).source(teacher, request)
+        return source if request.held_out else self.with_own_images(source, teacher)
+
+    def with_own_images(self, source: TransferSource, teacher: Teacher) -> TransferSource:
+        """The source, with the images of ``transfer.also`` in every batch where the recipe names some."""
+        own = self.own_images(teacher)
+        return source if own is None else MixedSource(source, own[0], self.recipe.transfer.also_share, own[1])
+
+    def own_images(self, teacher: Teacher) -> tuple[Tensor, str] | None:
+        """The images ``(N, C, H, W)`` of ``transfer.also`` as the teacher takes them, and their checksum.
+
+        Raises:
+            UserError: they are not there, or do not fit the teacher.
+        """
+        named = self.recipe.transfer.also
+        if named is None:
+            return None
+        with error_context("transfer.also"):
+            images = load_images(str(self.path(named)))
+            pixels = images.pixels(slice(0, len(images)), teacher.spec)
+        return pixels, sha256_of_bytes(images.images.numpy().tobytes())
 
 
 def packaged_folder() -> Path:

@@ -59,6 +59,8 @@ def named_files(source: dict[str, Any]) -> Iterator[NamedFile]:
         content = section_of(source, name)
         if _may_be_file(content.get("data")):
             yield NamedFile(f"{name}.data", content, "data")
+    if isinstance(section_of(source, "transfer").get("also"), str):
+        yield NamedFile("transfer.also", section_of(source, "transfer"), "also")
     sources = section_of(source, "transfer").get("sources")
     for index, text in enumerate(sources if isinstance(sources, list) else ()):
         if _may_be_file(text):

@@ -82,6 +82,9 @@ class TransferSection(BaseModel):
         preset: one of the method's presets; where none is named, its default, ``best`` where it has one.
         size: number of distinct images.
         held_out: impressions of another seed on which agreement is measured.
+        also: path of unlabelled images of the user's own (a folder, or an ``.npz``), for training alone; a run with
+            them is not data-free.
+        also_share: of each batch that is drawn from ``also``, in (0, 1).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -90,6 +93,8 @@ class TransferSection(BaseModel):
     preset: str = "best"
     size: int = Field(default=12000, ge=1)
     held_out: int = Field(default=500, ge=1)
+    also: str | None = None
+    also_share: float = Field(default=0.25, gt=0, lt=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +129,11 @@ class TransferSection(BaseModel):
     @property
     def data_free(self) -> bool:
         """Whether a student is trained on no real image."""
+        return self.also is None and self.method_is_data_free
+
+    @property
+    def method_is_data_free(self) -> bool:
+        """Whether the method's own images are made from the teacher alone."""
         return is_data_free(find_method(self.method), self.options())
 
 

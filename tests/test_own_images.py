@@ -1,0 +1,88 @@
+"""A handful of the user's own unlabelled images beside the synthetic ones: ``transfer.also``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL, random
+from PIL import Image
+
+from zskd_nni.data.sources import MixedSource, NoiseSource, StoredSource
+from zskd_nni.pipeline import Run
+from zskd_nni.pipeline.report_html import remarks
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime.errors import UserError
+
+QUICK = (
+    *("transfer.size=20", "transfer.held_out=10", "transfer.synthesis.max_steps=2", "distillation.steps=3"),
+    *("distillation.batch=10", "compression.pruning.steps=2", "controls=[]"),
+)
+
+
+def folder_of(images: int, where: Path, size: int = 8) -> Path:
+    where.mkdir(parents=True)
+    for index in range(images):
+        grey = torch.randint(0, 256, (size, size), generator=random(index), dtype=torch.uint8)
+        Image.fromarray(grey.numpy()).save(where / f"{index}.png")
+    return where
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 4), (0.01, 1), (0.99, 15)])
+def test_a_share_of_every_batch_comes_from_the_further_images(share: float, expected: int) -> None:
+    own = torch.stack([torch.full(SMALL.shape, 2.0), torch.full(SMALL.shape, 3.0)])
+    mixed = MixedSource(NoiseSource(SMALL, 16), own, share, "own")
+    batch = mixed.batch(0, random(1))
+    further = batch.flatten(1).mean(1) >= 2
+    assert batch.shape == (16, *SMALL.shape) and int(further.sum()) == expected
+    assert torch.equal(batch, mixed.batch(0, random(1)))
+    assert (mixed.size, mixed.batch_size) == (None, 16)
+    stored = MixedSource(StoredSource(torch.rand(20, *SMALL.shape), 16, 0, "set"), own, share, "own")
+    assert stored.size == 22
+    assert len({source.fingerprint for source in (mixed, stored, MixedSource(mixed.source, own, share, "other"))}) == 3
+
+
+def test_a_recipe_with_own_images_is_not_called_data_free(tmp_path: Path) -> None:
+    own = folder_of(3, tmp_path / "own images")
+    changes = [*QUICK, f"transfer.also={own}", "transfer.also_share=0.3"]
+    report = Run(load_recipe("digits-prune50", changes), tmp_path / "out", quiet=True).compress()
+    assert report["data_free"] is False
+    assert report["learnt_on"] == f"{own}, 30% of each batch"
+    assert not report["learnt_on_what_is_measured"]
+    (sentence,) = [each for each in remarks(report) if "NOT data-free" in each]
+    assert str(own) in sentence and "ceiling" not in sentence
+    without = Run(load_recipe("digits-prune50", QUICK), tmp_path / "other", quiet=True).compress()
+    assert without["data_free"] is True
+    assert without["history"]["losses"] != report["history"]["losses"]
+    changed = load_recipe("digits-prune50", changes)
+    (own / "0.png").unlink()
+    with pytest.raises(UserError, match="the images have changed since"):
+        Run(changed, tmp_path / "out", quiet=True).compress()
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("nowhere", "transfer.also: .*no data set 'nowhere'"),
+        ("empty", "transfer.also: .*holds no images"),
+        ("colour.npz", "transfer.also: .*holds no arrays 'images'"),
+    ],
+)
+def test_own_images_that_are_not_there_are_refused(
+    value: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "colour.npz", pictures=np.zeros((2, 8, 8, 3), np.uint8))
+    loaded = load_recipe("digits-prune50", [*QUICK, f"transfer.also={value}"])
+    with pytest.raises(UserError, match=sentence):
+        Run(loaded, tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5])
+def test_the_share_is_within_nothing_and_all(share: Any) -> None:
+    with pytest.raises(UserError, match=r"transfer\.also_share"):
+        load_recipe("digits-prune50", ["transfer.also=own", f"transfer.also_share={share}"])
