@@ -30,7 +30,7 @@ from zskd_nni.research.reproduction.sources import make_source
 from zskd_nni.research.reproduction.students import train_student
 from zskd_nni.research.reproduction.tables import TABLES
 from zskd_nni.research.train_teacher import TeacherTraining, hold_out, train_teacher
-from zskd_nni.training.inference import logits_on
+from zskd_nni.training.inference import float_answers, logits_on
 from zskd_nni.training.metrics import accuracy, agreement
 
 
@@ -82,7 +82,7 @@ def changed(plan: Plan, changes: list[str]) -> Plan:
 
 
 def main() -> None:
-    """Run it seed by seed and print accuracy and agreement."""
+    """Run the cell seed by seed and print accuracy and agreement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "cell", choices=sorted({cell.name for table in TABLES.values() for cell in table.cells}), metavar="CELL"
@@ -105,7 +105,7 @@ def main() -> None:
         (given.out / "students").mkdir(parents=True, exist_ok=True)
         name = "-".join([given.cell, given.scale, *given.set, f"seed{seed}"])
         student = train_student(plan, context, seed, source, given.out / "students" / f"{name}.pt").network
-        logits = logits_on(lambda images, net=student: net(spec.normalise(images)), context.test, spec)
+        logits = logits_on(float_answers(student, spec), context.test, spec)
         found.append((accuracy(logits, context.test.labels), 100 * agreement(logits, context.teacher_logits)))
         print(
             f"{given.cell} seed {seed} {given.set}: accuracy {found[-1][0]:.2f}, agreement {found[-1][1]:.2f}",

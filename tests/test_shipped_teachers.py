@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from helpers import require_real_data
 
 from zskd_nni.data.datasets import load_images
 from zskd_nni.models.build import build_network, load_into
 from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo.trained import trained_names, trained_weights, training_record
 from zskd_nni.runtime.files import sha256_of_file
 from zskd_nni.runtime.tensors import load_weights
@@ -22,11 +22,9 @@ def measured(name: str) -> float:
     about = training_record(name)
     network = build_network(about["network"], about["arguments"])
     load_into(network, load_weights(trained_weights(name)), name)
-    network.eval()
     spec = InputSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in about["input"].items()})
     data = load_images(about["data"], "test")
-    with torch.no_grad():
-        return accuracy(logits_on(lambda images: network(spec.normalise(images)), data, spec), data.labels)
+    return accuracy(logits_on(Teacher(network, spec), data, spec), data.labels)
 
 
 def test_every_teacher_has_its_provenance():

@@ -438,6 +438,9 @@ def test_large_images_are_answered_in_smaller_batches() -> None:
     assert InputSpec((1, 32, 32)).inference_batch == InputSpec((3, 32, 32)).inference_batch == 1000
     assert InputSpec((3, 224, 224)).inference_batch == 20
     assert InputSpec((3, 4000, 4000)).inference_batch == 1
+    assert InputSpec((3, 224, 224)).inference_batch_on("cpu") == 1
+    assert InputSpec((3, 32, 32)).inference_batch_on("cpu") == 50
+    assert InputSpec((3, 32, 32)).inference_batch_on("cuda:0") == 1000
 
 
 def test_a_batch_norm_that_remembers_nothing() -> None:

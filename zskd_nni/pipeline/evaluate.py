@@ -11,13 +11,13 @@ from torch import Tensor
 
 from zskd_nni.data.datasets import LabelledImages
 from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.onnx_export import onnx_session, run_onnx
 from zskd_nni.models.serialization import load_network
-from zskd_nni.models.teacher import first_tensor
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json
 from zskd_nni.runtime.validation import build_settings
-from zskd_nni.training.inference import logits_on
+from zskd_nni.training.inference import float_answers, logits_on
 from zskd_nni.training.metrics import accuracy, agreement
 
 _INT8 = "-int8"
@@ -37,10 +37,10 @@ def evaluate_network(network: Path, load: Callable[[], LabelledImages]) -> Itera
         UserError: a file is missing or damaged, or the images have no labels.
     """
     path = network / "student.json" if network.is_dir() else network
-    model = load_network(path)
     spec = saved_input(read_json(path), path)
+    model = use_channels_last(load_network(path), spec.example_input())
     images = load()
-    logits = logits_on(lambda batch: first_tensor(model(spec.normalise(batch))), images, spec)
+    logits = logits_on(float_answers(model, spec), images, spec)
     yield _accuracy_line(path, logits, images)
     for exported in (path.with_suffix(".onnx"), path.with_name(f"{path.stem}{_INT8}.onnx")):
         if exported.exists():

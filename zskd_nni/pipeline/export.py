@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import export_onnx, run_onnx
-from zskd_nni.models.teacher import Teacher, first_tensor
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline.latency import median_latencies
 from zskd_nni.pipeline.students import StudentResult
 from zskd_nni.runtime.tensors import save_tensors
+from zskd_nni.training.inference import float_answers
 
 if TYPE_CHECKING:
     from zskd_nni.compression.quantization.quantize import QuantizedNetwork
@@ -114,11 +115,6 @@ def export_integers(
         "max_logit_difference": difference,
         "note": "; ".join(notes),
     }
-
-
-def float_answers(network: nn.Module, spec: InputSpec) -> Callable[[Tensor], Tensor]:
-    """A network as a function of images ``(N, C, H, W)`` in the value range; it leaves them as they are."""
-    return lambda images: first_tensor(network(spec.normalise(images.clone())))
 
 
 def integer_answers(

@@ -23,7 +23,7 @@ from zskd_nni.runtime.provenance import provenance
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.run_identity import with_defaults
 from zskd_nni.runtime.tensors import save_tensors
-from zskd_nni.training.inference import logits_on
+from zskd_nni.training.inference import float_answers, logits_on
 from zskd_nni.training.metrics import accuracy
 from zskd_nni.training.supervised import SupervisedSettings, train_supervised
 
@@ -198,7 +198,7 @@ def _train(name: str, folder: Path, training: TeacherTraining) -> dict[str, Any]
     if recipe.half:
         weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
         network.load_state_dict(weights)
-    logits = logits_on(lambda images: network(recipe.spec.normalise(images)), measured, recipe.spec, device)
+    logits = logits_on(float_answers(network, recipe.spec), measured, recipe.spec, device)
     checksum = save_tensors(folder / f"{name}.safetensors", weights)
     result = {
         **description,

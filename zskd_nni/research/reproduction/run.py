@@ -14,7 +14,6 @@ from torch import nn
 from zskd_nni.methods.ats.balance import CannotBalanceError
 from zskd_nni.methods.registry import find_method, is_data_free
 from zskd_nni.models.build import load_into
-from zskd_nni.models.teacher import first_tensor
 from zskd_nni.research.reproduction.cells import SOURCES, Plan
 from zskd_nni.research.reproduction.context import PairContext
 from zskd_nni.research.reproduction.records import FORMAT, Record, read_record, read_run_file, teacher_of
@@ -25,7 +24,7 @@ from zskd_nni.runtime.files import make_folder, plain, sha256_of_file, write_jso
 from zskd_nni.runtime.locks import FolderInUseError, only_writer
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.runtime.tensors import load_tensors, save_tensors
-from zskd_nni.training.inference import logits_on
+from zskd_nni.training.inference import float_answers, logits_on
 from zskd_nni.training.metrics import accuracy, agreement, expected_calibration_error, mean_transition_error
 
 _CHECKPOINT, _STUDENT, _WEIGHTS = "checkpoint.pt", "student.json", "student.safetensors"
@@ -190,7 +189,7 @@ class CellRun:
         context, scale = self.context, self.plan.scale
         teacher, test, spec = context.teacher, context.test, context.teacher.spec
         device = context.workspace.device
-        logits = logits_on(lambda images: first_tensor(student(spec.normalise(images))), test, spec, device)
+        logits = logits_on(float_answers(student, spec), test, spec, device)
         teacher_accuracy, teacher_error = context.teacher_scores
         error = expected_calibration_error(logits, test.labels)
         agreed = (logits.argmax(1) == context.teacher_logits.argmax(1)).nonzero().flatten()

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from zskd_nni.data.datasets import DATA_VARIABLE, LabelledImages, load_images
 from zskd_nni.models.hooks import FeaturePoint, recording_features
-from zskd_nni.models.teacher import Teacher, first_tensor
+from zskd_nni.models.teacher import Teacher
 from zskd_nni.research.display import Table
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.training.inference import logits_on
+from zskd_nni.training.inference import float_answers, logits_on
 from zskd_nni.training.metrics import accuracy, agreement
 
 Network = nn.Module | Callable[[Tensor], Tensor]
@@ -63,8 +63,7 @@ def measure(
     def asked(network: Network | Teacher) -> Callable[[Tensor], Tensor]:
         if not isinstance(network, nn.Module):
             return network
-        network = network.eval().to(device)
-        return lambda images: first_tensor(network(spec.normalise(images.clone())))
+        return float_answers(network.eval().to(device), spec)
 
     teachers = None if data is None else logits_on(teacher, data, spec, device)
     expected = teacher.predict(held_out.float())
