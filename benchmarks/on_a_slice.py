@@ -35,14 +35,25 @@ from zskd_nni.training.metrics import accuracy, agreement
 
 
 class HeldOutContext(PairContext):
-    """A pair whose teacher has not seen the held-out images, which take the place of the test split."""
+    """A pair whose teacher has not seen the held-out images, which take the place of the test split.
+
+    Args:
+        pair: see :class:`PairContext`.
+        workspace: the same.
+        epochs: of the teacher's training; by default those of its recipe.
+    """
+
+    def __init__(self, pair: str, workspace: Workspace, epochs: int | None = None) -> None:
+        super().__init__(pair, workspace)
+        self.epochs = epochs
 
     @cached_property
     def teacher(self) -> Teacher:
         """Trained on the rest of the split, unless it has been before."""
         name, recipe, workspace = self.pair.teacher, self.pair.recipe, self.workspace
         folder = workspace.runs / "teachers"
-        train_teacher(name, folder, TeacherTraining(validation=True, root=workspace.root, quiet=workspace.quiet))
+        training = TeacherTraining(epochs=self.epochs, validation=True, root=workspace.root, quiet=workspace.quiet)
+        train_teacher(name, folder, training)
         weights = str((folder / f"{name}.safetensors").resolve())
         return load_teacher(recipe.network, recipe.spec, weights, recipe.arguments).to(workspace.device)
 
@@ -91,6 +102,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--scale", default="full")
     parser.add_argument("--out", type=Path, default=Path("runs/slice"))
+    parser.add_argument("--teacher-epochs", type=int, help="instead of those of the teacher's recipe; for a trial run")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -98,7 +110,7 @@ def main() -> None:
     plan = changed(resolve(cell, given.scale), given.set)
     root = os.environ.get("ZSKD_NNI_DATA")
     workspace = Workspace(given.out, given.out / "records", root=Path(root) if root else None)
-    context = HeldOutContext(cell.pair, workspace)
+    context = HeldOutContext(cell.pair, workspace, given.teacher_epochs)
     spec, found = context.teacher.spec, []
     for seed in given.seeds:
         source = make_source(plan, context, seed).source

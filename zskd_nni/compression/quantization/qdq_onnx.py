@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,18 @@ class QuantizedExport:
         agreement: share of the images on which onnxruntime chooses the same class as NNI's simulation, in [0, 1].
         max_logit_difference: between the two, relative to the simulation's largest logit (at least 1).
         bytes: size of the file.
-        float_bytes: size of the file of the same network without quantization.
+        unquantized: the same network without quantization, and its input.
     """
 
     agreement: float
     max_logit_difference: float
     bytes: int
-    float_bytes: int
+    unquantized: tuple[nn.Module, InputSpec] = field(repr=False)
+
+    @cached_property
+    def float_bytes(self) -> int:
+        """Size of the file of the same network without quantization, which is exported when this is first read."""
+        return len(onnx_bytes(*self.unquantized))
 
 
 def export_quantized_onnx(
@@ -105,7 +111,7 @@ def export_quantized_onnx(
             f"less than {least_agreement:.1%}; the file was not written."
         )
     write_atomic(path, data)
-    return QuantizedExport(share, difference, len(data), len(onnx_bytes(quantized.network, spec)))
+    return QuantizedExport(share, difference, len(data), (quantized.network, spec))
 
 
 def _first_images(source: TransferSource) -> Tensor:
