@@ -70,6 +70,41 @@ def called_paths(network: nn.Module, images: Tensor) -> set[str]:
     return called
 
 
+def check_not_wrapped(network: nn.Module) -> None:
+    """Refuse a network, or a part of it, inside one of PyTorch's wrappers, which hide its layers.
+
+    Raises:
+        UserError: says what to pass instead.
+
+    Example:
+        >>> check_not_wrapped(nn.DataParallel(nn.Linear(2, 2)))
+        Traceback (most recent call last):
+        zskd_nni.runtime.errors.UserError: the network is wrapped in DataParallel, which hides its layers;
+            pass model.module
+    """
+    for path, module in network.named_modules():
+        for parent in type(module).__mro__:
+            inner = _WRAPPERS.get(parent.__name__) if parent.__module__.startswith("torch.") else None
+            if inner is not None:
+                name = parent.__name__
+                if not path:
+                    raise UserError(f"the network is wrapped in {name}, which hides its layers; pass model.{inner}")
+                raise UserError(
+                    f"{path!r} of the network is wrapped in {name}, which hides its layers; unwrap it first: "
+                    f"model.{path} = model.{path}.{inner}"
+                )
+
+
+# PyTorch's wrappers by class name, and where the network is in them.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "AveragedModel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
 def check_compressible(network: nn.Module, images: Tensor) -> None:
     """Refuse layers that NNI cannot compress.
 
@@ -82,6 +117,7 @@ def check_compressible(network: nn.Module, images: Tensor) -> None:
     Raises:
         UserError: names the layer.
     """
+    check_not_wrapped(network)
     for path, module in network.named_modules():
         if "weight_orig" in module._parameters and "weight" not in module._parameters:
             raise UserError(

@@ -13,8 +13,8 @@ import torch
 from nni.compression.base.config import default_config_schema
 from torch import nn
 
+from zskd_nni.compression.config_names import checked_config_list
 from zskd_nni.compression.evaluator import DataFreeEvaluator
-from zskd_nni.compression.nni_config import modern_config_list
 from zskd_nni.compression.nni_messages import REFUSALS, quiet, refusals_as_sentences
 from zskd_nni.compression.pruning.dependency_config import PruningPlan, plan_pruning
 from zskd_nni.compression.pruning.pruner_kinds import PRUNERS, WEIGHT_PRUNERS
@@ -58,8 +58,9 @@ def pruning_plan(network: nn.Module, config: PruningConfig, teacher: Teacher) ->
     network, example = deepcopy(network).cpu(), teacher.example_input().cpu()  # shrinking is done on the CPU as well
     with error_context("compression.pruning"):
         check_compressible(network, example)
+    with error_context("compression.pruning.config_list"):
+        config_list = checked_config_list(network, config.config_list, "pruning")
     with errors_as_sentences(config, (Exception,)):
-        config_list = modern_config_list(config.config_list, "pruning")
         schema = default_config_schema("pruning")
         for entry in config_list:
             schema.validate(entry)

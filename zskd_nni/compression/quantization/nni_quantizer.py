@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from collections.abc import Container, Sequence
 from typing import Annotated, Any
 
@@ -15,8 +14,8 @@ from nni.compression.base.config import select_modules_by_config
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
+from zskd_nni.compression.config_names import checked_config_list
 from zskd_nni.compression.evaluator import DataFreeEvaluator
-from zskd_nni.compression.nni_config import SELECTION_KEYS, modern_config_list
 from zskd_nni.compression.nni_messages import refusals_as_sentences
 from zskd_nni.compression.quantization.bn_folding import batch_norm_folds
 from zskd_nni.compression.quantization.calibration import Calibration, plain_calibration
@@ -116,9 +115,8 @@ def with_fuse_names(model: nn.Module, config_list: list[dict], fuse_names: Seque
     Raises:
         UserError: no entry selects the first module of a fold, or a key is unknown or has a wrong value.
     """
-    result = modern_config_list(config_list, "quantization")
+    result = checked_config_list(model, config_list, "quantization")
     for number, config in enumerate(result):
-        _check_entry(config, f"compression.quantization.config_list.{number}")
         if "fuse_names" in config:
             config["fuse_names"] = _checked_folds(config["fuse_names"], f"config_list.{number}.fuse_names")
     for names in _checked_folds(fuse_names, "fuse_names"):
@@ -130,21 +128,6 @@ def with_fuse_names(model: nn.Module, config_list: list[dict], fuse_names: Seque
         home = (with_output or homes)[0] if len(names) > 2 else homes[0]
         home["fuse_names"] = [*home.get("fuse_names", []), names]
     return result
-
-
-def _check_entry(config: dict, where: str) -> None:
-    for key in (*SELECTION_KEYS, "target_names"):
-        value = config.get(key, [])
-        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-            raise UserError(f"{where}.{key} must be a list of words, not {value!r}.")
-        for pattern in value if key.endswith("_re") else ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{where}.{key}: {pattern!r} is no regular expression ({error}).") from error
-    settings = config.get("target_settings", {})
-    if not isinstance(settings, dict) or not all(isinstance(setting, dict) for setting in settings.values()):
-        raise UserError(f"{where}.target_settings must map targets such as weight to settings, not {settings!r}.")
 
 
 def _checked_folds(folds: Any, key: str) -> list[tuple[str, ...]]:
