@@ -27,6 +27,7 @@ from zskd_nni.training.data_parallel import DataParallel
 from zskd_nni.training.hints import Hint, Pairs, Regressors, find_hints
 from zskd_nni.training.loop import RunOptions, TrainingRun, cosine_schedule, fit
 from zskd_nni.training.losses import distillation_loss, feature_loss
+from zskd_nni.training.views import MakeViews, RepeatedViews, Views
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,6 +52,8 @@ class DistillationSettings:
         freeze_batch_norm: normalise by the statistics that the student begins with, and leave them as they are. The
             teacher's were taken on real images; a pruned student begins with them.
         augmentation: what happens to each image; the teacher labels the augmented image.
+        repeats: how often each view is shown. More than once, the teacher's answers are kept on disk meanwhile, which
+            saves its share of the time (:mod:`zskd_nni.training.views`).
         autocast: run both networks in bfloat16, with losses, weights and optimiser in float32; ``auto`` for wherever
             the hardware is faster so.
 
@@ -75,6 +78,7 @@ class DistillationSettings:
     regressors: bool = False
     freeze_batch_norm: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
+    repeats: Count = 1
     autocast: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
@@ -169,12 +173,7 @@ def distill(
         ([2], 1)
     """
     check_student(student, teacher)
-    wanted_batch = settings.batch if source.size is None else min(settings.batch, source.size)
-    if source.batch_size != wanted_batch:
-        raise UserError(
-            f"The transfer source gives batches of {source.batch_size} images, the settings ask for {settings.batch} "
-            "(DistillationSettings.batch); make them the same."
-        )
+    _check_batches(source, settings)
     use_channels_last(student, teacher.spec.example_input().to(_device_of(student)))
     hints = find_hints(student, teacher, settings.features, kept, settings.regressors)
     if not settings.feature_weight:
@@ -187,28 +186,60 @@ def distill(
     def precision() -> torch.autocast:
         return torch.autocast(teacher.device.type, torch.bfloat16, enabled=settings.autocast is True)
 
-    def loss(step: int, random: torch.Generator) -> Tensor:
+    def make_views(step: int, random: torch.Generator) -> Views:
         whole = transfer_batch(source, teacher, settings, step, random, student)
         if source.size is None:
             whole = shared.same(whole)
         images = shared.part(whole)
         with torch.no_grad(), precision(), recording_outputs(teacher.model, [hint.teacher for hint in hints]) as theirs:
-            targets = teacher(images)
+            logits = teacher(images)
+        hidden = tuple(hint.teacher_part(theirs[hint.teacher]) for hint in hints)
+        return Views(images, logits, hidden, len(whole))
+
+    repeated = repeated_views(make_views, source, settings, options.get("seed", 0))
+
+    def loss(step: int, random: torch.Generator) -> Tensor:
+        views = make_views(step, random) if repeated is None else repeated.batch(step)
         if settings.freeze_batch_norm:
             freeze_batch_norm(student)
         with shared.forward(), precision(), recording_outputs(student, [hint.student for hint in hints]) as ours:
-            logits = first_tensor(student(teacher.spec.normalise(images)))
-        value = distillation_loss(logits.float(), targets.float(), settings.temperature)
+            logits = first_tensor(student(teacher.spec.normalise(views.images)))
+        value = distillation_loss(logits.float(), views.logits.float(), settings.temperature)
         for index, hint in enumerate(hints):
-            target = hint.teacher_part(theirs[hint.teacher]).float()
-            output = regressors.outputs(index, ours[hint.student].float())
+            target, output = views.hidden[index].float(), regressors.outputs(index, ours[hint.student].float())
             value = value + settings.feature_weight * feature_loss(output, target, shared.variance(target))
-        return shared.weighted(value, len(images), len(whole))
+        return shared.weighted(value, len(views.images), views.whole)
 
     options.setdefault("label", "distillation")
     identity = distillation_identity(teacher, source, settings)
     run = TrainingRun(settings.steps, identity=identity, extra=source, shared=shared, **options)
     return fit(trained, optimizer, scheduler, loss, run)
+
+
+def _check_batches(source: TransferSource, settings: DistillationSettings) -> None:
+    if source.batch_size != (settings.batch if source.size is None else min(settings.batch, source.size)):
+        raise UserError(
+            f"The transfer source gives batches of {source.batch_size} images, the settings ask for {settings.batch} "
+            "(DistillationSettings.batch); make them the same."
+        )
+
+
+def repeated_views(
+    make: MakeViews, source: TransferSource, settings: DistillationSettings, seed: int
+) -> RepeatedViews | None:
+    """What shows each view several times; None where each is shown once.
+
+    Raises:
+        UserError: the source learns along with the student, so that its images cannot be made again.
+    """
+    if settings.repeats == 1:
+        return None
+    if source.state_dict():
+        raise UserError(
+            "distillation.repeats: the images of this transfer method change while the student is trained, so that "
+            "each can be shown only once; leave repeats out."
+        )
+    return RepeatedViews(make, settings.repeats, derive_seed(seed, "views"))
 
 
 def with_regressors(student: nn.Module, hints: Sequence[Hint], seed: int) -> tuple[Regressors, nn.Module]:
