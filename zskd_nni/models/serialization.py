@@ -50,6 +50,9 @@ _ARGUMENTS: dict[type[nn.Module], str] = {
     PrunedLocalResponseNorm: "kept size alpha beta k",
 }
 _KINDS = {kind.__name__: kind for kind in _ARGUMENTS}
+# Of a layer of any other class, which the factory makes: the attributes that hold its sizes.
+SIZES = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
+_RESIZED = "resized"
 
 
 def drop_modules(network: nn.Module, paths: Iterable[str]) -> None:
@@ -75,6 +78,43 @@ def describe_layer(layer: nn.Module) -> dict[str, Any] | None:
     if hasattr(layer, "bias") and not kind.__name__.startswith(("Batch", "Instance", "Group")):
         description["bias"] = layer.bias is not None
     return {"type": kind.__name__, **description}
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    tensors = {**layer._parameters, **layer._buffers}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _resized_layer(layer: nn.Module, original: nn.Module) -> dict[str, Any] | None:
+    """The sizes of a layer of the user's own class, where they are not those that the factory makes."""
+    shapes = {name: list(tensor.shape) for name, tensor in _own_tensors(layer).items()}
+    if shapes == {name: list(tensor.shape) for name, tensor in _own_tensors(original).items()}:
+        return None
+    sizes = {name: value for name in SIZES if isinstance(value := getattr(layer, name, None), int)}
+    return {"type": _RESIZED, "shapes": shapes, "sizes": sizes}
+
+
+def _resize(layer: nn.Module, description: dict[str, Any], path: str, tensors: dict[str, Tensor], source: Path) -> None:
+    """Give a layer that the factory made the sizes of the description, which must be those of the weights."""
+    shapes, sizes = description.get("shapes"), description.get("sizes")
+    if not isinstance(shapes, dict) or not isinstance(sizes, dict) or not sizes.keys() <= set(SIZES):
+        raise UserError(f"{source}: the layer {path!r} is not described.")
+    for name, shape in shapes.items():
+        found = tensors.get(f"{path}.{name}")
+        if found is None or list(found.shape) != shape:
+            raise UserError(
+                f"{source}: the layer {path!r} is described with a {name} of {shape}, in the weights it is "
+                f"{'missing' if found is None else list(found.shape)}."
+            )
+        empty = torch.empty(shape, dtype=found.dtype)
+        if name in layer._buffers:
+            layer._buffers[name] = empty
+        else:
+            layer.register_parameter(name, nn.Parameter(empty))
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{source}: the layer {path!r} is described with {name} {value!r}, which is no size.")
+        setattr(layer, name, value)
 
 
 def _build_layer(description: dict[str, Any], path: str, source: Path) -> nn.Module:
@@ -126,6 +166,8 @@ def save_network(
     layers = {}
     for path, layer in network.named_modules():
         described = describe_layer(layer)
+        if described is None and path in original:
+            described = _resized_layer(layer, original[path])
         if described is not None and (path not in original or describe_layer(original[path]) != described):
             layers[path] = described
     dropped: list[str] = []
@@ -203,6 +245,9 @@ def load_network(description: str | Path) -> nn.Module:
             raise UserError(f"{description}: {content['network']} has no layer {path!r}.")
         if not path or not isinstance(described, dict):
             raise UserError(f"{description}: the layer {path!r} is not described.")
+        if described.get("type") == _RESIZED:
+            _resize(network.get_submodule(path), described, path, tensors, description)
+            continue
         _check_size(described, path, tensors, description)
         set_module(network, path, _build_layer(described, path, description))
     replace_everywhere(network, shared)

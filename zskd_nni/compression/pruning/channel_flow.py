@@ -22,7 +22,7 @@ import numpy as np
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from zskd_nni.compression.fx_trace import node_shape, unread_nodes
+from zskd_nni.compression.fx_trace import fixed_dims, node_shape, own_layers, unread_nodes
 
 Labels = np.ndarray
 
@@ -48,6 +48,10 @@ _CONSTANT_FUNCTIONS = {
 _POOL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Upsample,
+)  # fmt: skip
+_PAD_MODULES = (
+    nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d,
+    nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d,
 )  # fmt: skip
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
 _POOL_FUNCTIONS = {"interpolate", *(f"{name}{dims}d" for name in _POOLS for dims in (1, 2))}
@@ -148,6 +152,8 @@ class _Analysis:
         self.raw = ChannelFlow()  # with labels that are not yet replaced by those they are tied to
         self.gate_labels: set[int] = set()
         self.grouped: list[tuple[str, Labels, int]] = []
+        self.entering: dict[str, Labels] = {}  # of each layer that is called
+        self.own_layers = own_layers(graph_module)
         self.unread = set(unread_nodes(graph_module))
         self.calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
 
@@ -190,7 +196,33 @@ class _Analysis:
                 flow = self.operation(node)
             if flow is not None:
                 self.flows[node] = flow
+                if flow.dim in fixed_dims(node):
+                    self.raw.freeze(flow.labels, "forward uses their number in Python")
+        self.keep_layers_whose_weights_are_read_elsewhere()
         return self.settle()
+
+    def keep_layers_whose_weights_are_read_elsewhere(self) -> None:
+        """A weight that forward reads beside its layer's call, or that two layers share, keeps its shape."""
+        graph = self.graph_module
+        readers: dict[tuple[str, str], str] = {}
+        for node in graph.graph.nodes:
+            if node.op == "get_attr" and node not in self.unread:
+                owner, _, parameter = str(node.target).rpartition(".")
+                readers.setdefault((owner, parameter), f"forward also reads its {parameter} by itself")
+        owners: dict[int, tuple[str, str]] = {}
+        for name in self.entering:
+            for parameter, value in graph.get_submodule(name).named_parameters(recurse=False):
+                other = owners.setdefault(id(value), (name, parameter))
+                if other[0] != name:
+                    readers.setdefault((name, parameter), f"its {parameter} is that of {other[0]} too")
+                    readers.setdefault(other, f"its {parameter} is that of {name} too")
+        for (name, parameter), reason in readers.items():
+            touched = [self.raw.sources.get(name), self.raw.followers.get(name)]
+            if parameter == "weight":  # the only one whose shape depends on the channels that enter
+                touched.append(self.entering.get(name))
+            for labels in touched:
+                if labels is not None:
+                    self.raw.freeze(labels, reason)
 
     def inputs(self, node: Node) -> list[Flow]:
         return [self.flows[read] for read in node.all_input_nodes if read in self.flows]
@@ -211,6 +243,8 @@ class _Analysis:
 
     def module(self, node: Node, module: Any) -> Flow | None:
         name, calls = str(node.target), self.calls[node.target]
+        entering = [flow.labels for flow in self.inputs(node)]
+        self.entering[name] = np.concatenate(entering) if entering else self.fresh(0)
         if next(module.parameters(), None) is not None:
             if calls > 1:
                 self.raw.unfollowed[name] = f"forward calls it {calls} times"
@@ -220,6 +254,9 @@ class _Analysis:
                 return self.stop(node, f"they enter {name}, whose output nothing reads")
         if len(node.all_input_nodes) != 1:
             return self.stop(node, f"they enter {name} ({type(module).__name__}) beside other tensors")
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS, *NORMS)) and "weight" not in module._parameters:
+            self.raw.unfollowed[name] = "its weight is computed anew at every call"
+            return self.stop(node, f"they enter {name}, whose weight is computed anew at every call")
         flow = self.flows.get(_first(node))
         # NNI chooses its replacement by the class name: a subclass would be replaced by its parent.
         exact = type(module)
@@ -239,6 +276,10 @@ class _Analysis:
         if isinstance(module, _POOL_MODULES):
             padded = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and is_padded(module.padding)
             return self.pool(node, flow, padded or getattr(module, "return_indices", False))
+        if isinstance(module, _PAD_MODULES):
+            sizes = [module.padding] if isinstance(module.padding, int) else module.padding
+            constant = isinstance(module, nn.ConstantPad1d | nn.ConstantPad2d)
+            return self.pad(node, flow, len(sizes), module.value if constant else None)
         if exact is nn.LocalResponseNorm and flow.dim == 1 and not flow.constant:
             self.note_raw(flow)
             return self.kept(node, flow)
@@ -251,7 +292,8 @@ class _Analysis:
         if flow is not None and flow.dim != 1:
             flow = self.stop(node, f"they enter {name} as something else than channels")
         depthwise, composite = is_depthwise(module), name in self.composite
-        if flow is not None and flow.constant and is_padded(module.padding) and (composite or not depthwise):
+        padded = is_padded(module.padding) or name in self.own_layers  # such a class may pad before it convolves
+        if flow is not None and flow.constant and padded and (composite or not depthwise):
             self.stop(node, f"what a removed channel leaves behind would reach the padding of {name}")
         if depthwise:
             if flow is None:
@@ -270,6 +312,8 @@ class _Analysis:
         dim = len(node_shape(node) or ()) - 1
         if flow is not None and flow.dim != dim:
             self.stop(node, f"they enter {node.target} as something else than features")
+        if flow is not None and flow.constant and str(node.target) in self.own_layers:
+            self.stop(node, f"what a removed channel leaves behind would reach {node.target}, a class of its own")
         self.note_raw(flow)
         labels = self.raw.sources[str(node.target)] = self.fresh(module.out_features)
         return Flow(dim, labels, raw=True)
@@ -290,6 +334,13 @@ class _Analysis:
             self.stop(node, f"what a removed channel leaves behind would reach the padding of {_label(node)}")
         return self.kept(node, flow)
 
+    def pad(self, node: Node, flow: Flow, sizes: int, value: Any) -> Flow | None:
+        """A border of ``value``, or of what stands at the edge where that is None, around the last dimensions."""
+        dims = len(node_shape(node) or ())
+        if sizes > 2 * (dims - flow.dim - 1) or (value is not None and value != 0):
+            return self.stop(node, f"they pass `{_label(node)}`")
+        return self.pool(node, flow, value is not None)
+
     def flatten(self, node: Node, flow: Flow, start: int, end: int) -> Flow | None:
         shape = node_shape(_first(node)) or ()  # what has channels has a shape
         start, end = start % len(shape), end % len(shape)
@@ -307,6 +358,8 @@ class _Analysis:
             return self.concatenation(node)
         if name in _ADDITIONS | _PRODUCTS | _QUOTIENTS:
             return self.arithmetic(node, name)
+        if name == "expand_as" and len(node.all_input_nodes) == 2:
+            return self.expand_as(node)
         if len(inputs) > 1 or _first(node) not in self.flows:
             return self.stop(node, f"they enter `{_label(node)}` beside other tensors")
         flow = inputs[0]
@@ -317,13 +370,40 @@ class _Analysis:
             return self.pool(node, flow, name.startswith("avg_pool"))
         if name in _REDUCTIONS:
             return self.reduction(node, flow)
+        if name == "pad" and isinstance(sizes := _argument(node, 1, "pad", None), tuple | list):
+            value = (
+                (_argument(node, 3, "value", 0) or 0) if _argument(node, 2, "mode", "constant") == "constant" else None
+            )
+            return self.pad(node, flow, len(sizes), value)
         if name == "flatten":
             return self.flatten(node, flow, _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
         if name in ("view", "reshape"):
             return self.view(node, flow)
+        if name in ("expand", "broadcast_to", "repeat"):
+            return self.expand(node, flow, name)
         if name == "getitem":
             return self.getitem(node, flow)
         return self.stop(node, f"they pass `{_label(node)}`")
+
+    def expand(self, node: Node, flow: Flow, name: str) -> Flow | None:
+        """Copies along other dimensions, if the number of channels is not written down as a number."""
+        sizes: Any = _sizes(node)
+        if len(sizes) == len(node_shape(_first(node)) or ()):
+            size = sizes[flow.dim]
+            if size == 1 if name == "repeat" else size == -1 or isinstance(size, Node):
+                return self.kept(node, flow)
+        return self.stop(node, f"they pass `{_label(node)}`, which names their number")
+
+    def expand_as(self, node: Node) -> Flow | None:
+        """As wide as another tensor: the channels of both must stay the same number."""
+        narrow, wide = node.all_input_nodes
+        flow, other = self.flows.get(narrow), self.flows.get(wide)
+        if flow is None or other is None or flow.dim != other.dim or len(flow.labels) != len(other.labels):
+            return self.stop(node, f"they enter `{_label(node)}` with a tensor of another layout")
+        if len(node_shape(narrow) or ()) != len(node_shape(wide) or ()):
+            return self.stop(node, f"they enter `{_label(node)}` with a tensor of another layout")
+        self.tie(flow.labels, other.labels)
+        return self.kept(node, flow, tensor=narrow)
 
     def concatenation(self, node: Node) -> Flow | None:
         parts = node.args[0] if node.args else node.kwargs.get("tensors")
@@ -389,16 +469,31 @@ class _Analysis:
         return self.kept(node, flow)
 
     def view(self, node: Node, flow: Flow) -> Flow | None:
-        sizes: Any = node.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-            sizes = sizes[0]
+        sizes: Any = _sizes(node)
         before, after = node_shape(_first(node)), node_shape(node)
         if flow.dim == 1 and before is not None and after is not None and len(sizes) == len(after) >= 2:
-            if len(sizes) == 2 and sizes[1] == -1 and after[0] == before[0]:
+            counted = self.counts_channels(sizes[1], flow)
+            whole = after[1] == math.prod(before[1:]) and (sizes[1] == -1 or counted)
+            if len(sizes) == 2 and whole and after[0] == before[0]:
                 return replace(flow, labels=np.repeat(flow.labels, math.prod(before[2:])))
-            if isinstance(sizes[1], Node) and after[:2] == before[:2]:
+            if counted and after[:2] == before[:2]:
                 return flow
         return self.stop(node, f"they pass `{_label(node)}`, which regroups them or names their number")
+
+    def counts_channels(self, size: Any, flow: Flow) -> bool:
+        """Whether a size is computed from the number of these channels, so that it shrinks with them.
+
+        The number may be that of another tensor's channels, which must then lose the same.
+        """
+        if not isinstance(size, Node):
+            return False
+        if size.op == "call_method" and size.target == "size":
+            asked = self.flows.get(size.args[0])  # type: ignore[arg-type]
+            if asked is None or size.args[1:] != (asked.dim,) or len(asked.labels) != len(flow.labels):
+                return False
+            self.tie(asked.labels, flow.labels)
+            return True
+        return any(self.counts_channels(each, flow) for each in size.all_input_nodes)
 
     def getitem(self, node: Node, flow: Flow) -> Flow | None:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
@@ -458,6 +553,12 @@ def _freeze_partial_ties(flow: ChannelFlow) -> None:
 
 def _first(node: Node) -> Node:
     return node.all_input_nodes[0]
+
+
+def _sizes(node: Node) -> Any:
+    """The sizes in ``x.view(sizes)`` or ``x.view(*sizes)``."""
+    sizes = node.args[1:]
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
 
 
 def _argument(node: Node, position: int, name: str, default: Any) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.prune import BasePruningMethod
 
-from zskd_nni.compression.fx_trace import trace
-from zskd_nni.compression.nni_config import modern_config_list
+from zskd_nni.compression.config_names import block_sizes, checked_config_list
+from zskd_nni.compression.fx_trace import own_layers, trace
 from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, ChannelFlow, channel_flow
 from zskd_nni.runtime.errors import UserError
 
@@ -101,15 +103,39 @@ def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_inpu
     """
     if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
         raise UserError("the model is wrapped by an NNI compressor; complete the config before making the pruner")
+    _check_no_masks_of_torch(model)
     graph = trace(model, dummy_input)
-    planner = _Planner(model, channel_flow(graph), _entries_by_module(model, config_list))
+    _register_own_layers(model, own_layers(graph))
+    planner = _Planner(model, channel_flow(graph), _entries_by_module(model, config_list), own_layers(graph))
     planner.plan()
+    _check_groups(planner.planned, planner.modules)
     left_out = {name: why for name, why in planner.left_out.items() if name in planner.entries}
     if not any(map(_is_active, planner.planned.values())):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
         raise UserError(f"nothing that the pruning config names can be pruned ({reasons}); name other layers")
     completed = [{"op_names": [name], **planner.planned[name]} for name in planner.modules if name in planner.planned]
     return PruningPlan(completed, left_out, graph)
+
+
+def _check_no_masks_of_torch(model: nn.Module) -> None:
+    """Refuse layers under the masks of ``torch.nn.utils.prune``, whose weights are computed anew at every call."""
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                raise UserError(
+                    f"{name} is pruned by torch.nn.utils.prune, and NNI prunes stored weights; first make that "
+                    f"permanent: torch.nn.utils.prune.remove(model.get_submodule({name!r}), "
+                    f"{getattr(hook, '_tensor_name', 'weight')!r})"
+                )
+
+
+def _register_own_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """NNI prunes classes that it knows by name: those of the user's are pruned as the layers that they compute."""
+    from nni.compression.base.setting import PruningSetting
+
+    for name, layer in layers.items():
+        setting = PruningSetting.registry[type(layer).__name__]
+        PruningSetting.registry.setdefault(type(model.get_submodule(name)).__name__, setting)
 
 
 def _entries_by_module(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -121,16 +147,60 @@ def _entries_by_module(model: nn.Module, config_list: list[dict[str, Any]]) -> d
 
     entries: dict[str, dict[str, Any]] = {}
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    for position, config in enumerate(modern_config_list(config_list, "pruning")):
-        missing = [name for name in config.get("op_names", []) if name not in names]
-        if missing:
-            raise UserError(f"entry {position} of the pruning config names {missing[0]!r}, which the model has not got")
+    for position, config in enumerate(checked_config_list(model, config_list, "pruning")):
         selected, public, _ = select_modules_by_config(model, config)
         if not selected:
             raise UserError(f"entry {position} of the pruning config selects no module of the model: {config}")
         for name, module in selected.items():
-            entries[name] = _joined(module, entries[name], public) if name in entries else deepcopy(public)
+            own = _with_named_granularity(module, public)
+            entries[name] = _joined(module, entries[name], own) if name in entries else own
     return {name: entries[name] for name in names if name in entries}
+
+
+def _with_named_granularity(module: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which a list such as ``[1, -1, -1, -1]`` is ``out_channel``, which it means."""
+    result = deepcopy(entry)
+    for name, setting in (("weight", result), *result.get("target_settings", {}).items()):
+        value, parameter = setting.get("granularity"), getattr(module, name, None)
+        dims = parameter.dim() if isinstance(parameter, Tensor) and isinstance(value, list | tuple) else 0
+        if dims and block_sizes(value, dims) == block_sizes("out_channel", dims):
+            setting["granularity"] = "out_channel"
+    return result
+
+
+def _check_groups(planned: dict[str, dict[str, Any]], modules: Mapping[str, nn.Module]) -> None:
+    """The settings that NNI compares or divides by without a word on the module."""
+    ratios: dict[Any, dict[str, Any]] = {}
+    for name, entry in planned.items():
+        group, ratio = _value(entry, "global_group_id"), _value(entry, "sparse_ratio")
+        dependent = _value(entry, "dependency_group_id") is not None
+        if group is not None and not dependent and ratio is not None:
+            ratios.setdefault(group, {})[name] = ratio
+        elif group is not None and dependent:
+            _logger.warning(
+                "%s shares its channels with other layers, so that it is pruned to its own sparse_ratio and not ranked "
+                "with the other layers of the global_group_id %r.",
+                name,
+                group,
+            )
+        if group is not None and not dependent and ratio is None:
+            raise UserError(f"{name} has the global_group_id {group!r} without a sparse_ratio; give one to the group")
+        block, weight = _value(entry, "internal_metric_block"), getattr(modules[name], "weight", None)
+        if block is not None and weight is not None and len(weight) % block:
+            raise UserError(f"internal_metric_block {block} does not divide the {len(weight)} channels of {name}")
+        if _value(entry, "apply_method") == "bypass" and _is_active(entry):
+            _logger.warning(
+                "%s has the apply_method 'bypass': its mask is not applied in training; its channels go at the end.",
+                name,
+            )
+    for group, named in ratios.items():
+        first, *others = named
+        for other in others:
+            if named[other] != named[first]:
+                raise UserError(
+                    f"the global_group_id {group!r} has the sparse_ratio {named[first]} for {first} and {named[other]} "
+                    f"for {other}; a group that is ranked together has one"
+                )
 
 
 def _target_names(module: nn.Module, entry: dict[str, Any]) -> list[str]:
@@ -178,8 +248,14 @@ def _passes_unchanged(entry: dict[str, Any]) -> bool:
 class _Planner:
     """Decides group by group: ``planned`` are the completed entries, ``left_out`` the reasons against the others."""
 
-    def __init__(self, model: nn.Module, flow: ChannelFlow, entries: dict[str, dict[str, Any]]) -> None:
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+    def __init__(
+        self,
+        model: nn.Module,
+        flow: ChannelFlow,
+        entries: dict[str, dict[str, Any]],
+        layers: dict[str, nn.Module],
+    ) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False)) | layers
         self.flow, self.entries = flow, entries
         self.depthwise = {name for name in flow.followers if isinstance(self.modules[name], CONVOLUTIONS)}
         self.own = [name for name, entry in entries.items() if _passes_unchanged(entry)]
@@ -246,7 +322,7 @@ class _Planner:
             entry = deepcopy(self.entries[name])
             if entry.get("target_names") == ["weight"]:
                 entry["target_names"] = ["weight", "bias"]  # a bias that stays would keep its channel alive
-            if len(leaders) > 1 or blocks > 1:
+            if len(leaders) > 1 or blocks > 1 or (_value(entry, "internal_metric_block") or 1) > 1:
                 entry["dependency_group_id"] = f"channels of {leaders[0]}"
             if blocks > 1 and _value(entry, "internal_metric_block") is None:
                 entry["internal_metric_block"] = blocks

@@ -6,19 +6,18 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from zskd_nni.compression.fx_trace import copied
 from zskd_nni.compression.nni_messages import quiet
 from zskd_nni.compression.pruning.masks import kept_channels
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
-
-_SELECTIONS = {"getitem", "chunk", "split", "narrow", "unbind", "select", "index_select"}
 
 
 def run_speedup(
@@ -51,51 +50,24 @@ def _model_speedup(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", ".*already registered as pytree node", UserWarning)
-        from nni.compression.speedup import ModelSpeedup
-        from nni.compression.speedup.mask_updater import DefaultMaskUpdater, NoChangeMaskUpdater, NoMaskUpdater
+        from nni.compression.speedup.mask_updater import DefaultMaskUpdater, NoChangeMaskUpdater
         from nni.compression.speedup.replacer import DefaultReplacer
 
-    class RelativeModelSpeedup(ModelSpeedup):
-        """NNI takes a channel that varies by less than 1e-6 for a constant; here that is relative to its tensor."""
-
-        def direct_calc_mask(self, output: Any, output_mask: Tensor | None = None, batch_dim: int | None = None) -> Any:
-            if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
-                self.STD_DELTA = max(ModelSpeedup.STD_DELTA * output.abs().max().item(), 1e-30)
-            return super().direct_calc_mask(output, output_mask, batch_dim)
-
-    class SizeMaskUpdater(NoMaskUpdater):
-        """NNI's own frees a tensor after a question about its size, by an attribute that does not exist."""
-
-        def direct_update_process(self, model_speedup: Any, node: Any) -> None:
-            info = model_speedup.node_infos[node]
-            info.output_masks = tree_map(lambda _: None, info.output_origin)
-            for done in model_speedup.user_to_last_uses.get(node, []):
-                model_speedup.node_infos[done].output_randomize = None
-
-    class SelectionMaskUpdater(DefaultMaskUpdater):
-        """Keeps the channels that a slice does not pick: without them the slice would pick others."""
-
-        def detect(self, model_speedup: Any, node: Any) -> bool:
-            name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-            source = node.all_input_nodes[0] if node.all_input_nodes else None
-            return name in _SELECTIONS and isinstance(model_speedup.node_infos[source].output_origin, Tensor)
-
-        def indirect_update_process(self, model_speedup: Any, node: Any) -> None:
-            super().indirect_update_process(model_speedup, node)
-            source = node.all_input_nodes[0]
-            whole = torch.zeros_like(model_speedup.node_infos[source].output_origin)
-            whole.grad = torch.ones_like(whole)
-            model_speedup.indirect_pass_grad(source, whole)
+        from zskd_nni.compression.pruning import mask_updaters
 
     unchanged = dict.fromkeys(("Identity", "AdaptiveMaxPool2d", "Softmax2d", "Dropout1d"), lambda module, _: module)
-    speedup = RelativeModelSpeedup(
+    speedup = mask_updaters.RobustModelSpeedup(
         model,
         copied(arguments),
         masks,
         customized_mask_updaters=[
+            mask_updaters.ConstantMaskUpdater(),
             NoChangeMaskUpdater((nn.LocalResponseNorm, nn.Dropout, nn.Dropout2d, nn.Identity)),
-            SizeMaskUpdater(),
-            SelectionMaskUpdater(),
+            mask_updaters.SizeMaskUpdater(),
+            mask_updaters.SelectionMaskUpdater(),
+            mask_updaters.BesideConstantsMaskUpdater(),
+            mask_updaters.LayerMaskUpdater(),
+            DefaultMaskUpdater(),
         ],
         customized_replacers=[DefaultReplacer({"LocalResponseNorm": _replace_response_norm, **unchanged})],
         graph_module=graph_module,
@@ -103,7 +75,9 @@ def _model_speedup(
     )
     # The last replacer is NNI's own, which is also asked for the layers that the others have replaced.
     own = speedup.replacers[-1]
-    own.replace_module_func_dict = {**own.replace_module_func_dict, "LayerNorm": _replace_layer_norm}
+    own.replace_module_func_dict = {
+        name: _unless_untouched(replace) for name, replace in own.replace_module_func_dict.items()
+    }
     return speedup
 
 
@@ -112,10 +86,14 @@ def _replace_response_norm(module: nn.LocalResponseNorm, masks: Any) -> nn.Modul
     return module if len(kept) == masks[0][0].shape[1] else PrunedLocalResponseNorm.of(module, kept)
 
 
-def _replace_layer_norm(module: nn.LayerNorm, masks: Any) -> Any:
-    # NNI's own fails for a normalisation over several dimensions, even if nothing in front of it is removed.
-    if all(bool(mask.all()) for mask in masks[0] if isinstance(mask, Tensor)):
-        return module
-    from nni.compression.speedup.replacement import replace_layernorm
+def _unless_untouched(replace: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement that leaves a layer alone where nothing is removed.
 
-    return replace_layernorm(module, masks)
+    Some of NNI's fail then: for a normalisation over several dimensions, or a weight that is computed at every call.
+    """
+
+    def replaced(module: nn.Module, masks: Any) -> Any:
+        removed = any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in tree_leaves(masks))
+        return replace(module, masks) if removed else module
+
+    return replaced

@@ -12,14 +12,23 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
-from zskd_nni.compression.fx_trace import copied, input_arguments, retrace, trace, unread_nodes
+from zskd_nni.compression.fx_trace import (
+    OWN_TENSORS,
+    copied,
+    input_arguments,
+    own_layers,
+    random_like,
+    retrace,
+    trace,
+    unread_nodes,
+)
 from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, NORMS, channel_flow
 from zskd_nni.compression.pruning.constant_folding import bias_of_constants, constants_in, input_ranges
 from zskd_nni.compression.pruning.masks import Masks, is_kept, kept_channels, multiply_in
 from zskd_nni.compression.pruning.nni_speedup import run_speedup
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
-from zskd_nni.models.serialization import drop_modules
-from zskd_nni.models.shared_modules import replace_everywhere, shared_layers
+from zskd_nni.models.serialization import SIZES, drop_modules
+from zskd_nni.models.shared_modules import replace_everywhere, set_module, shared_layers
 from zskd_nni.runtime.errors import UserError
 
 _CHECK_BATCH_SIZE = 4
@@ -64,8 +73,8 @@ class ShrinkResult:
             nothing could be removed it is a copy of the original with the masks multiplied in.
         parameters_before: number of parameters of the original.
         parameters_after: number of parameters of ``model``.
-        max_logit_difference: the largest ``|masked - shrunken| / max(1, |masked|)`` over all outputs of all test
-            inputs, in evaluation mode. If no logit reaches 1, the largest of them takes the place of the 1.
+        max_logit_difference: the largest ``|masked - shrunken|`` over all outputs of all test inputs, in evaluation
+            mode, relative to the largest ``|masked|`` of the same batch: single precision has seven digits of that one.
         argmax_agreement: share of the test inputs for which both networks choose the same class, in [0, 1]; None
             unless the output is one score a class.
         criterion: how the smaller network was compared with the masked one, in words.
@@ -109,7 +118,7 @@ def shrink(
         model: the network that was pruned, unwrapped. It is left as it is.
         masks: what a pruner's ``compress`` or ``get_masks`` gives: module path -> parameter name -> 0/1 mask.
         dummy_input: one input, see ``fx_trace.trace``.
-        tolerance: the largest allowed difference of any output, relative to ``max(1, |logit|)``.
+        tolerance: the largest allowed difference of any output, relative to the largest one.
         graph: of a network of the same structure, from ``fx_trace.trace``; traced here by default.
 
     Raises:
@@ -134,8 +143,8 @@ def shrink(
     # All on the CPU in single precision: the same result everywhere, and NNI builds its new layers that way.
     masked = deepcopy(model).cpu().float().eval()
     example = tree_map(_on_cpu, dummy_input)
-    arguments = input_arguments(example, trace(masked, example) if isinstance(example, dict) else None)
-    parameter_masks = _parameter_masks(masked, masks)
+    arguments = input_arguments(example, masked)
+    parameter_masks = as_parameter_masks(masked, masks)
     multiply_in(masked, parameter_masks)
     sparsity = _sparsity(parameter_masks)
     channel_masks = {name: _channel_masks(targets) for name, targets in parameter_masks.items()}
@@ -148,7 +157,7 @@ def shrink(
         if not difference <= tolerance:
             raise CannotShrinkError(
                 f"the shrunken {type(model).__name__} differs from the masked one by {difference:.2g} relative to the "
-                f"logits, more than the tolerance {tolerance:g}, so it is refused"
+                f"largest logit, more than the tolerance {tolerance:g}, so it is refused"
                 + (f" ({'; '.join(notes)})" if notes else "")
             )
     except UserError:
@@ -160,7 +169,7 @@ def shrink(
         return _result(model, masked, sparsity, note)
     result = _result(model, candidate, sparsity, "; ".join(notes))
     result.max_logit_difference, result.argmax_agreement, result.kept = difference, agreement, kept
-    result.criterion = f"logits within {tolerance:g} of the masked network's, relative to max(1, |logit|)"
+    result.criterion = f"logits within {tolerance:g} of the masked network's, relative to the largest logit"
     return result
 
 
@@ -198,7 +207,10 @@ def compare(masked: nn.Module, shrunken: nn.Module, arguments: tuple[Any, ...]) 
     """
     largest, equal, total = 0.0, 0, 0
     generator = torch.Generator().manual_seed(0)
-    for given in (arguments, *(_random_like(arguments, generator, uniform) for uniform in (False, False, True))):
+    for given in (
+        arguments,
+        *(random_like(arguments, generator, uniform, _CHECK_BATCH_SIZE) for uniform in (False, False, True)),
+    ):
         with torch.no_grad():
             expected = tree_leaves(masked(*copied(given)))
             try:
@@ -222,18 +234,24 @@ def compare(masked: nn.Module, shrunken: nn.Module, arguments: tuple[Any, ...]) 
 
 
 def _relative_distance(expected: Tensor, actual: Tensor) -> float:
+    """Of all outputs of one batch, relative to the largest: a small logit beside large ones has their rounding."""
     if not expected.numel():
         return 0.0
-    # If all logits are small, the largest of them is the scale: 1 would forgive anything.
-    scale = min(1.0, expected.abs().max().item()) or 1.0
-    return ((expected - actual).abs() / expected.abs().clamp_min(scale)).max().item()
+    return ((expected - actual).abs().max() / (expected.abs().max().item() or 1.0)).item()
 
 
 # ---- the masks
 
 
-def _parameter_masks(model: nn.Module, masks: Masks) -> _ParameterMasks:
-    """The masks as 0/1 tensors of the parameters' shapes; a mask on a layer's output becomes one on its parameters."""
+def as_parameter_masks(model: nn.Module, masks: Masks) -> _ParameterMasks:
+    """The masks as 0/1 tensors of the parameters' shapes.
+
+    A mask on the channels of a layer's input or output becomes one on its parameters, and one that masks nothing is
+    left out, whatever its shape.
+
+    Raises:
+        UserError: a mask of a module that the model has not got, of another shape, or of single activations.
+    """
     modules = dict(model.named_modules())
     result: _ParameterMasks = {}
     for name, targets in masks.items():
@@ -260,16 +278,36 @@ def _of_parameters(name: str, module: Any, target: str, mask: Tensor) -> dict[st
                 f"the mask of {name}.{target} has the shape {tuple(mask.shape)}, "
                 f"which does not fit the parameter's {tuple(parameter.shape)}"
             ) from None
-    if not target.startswith("_output_") or not isinstance(module, (nn.Linear, *NORMS, *CONVOLUTIONS)):
+    if bool(mask.all()):
+        return {}
+    weight: Any = getattr(module, "weight", None)
+    inputs = target.startswith("_input_") and isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    outputs = target.startswith("_output_") and isinstance(module, (nn.Linear, *NORMS, *CONVOLUTIONS))
+    if (inputs and getattr(module, "groups", 1) > 1) or not (inputs or outputs) or weight is None:
         raise UserError(
-            f"the mask {name}.{target} covers neither a parameter nor the output channels of a convolution, "
-            f"linear layer or BatchNorm, so it cannot be shrunken; prune weights instead"
+            f"the mask {name}.{target} covers neither a parameter nor the channels of a convolution, linear layer or "
+            f"BatchNorm, so it cannot be shrunken; prune weights instead"
         )
-    weight: Tensor | None = module.weight
-    if weight is None or mask.numel() != len(weight):
-        raise UserError(f"the output mask of {name} has the shape {tuple(mask.shape)}, not one value a channel")
-    flat = mask.flatten()
+    channels = weight.shape[1] if inputs else len(weight)
+    flat = _by_channel(mask, channels, -1 if isinstance(module, nn.Linear) else 1)
+    if flat is None:
+        raise UserError(
+            f"the {'input' if inputs else 'output'} mask of {name} has the shape {tuple(mask.shape)}, not one value a "
+            f"channel; it can be removed if it is the same for all of the {channels} channels' values"
+        )
+    if inputs:
+        return {"weight": flat.view(1, -1, *[1] * (weight.dim() - 2)).expand(weight.shape).clone()}
     return {"weight": _spread(flat, weight)} | ({} if module.bias is None else {"bias": flat})
+
+
+def _by_channel(mask: Tensor, channels: int, dim: int) -> Tensor | None:
+    """One value a channel of a mask of an activation; None if the values of a channel differ."""
+    if mask.numel() == channels:
+        return mask.flatten()
+    if mask.dim() < 2 or mask.shape[dim] != channels:
+        return None
+    rows = mask.movedim(dim, 0).flatten(1)
+    return rows[:, 0].clone() if bool((rows == rows[:, :1]).all()) else None
 
 
 def _spread(channels: Tensor, weight: Tensor) -> Tensor:
@@ -326,6 +364,9 @@ def _remove(
     if dropped:
         notes.append(f"{', '.join(dropped)}, which only run in training, are dropped")
     shared = shared_layers(candidate)
+    own = {path: candidate.get_submodule(path) for path in own_layers(graph_module)}
+    for path, layer in own_layers(graph_module).items():
+        set_module(candidate, path, layer)  # NNI replaces the layers that it knows
     # NNI looks its masks up in the graph, and changes them in place.
     in_graph = {name: {k: v.clone() for k, v in targets.items()} for name, targets in masks.items() if name in called}
     _mask_layers_before_norms(candidate, in_graph, graph_module)
@@ -338,12 +379,26 @@ def _remove(
         raise CannotShrinkError(
             f"NNI cannot shrink {type(masked).__name__}: {type(error).__name__}{': ' + what[0] if what else ''}"
         ) from error
+    for path, module in own.items():
+        set_module(candidate, path, _resized(module, candidate.get_submodule(path)))
     kept = _kept_by_module(speedup)
-    notes += _fold_constants(masked, candidate, {name: kept[name] for name in kept if called[name] == 1}, arguments)
+    foldable = {name: kept[name] for name in kept if called[name] == 1 and name not in own}
+    notes += _fold_constants(masked, candidate, foldable, arguments)
     replace_everywhere(candidate, shared)
     if any(isinstance(module, PrunedLocalResponseNorm) for module in candidate.modules()):
         notes.append("local response normalisation keeps the neighbourhoods of the original channels")
     return candidate.eval(), kept, notes  # NNI's new layers are in training mode
+
+
+def _resized(module: Any, layer: Any) -> nn.Module:
+    """A module of the user's with the tensors and sizes of the layer that stood for it."""
+    for name in OWN_TENSORS:
+        if getattr(layer, name, None) is not None:
+            setattr(module, name, getattr(layer, name))
+    for name in SIZES:
+        if isinstance(getattr(module, name, None), int) and hasattr(layer, name):
+            setattr(module, name, getattr(layer, name))
+    return module
 
 
 def _mask_layers_before_norms(model: nn.Module, masks: _ParameterMasks, graph_module: GraphModule) -> None:
@@ -388,7 +443,7 @@ def _fold_constants(
     generator = torch.Generator().manual_seed(1)
     with input_ranges(masked, readers) as ranges, torch.no_grad():
         for uniform in (False, True):
-            masked(*_random_like(arguments, generator, uniform))
+            masked(*random_like(arguments, generator, uniform, _CHECK_BATCH_SIZE))
     folded, unfoldable = 0, []
     for name in readers:
         low, high = ranges[name]
@@ -445,20 +500,6 @@ def _channels_of(layer: nn.Module | None) -> tuple[int, int] | None:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return (layer.num_features, layer.num_features) if isinstance(layer, NORMS) else None
-
-
-def _random_like(arguments: tuple[Any, ...], generator: torch.Generator, uniform: bool) -> tuple[Any, ...]:
-    """A batch of other inputs: normal values, or uniform ones in [0, 1); integers are drawn from the dummy's."""
-
-    def draw(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
-        shape = (_CHECK_BATCH_SIZE, *value.shape[1:])
-        if not value.is_floating_point():
-            return value.flatten()[torch.randint(value.numel(), shape, generator=generator)]
-        return (torch.rand if uniform else torch.randn)(shape, generator=generator)
-
-    return tree_map(draw, arguments)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -60,14 +60,14 @@ def batch_norm_folds(model: nn.Module, config_list: list[dict[str, Any]], dummy_
 
     def only_reader(node: Node, kind: type[nn.Module] | None) -> Node | None:
         called = [reader for reader in node.users if called_once(reader)]
-        readers = [reader for reader in called if type(graph.get_submodule(str(reader.target))) is kind]
+        readers = [reader for reader in called if type(model.get_submodule(str(reader.target))) is kind]
         return readers[0] if len(readers) == len(node.users) == 1 else None
 
     folds = []
     for node in graph.graph.nodes:
         if not called_once(node) or node.target in named or node.target not in configs:
             continue
-        module, entries = graph.get_submodule(str(node.target)), configs[str(node.target)]
+        module, entries = model.get_submodule(str(node.target)), configs[str(node.target)]
         targets = {target for entry in entries for target in canonicalize_settings(module, entry, "quantization")}
         norm = only_reader(node, _FOLDED.get(type(module))) if "weight" in targets else None
         if norm is None:

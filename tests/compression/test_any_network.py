@@ -1,0 +1,447 @@
+"""Networks as people write them shrink, each way of writing in a few instances."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
+
+from zskd_nni.compression.fx_trace import trace
+from zskd_nni.compression.pruning.dependency_config import PruningPlan, plan_pruning
+from zskd_nni.compression.pruning.speedup import ShrinkResult, compare, shrink
+from zskd_nni.models.serialization import load_network, save_network
+from zskd_nni.runtime.errors import UserError
+
+pruning = pytest.importorskip("nni.compression.pruning")
+
+HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+IMAGES = torch.full((2, 3, 16, 16), 0.5)
+
+
+class Net(nn.Module):
+    """Two convolutions and a classifier; ``body`` computes what lies between the first and the second."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor], inner: int = 16, **modules: Any) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(inner, 16, 3, padding=1)
+        self.fc, self._body = nn.Linear(16, 10), body
+        for name, value in modules.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x: Tensor, return_features: bool = False, *, scale: float = 1.0) -> Any:
+        x = self._body(self, functional.relu(self.a(x)))
+        features = functional.relu(self.b(x)).mean((2, 3)) * scale
+        return (self.fc(features), features) if return_features else self.fc(features)
+
+
+def plan_of(network: nn.Module, config: list[dict[str, Any]] = HALF) -> PruningPlan:
+    return plan_pruning(network.eval(), config, IMAGES)
+
+
+def half(network: nn.Module, config: list[dict[str, Any]] = HALF) -> ShrinkResult:
+    """Half of the channels by the L1 norm; the result computes what the masked network does."""
+    plan = plan_of(network, config)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    pruner = pruning.L1NormPruner(network, plan.config_list)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    result = shrink(network, masks, IMAGES)
+    assert result.parameters_after < result.parameters_before and result.max_logit_difference < 1e-4
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    return result
+
+
+def widths(result: ShrinkResult) -> dict[str, int]:
+    return {row.name: row.outputs_after for row in result.layers}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+# Python on shapes and on arguments that have defaults.
+
+
+def checked(net: Any, x: Tensor) -> Tensor:
+    assert x.dim() == 4 and x.shape[-1] == 16 and len(x) > 0
+    return x
+
+
+def resized(net: Any, x: Tensor) -> Tensor:
+    if x.shape[-1] != 8:
+        x = functional.interpolate(x, size=(8, 8))
+    return x
+
+
+def starred(net: Any, x: Tensor) -> Tensor:
+    n, c, *_ = x.shape
+    return x.view(n, c, -1).unsqueeze(3)
+
+
+def joined_sizes(net: Any, x: Tensor) -> Tensor:
+    return x.view(*(x.shape[:2] + (-1, 1)))  # noqa: RUF005 - a sum of sizes is the case
+
+
+def expanded(net: Any, x: Tensor) -> Tensor:
+    return x + net.grid.expand(x.shape[0], -1, -1, -1)
+
+
+def padded_to_a_multiple(net: Any, x: Tensor) -> Tensor:
+    missing = -x.size(2) % 12
+    return functional.pad(x, (0, missing, 0, missing)) if missing else x
+
+
+def looped(net: Any, x: Tensor) -> Tensor:
+    for _ in range(int(x.shape[-1] ** 0.5)):
+        x = torch.tanh(x)
+    return x
+
+
+def in_place(net: Any, x: Tensor) -> Tensor:
+    x.mul_(2.0)
+    x += 0.0
+    return x
+
+
+def told_by_constants(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if bool(net.grid.sum() > 0) else x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [checked, starred, joined_sizes, looped, in_place, resized, told_by_constants],
+    ids=lambda body: body.__name__,
+)
+def test_python_on_shapes_is_followed(body: Callable[..., Tensor]) -> None:
+    result = half(Net(body, grid=torch.rand(1, 1, 16, 16)))
+    assert widths(result) == {"a": 8, "b": 8, "fc": 10}
+
+
+@pytest.mark.parametrize("body", [expanded, padded_to_a_multiple], ids=lambda body: body.__name__)
+def test_where_channels_stay_the_others_go(body: Callable[..., Tensor]) -> None:
+    assert widths(half(Net(body, grid=torch.rand(1, 1, 16, 16))))["b"] == 8
+
+
+def test_a_number_of_channels_that_python_uses_stays() -> None:
+    def swapped(net: Any, x: Tensor) -> Tensor:
+        middle = int(x.size(1) * 0.5)
+        return torch.cat([x[:, middle:], x[:, :middle]], 1)
+
+    def counted(net: Any, x: Tensor) -> Tensor:
+        return x if x.size(1) == 16 else x * 2
+
+    for body in (swapped, counted):
+        assert widths(half(Net(body))) == {"a": 16, "b": 8, "fc": 10}
+    assert "Python" in plan_of(Net(counted)).left_out["a"]
+
+
+def test_only_the_image_is_traced() -> None:
+    network = Net(lambda net, x: x)
+    graph = trace(network, IMAGES).graph
+    assert [node.target for node in graph.nodes if node.op == "placeholder"] == ["x"]
+    shrunken = half(network).model
+    assert isinstance(shrunken(IMAGES), Tensor) and len(shrunken(IMAGES, True)) == 2  # the argument is still there
+
+    class Flags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net(lambda net, x: x)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None, *rest: Any, mode: str = "logits") -> Tensor:
+            x = x if mask is None else x * mask
+            return self.net(x) if mode == "logits" and not rest else self.net(x, True)[1]
+
+    half(Flags())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda net, x: x if x.mean() > 0 else -x,
+        lambda net, x: x * x.max().item(),
+        lambda net, x: x[: int((x > 0).sum())],
+        lambda net, x: torch.from_numpy(x.numpy()) * 2,
+    ],
+)
+def test_values_of_the_image_are_refused(body: Callable[..., Tensor]) -> None:
+    with pytest.raises(UserError, match=r"cannot trace Net: .*value of a tensor that depends on the input"):
+        trace(Net(body).eval(), IMAGES)
+
+
+def test_a_graph_that_holds_for_one_batch_alone_is_refused() -> None:
+    def one_by_one(net: Any, x: Tensor) -> Tensor:
+        return torch.stack([torch.relu(x[i]) for i in range(x.shape[0])])
+
+    with pytest.raises(UserError, match="number of images"):
+        trace(Net(one_by_one).eval(), IMAGES)
+
+
+# Classes that compute a layer by themselves.
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        x = functional.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.1, self.eps)
+        return functional.relu(x)
+
+
+class SamePadding(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.pad(x, (1, 1, 1, 1))
+        return functional.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Named(nn.Conv2d):
+    """Nothing but another name."""
+
+
+class Scaled(nn.Module):
+    """A linear layer that was written from scratch."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(outputs, inputs) - 0.5)
+        self.bias = nn.Parameter(torch.rand(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias) * 2.0
+
+
+def own_classes(first: Callable[[int], nn.Module], second: Callable[[int], nn.Module]) -> nn.Module:
+    layers = (nn.Conv2d(3, 16, 3, bias=False), first(16), nn.ReLU(), nn.Conv2d(16, 24, 3, bias=False), second(24))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
+
+
+@pytest.mark.parametrize("first", [NormAct, nn.BatchNorm2d])
+@pytest.mark.parametrize("second", [NormAct, nn.BatchNorm2d])
+def test_a_norm_of_a_class_of_its_own_loses_channels_as_any(first: Any, second: Any) -> None:
+    network = own_classes(first, second)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    result = half(network)
+    assert (result.parameters_before, result.parameters_after) == (4218, 1250)
+    assert isinstance(result.model[1], first) and result.model[1].num_features == 8
+
+
+def test_convolutions_of_classes_of_their_own_are_pruned_by_their_name() -> None:
+    config = [{"op_types": ["Conv2d", "SamePadding", "Named"], "sparse_ratio": 0.5}]
+    network = nn.Sequential(
+        Named(3, 16, 3), nn.ReLU(), SamePadding(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 10),
+    )  # fmt: skip
+    shrunken = half(network, config).model
+    assert [type(shrunken[i]) for i in (0, 2, 4)] == [Named, SamePadding, nn.Conv2d]
+    assert [shrunken[i].out_channels for i in (0, 2, 4)] == [8, 8, 4]
+    # Where the config names PyTorch's own alone, these lose the inputs that go.
+    assert [half(network).model[i].out_channels for i in (0, 2, 4)] == [16, 16, 4]
+
+
+def test_a_linear_layer_from_scratch_loses_the_inputs_that_go() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Scaled(16, 10))
+    assert half(network).model[4].weight.shape == (10, 8)
+
+
+def written(width: int = 16) -> nn.Module:
+    return own_classes(NormAct, NormAct)
+
+
+def test_a_shrunken_class_of_its_own_is_saved_and_read(tmp_path: Path) -> None:
+    result = half(own_classes(NormAct, NormAct))
+    reference = f"{__name__}:written"
+    save_network(result.model, reference, {}, tmp_path / "n.safetensors", tmp_path / "n.json")
+    loaded = load_network(tmp_path / "n.json")
+    assert torch.equal(loaded(IMAGES), result.model.eval()(IMAGES)) and loaded[1].num_features == 8
+    text = (tmp_path / "n.json").read_text()
+    (tmp_path / "n.json").write_text(text.replace('"num_features": 8', '"num_features": "8"'))
+    with pytest.raises(UserError, match="which is no size"):
+        load_network(tmp_path / "n.json")
+    (tmp_path / "n.json").write_text(text.replace('"num_features"', '"forward"'))
+    with pytest.raises(UserError, match="is not described"):
+        load_network(tmp_path / "n.json")
+
+
+def test_a_function_with_another_modules_statistics_holds_what_it_reads_only() -> None:
+    def by_function(net: Any, x: Tensor) -> Tensor:
+        n = net.n
+        return functional.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias)
+
+    assert widths(half(Net(by_function, n=nn.BatchNorm2d(16))))["b"] == 8
+
+
+# Constants that forward reads.
+
+
+def layer_scale(net: Any, x: Tensor) -> Tensor:
+    return (x.permute(0, 2, 3, 1) * net.g).permute(0, 3, 1, 2)
+
+
+def channel_norm(net: Any, x: Tensor) -> Tensor:
+    return functional.layer_norm(x.permute(0, 2, 3, 1), (16,), net.g, None).permute(0, 3, 1, 2)
+
+
+def coordinates(net: Any, x: Tensor) -> Tensor:
+    row = torch.linspace(-1, 1, 16).view(1, 1, 16, 1).expand(x.shape[0], 1, 16, 16)
+    return torch.cat([x, row], 1)
+
+
+def of_zeros(net: Any, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(torch.zeros_like(x) + 1)
+
+
+def of_new_ones(net: Any, x: Tensor) -> Tensor:
+    return x + x.new_ones(x.shape) * 0.5
+
+
+def masked(net: Any, x: Tensor) -> Tensor:
+    return x.masked_fill(torch.arange(16) % 2 == 0, 0.5)
+
+
+def weighed_by_table(net: Any, x: Tensor) -> Tensor:
+    return x * net.table(torch.arange(16)).view(1, 16, 1, 1)
+
+
+@pytest.mark.parametrize("body", [layer_scale, channel_norm, of_zeros, of_new_ones, masked, weighed_by_table])
+@pytest.mark.parametrize("value", [1.0, 1e-6, 0.0])
+def test_equal_constants_are_no_empty_channels(body: Callable[..., Tensor], value: float) -> None:
+    table = nn.Embedding(16, 1)
+    nn.init.constant_(table.weight, value)
+    assert widths(half(Net(body, g=nn.Parameter(torch.full((16,), value)), table=table)))["b"] == 8
+
+
+def test_constant_channels_are_joined() -> None:
+    assert widths(half(Net(coordinates, inner=17))) == {"a": 8, "b": 8, "fc": 10}
+
+
+# One channel a group.
+
+
+@pytest.mark.parametrize(("inside", "groups"), [(1, 1), (4, 4), (8, 8), (16, 16)])
+def test_layers_with_one_channel_a_group(inside: int, groups: int) -> None:
+    narrow = nn.Conv2d(16, inside, 3, padding=1, groups=groups)
+    result = half(Net(lambda net, x: torch.relu(net.q(x)), inner=inside, q=narrow))
+    assert widths(result)["a"] == widths(result)["b"] == 8
+
+
+def test_a_gate_of_one_channel_and_a_classifier_of_one_output() -> None:
+    def gate(net: Any, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(net.e(functional.relu(net.s(x.mean((2, 3), keepdim=True)))))
+
+    assert widths(half(Net(gate, s=nn.Conv2d(16, 1, 1), e=nn.Conv2d(1, 16, 1))))["a"] == 8
+    network = Net(lambda net, x: x)
+    network.fc = nn.Linear(16, 1)
+    assert widths(half(network)) == {"a": 8, "b": 8, "fc": 1}
+
+
+# Sums that are constant: attention and normalisation.
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda w: functional.softmax(w, 1),
+        lambda w: w.softmax(1),
+        lambda w: torch.softmax(w, dim=1),
+        lambda w: w.log_softmax(1).exp(),
+        lambda w: w.exp() / w.exp().sum(1, keepdim=True),
+        lambda w: w - w.mean(1, keepdim=True),
+    ],
+)
+def test_attention_over_branches(attend: Callable[[Tensor], Tensor]) -> None:
+    def branches(net: Any, x: Tensor) -> Tensor:
+        y, z = net.left(x), net.right(x)
+        w = attend(net.w((y + z).mean((2, 3), keepdim=True)).view(-1, 2, 16, 1, 1))
+        return y * w[:, 0] + z * w[:, 1]
+
+    parts = {name: nn.Conv2d(16, 16, 3, padding=1) for name in ("left", "right")}
+    result = half(Net(branches, w=nn.Conv2d(16, 32, 1), **parts))
+    assert (widths(result)["a"], widths(result)["b"]) == (8, 8)
+
+
+# Weights that are read, shared or computed elsewhere.
+
+
+def twin(net: Any, x: Tensor) -> Tensor:
+    return net.c(x) + functional.conv2d(torch.tanh(x), net.c.weight, padding=1)
+
+
+def over_norm(net: Any, x: Tensor) -> Tensor:
+    return net.c(x) / net.c.weight.norm()
+
+
+def over_statistics(net: Any, x: Tensor) -> Tensor:
+    return net.n(net.c(x)) + net.n.running_mean.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("body", [twin, over_norm, over_statistics], ids=lambda body: body.__name__)
+def test_a_layer_whose_weight_is_read_stays(body: Callable[..., Tensor]) -> None:
+    network = Net(body, c=nn.Conv2d(16, 16, 3, padding=1), n=nn.BatchNorm2d(16))
+    reason = plan_of(network).left_out["c"]
+    assert "by itself" in reason or "whose channels stay" in reason
+    result = half(network)
+    assert widths(result)["c"] == 16 and widths(result)["b"] == 8
+
+
+def test_layers_that_share_a_weight_stay() -> None:
+    network = Net(
+        lambda net, x: torch.relu(net.d(torch.relu(net.c(x)))), c=nn.Conv2d(16, 16, 3), d=nn.Conv2d(16, 16, 3)
+    )
+    network.d.weight = network.c.weight
+    assert "is that of c too" in plan_of(network).left_out["d"]
+    assert widths(half(network)) == {"a": 16, "b": 8, "c": 16, "d": 16, "fc": 10}
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.spectral_norm, parametrizations.spectral_norm, parametrizations.weight_norm, old_weight_norm]
+)
+def test_a_layer_whose_weight_is_computed_stays(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    with torch.no_grad():
+        network = Net(lambda net, x: torch.relu(net.c(x)), c=wrap(nn.Conv2d(16, 16, 3, padding=1)))
+    assert "c" not in {name for entry in plan_of(network).config_list for name in entry["op_names"]}
+    assert widths(half(network))["b"] == 8
+
+
+@pytest.mark.parametrize("method", [prune.l1_unstructured, prune.random_unstructured])
+def test_masks_of_torch_are_to_be_made_permanent(method: Callable[..., Any]) -> None:
+    network = Net(lambda net, x: x)
+    method(network.a, "weight", 0.5)
+    with pytest.raises(UserError, match=r"a is pruned by torch\.nn\.utils\.prune.*prune\.remove\("):
+        plan_of(network)
+    prune.remove(network.a, "weight")
+    half(network)
+
+
+# Rounding.
+
+
+def test_the_difference_is_relative_to_the_largest_logit() -> None:
+    class Told(nn.Module):
+        def __init__(self, change: Tensor) -> None:
+            super().__init__()
+            self.change = change
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([[150.0, -148.0, 0.3]]).expand(len(x), 3) + self.change
+
+    reference = Told(torch.zeros(3))
+    for change, expected in ((torch.tensor([0.0, 0.0, 1.9e-4]), 1.9e-4 / 150), (torch.tensor([3.0, 0.0, 0.0]), 0.02)):
+        assert compare(reference, Told(change), (IMAGES,))[0] == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,198 @@
+"""How NNI's ``ModelSpeedup`` follows masks, where its own way fails.
+
+NNI runs the graph on random batches. A channel that is the same for all images counts as removed, and so does one on
+which the sum of the outputs does not depend. Importing this module imports NNI's speedup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from nni.compression.speedup import ModelSpeedup
+from nni.compression.speedup.mask_conflict import (
+    fix_channel_mask_conflict,
+    fix_group_mask_conflict,
+    fix_weight_sharing_mask_conflict,
+)
+from nni.compression.speedup.mask_updater import DefaultMaskUpdater, LeafModuleMaskUpdater, NoMaskUpdater
+from nni.compression.speedup.utils import randomize_if_tensor, torch_float_dtype, tree_map_zip
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+from zskd_nni.compression.fx_trace import depends_on_input
+
+_SELECTIONS = {"getitem", "chunk", "split", "narrow", "unbind", "select", "index_select"}
+
+
+class RobustModelSpeedup(ModelSpeedup):
+    """NNI's own, for tensors of any scale, for sums that are constant, and for layers with one channel a group."""
+
+    def direct_calc_mask(self, output: Any, output_mask: Tensor | None = None, batch_dim: int | None = None) -> Any:
+        """NNI takes a channel that varies by less than 1e-6 for a constant; here that is relative to its tensor."""
+        if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+            self.STD_DELTA = max(ModelSpeedup.STD_DELTA * output.abs().max().item(), 1e-30)
+        return super().direct_calc_mask(output, output_mask, batch_dim)
+
+    def tensor_propagate_check(self, obj: Tensor) -> bool:
+        """As NNI's, but a batch of single numbers is a batch as well."""
+        return super().tensor_propagate_check(obj) or (obj.dim() > 1 and obj.shape[0] == obj.numel() == self.batch_size)
+
+    def indirect_backward(self, output: Any, output_mask: Tensor | None) -> None:
+        """The gradient of a weighted sum: the plain sum of a softmax, or of a normalisation, is constant."""
+        if isinstance(output, Tensor) and self.tensor_propagate_check(output) and output_mask is not None:
+            if output.grad_fn is not None:
+                output.backward(output_mask.expand_as(output) * (torch.rand_like(output) + 0.5))
+        else:
+            super().indirect_backward(output, output_mask)
+
+    def fix_mask_conflict(self) -> None:
+        """NNI takes any layer with as many outputs as groups for a depthwise one, and stops where it is not.
+
+        Then the masks stay as they are: a completed config has no conflicts, and the result is compared.
+        """
+        for fix in (fix_group_mask_conflict, fix_channel_mask_conflict, fix_weight_sharing_mask_conflict):
+            with contextlib.suppress(AssertionError):
+                fix(self.graph_module, self.masks)
+
+
+class SizeMaskUpdater(NoMaskUpdater):
+    """NNI's own frees a tensor after a question about its size, by an attribute that does not exist."""
+
+    def direct_update_process(self, model_speedup: Any, node: Node) -> None:
+        """Without a mask."""
+        info = model_speedup.node_infos[node]
+        info.output_masks = tree_map(lambda _: None, info.output_origin)
+        _free(model_speedup, node)
+
+
+class SelectionMaskUpdater(DefaultMaskUpdater):
+    """Keeps the channels that a slice does not pick: without them the slice would pick others."""
+
+    def detect(self, model_speedup: Any, node: Node) -> bool:
+        """Whether it is a slice of a tensor."""
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        return name in _SELECTIONS and isinstance(model_speedup.node_infos[source].output_origin, Tensor)
+
+    def indirect_update_process(self, model_speedup: Any, node: Node) -> None:
+        """As NNI's, and all of the source is needed."""
+        super().indirect_update_process(model_speedup, node)
+        source = node.all_input_nodes[0]
+        whole = torch.zeros_like(model_speedup.node_infos[source].output_origin)
+        whole.grad = torch.ones_like(whole)
+        model_speedup.indirect_pass_grad(source, whole)
+
+
+class ConstantMaskUpdater(DefaultMaskUpdater):
+    """A tensor that does not depend on the input, such as a parameter that forward reads, loses nothing.
+
+    Its first dimension need not be a batch, and a channel of equal values need not be empty. It takes part with random
+    values in its place, which may be anything else in another network.
+    """
+
+    def detect(self, model_speedup: Any, node: Node) -> bool:
+        """Whether it is one; layers are NNI's to replace."""
+        if node.op not in ("get_attr", "call_function", "call_method") or depends_on_input(node):
+            return False
+        return any(isinstance(part, Tensor) for part in tree_leaves(model_speedup.node_infos[node].output_origin))
+
+    def direct_update_preprocess(self, model_speedup: Any, node: Node) -> None:
+        """Random values for floating-point numbers; integers may be positions."""
+        info = model_speedup.node_infos[node]
+
+        def draw(value: Any) -> Any:
+            floating = isinstance(value, Tensor) and value.dtype in torch_float_dtype
+            return torch.rand_like(value) + 0.5 if floating else value
+
+        info.output_origin = tree_map(draw, info.output_origin)
+        info.output_randomize = tree_map(lambda value: value, info.output_origin)
+
+    def direct_update_process(self, model_speedup: Any, node: Node) -> None:
+        """A mask of ones."""
+        info = model_speedup.node_infos[node]
+
+        def ones(value: Any) -> Any:
+            followed = isinstance(value, Tensor) and value.dim() and model_speedup.tensor_propagate_check(value)
+            return torch.ones(1, *value.shape[1:]) if followed else None
+
+        info.output_masks = tree_map(ones, info.output_origin)
+        _free(model_speedup, node)
+
+    def indirect_update_process(self, model_speedup: Any, node: Node) -> None:
+        """What it is computed from is constant as well."""
+
+
+class BesideConstantsMaskUpdater(DefaultMaskUpdater):
+    """Functions of constants: NNI asks for gradients of all arguments, and running statistics have none."""
+
+    def detect(self, model_speedup: Any, node: Node) -> bool:
+        """Whether a function reads something that does not depend on the input."""
+        return node.op in ("call_function", "call_method") and any(map(self.is_constant, node.all_input_nodes))
+
+    @staticmethod
+    def is_constant(node: Node) -> bool:
+        """Whether an argument is one; a layer's answer to a constant counts as any other."""
+        return node.op != "call_module" and not depends_on_input(node)
+
+    def indirect_update_process(self, model_speedup: Any, node: Node) -> None:
+        """As NNI's, with gradients of what depends on the input."""
+        speedup, infos = model_speedup, model_speedup.node_infos
+        info = infos[node]
+        info.output_masks = tree_map_zip(speedup.indirect_calc_mask, info.output_grad, info.output_masks)
+        given: list[tuple[Node, Any]] = []
+
+        def prepared(source: Node, mask: Any, value: Any) -> Any:
+            value = randomize_if_tensor(value, speedup.batch_dim, speedup.batch_size)
+            if not isinstance(value, Tensor):
+                return value
+            if mask is not None:
+                value = (value * mask).type_as(value)
+            if speedup.tensor_propagate_check(value) and value.dtype in torch_float_dtype:
+                value.requires_grad_(True)
+            return value
+
+        def argument(source: Node) -> Any:
+            if self.is_constant(source):
+                return tree_map(lambda value: value, infos[source].output_origin)
+            value = tree_map_zip(
+                lambda part, mask: prepared(source, mask, part), infos[source].output_origin, infos[source].output_masks
+            )
+            given.append((source, value))
+            return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
+
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), argument)
+        output = getattr(speedup, node.op)(node.target, args, kwargs)
+        tree_map_zip(speedup.indirect_backward, output, info.output_masks)
+        for source, value in given:
+            speedup.indirect_pass_grad(source, value)
+
+
+class LayerMaskUpdater(LeafModuleMaskUpdater):
+    """As NNI's, also for layers whose weights are all equal, or whose output nothing depends on."""
+
+    def direct_update_preprocess(self, model_speedup: Any, node: Node) -> None:
+        """Weights that are all equal are drawn too: NNI draws between the smallest and the largest."""
+        info = model_speedup.node_infos[node]
+        named = info.module.named_parameters()  # a bias may be equal: it is added to what varies
+        equal = [name for name, weight in named if weight.dim() > 1 and weight.min() == weight.max()]
+        super().direct_update_preprocess(model_speedup, node)
+        with torch.no_grad():
+            for name in equal:
+                weight = info.module.get_parameter(name)
+                weight.copy_((torch.rand_like(weight) + 0.5) * info.param_masks[name])
+
+    def indirect_update_process(self, model_speedup: Any, node: Node) -> None:
+        """As NNI's; a parameter without a gradient is needed as it is."""
+        DefaultMaskUpdater.indirect_update_process(self, model_speedup, node)
+        info = model_speedup.node_infos[node]
+        for name, weight in info.module.named_parameters():
+            if weight.requires_grad and weight.grad is not None and model_speedup.tensor_propagate_check(weight):
+                info.param_masks[name][weight.grad == 0] = 0
+
+
+def _free(model_speedup: Any, node: Node) -> None:
+    for done in model_speedup.user_to_last_uses.get(node, []):
+        model_speedup.node_infos[done].output_randomize = None
