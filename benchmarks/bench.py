@@ -1,13 +1,13 @@
 """How fast synthesis, belief matching and training are, as ratios measured side by side: ``make bench``.
 
-    python benchmarks/bench.py                    # some ten minutes on two cores: results/bench-cpu.json
+    python benchmarks/bench.py                    # about ten minutes on two cores: results/bench-cpu.json
     python benchmarks/bench.py --device cuda      # results/bench-cuda.json
     python benchmarks/bench.py --only speed-of-light
-    python benchmarks/bench.py --only peer --peer CLONE   # beside the code of ZSKT's authors: peers.py
+    python benchmarks/bench.py --only peer --peer CLONE   # against the code of ZSKT's authors: peers.py
 
-Every ratio is the median of pairs, one of each side in turn, so that a noisy machine disturbs both. What is measured
-against stands in ``published_loops.py``: the published schedules, and for the speed of light a bare pass of the same
-teacher in the engine's own precision and memory format. Networks start from their shipped weights
+Every ratio is the median of pairs, one of each side in turn, so that a busy machine slows both. The baselines are the
+published schedules in ``published_loops.py``. For the speed of light the baseline is a bare forward pass and input
+gradient of the same teacher, in the engine's precision and memory format. Networks start from their shipped weights
 (``zoo:lenet5-fashion-mnist``, ``alexnet-cifar10``), or from random ones: speed does not depend on them, except where a
 fit is reached.
 """
@@ -59,14 +59,14 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str, InputSpec]] = {
     "alexnet": ("zoo:alexnet", {"bn_momentum": 0.01}, "alexnet-cifar10", COLOUR),
 }
 STUDENTS = {"lenet5": ("zoo:lenet5_half", {}), "alexnet": ("zoo:alexnet_half", {"bn_momentum": 0.01})}
-# What "equal fit" means below: equal_fit.py's record of the mean fit that the published schedule leaves.
+# What "equal fit" means below: the mean fit of the published schedule, as recorded by equal_fit.py.
 EQUAL_FIT = RESULTS / "bench-equal-fit.json"
 TEMPERATURE = 20.0
 
 
 @dataclass(frozen=True)
-class Rival:
-    """What ours is measured against.
+class Baseline:
+    """What the package is compared with.
 
     Attributes:
         name: of the ratio.
@@ -93,10 +93,10 @@ class Bench:
         self.device, self.pairs = device, pairs
         self.cuda = torch.device(device).type == "cuda"
         self.records: list[dict[str, Any]] = []
-        self.operations = 0.0  # of a unit of ours, as it was last measured
+        self.operations = 0.0  # of one unit of the package, as last measured
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """One call, from idle device to idle device."""
+        """Duration of one call; the device is idle before and after it."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
         started = time.perf_counter()
@@ -114,7 +114,7 @@ class Bench:
         target: tuple[float, float] | None,
         **detail: Any,
     ) -> None:
-        """Add a record: how many units a second ours makes, over theirs.
+        """Add a record: units per second of the package, divided by those of the baseline.
 
         Args:
             name: of the ratio.
@@ -124,18 +124,20 @@ class Bench:
             target: of the ratio on the CPU and on CUDA.
             detail: kept in the record.
         """
-        self.compare_with_each(unit, ours, [Rival(name, theirs, target, detail)])
+        self.compare_with_each(unit, ours, [Baseline(name, theirs, target, detail)])
 
-    def compare_with_each(self, unit: str, ours: tuple[float, Callable[[], object]], rivals: Sequence[Rival]) -> None:
-        """Add a record for each rival: every round is one call of ours, then one of each of theirs."""
-        mine, *theirs = self.rates([ours, *(rival.theirs for rival in rivals)])
-        for rival, rates in zip(rivals, theirs, strict=True):
-            self.add(rival, unit, mine, rates)
+    def compare_with_each(
+        self, unit: str, ours: tuple[float, Callable[[], object]], baselines: Sequence[Baseline]
+    ) -> None:
+        """Add a record for each baseline: every round is one call of the package, then one of each baseline."""
+        mine, *theirs = self.rates([ours, *(baseline.theirs for baseline in baselines)])
+        for baseline, rates in zip(baselines, theirs, strict=True):
+            self.add(baseline, unit, mine, rates)
 
     def rates(self, sides: Sequence[tuple[float, Callable[[], object]]]) -> list[list[float]]:
-        """Units a second of each side, in as many rounds as there are pairs, every side once a round."""
+        """Units per second of each side, in as many rounds as there are pairs; every side runs once per round."""
         units, ours = sides[0]
-        self.operations = operations(ours) / units  # and so it is warm
+        self.operations = operations(ours) / units  # this call also warms up
         for _, work in sides[1:]:
             work()
         rates: list[list[float]] = [[] for _ in sides]
@@ -145,38 +147,38 @@ class Bench:
         return rates
 
     def of_matrix_peak(self, rate: float, precision: str) -> float:
-        """The share of the device's fastest matrix product that so many units a second are."""
+        """The rate in operations, as a share of the rate of the device's fastest matrix product."""
         peak = matrix_peak(self.device, getattr(torch, precision))
         return float(f"{rate * self.operations / peak:.3g}")
 
-    def add(self, rival: Rival, unit: str, ours: list[float], theirs: list[float]) -> None:
-        """Add the record of a rival whose rates, and ours, are known."""
+    def add(self, baseline: Baseline, unit: str, ours: list[float], theirs: list[float]) -> None:
+        """Add the record of a baseline whose rates, and ours, are known."""
         ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
         record = {
-            "name": rival.name,
+            "name": baseline.name,
             "unit": unit,
             "ratio": float(f"{ratio:.3g}"),
-            "target": None if rival.target is None else rival.target[self.cuda],
+            "target": None if baseline.target is None else baseline.target[self.cuda],
             "ours": float(f"{statistics.median(ours):.4g}"),
             "theirs": float(f"{statistics.median(theirs):.4g}"),
             "device": torch.cuda.get_device_name(self.device) if self.cuda else "cpu",
             "pairs": self.pairs,
-            "of_matrix_peak": self.of_matrix_peak(statistics.median(ours), rival.detail.get("precision", "float32")),
-            **rival.detail,
+            "of_matrix_peak": self.of_matrix_peak(statistics.median(ours), baseline.detail.get("precision", "float32")),
+            **baseline.detail,
             "provenance": provenance(self.device, 0),
         }
         self.records.append(record)
-        goal = "" if rival.target is None else f" (target {record['target']:g})"
+        goal = "" if baseline.target is None else f" (target {record['target']:g})"
         sides = f"{record['ours']:g} against {record['theirs']:g} {unit}"
-        print(f"{rival.name}: {record['ratio']:g}x{goal}; {sides}", flush=True)
+        print(f"{baseline.name}: {record['ratio']:g}x{goal}; {sides}", flush=True)
 
 
 def plain_network(name: str, device: str) -> nn.Module:
-    """The network as its author wrote it, with its trained weights if they are there; no gradients for weights."""
+    """The network as its author wrote it, with trained weights if there are any; no gradients for weights."""
     reference, arguments, weights, _ = NETWORKS[name]
     torch.manual_seed(0)
     network = build_network(reference, arguments)
-    for folder in (ROOT / "zskd_nni" / "zoo" / "weights", Path("teachers")):
+    for folder in (ROOT / "zskd_nni" / "models" / "zoo" / "weights", Path("teachers")):
         if (folder / f"{weights}.safetensors").exists():
             loaded = load_file(folder / f"{weights}.safetensors")
             network.load_state_dict(
@@ -195,10 +197,10 @@ def paper_settings(**changes: Any) -> SynthesisSettings:
 
 
 def ways(goal: float, slots: int) -> dict[str, SynthesisSettings]:
-    """How the engine may come to the published loop's mean fit or a better one: settings by what they are called.
+    """Ways in which the engine reaches the published loop's mean fit or a better one: name -> settings.
 
-    Equal fit does not teach equally: what the noise was, and how much contrast is left, counts for more. So each way is
-    given a student, and the one that teaches most is measured.
+    Images of equal fit are not equally useful: the start and the remaining contrast matter more. So students are
+    trained on the images of each way, and the way with the most accurate students is measured.
     """
     early = paper_settings(learning_rate=0.1, tolerance=goal, max_steps=200, slots=slots)
     return {
@@ -212,26 +214,29 @@ def ways(goal: float, slots: int) -> dict[str, SynthesisSettings]:
 
 
 def equal_fit(name: str) -> tuple[float, str]:
-    """What equal_fit.py has found for this teacher.
+    """What equal_fit.py measured for this teacher.
 
     Returns:
-        Mean KL(target || teacher at 20) that the published schedule (batch 100, 1,500 steps) leaves, and the one of
-        :func:`ways` whose images teach a student most.
+        Mean KL(target || teacher at 20) that the published schedule (batch 100, 1,500 steps) leaves, and the
+        way of :func:`ways` with the most accurate students.
 
     Raises:
-        SystemExit: none teaches as much as the published loop; then the ratios would not be those of equal quality.
+        SystemExit: all students are less accurate than those of the published loop. The ratios would then not be those
+            of equal quality.
     """
     records = [record for record in json.loads(EQUAL_FIT.read_text()) if record["name"] == NETWORKS[name][2]]
-    taught = {way: statistics.mean(record[f"engine, {way}"]["accuracy"] for record in records) for way in ways(1, 1)}
-    best = max(taught, key=lambda way: taught[way])
+    accuracies = {way: statistics.mean(rec[f"engine, {way}"]["accuracy"] for rec in records) for way in ways(1, 1)}
+    best = max(accuracies, key=lambda way: accuracies[way])
     published = statistics.mean(record["published"]["accuracy"] for record in records)
-    if taught[best] < published:
-        raise SystemExit(f"{name}: {best} teaches {taught[best]:.2f}, less than the published loop's {published:.2f}.")
+    if accuracies[best] < published:
+        raise SystemExit(
+            f"{name}: students of {best} reach {accuracies[best]:.2f} %, those of the published loop {published:.2f} %."
+        )
     return statistics.mean(record["published"]["fit"] for record in records), best
 
 
 def inputs_for(teacher: Teacher, count: int, settings: SynthesisSettings, seed: int) -> ShardInputs:
-    """Targets of ZSKD and noise to start from."""
+    """ZSKD's soft targets, and the noise that images start from."""
     targets = ZskdTargets(teacher, ZskdSettings()).targets(0, count, count, seed)
     starts, free = start_images(settings.start, count, teacher.spec, torch.Generator().manual_seed(seed), settings.hold)
     limit = torch.full((count,), float(settings.step_limits[1]))
@@ -239,7 +244,7 @@ def inputs_for(teacher: Teacher, count: int, settings: SynthesisSettings, seed: 
 
 
 def synthesis(bench: Bench, name: str) -> None:
-    """Impressions a second: the engine against the published loop, and against the same loop tuned."""
+    """Impressions per second of the engine, against the published loop and against the same loop tuned."""
     model = plain_network(name, bench.device)
     spec = NETWORKS[name][3]
     teacher = Teacher(model, spec).to(bench.device)
@@ -251,11 +256,11 @@ def synthesis(bench: Bench, name: str) -> None:
     inputs = inputs_for(teacher, count, settings, 0)
     made: list[float] = []
 
-    def engine() -> None:  # with its starts, as the published loop draws its own
+    def engine() -> None:  # draws its starts, as the published loop does
         made.append(float(synthesize_shard(teacher, inputs_for(teacher, count, settings, 0), settings).fit.mean()))
 
     engine()
-    # The published loop at full length is minutes; a step of it always costs the same.
+    # The published loop at full length takes minutes, but each of its steps costs the same.
     steps = 30 if name == "lenet5" else 3
     targets = inputs.targets[:100].to(bench.device)
     batch = best_batch(bench, model, spec, inputs)
@@ -268,14 +273,14 @@ def synthesis(bench: Bench, name: str) -> None:
         "slots": settings.slots,
     }
     loop = partial(zskd_loop, model, shape=spec.shape)
-    rivals = [
-        Rival(
+    baselines = [
+        Baseline(
             f"synthesis, {name}, against the published loop",
             (100 * steps / 1500, partial(loop, targets, steps=steps)),
             (30, 1000 if name == "lenet5" else 100),
             {"fit": {"ours": round(made[0], 4), "theirs": round(goal, 4)}, "settings": chosen},
         ),
-        Rival(
+        Baseline(
             f"synthesis, {name}, against the loop with its best batch",
             (batch * steps / 1500, partial(loop, pool, steps=steps, batch=batch)),
             (2, 5),
@@ -284,19 +289,19 @@ def synthesis(bench: Bench, name: str) -> None:
     ]
     if name == "lenet5":  # with AlexNet the search would take longer than everything else
         rate, needed = best_learning_rate(model, spec, pool, made[0])
-        rivals.append(
-            Rival(
+        baselines.append(
+            Baseline(
                 f"synthesis, {name}, against the loop with its best batch, learning rate and steps",
                 (batch, partial(loop, pool, steps=needed, batch=batch, learning_rate=rate)),
                 None,
                 {"tuned": {"batch": batch, "steps": needed, "learning_rate": rate}},
             )
         )
-    bench.compare_with_each("impressions/s", (count, engine), rivals)
+    bench.compare_with_each("impressions/s", (count, engine), baselines)
 
 
 def best_batch(bench: Bench, model: nn.Module, spec: InputSpec, inputs: ShardInputs) -> int:
-    """The batch at which a step of the published loop costs least an image."""
+    """The batch size at which a step of the published loop takes the least time per image."""
     sizes = (25, 50, 100, 250) if not bench.cuda else (100, 1000, 4000, 16000)
 
     def cost(size: int) -> float:
@@ -331,7 +336,7 @@ def best_learning_rate(model: nn.Module, spec: InputSpec, targets: torch.Tensor,
 
 
 def speed_of_light(bench: Bench, name: str) -> None:
-    """Image-steps a second of the engine, whole, against the teacher's bare forward and input gradient."""
+    """Image-steps per second of the whole engine, against the teacher's bare forward pass and input gradient."""
     spec = NETWORKS[name][3]
     teacher = Teacher(plain_network(name, bench.device), spec).to(bench.device)
     sizes = (
@@ -361,22 +366,22 @@ def speed_of_light(bench: Bench, name: str) -> None:
     bench.compare(
         f"synthesis, {name}, against the speed of light",
         "image-steps/s",
-        (size * (steps + 1), lambda: synthesize_shard(teacher, inputs, settings)),  # one pass more for the last answer
+        (size * (steps + 1), lambda: synthesize_shard(teacher, inputs, settings)),  # one more pass for the final logits
         (size * steps, bare(size, steps)),
         (0.85, 0.75),
         batch=size,
     )
 
 
-class Game:
-    """WRN-40-2 to WRN-16-1, with random weights: the authors' loop and ours, some rounds a call."""
+class ZsktTraining:
+    """ZSKT, WRN-40-2 to WRN-16-1 with random weights: the authors' loop and ours, several rounds per call."""
 
     def __init__(self, bench: Bench) -> None:
         torch.manual_seed(0)
         self.model = build_network("zoo:wrn", {"depth": 40, "width": 2}).eval().requires_grad_(False).to(bench.device)
         self.teacher = Teacher(self.model, COLOUR).to(bench.device)
         self.device = bench.device
-        # Some rounds a call: what a training begins with (layers compared, networks built) is not what is measured.
+        # Several rounds per call, so that the start of a training (comparing layers, building networks) counts little.
         self.batch, self.rounds = (128, 20) if bench.cuda else (32, 4)
 
     def _student(self) -> nn.Module:
@@ -389,32 +394,32 @@ class Game:
         zskt_loop(self.model, network, groups, rounds=self.rounds, batch=self.batch, **changes)
 
     def ours(self, autocast: bool) -> None:
-        """The package's, in bfloat16 or float32."""
+        """The package's loop, in bfloat16 or float32."""
         settings = ZsktSettings(rounds=self.rounds, batch=self.batch, autocast=autocast)
         train_zskt(self._student(), self.teacher, settings, quiet=True)
 
 
 def belief_matching(bench: Bench, name: str) -> None:
-    """Rounds a second of ZSKT, WRN-40-2 to WRN-16-1, whatever the name."""
-    game = Game(bench)
+    """Rounds per second of ZSKT, WRN-40-2 to WRN-16-1; the name is ignored."""
+    training = ZsktTraining(bench)
     for precision in ("float32", "bfloat16"):
         bench.compare(
             f"ZSKT, WRN-40-2 to WRN-16-1, {precision}, against the authors' loop",
             "rounds/s",
-            (game.rounds, partial(game.ours, precision == "bfloat16")),
-            (game.rounds, game.published),
+            (training.rounds, partial(training.ours, precision == "bfloat16")),
+            (training.rounds, training.published),
             (1.5, 4) if precision == "bfloat16" else None,
-            batch=game.batch,
+            batch=training.batch,
             precision=precision,
         )
 
 
 def student_training(bench: Bench, name: str) -> None:
-    """Student steps a second of ``distill`` against a bare loop on resident tensors."""
+    """Student steps per second of ``distill`` against a bare loop on tensors in memory."""
     spec = NETWORKS[name][3]
     teacher = Teacher(plain_network(name, bench.device), spec).to(bench.device)
     batch = 128 if not bench.cuda else 512
-    # Long enough that what a training begins with (fingerprint, optimiser, progress) is not what is measured.
+    # Long enough that the start of a training (fingerprint, optimiser, progress) counts little.
     steps = 8 if name == "alexnet" and not bench.cuda else 100
     images = torch.rand((batch * 4, *spec.shape), device=bench.device)
     settings = DistillationSettings(temperature=4, steps=steps, batch=batch, augmentation=Augmentation())
@@ -448,15 +453,15 @@ def student_training(bench: Bench, name: str) -> None:
 
 
 def peer(bench: Bench, clone: Path) -> None:
-    """Rounds a second of ZSKT against the released code itself."""
-    game = Game(bench)
+    """Rounds per second of ZSKT against the released code itself."""
+    training = ZsktTraining(bench)
     bench.compare(
         "ZSKT, WRN-40-2 to WRN-16-1, bfloat16, against the released code itself",
         "rounds/s",
-        (game.rounds, partial(game.ours, True)),
-        (game.rounds, authors_rounds(clone, game.rounds, game.batch, bench.device)),
+        (training.rounds, partial(training.ours, True)),
+        (training.rounds, authors_rounds(clone, training.rounds, training.batch, bench.device)),
         (1.5, 4),
-        batch=game.batch,
+        batch=training.batch,
         precision="bfloat16",
         peer=f"polo5/ZeroShotKnowledgeTransfer@{commit_of(clone)}",
     )

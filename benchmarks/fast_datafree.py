@@ -1,14 +1,14 @@
-"""The code of FastDFKD (Fang et al., AAAI 2022), run from a clone of it beside ours: nothing of it is kept here.
+"""Runs the code of FastDFKD (Fang et al., AAAI 2022) from a clone of it; none of that code is kept here.
 
     git clone https://github.com/zju-vipa/Fast-Datafree
-    pip install kornia termcolor einops             # what it needs besides
+    pip install kornia termcolor einops             # its other dependencies
     python benchmarks/fast_datafree.py Fast-Datafree --device cuda --data-root DATA
-    zskd-nni reproduce cifar10-wrn --cell zskt-best-wrn-16-1 --seed 0 --device cuda    # ours, on the same card
+    zskd-nni reproduce cifar10-wrn --cell zskt-best-wrn-16-1 --seed 0 --device cuda    # ours, on the same GPU
 
 Its own program trains a WRN-16-1 from our WRN-40-2 for CIFAR-10, with the settings that its authors publish (5 steps of
-the generator a batch). What is written is the way of the student's accuracy over the seconds that it took, its
-evaluations left out; the goal is reached where the accuracy first is as high. Left out besides is the reading of
-training images, of which it uses nothing.
+the generator per batch). The file has the student's accuracy over the seconds of training, without the seconds of
+evaluation. The goal is reached when the accuracy is first that high. The program's reading of training images is left
+out, because it does not use them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PUBLISHED = (
 
 
 def renamed(name: str) -> str:
-    """What the peer calls a tensor of our wide residual networks."""
+    """The peer's name of a tensor of our wide residual networks."""
     parts = name.split(".")
     if parts[0].startswith("group"):
         parts[:1] = [parts[0].replace("group", "block"), "layer"]
@@ -63,13 +63,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="the peer takes the first GPU")
     parser.add_argument("--data-root", type=Path, help="real test images; the variable ZSKD_NNI_DATA where absent")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--goal", type=float, default=89.3, help="accuracy in percent, whose seconds are told")
-    parser.add_argument("--set", default="", help='flags of the peer\'s own over the published: --set="--epochs 2"')
+    parser.add_argument("--goal", type=float, default=89.3, help="accuracy in percent to reach")
+    parser.add_argument("--set", default="", help='flags that replace published ones: --set="--epochs 2"')
     parser.add_argument("--random-teacher", action="store_true", help="to try it without trained weights")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench-fast-datafree.json")
     arguments = parser.parse_args()
     if not (arguments.clone / "datafree_kd.py").exists():
-        raise SystemExit(f"{arguments.clone} has no datafree_kd.py: it shall be a clone of zju-vipa/Fast-Datafree.")
+        raise SystemExit(f"{arguments.clone} has no datafree_kd.py: it must be a clone of zju-vipa/Fast-Datafree.")
     commit, out = commit_of(arguments.clone), arguments.out.resolve()
     try:
         test = load_images("cifar10", "test", arguments.data_root)
@@ -77,7 +77,7 @@ def main() -> None:
     except UserError as error:
         raise SystemExit(str(error)) from error
     sys.path.insert(0, str(arguments.clone.resolve()))
-    os.chdir(tempfile.mkdtemp(prefix="peer-"))  # it writes all its images and checkpoints below
+    os.chdir(tempfile.mkdtemp(prefix="peer-"))  # it writes all its images and checkpoints into the current folder
     curve = run(teacher, test, arguments)
     reached = [seconds for seconds, accuracy in curve if accuracy >= arguments.goal]
     write_json(
@@ -94,8 +94,8 @@ def main() -> None:
             "provenance": provenance(arguments.device, arguments.seed),
         },
     )
-    told = f"reached at {reached[0]:.0f} s" if reached else "not reached"
-    print(f"{out}: {curve[-1][1]:.2f} % after {curve[-1][0]:.0f} s, goal {told}")
+    goal = f"reached at {reached[0]:.0f} s" if reached else "not reached"
+    print(f"{out}: {curve[-1][1]:.2f} % after {curve[-1][0]:.0f} s, goal {goal}")
 
 
 def teachers_weights(random: bool) -> dict[str, torch.Tensor]:
@@ -112,8 +112,8 @@ def teachers_weights(random: bool) -> dict[str, torch.Tensor]:
 
 
 def run(teacher: dict[str, torch.Tensor], test: Any, arguments: argparse.Namespace) -> list[tuple[float, float]]:
-    """The peer's program from its first line to its last: seconds and accuracy in percent behind each of its epochs."""
-    # What it was written for had this under another name.
+    """Run the peer's program: seconds, and accuracy in percent, after each of its epochs."""
+    # The torchvision that it was written for had this function in another module.
     moved = types.ModuleType("torchvision.models.utils")
     moved.load_state_dict_from_url = torch.hub.load_state_dict_from_url  # type: ignore[attr-defined]
     sys.modules[moved.__name__] = moved
@@ -176,7 +176,7 @@ def run(teacher: dict[str, torch.Tensor], test: Any, arguments: argparse.Namespa
 
 
 def agree(teacher: dict[str, torch.Tensor], registry: Any) -> None:
-    """Stop where the peer's network does not answer as ours."""
+    """Stop if the peer's network does not give our network's logits."""
     recipe = TEACHERS[TEACHER]
     ours, theirs = build_network(recipe.network, recipe.arguments).eval(), registry.get_model("wrn40_2", 10).eval()
     theirs.load_state_dict(teacher)
@@ -184,7 +184,7 @@ def agree(teacher: dict[str, torch.Tensor], registry: Any) -> None:
     images = torch.randn(4, *recipe.spec.shape)
     with torch.no_grad():
         if not torch.allclose(ours(images), theirs(images), atol=1e-3):
-            raise SystemExit("The clone's WRN-40-2 is another than ours.")
+            raise SystemExit("The clone's WRN-40-2 differs from ours.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What each optimisation of the engine brings, and where the time goes before and after it.
+"""What each optimisation of the engine gains, and where the time goes before and after it.
 
     python benchmarks/ladder.py                   # a few minutes on two cores: results/bench-ladder-cpu.json
     python benchmarks/ladder.py --device cuda
 
-A rung is the one before with one thing changed. All are measured in turn, round by round, so that a noisy machine
-disturbs neighbours alike, and the ratio is the median over rounds. The profile is that of PyTorch: shares of the time
-spent in operators themselves.
+Each rung is the previous one with one thing changed. All are measured in turn, round by round, so that a busy machine
+slows neighbours alike. The ratio is the median over rounds. The profile is PyTorch's: shares of the time that is spent
+in the operators themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import NETWORKS, RESULTS, Bench, Game, Rival, best_batch, inputs_for, paper_settings, plain_network
+from bench import (
+    NETWORKS,
+    RESULTS,
+    Baseline,
+    Bench,
+    ZsktTraining,
+    best_batch,
+    inputs_for,
+    paper_settings,
+    plain_network,
+)
 from published_loops import zskd_loop
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -33,7 +43,7 @@ from zskd_nni.runtime.files import write_json
 from zskd_nni.synthesis.engine import synthesize_shard
 from zskd_nni.training.losses import attention_map
 
-# The first name that an operator's own contains.
+# Kind of operator -> parts of operator names; the first kind that matches counts.
 KINDS = {
     "convolution, backward": ("convolution_backward", "conv2d_backward"),
     "convolution": ("convolution", "conv2d", "mkldnn"),
@@ -47,7 +57,7 @@ Rung = tuple[str, Callable[[], object], float]
 
 
 def shares(work: Callable[[], object]) -> dict[str, float]:
-    """Shares of the time of one call by kind of operator."""
+    """The share of each kind of operator in the time of one call."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=kinds) as seen:
         work()
@@ -61,7 +71,7 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
 
 
 def synthesis_rungs(bench: Bench, name: str) -> list[Rung]:
-    """From the published loop without any care to the engine, in image-steps of one call."""
+    """From the published loop without any optimisation to the engine, in image-steps of one call."""
     model = plain_network(name, bench.device)
     spec = NETWORKS[name][3]
     teacher = Teacher(model, spec).to(bench.device)
@@ -102,29 +112,29 @@ def synthesis_rungs(bench: Bench, name: str) -> list[Rung]:
 
 def belief_rungs(bench: Bench) -> list[Rung]:
     """From the authors' loop of ZSKT to ours, in rounds of one call."""
-    game = Game(bench)
+    training = ZsktTraining(bench)
     changes: dict[str, Any] = {}
-    rungs: list[Rung] = [("the authors' loop", game.published, game.rounds)]
+    rungs: list[Rung] = [("the authors' loop", training.published, training.rounds)]
     for change, key, value in (
         ("channels last in memory", "memory_format", torch.channels_last),
         ("gradients of attention laid out like the rest", "attention_map", attention_map),
         ("Adam's step in one kernel", "fused", True),
     ):
         changes = {**changes, key: value}
-        rungs.append((change, partial(game.published, **changes), game.rounds))
-    rungs.append(("the package's game: checked, resumable", lambda: game.ours(False), game.rounds))
-    rungs.append(("bfloat16", lambda: game.ours(True), game.rounds))
+        rungs.append((change, partial(training.published, **changes), training.rounds))
+    rungs.append(("the package's game: checked, resumable", lambda: training.ours(False), training.rounds))
+    rungs.append(("bfloat16", lambda: training.ours(True), training.rounds))
     return rungs
 
 
 def climbed(bench: Bench, what: str, unit: str, rungs: list[Rung]) -> list[dict[str, Any]]:
-    """A record for each rung but the first, which all others stand on."""
+    """A record for each rung except the first."""
     rates = bench.rates([(units, work) for _, work, units in rungs])
     profiles = [shares(work) for _, work, _ in rungs]
     records = []
     for before, after in pairwise(range(len(rungs))):
         (_, work, units), (change, _, _) = rungs[before], rungs[after]
-        bench.add(Rival(f"{what}: {change}", (units, work), None), unit, rates[after], rates[before])
+        bench.add(Baseline(f"{what}: {change}", (units, work), None), unit, rates[after], rates[before])
         record = bench.records[-1]
         record |= {"what": what, "change": change, "before": profiles[before], "after": profiles[after]}
         records.append(record)

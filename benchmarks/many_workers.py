@@ -1,14 +1,14 @@
 """How synthesis by many workers scales: a simulation of up to 1,000 of them, ``results/bench-many-workers.json``.
 
     python benchmarks/many_workers.py             # measures shards and starts on this machine, then simulates
-    python benchmarks/many_workers.py --again     # simulates with what was measured before
+    python benchmarks/many_workers.py --again     # simulates with the earlier measurements
 
-What is measured, in seconds of one core's time: each of a number of shards, the start of a process up to its first
-shard, checking a finished shard, and writing the manifest. What is simulated is the launch: processes that start
-together, divide what is missing by the package's own function (``zskd_nni.runtime.distributed.share``), work shard
-after shard, and all start anew when one of them dies, which is what torch elastic does. Failures come at random, as
-often for every worker, and a shard that was not finished is lost. How long it takes until all processes of a start
-have found each other is not measured for a thousand; it is assumed (``RENDEZVOUS``).
+These are measured, in CPU seconds of one core: each of a number of shards, the start of a process up to its first
+shard, checking a finished shard, and writing the manifest. The launch is simulated. Processes start together, divide
+the missing shards by the package's function (``zskd_nni.runtime.distributed.share``) and work shard after shard. When
+one of them dies, all are restarted, as by torch elastic. Failures are random, with the same rate for every worker. A
+shard that was not finished is lost. The time until all processes have found each other is not measured for a thousand;
+it is assumed (``RENDEZVOUS``).
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ RECIPE = "mnist-half"
 SHARD = 1000  # impressions, as recipes have it
 WORKERS = (1, 4, 16, 64, 250, 1000)
 SHARDS = 100_000  # the most that a store may have
-FAILURES = {  # of one worker, a second
+FAILURES = {  # rates of one worker, per second
     "never": 0.0,
     "once a worker in 30 days": 1 / (30 * 86_400),
     "once a worker in a day": 1 / 86_400,
     "once a worker in 6 hours": 4 / 86_400,
 }
-RENDEZVOUS = 20.0  # seconds until a start of any size has found itself, beside the start of a process
+RENDEZVOUS = 20.0  # seconds until all processes have found each other, in addition to a process's start
 ROUNDS = 10
 
 
 def measure(shards: int) -> dict[str, Any]:
-    """What the simulation is fed with: CPU seconds, which do not depend on what else the machine does."""
+    """The input of the simulation: CPU seconds, which do not depend on other work of the machine."""
     teacher = load_recipe(RECIPE).teacher()
     times: list[float] = []
     with tempfile.TemporaryDirectory() as place:
@@ -98,14 +98,14 @@ def simulate(
     Args:
         durations: seconds of every shard of the store.
         workers: how many there are.
-        rate: failures of a worker a second.
+        rate: failures of one worker per second.
         start: seconds from a (re)start to the first shard.
-        check: seconds to look at a finished shard.
+        check: seconds to check a finished shard.
         random: of the failures.
 
     Returns:
-        Seconds of everything, and what became of the workers' time: useful, lost with unfinished shards, spent on
-        starts, and idle behind the last shard of others.
+        Duration in hours, number of restarts, and shares of the workers' time: useful, lost with unfinished shards,
+        spent on starts, and idle while others finish.
     """
     seconds = np.asarray(durations)
     missing = list(range(len(durations)))
@@ -142,10 +142,10 @@ def simulate(
 
 
 def scenarios(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """All numbers of workers under all rates of failures: means over rounds."""
+    """Means over rounds for each number of workers and each failure rate."""
     start = measured["start_seconds"] + RENDEZVOUS
     rows = []
-    for told, rate in FAILURES.items():
+    for label, rate in FAILURES.items():
         for workers in WORKERS:
             rounds = []
             for number in range(ROUNDS if rate else 1):
@@ -154,7 +154,7 @@ def scenarios(measured: dict[str, Any]) -> list[dict[str, Any]]:
                 check = measured["check_seconds_a_shard"]
                 rounds.append(simulate(durations, workers, rate, start, check, random))
             means = {name: round(statistics.fmean(one[name] for one in rounds), 4) for name in rounds[0]}
-            rows.append({"failures": told, "workers": workers, **means})
+            rows.append({"failures": label, "workers": workers, **means})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 

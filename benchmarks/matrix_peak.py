@@ -1,4 +1,4 @@
-"""How many operations a second a device multiplies matrices with at best, and how many a piece of work asks for."""
+"""The best rate of a device's matrix products, and the number of operations of a piece of work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def operations(work: Callable[[], object]) -> int:
 
 
 class _Counting(TorchDispatchMode):
-    """PyTorch's own counter without its names of modules, whose hooks bear no gradients of images."""
+    """PyTorch's counter without its module names, whose hooks break gradients of images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class _Counting(TorchDispatchMode):
 
 @cache
 def matrix_peak(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large square matrix product; in TF32 where convolutions of single precision are."""
+    """Operations per second of a large square matrix product; in TF32 if float32 convolutions are."""
     size = SIZES[torch.device(device).type]
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32

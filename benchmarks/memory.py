@@ -1,14 +1,14 @@
-"""Peak memory of 100,000 impressions against 1,000, and what reading them costs: ``results/bench-memory.json``.
+"""Peak memory with 100,000 impressions and with 1,000, and the cost of reading them: ``results/bench-memory.json``.
 
-    python benchmarks/memory.py                       # some minutes on one core
-    python benchmarks/memory.py --sizes 500 5000      # smaller, written nowhere
+    python benchmarks/memory.py                       # a few minutes on one core
+    python benchmarks/memory.py --sizes 500 5000      # smaller; no file is written
 
-Each side is a process of its own, which makes its store, or teaches a LeNet-5-Half on it for as many steps as an epoch
-of the large store has. What counts is the most physical memory that the process ever held (``ru_maxrss``), with the
-interpreter, PyTorch and pages of files that it had mapped, without the system's cache of files that were read. Images
-take few steps here, since memory does not depend on how many.
+Each side is a separate process. It makes its store, or trains a LeNet-5-Half on it for as many steps as an epoch of the
+large store has. Its largest physical memory is measured (``ru_maxrss``). This includes the interpreter, PyTorch and
+mapped pages of files, but not the system's file cache. Images take few steps here, because memory does not depend on
+their number.
 
-The second ratio is of the CPU time of a training's steps with images on disk and in memory, one of each in turn.
+The second ratio is that of the CPU time of training steps with images on disk and in memory, one of each in turn.
 """
 
 from __future__ import annotations
@@ -61,43 +61,43 @@ def source_of(images: Tensor | LazyImages) -> StoredSource:
     return StoredSource(images, BATCH, 0, "store")
 
 
-def teach(source: TransferSource, steps: int) -> None:
-    """A student on the images of a store."""
+def train_student(source: TransferSource, steps: int) -> None:
+    """Train a student on the images of a store."""
     torch.manual_seed(1)
     settings = DistillationSettings(steps=steps, batch=BATCH, augmentation=Augmentation())
     distill(lenet5_half(), teacher(), source, settings, quiet=True)
 
 
 def peak(*arguments: object) -> float:
-    """MiB that a process of its own held at most."""
+    """Peak memory of a separate process, in MiB."""
     command = [sys.executable, __file__, "--child", *map(str, arguments)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def child(what: str, size: int, steps: int, folder: Path) -> None:
-    """One side of a ratio of memory: does the work and prints its peak."""
+    """One side of a memory ratio: does the work and prints its peak memory."""
     if what == "synthesis":
         make(size, folder)
     else:
-        teach(source_of(ImpressionStore.open(folder).lazy_images()), steps)
+        train_student(source_of(ImpressionStore.open(folder).lazy_images()), steps)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 class InTurn:
-    """Images from each of two sides in turn, a step each, and the CPU time from one step's begin to the next one's."""
+    """Batches from two sources in turn, and the CPU time from the start of one step to the start of the next."""
 
     def __init__(self, *sides: StoredSource) -> None:
         self.sides = sides
         self.seconds: tuple[list[float], list[float]] = ([], [])
         self.size, self.batch_size, self.fingerprint = sides[0].size, sides[0].batch_size, "in turn"
-        self._begun: float | None = None
+        self._started: float | None = None
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
-        """Of the side whose turn it is."""
+        """The next batch, from the source whose turn it is."""
         now = time.process_time()
-        if self._begun is not None:
-            self.seconds[(step - 1) % 2].append(now - self._begun)
-        self._begun = now
+        if self._started is not None:
+            self.seconds[(step - 1) % 2].append(now - self._started)
+        self._started = now
         return self.sides[step % 2].batch(step, random, student)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ def measure(sizes: tuple[int, int], timed: int, folder: Path) -> list[dict[str, 
     ]
     store = ImpressionStore.open(folder / str(sizes[1]))
     turns = InTurn(source_of(store.lazy_images()), source_of(store.images()))
-    teach(turns, 2 * timed)
+    train_student(turns, 2 * timed)
     disk, memory = (statistics.median(seconds[10:]) for seconds in turns.seconds)
     records.append(
         {

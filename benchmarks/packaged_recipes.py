@@ -1,13 +1,15 @@
-"""Run packaged recipes over seeds and keep their figures: ``results/RECIPE.json``, one record a seed.
+"""Run packaged recipes over seeds and keep their figures: ``results/RECIPE.json``, one record per seed.
 
     python benchmarks/packaged_recipes.py mnist-half mnist-prune50 fashion-mnist-half digits-prune50 --seeds 0 1 2
 
 Real test data is found as the command line finds it (``ZSKD_NNI_DATA``). Every run is a ``zskd-nni compress`` in its
-own process and folder below ``--runs``; a finished one is not run again, a stopped one goes on. Seeds that were run
+own process and folder below ``--runs``; a finished one is not run again, a stopped one continues. Seeds that were run
 before stay in the file if their recipe was the same.
-With ``--twin`` each run is followed by its real-data twin, the same recipe on the training images themselves, whose
-figures stand in the record as ``real_data``: the ceiling. A twin that trains gets the whole training split; one that
-only calibrates gets as many images as the recipe.
+
+With ``--real-data`` each run is followed by the same recipe on real training images. Its figures are kept in the
+record as ``real_data``: the upper limit. If the recipe trains, it gets the whole training split. If it only
+calibrates, it gets as many images as the recipe has impressions.
+
 With ``--table`` nothing is run: the table of what is in ``results/`` is printed.
 """
 
@@ -47,11 +49,11 @@ KEPT = (
 )
 
 
-def run(recipe: str, seed: int, folder: Path, options: list[str], twin: bool) -> dict[str, Any]:
-    """One recipe with one seed, in its own process, and its real-data twin if asked for."""
+def run(recipe: str, seed: int, folder: Path, options: list[str], real_data: bool) -> dict[str, Any]:
+    """Run a recipe with one seed, and if ``real_data`` says so also on real images; each in its own process."""
     report = compress(recipe, folder, ["--seed", str(seed), *options])
     record = {key: report.get(key) for key in KEPT}
-    if twin:
+    if real_data:
         data = report["evaluation"]
         compression = report["recipe"]["compression"]
         calibrated_only = compression["pruning"] is None and report["recipe"]["student"] is None
@@ -70,40 +72,40 @@ def run(recipe: str, seed: int, folder: Path, options: list[str], twin: bool) ->
 
 
 def compress(recipe: str, out: Path, options: list[str]) -> dict[str, Any]:
-    """The report of a run; what is finished of it is not made again, and another run's folder is refused."""
+    """Run a recipe, or resume it, and return its report."""
     subprocess.run([sys.executable, "-m", "zskd_nni", "compress", recipe, "--out", str(out), *options], check=True)
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
 
 
 def in_common(one: dict[str, list[int]], other: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Of each layer: how many channels both runs removed, and how many the first did."""
+    """For each layer: how many channels both runs removed, and how many the first did."""
     return {name: [len(set(gone) & set(other.get(name, []))), len(gone)] for name, gone in one.items()}
 
 
 def with_record(records: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records by seed with this one among them: in the place of its seed's, and without those of another recipe."""
+    """The records with this one added, by seed. It replaces that of its seed; those of another recipe are dropped."""
 
     def but_for_the_seed(one: dict[str, Any]) -> dict[str, Any]:
         return {**one["recipe"], "seed": None}
 
     seeds = {one["recipe"]["seed"]: one for one in records if but_for_the_seed(one) == but_for_the_seed(record)}
     before = seeds.get(record["recipe"]["seed"], {})
-    if "real_data" in before and "real_data" not in record:  # measured by an earlier call with --twin
+    if "real_data" in before and "real_data" not in record:  # measured by an earlier call with --real-data
         record = {**record, "real_data": before["real_data"]}
     seeds[record["recipe"]["seed"]] = record
     return [seeds[seed] for seed in sorted(seeds)]
 
 
 def recipe_results() -> list[Path]:
-    """The result files that are of recipes, not of other benchmarks."""
+    """The result files of recipes, without those of other benchmarks."""
     return sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(OTHERS))
 
 
 def table(names: list[str]) -> str:
     """A Markdown table, mean and standard deviation over the seeds of each recipe.
 
-    Where the recipe quantizes, real data and controls stand for the student in int8, which is what is deployed.
+    If the recipe quantizes, real data and controls are those of the int8 student, which is what is deployed.
     """
     lines = [
         "| recipe | teacher | student | student, int8 | with real data | not distilled | on noise | parameters "
@@ -161,7 +163,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", help="cpu, cuda, or cuda:N, as of zskd-nni compress")
-    parser.add_argument("--twin", action="store_true", help="also run each recipe on real data")
+    parser.add_argument("--real-data", action="store_true", help="also run each recipe on real data")
     parser.add_argument("--scale", help="a scale of the recipes; results/RECIPE-SCALE.json")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -179,7 +181,7 @@ def main() -> None:
         path = RESULTS / f"{name}.json"
         records = json.loads(path.read_text()) if path.exists() else []
         for seed in arguments.seeds:
-            record = run(recipe, seed, arguments.runs / f"{name}-seed{seed}", options, arguments.twin)
+            record = run(recipe, seed, arguments.runs / f"{name}-seed{seed}", options, arguments.real_data)
             records = with_record(records, record)
             write_json(path, records)
 

@@ -1,4 +1,4 @@
-"""The code that ZSKT's authors released, run from a clone of it: nothing of it is kept here.
+"""Runs the code that ZSKT's authors released, from a clone of it; none of that code is kept here.
 
     git clone https://github.com/polo5/ZeroShotKnowledgeTransfer
     python benchmarks/bench.py --only peer --peer ZeroShotKnowledgeTransfer
@@ -24,7 +24,7 @@ TEACHER, STUDENT = "WRN-40-2", "WRN-16-1"
 
 
 def authors_rounds(clone: Path, rounds: int, batch: int, device: str) -> Callable[[], None]:
-    """A call that plays so many rounds with the authors' solver, WRN-40-2 to WRN-16-1.
+    """A function that runs so many rounds of the authors' solver, WRN-40-2 to WRN-16-1.
 
     Args:
         clone: of polo5/ZeroShotKnowledgeTransfer.
@@ -33,7 +33,7 @@ def authors_rounds(clone: Path, rounds: int, batch: int, device: str) -> Callabl
         device: cpu or cuda.
     """
     if not (clone / "solver.py").exists():
-        raise SystemExit(f"{clone} has no solver.py: it shall be a clone of polo5/ZeroShotKnowledgeTransfer.")
+        raise SystemExit(f"{clone} has no solver.py: it must be a clone of polo5/ZeroShotKnowledgeTransfer.")
     silent = types.ModuleType("utils.logger")
     silent.Logger = _NoLogger  # type: ignore[attr-defined]
     sys.modules["utils.logger"] = silent
@@ -71,21 +71,21 @@ def authors_rounds(clone: Path, rounds: int, batch: int, device: str) -> Callabl
         device=torch.device(device),
     )
 
-    def play() -> None:
+    def run_rounds() -> None:
         solver = ZeroShotKTSolver(settings)
         solver.test = lambda: 0.0
         solver.run()
 
-    return play
+    return run_rounds
 
 
 def commit_of(clone: Path) -> str:
-    """The commit that a clone has checked out, short."""
+    """The short hash of the commit that is checked out in a clone."""
     command = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode:
-        raise SystemExit(f"git knows no commit of {clone}: {told.stderr.strip()}")
-    return told.stdout.strip()
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"git knows no commit of {clone}: {result.stderr.strip()}")
+    return result.stdout.strip()
 
 
 class _NoLogger:

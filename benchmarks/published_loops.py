@@ -1,7 +1,7 @@
-"""The published schedules as plain, honest PyTorch: what `bench.py` measures the package against.
+"""The published schedules as plain PyTorch: the baselines of `bench.py`.
 
-Written from the papers and from what their released code does, for this project; nothing is handicapped: weights ask
-for no gradients, denormals are flushed, all cores are used, nothing is printed or written.
+Written for this project, from the papers and from what their released code does. They are not slowed down: weights have
+no gradients, denormals are flushed, all cores are used, nothing is printed or written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def zskd_loop(
         model: takes images ``(N, C, H, W)`` in [0, 1] and gives logits.
         targets: ``(N, K)`` soft targets.
         shape: of an image.
-        steps: Adam steps a batch (1,500).
+        steps: Adam steps per batch (1,500).
         batch: images (100).
         learning_rate: of Adam (1e-3).
         temperature: of the teacher (20).
@@ -60,7 +60,7 @@ def zskd_loop(
 
 
 class ZsktGenerator(nn.Sequential):
-    """ZSKT's generator for 32x32 images, as its code has it."""
+    """ZSKT's generator for 32x32 images, as in the released code."""
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__(
@@ -93,7 +93,7 @@ def zskt_loop(
     attention_map: Callable[[Tensor], Tensor] | None = None,
     fused: bool = False,
 ) -> None:
-    """ZSKT's game (Micaelli & Storkey 2019, released code), ``rounds`` times one generator and ten student steps.
+    """ZSKT's training (Micaelli & Storkey 2019, released code): rounds of one generator step and ten student steps.
 
     Args:
         teacher: in ``eval()``.
@@ -104,7 +104,7 @@ def zskt_loop(
         student_steps: on the images of a round.
         attention: weight of the attention term.
         memory_format: of all three networks.
-        attention_map: takes features and gives maps; the plain formula where there is none.
+        attention_map: a function from features to maps; by default the plain formula.
         fused: whether one kernel takes all of Adam's step.
     """
     device = next(student.parameters()).device
@@ -122,7 +122,7 @@ def zskt_loop(
     ]
 
     def divergence(beliefs: Tensor, answers: Tensor) -> Tensor:
-        # The mean over images and classes, as theirs.
+        # The mean over images and classes, as in the released code.
         answered, believed = functional.softmax(answers, 1), functional.log_softmax(beliefs, 1)
         return functional.kl_div(believed, answered, reduction="sum") / believed.numel()
 

@@ -4,7 +4,7 @@
 
 The last 5,000 images of the training split are held back. A teacher is trained on the rest (once, in ``--out``) and
 takes the place of the shipped one. Accuracy is measured on the held-out images, for the student and its controls; test
-data is not read. What a run has finished is not run again.
+data is not read. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHIPPED = "zoo:"
 
 
 def held_out_images(name: str, folder: Path, root: Path | None) -> Path:
-    """The held-out images of a data set as a file that a recipe can name; the rest lies beside it, for twins."""
+    """The held-out images of a data set as a file that a recipe can name; the rest is in a file beside it."""
     paths = [folder / f"{name}-{part}.npz" for part in ("rest", "slice")]
     for path, part in zip(paths, hold_out(load_images(name, "train", root)), strict=True):
         if not path.exists():
@@ -39,14 +39,15 @@ def held_out_images(name: str, folder: Path, root: Path | None) -> Path:
 
 
 def main() -> None:
-    """Run it seed by seed and print the accuracies."""
+    """Run the recipe seed by seed and print the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a packaged recipe, of a shipped teacher")
     parser.add_argument("--set", nargs="*", default=[], metavar="PATH=YAML")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--scale", default="full")
-    parser.add_argument("--twin", action="store_true", help="on the rest of the training split instead")
+    parser.add_argument("--real-data", action="store_true", help="train on the rest of the training split instead")
     parser.add_argument("--out", type=Path, default=Path("runs/slice"))
+    parser.add_argument("--teacher-epochs", type=int, help="instead of those of the teacher's recipe; for a trial run")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -56,17 +57,17 @@ def main() -> None:
     if not weights.startswith(_SHIPPED) or name not in TEACHERS:
         raise UserError(f"The teacher of {given.recipe} is not one that train-teacher makes ({weights or 'none'}).")
     teachers = make_folder(given.out / "teachers")
-    train_teacher(name, teachers, TeacherTraining(validation=True, root=root))
+    train_teacher(name, teachers, TeacherTraining(epochs=given.teacher_epochs, validation=True, root=root))
     images = held_out_images(TEACHERS[name].data, teachers, root).resolve()
     rest = images.with_name(images.name.replace("-slice", "-rest"))
-    twin = [f"transfer={{method: real, data: {rest}, size: 100000}}"]
+    real = [f"transfer={{method: real, data: {rest}, size: 100000}}"]
     changes = [
         f"teacher.weights={(teachers / f'{name}.safetensors').resolve()}",
         f"evaluation={{data: {images}}}",
-        *(twin if given.twin else []),
+        *(real if given.real_data else []),
         *given.set,
     ]
-    label = f"{given.recipe}-{given.scale}{'-twin' if given.twin else ''}"
+    label = f"{given.recipe}-{given.scale}{'-real' if given.real_data else ''}"
     found: dict[str, list[float]] = {}
     for seed in given.seeds:
         loaded = load_recipe(given.recipe, changes, seed, given.scale)

@@ -1,12 +1,12 @@
-"""Half of the channels of well-known networks really removed: ``results/shrinking.json`` and ``docs/shrinking.md``.
+"""Removes half of the channels of well-known networks: ``results/shrinking.json`` and ``docs/shrinking.md``.
 
     python benchmarks/shrinking.py                 # all networks
     python benchmarks/shrinking.py resnet18 vgg11_bn
-    python benchmarks/shrinking.py --table         # nothing is run: the document of what is in results/ is written
+    python benchmarks/shrinking.py --table         # nothing is run: the page is written from results/
 
-Nothing is given but ``[{op_types: [Conv2d], sparse_ratio: 0.5}]``: which layers must lose the same channels is found in
-each network's graph. The networks start at random, with random statistics in their batch normalisations, so that a
-channel left behind would show in the logits; parameter counts do not depend on weights.
+The config list is ``[{op_types: [Conv2d], sparse_ratio: 0.5}]`` alone. The layers that must lose the same channels are
+found in each network's graph. The networks have random weights, and random statistics in their batch normalisations.
+So a channel that is left behind would show in the logits. Parameter counts do not depend on weights.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def randomised(network: nn.Module) -> nn.Module:
-    """Statistics, scales and shifts that are not the defaults."""
+    """Give BatchNorm random statistics, scales and shifts, so that they are not the defaults."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, 0.0, 0.3)
@@ -93,7 +93,7 @@ def randomised(network: nn.Module) -> nn.Module:
 
 
 def document(record: dict[str, Any]) -> str:
-    """``docs/shrinking.md`` of what was measured."""
+    """The text of ``docs/shrinking.md`` from the measurements."""
     rows = [
         f"| `{row['network']}` | {row['parameters']['before']:,} | {row['parameters']['after']:,} "
         f"| {100 * row['parameters']['after'] / row['parameters']['before']:.1f} % "
@@ -104,18 +104,18 @@ def document(record: dict[str, Any]) -> str:
     lines = [
         "# Shrinking well-known networks",
         "",
-        "Half of the channels of every convolution, chosen by `L1NormPruner`, removed for good. The user's part is one",
-        f"line, `{json.dumps(record['config_list'])}`. Which batch normalisations, residual",
-        "additions, grouped and depthwise convolutions must follow is found in the network's graph. Layers whose",
-        "channels cannot go, and the classifier's outputs, keep them.",
+        "Half of the channels of every convolution are chosen by `L1NormPruner` and removed. The user writes one",
+        f"line, `{json.dumps(record['config_list'])}`. Affected batch normalisations, residual",
+        "additions, grouped and depthwise convolutions are found in the network's graph. Layers whose channels cannot",
+        "be removed keep them, and so does the classifier.",
         "",
         "| network | parameters | after | left | ONNX bytes | logit difference | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        "The logit difference is the largest between the masked and the shrunken network in evaluation, relative to",
-        "`max(1, |logit|)`; above 1e-4 no network is returned. Networks of torchvision have 1,000 classes and images",
-        "of 224 x 224, the others 10 classes and 32 x 32. Weights are random: the page is about shapes, not accuracy.",
+        "The logit difference is the largest between the masked and the shrunk network in `eval()` mode, relative to",
+        "`max(1, |logit|)`. Above 1e-4 no network is returned. Networks of torchvision have 1,000 classes and images",
+        "of 224 x 224, the others 10 classes and 32 x 32. Weights are random: this page is about shapes, not accuracy.",
         "Seconds are for pruning, shrinking, checking and both exports, on one CPU thread of a busy machine.",
         "",
         "From `results/shrinking.json`; `python benchmarks/shrinking.py` measures again and writes this page.",
@@ -133,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     unknown = [name for name in arguments.networks if name not in NETWORKS]
     if unknown:
-        parser.error(f"there is no network {unknown[0]} here, but {', '.join(NETWORKS)}")
+        parser.error(f"there is no network {unknown[0]} here; there are {', '.join(NETWORKS)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"networks": []}

@@ -1,4 +1,4 @@
-"""Transition curves out of the records of ``zskd-nni reproduce``, as a picture.
+"""A figure of transition curves, from the records of ``zskd-nni reproduce``.
 
     python benchmarks/transition_curves.py cifar10-wrn --out docs/pictures/transitions-cifar10-wrn.png
 
