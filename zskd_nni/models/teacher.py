@@ -133,7 +133,7 @@ class Teacher:
     def predict(self, images: Tensor, batch: int | None = None) -> Tensor:
         """Logits ``(N, classes)`` on the CPU, without gradients, in batches."""
         with torch.no_grad():
-            parts = images.split(batch or self.spec.inference_batch)
+            parts = images.split(batch or self.spec.inference_batch_on(self.device))
             return torch.cat([self(part.to(self.device)).cpu() for part in parts])
 
     def _find_classifier(self, given: str | None) -> tuple[str, int]:
