@@ -369,7 +369,7 @@ def test_the_model_is_left_as_it_was() -> None:
     ("config", "message"),
     [
         ([{"op_names": ["conv7"], "sparse_ratio": 0.5}], "entry 0 of the pruning config names 'conv7'"),
-        ([*HALF, {"op_types": ["Conv3d"], "sparse_ratio": 0.5}], "entry 1 of the pruning config selects no module"),
+        ([*HALF, {"op_types": ["Conv3d"], "sparse_ratio": 0.5}], "entry 1 of the pruning config names 'Conv3d'"),
         ([{"op_names": ["fc"], "sparse_ratio": 0.5}], r"can be pruned \(fc: they are the network's output\)"),
         ([{"op_names": ["stem"], "sparse_ratio": 0.5}], "shares channels with conv2"),
         ({"op_types": ["Conv2d"], "sparse_ratio": 0.5}, "is a list of dicts"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,6 +93,21 @@ class ShapeFloat(float, _FromShape):
     def plain(self) -> float:
         """Without what it follows from."""
         return float.__pos__(self)
+
+
+class Shape(tuple):
+    """In the place of a ``torch.Size``, whose own ``numel`` would lose what its sizes follow from."""
+
+    def numel(self) -> int:
+        """The product of the sizes."""
+        return math.prod(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return Shape(found) if isinstance(index, slice) else found
+
+    def __add__(self, other: Any) -> Shape:
+        return Shape((*self, *other))
 
 
 def _plain(value: Any) -> Any:
@@ -211,9 +227,9 @@ class Recorder(TorchFunctionMode):
         make = lambda: self.add("call_method", "size", (node, dim), {}, False)  # noqa: E731
         return self.number(value, make, frozenset({(node, dim)}))
 
-    def shape(self, tensor: Tensor) -> torch.Size:
+    def shape(self, tensor: Tensor) -> Shape:
         """All sizes of a tensor of the graph."""
-        return torch.Size([self.size(tensor, dim) for dim in range(tensor.dim())])
+        return Shape([self.size(tensor, dim) for dim in range(tensor.dim())])
 
     # ---- nodes
 
@@ -483,7 +499,7 @@ def _without_shapes(value: Any) -> Any:
         return value.plain()
     if isinstance(value, slice):
         return slice(*map(_without_shapes, (value.start, value.stop, value.step)))
-    if type(value) in (tuple, list, torch.Size):
+    if type(value) in (tuple, list, torch.Size, Shape):
         return type(value)([_without_shapes(each) for each in value])
     if type(value) is dict:
         return {name: _without_shapes(each) for name, each in value.items()}

@@ -71,7 +71,13 @@ def modern_config_list(config_list: list[dict[str, Any]], kind: Kind) -> list[di
                 if names := _strings(config.get(key, []), f"{where}: {key}"):
                     excluded.setdefault(f"exclude_{key}", []).extend(names)
         elif kind == "pruning":
-            kept.append(_pruning_entry(config, where, number))
+            config = _first_of_each_side(_pruning_entry(config, where, number))
+            settings = config.get("target_settings")
+            _check_pruning_values(config, where)
+            for name, setting in settings.items() if isinstance(settings, dict) else ():
+                if isinstance(setting, dict):
+                    _check_pruning_values(setting, f"{where}, target_settings.{name}")
+            kept.append(config)
         else:
             kept.append(_quantization_entry(config, where))
     if config_list and not kept:
@@ -110,7 +116,51 @@ def _pruning_entry(config: dict[str, Any], where: str, number: int) -> dict[str,
     return config
 
 
+def _first_of_each_side(config: dict[str, Any]) -> dict[str, Any]:
+    """``_input_0`` as ``_input_``, which NNI's pruners know it by."""
+    short = {"_input_0": "_input_", "_output_0": "_output_"}
+    if isinstance(names := config.get("target_names"), list | tuple):
+        config["target_names"] = [short.get(name, name) if isinstance(name, str) else name for name in names]
+    if isinstance(settings := config.get("target_settings"), dict):
+        config["target_settings"] = {short.get(name, name): setting for name, setting in settings.items()}
+    return config
+
+
+def _check_pruning_values(setting: dict[str, Any], where: str) -> None:
+    """Refuse what NNI's schema or its pruners would answer without a word on the entry; whole numbers become floats."""
+    for key in ("sparse_ratio", "max_sparse_ratio", "min_sparse_ratio"):
+        if setting.get(key) is not None:
+            setting[key] = _ratio(setting[key], f"{where}: {key}", least=1e-9 if key == "max_sparse_ratio" else 0.0)
+    least, most = setting.get("min_sparse_ratio"), setting.get("max_sparse_ratio")
+    if least is not None and most is not None and least > most:
+        raise UserError(f"{where}: min_sparse_ratio {least} is larger than max_sparse_ratio {most}")
+    threshold = setting.get("sparse_threshold")
+    if isinstance(threshold, int) and not isinstance(threshold, bool):
+        setting["sparse_threshold"] = float(threshold)
+    elif threshold is not None and not isinstance(threshold, float):
+        raise UserError(f"{where}: sparse_threshold must be a number, not {threshold!r}")
+    block = setting.get("internal_metric_block")
+    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+        raise UserError(f"{where}: internal_metric_block must be a whole number of blocks, not {block!r}")
+    for key in ("global_group_id", "dependency_group_id"):
+        if not isinstance(setting.get(key, ""), int | str | type(None)):
+            raise UserError(f"{where}: {key} must be a number or a word, not {setting[key]!r}")
+    if setting.get("apply_method") == "add":
+        raise UserError(
+            f"{where}: apply_method 'add' adds -1000 to what is masked, which is meant for attention scores; to prune "
+            f"weights write 'mul', or leave it out"
+        )
+
+
 def _quantization_entry(config: dict[str, Any], where: str) -> dict[str, Any]:
+    nested = config.get("target_settings")
+    named = nested.items() if isinstance(nested, dict) else ()
+    for place, given in ((where, config), *((f"{where}, target_settings.{name}", own) for name, own in named)):
+        if isinstance(given, dict) and given.get("apply_method") == "bypass":
+            raise UserError(
+                f"{place}: apply_method 'bypass' has no effect in NNI, whose quantizers set their own; leave the "
+                f"target out of target_names if it must not be quantized"
+            )
     if "quant_types" not in config:
         if "quant_bits" in config:
             raise UserError(f"{where} has quant_bits without quant_types; name them, such as quant_types: [weight]")

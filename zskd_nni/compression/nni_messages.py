@@ -11,7 +11,9 @@ from schema import SchemaError
 from zskd_nni.runtime.errors import UserError
 
 # What NNI raises in the middle of a run where it refuses a config. A full memory is no refusal.
-REFUSALS = (AssertionError, AttributeError, KeyError, NotImplementedError, SchemaError, TypeError, ValueError)
+REFUSALS = (
+    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, SchemaError, TypeError, ValueError
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -487,9 +487,11 @@ class _Analysis:
         """
         if not isinstance(size, Node):
             return False
-        if size.op == "call_method" and size.target == "size":
+        if size.op == "call_method" and size.target in ("size", "numel"):
             asked = self.flows.get(size.args[0])  # type: ignore[arg-type]
-            if asked is None or size.args[1:] != (asked.dim,) or len(asked.labels) != len(flow.labels):
+            if asked is None or len(asked.labels) != len(flow.labels):
+                return False
+            if size.target == "size" and size.args[1:] != (asked.dim,):
                 return False
             self.tie(asked.labels, flow.labels)
             return True

@@ -18,6 +18,7 @@ from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.compression.nni_messages import REFUSALS, quiet, refusals_as_sentences
 from zskd_nni.compression.pruning.dependency_config import PruningPlan, plan_pruning
 from zskd_nni.compression.pruning.pruner_kinds import PRUNERS, WEIGHT_PRUNERS
+from zskd_nni.compression.pruning.sparsity import with_exact_sparsity
 from zskd_nni.models.shared_modules import check_compressible
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import PruningConfig
@@ -100,10 +101,27 @@ def make_pruner(network: nn.Module, config: PruningConfig, plan: PruningPlan, ev
     with errors_as_sentences(config, (Exception,)):
         arguments = {**default_arguments(config), **config.arguments}
         pruner = getattr(nni_pruning, config.pruner)(network, plan.config_list, evaluator, **arguments)
+        with_exact_sparsity(pruner)
+        track_activations(pruner, evaluator.get_dummy_input())
         if config.schedule is None:
             return pruner
         scheduled = getattr(nni_pruning, config.schedule.name)
         return scheduled(pruner, config.schedule.interval, config.schedule.total_times)
+
+
+def track_activations(pruner: Any, dummy_input: Any) -> None:
+    """Let a pruner know the shapes of the inputs and outputs that it masks, as ``track_forward`` does for NNI.
+
+    Args:
+        pruner: around its network.
+        dummy_input: normalised images.
+    """
+    if any(target.startswith("_") for targets in pruner._target_spaces.values() for target in targets):
+        modes = [(module, module.training) for module in pruner.bound_model.modules()]
+        pruner.bound_model.eval()  # one pass with a mid-grey image must not move any statistic
+        pruner.track_forward(dummy_input)
+        for module, training in modes:
+            module.training = training
 
 
 def default_arguments(config: PruningConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ under them. Movement, and any pruner under a schedule, change their masks during
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,13 +28,23 @@ from zskd_nni.compression.pruning.masks import (
     remaining_masks,
     share_of_zeros,
 )
-from zskd_nni.compression.pruning.speedup import CannotShrinkError, KeptChannels, ShrinkResult, is_fine_grained, shrink
+from zskd_nni.compression.pruning.sparsity import missed_sparsity, sentence_about
+from zskd_nni.compression.pruning.speedup import (
+    CannotShrinkError,
+    KeptChannels,
+    ShrinkResult,
+    as_parameter_masks,
+    is_fine_grained,
+    shrink,
+)
 from zskd_nni.data.sources import NoiseSource, TransferSource
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import CompressionRun, PruningConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.checkpoint import History
 from zskd_nni.training.distillation import DistillationSettings
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,7 @@ def shrink_to_masks(
         "history": None if history is None else {"steps": history.steps, "losses": history.losses},
     }
     kept: dict[str, KeptChannels] = {}
+    missed = missed_sparsity(network, plan.config_list, on_cpu)
     if config.speedup:
         result = _shrink(network, on_cpu, plan, teacher)
         network, kept, note = result.model, result.kept, result.note
@@ -219,9 +231,13 @@ def shrink_to_masks(
         record |= {"shrunk": result.shrunken, **{name: getattr(result, name) for name in figures}}
         record["layers"] = [asdict(layer) for layer in result.layers]
     else:
-        multiply_in(network, on_cpu)
+        multiply_in(network, as_parameter_masks(network, on_cpu))
         note = "speedup is off: the masks are multiplied into the weights, nothing was removed"
         record["shrunk"] = False
+    if missed:
+        record["missed_sparsity"], told = missed, sentence_about(missed)
+        _logger.warning("compression.pruning: %s.", told)
+        note = f"{note}; {told}" if note else told
     record.update(note=note, zeros=share_of_zeros(network, record["sparsity"]))
     positions = {name: (channels.outputs, channels.inputs) for name, channels in kept.items()}
     return PrunedNetwork(network, record, kept, remaining_masks(network, on_cpu, positions))
@@ -273,6 +289,7 @@ def _try_to_shrink(network: nn.Module, config: PruningConfig, plan: PruningPlan,
         setting.pop("global_group_id", None)  # ranked together by norm, a layer might be left with nothing
     with nni_pruner.errors_as_sentences(config, (Exception,)):
         pruner = L1NormPruner(network, config_list)
+        nni_pruner.track_activations(pruner, teacher.example_input())
         _, masks = pruner.compress()
         pruner.unwrap_model()
         weights = [mask for targets in masks.values() if (mask := targets.get("weight")) is not None]
