@@ -12,8 +12,10 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 import sysconfig
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,10 +26,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from zskd_nni.models import zoo
+from zskd_nni.models.state_dicts import Fit, fit
 from zskd_nni.models.zoo.trained import trained_weights
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import is_file, sha256_of_file
-from zskd_nni.runtime.tensors import load_weights
+from zskd_nni.runtime.tensors import load_state_dicts
+
+_logger = logging.getLogger(__name__)
 
 FORMS = "zoo:NAME, torchvision:NAME, package.module:factory or path/to/file.py:factory"
 
@@ -54,7 +59,7 @@ def build_network(reference: str, arguments: Mapping[str, Any] | None = None, ba
     except Exception as error:  # a factory may raise anything
         raise UserError(f"The network {reference!r} could not be built with {arguments}: {error}") from error
     if not isinstance(network, nn.Module):
-        raise UserError(f"{reference!r} made a {type(network).__name__}; a factory must return an nn.Module.")
+        raise UserError(f"{reference!r} returned a {type(network).__name__}; a factory must return an nn.Module.")
     for path, module in network.named_modules():
         if any(isinstance(value, UninitializedParameter) for value in module.parameters(recurse=False)):
             raise UserError(
@@ -86,7 +91,7 @@ def _find_factory(reference: str, base: Path | None) -> Any:
     factory = getattr(module, name)
     if callable(factory) and not _returns_networks(factory):
         raise UserError(
-            f"{reference!r} is no factory of networks: name a class derived from nn.Module, a function of your own, or "
+            f"{reference!r} is not a network factory: name a class derived from nn.Module, a function of your own, or "
             "one of a package that is annotated to return an nn.Module. A file.py beside the recipe may call any other."
         )
     return factory
@@ -101,7 +106,7 @@ def _definition(factory: Any) -> tuple[Any, str]:
 
 
 def _returns_networks(factory: Any) -> bool:
-    """Whether ``factory`` can be meant to build a network; no other callable gets a recipe's arguments."""
+    """Whether ``factory`` may be called as a network factory with a recipe's arguments."""
     factory, module = _definition(factory)
     made = factory
     if not isinstance(factory, type):
@@ -152,7 +157,7 @@ def _import_file(path: Path, base: Path | None) -> Any:
 
 def _import_module(name: str, base: Path | None) -> Any:
     if _is_standard(name):
-        raise UserError(f"The module {name!r} is part of Python itself and makes no networks.")
+        raise UserError(f"The module {name!r} is part of Python itself and has no network factories.")
     before = list(sys.path)
     # As python itself would find it, which the command, in a folder of its own, does not.
     sys.path[:0] = [str(folder) for folder in (base, Path.cwd()) if folder is not None]
@@ -192,35 +197,55 @@ def code_fingerprint(reference: str, base: Path | None = None) -> str | None:
     return sha256_of_file(file) if file is not None and is_file(Path(file)) else None
 
 
-def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> Fit:
     """Load a complete state dict into a network.
 
     Args:
         network: changed in place, unless there is an error.
-        weights: names as in the network's state dict, or with the ``module.`` of DataParallel before them.
+        weights: names as in the network's state dict, or as :func:`~zskd_nni.models.state_dicts.fit` finds them.
         source: where they are from, for messages.
+
+    Returns:
+        Which entries were loaded.
 
     Raises:
         UserError: keys are missing or left over, or shapes differ; names them.
     """
     expected = network.state_dict()
-    weights = {name if name in expected else name.removeprefix("module."): value for name, value in weights.items()}
-    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in weights if name not in expected]
-    shapes = [
-        f"{name} is {list(value.shape)}, not {list(expected[name].shape)}"
-        for name, value in weights.items()
-        if name in expected and value.shape != expected[name].shape
-    ]
-    found = ((missing, " missing"), (unexpected, " not of this network"), (shapes, ""))
-    problems = [_first_few(names) + what for names, what in found if names]
+    found = fit(expected, weights)
+    given = ((found.missing, " missing"), (found.left_over, " not of this network"), (found.shapes, ""))
+    problems = [_first_few(names) + what for names, what in given if names]
     if problems:
         raise UserError(f"The weights in {source} do not fit the network: {'; '.join(problems)}.")
-    network.load_state_dict(weights, strict=False)
+    state = OrderedDict(found.weights)
+    # Modules that have changed their layout ask for the version that they were saved with.
+    state._metadata = _versions(network, weights, found)  # type: ignore[attr-defined]
+    try:
+        network.load_state_dict(state, strict=False)
+    except Exception as error:  # a module may refuse what it is given
+        raise UserError(f"The weights in {source} cannot be loaded into {type(network).__name__}: {error}") from error
+    return found
+
+
+def _versions(network: nn.Module, weights: Mapping[str, Tensor], found: Fit) -> dict[str, Any]:
+    """The versions of a network's modules: of the weights where these know them, else the present ones."""
+    versions = dict(network.state_dict()._metadata)  # type: ignore[attr-defined]
+    saved = getattr(weights, "_metadata", {})
+    for name, source in found.names.items():
+        path, saved_path = name, source
+        while path:  # the layer, and the modules around it
+            path, saved_path = path.rpartition(".")[0], saved_path.rpartition(".")[0]
+            known = saved.get(saved_path)
+            if isinstance(known, dict) and path in versions:
+                versions[path] = {**versions[path], **known}
+    return versions
 
 
 def load_named_weights(network: nn.Module, weights: str, base: Path | None = None, allow_pt: bool = False) -> None:
     """Load the weights that a recipe names into a network.
+
+    Of a checkpoint with several state dicts the first is taken that fits, averaged ones first. A line on the log says
+    which, and what was taken off the names.
 
     Args:
         network: changed in place.
@@ -233,7 +258,23 @@ def load_named_weights(network: nn.Module, weights: str, base: Path | None = Non
     """
     shipped = weights.startswith("zoo:")
     file = trained_weights(weights.removeprefix("zoo:")) if shipped else (base or Path()) / weights
-    load_into(network, load_weights(file, allow_pt), weights)
+    choices = load_state_dicts(file, allow_pt)
+    expected = network.state_dict()
+    place = next((place for place, state in choices.items() if fit(expected, state).complete), None)
+    if place is None:
+        closest = min(choices, key=lambda place: len(fit(expected, choices[place]).missing))
+        load_into(network, choices[closest], weights + (f" under {closest!r}" if closest else ""))
+        return
+    found = load_into(network, choices[place], weights)
+    others = [f"{other!r}" for other in choices if other != place]
+    notes = [
+        f"the weights are those under {place!r}" if place else "",
+        f"{found.removed!r} is taken off their names" if found.removed else "",
+        f"{_first_few(found.beside)} are passed over" if found.beside else "",
+        f"the file also has {', '.join(others[:5])}" if others else "",
+    ]
+    if any(notes):
+        _logger.warning("%s: %s.", weights, "; ".join(filter(None, notes)))
 
 
 def _first_few(names: list[str], most: int = 3) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
+import re
 import warnings
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -36,7 +41,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Named tensors and metadata of a safetensors file.
 
     Raises:
-        UserError: the file is missing, or is not a sound safetensors file.
+        UserError: the file is missing, or is not a valid safetensors file.
     """
     path = Path(path)
     if not is_file(path):
@@ -46,7 +51,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is not a sound safetensors file ({error}).") from error
+        raise UserError(f"{path} is not a valid safetensors file ({error}).") from error
 
 
 _HEADER = b"zskd_nni sealed state, format 2\n"
@@ -109,35 +114,85 @@ def load_sealed(path: str | Path) -> Any:
 
 
 def load_weights(path: str | Path, allow_pt: bool = False) -> dict[str, Tensor]:
-    """A state dict from ``.safetensors``, or from a PyTorch file where ``allow_pt`` says so.
-
-    PyTorch files are read with ``weights_only=True``; nothing in them is run.
+    """The state dict of a file; the first of :func:`load_state_dicts` where there are several.
 
     Raises:
-        UserError: no such file, a PyTorch file without the flag, or a file that holds more than weights.
+        UserError: as of :func:`load_state_dicts`.
+    """
+    return next(iter(load_state_dicts(path, allow_pt).values()))
+
+
+def load_state_dicts(path: str | Path, allow_pt: bool = False) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a ``.safetensors`` file, or of a checkpoint of PyTorch if ``allow_pt`` is set.
+
+    PyTorch files are read with ``weights_only=True``; nothing in them is run. Beside tensors and plain values they may
+    hold what training scripts save: numbers and arrays of NumPy, paths, and the namespace of ``argparse``.
+
+    Returns:
+        Where it stands in the file (keys joined by dots; empty for the file itself) -> state dict. Averaged weights,
+        under keys such as ``ema`` or ``state_dict_ema``, come first: they are what such a training is for.
+
+    Raises:
+        UserError: no such file, a PyTorch file without the flag, or a file that holds no state dict, or more than
+            weights.
     """
     path = Path(path)
     if not is_file(path):
-        raise UserError(f"There is no weights file {path}; a recipe's paths are meant from its own folder.")
+        raise UserError(f"There is no weights file {path}; paths in a recipe start from the recipe's folder.")
     if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
+        return {"": load_tensors(path)[0]}
     if not allow_pt:
         raise UserError(
             f"{path} is not a .safetensors file. PyTorch's own format is read only where you allow it "
             "(teacher.allow_pt: true in the recipe, or --set teacher.allow_pt=true; student.allow_pt for a student's)."
         )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_classes()):
             warnings.simplefilter("ignore")  # of foreign pickle protocols; what does not fit is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle raises anything
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UserError(
-            f"{path} was refused: it is damaged, or holds more than weights and wants to run code. "
-            "Save the state dict alone, best as .safetensors."
+            f"{path} was refused: it is damaged, or holds more than weights"
+            + (f" (an object of {named[1]})" if named else "")
+            + " and wants to run code. Save the state dict alone, best as .safetensors."
         ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    entries = content.items() if isinstance(content, dict) else [(None, content)]
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
-        raise UserError(f"{path} holds no state dict (names and tensors); save model.state_dict().")
-    return content
+    found = dict(sorted(_state_dicts(content), key=lambda item: not is_averaged(item[0])))
+    if not found:
+        inside = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} holds no state dict (names and tensors) but {inside}; save model.state_dict().")
+    return found
+
+
+def is_averaged(name: str) -> bool:
+    """Whether a key, or the name of a module, speaks of weights that are averaged over a training."""
+    return bool(re.search(r"(?:^|[._])(?:ema|swa|averaged?|avg|shadow)(?:$|[._])", name.lower()))
+
+
+def _state_dicts(content: Any, place: str = "", depth: int = 5) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The state dicts of nested dicts, without those of optimisers."""
+    if not isinstance(content, Mapping) or not depth or re.search("optim|sched|scaler", place.lower()):
+        return
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if tensors and (len(tensors) == len(content) or any("." in name for name in tensors)):
+        metadata = getattr(content, "_metadata", None)
+        state = OrderedDict(tensors)
+        if isinstance(metadata, Mapping):
+            state._metadata = metadata  # type: ignore[attr-defined]
+        yield place, state
+    for name, value in content.items():
+        if isinstance(name, str):
+            yield from _state_dicts(value, f"{place}.{name}" if place else name, depth - 1)
+
+
+def _harmless_classes() -> list[Any]:
+    """Classes of plain values beside the weights; making them runs no code of a file."""
+    core = np.core if np.lib.NumpyVersion(np.__version__) < "2.0.0" else np._core  # type: ignore[attr-defined]
+    scalar, rebuild = core.multiarray.scalar, core.multiarray._reconstruct
+    kinds = {type(np.dtype(kind)) for kind in (*"?bhilqBHILQefd", "U1", "S1")}
+    paths = [PurePosixPath, PureWindowsPath, type(Path())]
+    named = [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")
+             for function in (scalar, rebuild)]  # fmt: skip
+    # A path of Windows is read everywhere, as a path that is never opened.
+    foreign = [(PureWindowsPath, "pathlib.WindowsPath"), (PurePosixPath, "pathlib.PosixPath")]
+    return [*named, *foreign, np.dtype, np.ndarray, *kinds, *paths, argparse.Namespace]
