@@ -213,9 +213,9 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 )
 def test_crafted_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="not a sound safetensors file"):
+    with pytest.raises(UserError, match="not a valid safetensors file"):
         load_tensors(tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="not a sound safetensors file"):
+    with pytest.raises(UserError, match="not a valid safetensors file"):
         load_weights(tmp_path / "x.safetensors")
 
 

@@ -267,7 +267,7 @@ def tamper(path: Path, **changes: object) -> None:
         ({"weights": ""}, "beside it|no file"),
         ({"weights": None}, "beside it"),
         ({"weights": "absent.safetensors"}, "no file"),
-        ({"weights": "n.json"}, "not a sound safetensors"),
+        ({"weights": "n.json"}, "not a valid safetensors"),
         ({"sha256": "0" * 64}, "checksum differs"),
         ({"sha256": None}, "checksum differs"),
         ({"network": "zoo:alexnet"}, "do not fit|no layer"),
@@ -334,7 +334,7 @@ def test_exchanged_and_damaged_weights_are_refused(saved: Path) -> None:
     with pytest.raises(UserError, match="checksum differs"):
         load_network(saved)
     weights.write_bytes(b"")
-    with pytest.raises(UserError, match="not a sound safetensors"):
+    with pytest.raises(UserError, match="not a valid safetensors"):
         load_network(saved)
     weights.unlink()
     with pytest.raises(UserError, match="no file"):

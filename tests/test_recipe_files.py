@@ -326,7 +326,7 @@ def test_what_yaml_chokes_on(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["seed: 1\nname: x\nseed: 2\n", "transfer: {size: 20, size: 30}\n"])
 def test_a_key_stands_in_a_mapping_once(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match=r"recipe\.yml.*the key '(seed|size)' stands in one mapping twice"):
+    with pytest.raises(UserError, match=r"recipe\.yml.*the key '(seed|size)' occurs twice in one mapping"):
         load_recipe(write(tmp_path, text))
 
 
@@ -444,7 +444,7 @@ def test_a_scale_is_chosen_by_its_option_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--set scale: a scale is chosen by --scale"):
         load_recipe(DIGITS, ["scale=cpu"])
     content = {**plain(), "scale": "cpu", "scales": {"cpu": {"transfer.size": 10}}}
-    with pytest.raises(UserError, match=r"nothing of scales\.cpu is put over it; .* --scale cpu"):
+    with pytest.raises(UserError, match=r"nothing of scales\.cpu is applied; .* --scale cpu"):
         load_recipe(write(tmp_path, content))
     with pytest.raises(UserError, match="there is no 'tiny' among its scales"):
         load_recipe(write(tmp_path, {**content, "scale": "tiny"}))

@@ -282,7 +282,7 @@ def test_attention_layers_that_do_not_match() -> None:
 
 
 def test_students_that_do_not_fit() -> None:
-    with pytest.raises(UserError, match="answers with 7 classes"):
+    with pytest.raises(UserError, match="has 7 classes"):
         train_zskt(small_network(classes=7), small_teacher(), quiet=True)
 
 

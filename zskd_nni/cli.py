@@ -55,7 +55,7 @@ class RecipeOptions:
     seed: SeedOption = None
     changes: Annotated[
         list[str] | None,
-        Option("--set", metavar="KEY.PATH=VALUE", help="Change a key of the recipe; may be given often."),
+        Option("--set", metavar="KEY.PATH=VALUE", help="Change a key of the recipe; may be repeated."),
     ] = None
     scale: Annotated[
         str | None, Option(metavar="NAME", help="A scale of the recipe, such as cpu; by default full.")
@@ -77,7 +77,7 @@ class DataOptions:
 
     @property
     def where(self) -> dict[str, Any]:
-        """The keyword arguments of this meaning."""
+        """As keyword arguments of the functions that read real data."""
         return {"root": self.data_root, "download": self.download}
 
 
@@ -121,11 +121,11 @@ class SearchMachineOptions(MachineOptions):
 
 @dataclass(frozen=True)
 class RunOptions(MachineOptions, DataOptions, RecipeOptions):
-    """All options of a command that works through a recipe."""
+    """All options of a command that runs a recipe."""
 
 
 def command(name: str | None = None, hidden: bool = False) -> Callable[[F], F]:
-    """Make a command of a function; a parameter that is one of the dataclasses above stands for an option a field."""
+    """Make a command of a function; a parameter that is one of the dataclasses above means one option per field."""
 
     def register(function: F) -> F:
         own = inspect.signature(function, eval_str=True).parameters
@@ -244,7 +244,7 @@ def _describe_transfer_set(method: str, size: int | None, out: Path, processes: 
         return f"{method} stores nothing: its {size:,} images are read while a student is trained"
     if size is None:
         return f"{method} stores nothing: its images are made while a student is trained"
-    if not (out / "manifest.json").exists():  # no impressions: an arbitrary transfer set
+    if not (out / "manifest.json").exists():  # an arbitrary transfer set, not impressions
         return f"{size:,} images of {method} in {out}"
     summary = ImpressionStore.open(out).summary()
     rate = summary["impressions_per_second"]
@@ -340,14 +340,14 @@ def show(
 ) -> None:
     """Draw the impressions of a store.
 
-    Each is labelled with the class and confidence that the teacher sees in it.
+    Each is labelled with the teacher's predicted class and its confidence.
     """
     from zskd_nni.pipeline.evaluate import saved_input
     from zskd_nni.synthesis import ImpressionStore
     from zskd_nni.synthesis.image_grid import impressions_picture, some_of_each, spread
 
     if out.suffix != ".png":
-        raise UserError(f"--out is a .png file, not {out}.")
+        raise UserError(f"--out must be a .png file, not {out}.")
     opened = ImpressionStore.open(store)
     finished = [index for index in range(len(opened.shard_sizes)) if opened.shard_problem(index) is None]
     if not finished:
@@ -380,7 +380,7 @@ def train_teacher_command(
     out: OutOption,
     data: DataOptions,
     machine: MachineOptions,
-    seed: Annotated[int, Option(min=0, help="Of start and order.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the initial weights and of the order of images.")] = 0,
     epochs: Annotated[int | None, Option(min=1, help="Instead of the recipe's.")] = None,
     validation: Annotated[
         bool, Option("--validation", help="Measure on the last 5,000 training images, held back.")
@@ -399,7 +399,7 @@ def train_teacher_command(
     machine.prepare()
     if name in trained_names():
         typer.echo(
-            f"{name} comes with the package, and recipes take that one. To use this one, name its file as "
+            f"{name} comes with the package, and recipes use that one. To use the new one, name its file as "
             "teacher.weights.",
             err=True,
         )
@@ -410,15 +410,15 @@ def train_teacher_command(
 
 @dataclass(frozen=True)
 class ReproduceOptions:
-    """Which runs of the papers' tables are meant."""
+    """The selected runs of the papers' tables."""
 
     table: Annotated[str | None, Argument(metavar="[TABLE]", help="A table; all for every cell.")] = None
     cells: Annotated[
         list[str] | None,
-        Option("--cell", metavar="SUBSTRING", help="Only cells with this in their name; may be given often."),
+        Option("--cell", metavar="SUBSTRING", help="Only cells with this in their name; may be repeated."),
     ] = None
     seeds: Annotated[
-        list[int] | None, Option("--seed", min=0, help="Instead of the table's seeds; may be given often.")
+        list[int] | None, Option("--seed", min=0, help="Instead of the table's seeds; may be repeated.")
     ] = None
     scale: Annotated[str, Option(metavar="NAME", help="full, cpu or smoke.")] = "full"
 
@@ -478,7 +478,7 @@ def results_command(
 
 def main() -> None:
     """Entry point of ``zskd-nni``."""
-    # Threads that spin while they wait make a CPU that others use as well up to seven times slower.
+    # Threads that spin while they wait slow a shared CPU by a factor of up to seven.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from zskd_nni.runtime.signals import Interrupted, stoppable
 
@@ -490,7 +490,7 @@ def main() -> None:
                 for signum in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(signum, signal.SIG_IGN)
                 print(
-                    f"{stop}; what was finished is kept, the same command goes on from there.",
+                    f"{stop}; what was finished is kept, the same command continues from there.",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -502,7 +502,7 @@ def main() -> None:
         sentence = _sentence_about(error)
         if sentence is None:
             raise
-        sentence = " ".join(sentence.split())  # an exception of somebody else's code may have line breaks
+        sentence = " ".join(sentence.split())  # an exception of other code may have line breaks
         print(f"Error: {sentence}" + ("" if sentence.endswith((".", "?", "!")) else "."), file=sys.stderr)
         sys.exit(2)
 

@@ -417,7 +417,7 @@ def test_outputs_may_be_mappings_and_tuples(teacher):
         ),
         ({"config_list": [{"op_names": ["fc3"], "apply_method": "mae"}]}, "not valid"),
         ({"config_list": [{"op_names": ["fc3"], "temperature": -1}]}, "positive number, not -1"),
-        ({"model": lenet5(7)}, "answers with 7 classes, the teacher with 10"),
+        ({"model": lenet5(7)}, "has 7 classes, the teacher 10"),
         ({"evaluator": None}, "needs an evaluator"),
     ],
 )

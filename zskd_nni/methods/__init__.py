@@ -1,4 +1,4 @@
-"""The published methods, one file or folder a paper, and the registry that finds them by name.
+"""The published methods, one file or folder per paper, and the registry that finds them by name.
 
-May import: :mod:`zskd_nni.synthesis` and what stands below it.
+May import: :mod:`zskd_nni.synthesis` and the rooms below it.
 """

@@ -5,7 +5,7 @@
 
 Each stage keeps its result in the output folder; a stage whose result is there is not run again.
 
-May import: :mod:`zskd_nni.compression` and what stands below it.
+May import: :mod:`zskd_nni.compression` and the rooms below it.
 """
 
 from zskd_nni.pipeline.run import Run

@@ -1,4 +1,4 @@
-"""How long one image takes in onnxruntime."""
+"""The latency of one image in onnxruntime."""
 
 from __future__ import annotations
 

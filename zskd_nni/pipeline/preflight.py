@@ -35,7 +35,7 @@ def _check_compression(students: Students) -> None:
         if recipe.distillation.features != "none":
             raise UserError(
                 "distillation.features: hidden layers are matched where a finished student is distilled, and with "
-                "compression.quantization.fused there is no such training; leave the key out, or fused."
+                "compression.quantization.fused there is no such training; leave out this key or fused."
             )
         assert pruning is not None
         fused_steps = pruning.steps + recipe.distillation.steps + quantization.steps

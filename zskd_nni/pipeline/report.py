@@ -25,7 +25,7 @@ from zskd_nni.training.metrics import accuracy, agreement
 if TYPE_CHECKING:
     from zskd_nni.pipeline.run import Run
 
-# Controls that learn on other images: which kind of procedural images, and how a report calls them.
+# Controls that are trained on procedural images -> kind of image, and its name in the report.
 CONTROL_IMAGES = {"noise": ("uniform", "uniform noise"), "leaves": ("leaves", "dead leaves")}
 
 
@@ -103,7 +103,7 @@ def build_report(
     recipe, student, options = run.recipe, students["student"], run.recipe.transfer.options()
     data_free = recipe.transfer.data_free
     impressions = None if store is None else store.summary()
-    if impressions is not None and run.given is not None:  # the recipe does not tell how it was made
+    if impressions is not None and run.given is not None:  # the recipe does not describe how the store was made
         impressions["given"] = {"fingerprint": run.given.fingerprint, **run.given.manifest["identity"]}
     controls = {name: each for name, each in students.items() if name != "student"}
     return {

@@ -63,16 +63,16 @@ def _integers(report: dict[str, Any]) -> str:
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """Sentences that a reader needs beside the figures."""
+    """Remarks that are needed to read the figures."""
     found = []
     if not report["data_free"]:
         ceiling = report["recipe"]["transfer"]["method"] == "real"
         found.append(
             f"NOT data-free: the student was trained on real {'training ' if ceiling else ''}images "
-            f"({report['learnt_on']})." + (" This is a ceiling for data-free runs, not one of them." if ceiling else "")
+            f"({report['learnt_on']})." + (" This is an upper limit for data-free runs." if ceiling else "")
         )
     if report.get("learnt_on_what_is_measured"):
-        found.append("The accuracy is of images that the student was trained on: it says nothing about others.")
+        found.append("The accuracy is of images that the student was trained on: it does not apply to other images.")
     given = (report["impressions"] or {}).get("given")
     if given is not None:
         found.append(

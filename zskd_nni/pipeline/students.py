@@ -141,7 +141,7 @@ class Students:
             student = self._distilled(name, images, train)
             if quantization is not None:
                 student.quantization = self._quantized(name, student, images, train)
-        # A run that was killed between a stage and this line comes by here again.
+        # A run that was killed between a stage and this line continues here.
         for stage in ("", "-pruning", "-quantization"):
             self._checkpoint(name + stage).unlink(missing_ok=True)
         return student
@@ -164,7 +164,7 @@ class Students:
             return known
         pruning = self.recipe.compression.pruning
         student = self._unpruned() if pruning is None else self._pruned(name, images, train)
-        # The teacher itself, not pruned, has nothing to learn from itself before it is quantized.
+        # The teacher itself, not pruned, needs no distillation before it is quantized.
         if train and (self.recipe.student is not None or pruning is not None):
             with self.timed(f"distillation of {name}"):
                 self._distil(student, images, name)
@@ -174,7 +174,7 @@ class Students:
 
             student.record["pruning"]["zeros"] = share_of_zeros(student.network, student.record["pruning"]["sparsity"])
         self.team.first(lambda: self._save_stage(student, finished, live))
-        # As a later run finds it: training leaves another memory format, whose sums round differently.
+        # Loaded, as in a later run: training leaves another memory format, whose sums round differently.
         return StudentResult(load_network(finished), student.record, masks=student.masks)
 
     def _unpruned(self) -> StudentResult:
@@ -306,7 +306,7 @@ class Students:
         self._save_stage(StudentResult(quantized.network), description, live, quantization=calibration)
 
     def save(self, student: StudentResult, description: Path, **extra: Any) -> None:
-        """Write a student's weights and the file that says how to build it.
+        """Write a student's weights and the description to build it from.
 
         Args:
             student: the network, its record and its masks.
@@ -330,12 +330,12 @@ def _load_student(description: Path) -> StudentResult:
     network, content = load_network(description), read_json(description)
     student = StudentResult(network, content.get("record"))
     if not isinstance(student.record, dict):
-        raise UserError(f"{description} does not say how its network was made.")
+        raise UserError(f"{description} has no record of how its network was made.")
     try:
         kept = content.get("kept_channels", {})
         student.kept = {path: torch.tensor(channels, dtype=torch.long) for path, channels in kept.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{description} does not say which channels were kept, as lists of numbers.") from error
+        raise UserError(f"{description} has no lists of the kept channels.") from error
     if content.get("masks") is not None:
         from zskd_nni.compression.pruning.masks import load_masks
 

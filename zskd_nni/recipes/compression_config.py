@@ -132,8 +132,8 @@ class DistillerConfig(Section):
     """Which distiller trains the student while NNI prunes or quantizes it.
 
     Attributes:
-        name: ours, or one of NNI's own two.
-        config_list: NNI's distillation config; NNI's own two need one.
+        name: our distiller, or one of NNI's two.
+        config_list: NNI's distillation config; NNI's two distillers need one.
     """
 
     name: Literal["ZeroShotDistiller", "DynamicLayerwiseDistiller", "Adaptive1dLayerwiseDistiller"] = (
@@ -154,7 +154,7 @@ class CompressionRun:
 
     Attributes:
         seed: names the random streams.
-        checkpoint: a file to keep the state of the training in; the same call again goes on from it.
+        checkpoint: a file to keep the state of the training in; the same call again continues from it.
         distiller: another than :class:`~zskd_nni.compression.distiller.ZeroShotDistiller` on the logits.
         quiet: show no progress.
     """

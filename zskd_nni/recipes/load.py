@@ -59,8 +59,8 @@ class LoadedRecipe:
         section = self.recipe.teacher
         if section.weights is None and section.model.startswith(("zoo:", "torchvision:")):
             raise UserError(
-                f"teacher.weights is missing: {section.model} starts at random, and an untrained network has nothing "
-                "to teach. Name a .safetensors file, or zoo:NAME for a shipped teacher."
+                f"teacher.weights is missing: {section.model} starts at random, and an untrained network is no "
+                "teacher. Name a .safetensors file, or zoo:NAME for a shipped teacher."
             )
         code = code_fingerprint(section.model, self.base)
         return Teacher(self.network(section), section.input, section.classifier, code=code)
@@ -237,7 +237,7 @@ def _check_own_scale(source: Mapping[str, Any], named: str) -> None:
 
     if scales[scale] and not any(has(str(path), value) for path, value in scales[scale].items()):
         raise UserError(
-            f"{named}: scale says {scale!r}, and nothing of scales.{scale} is put over it; take the key out and run "
+            f"{named}: scale is {scale!r}, and nothing of scales.{scale} is applied; remove the key and run "
             f"it with --scale {scale}."
         )
 
@@ -296,7 +296,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands in one mapping twice", key.start_mark
+                        None, None, f"the key {key.value!r} occurs twice in one mapping", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -1,6 +1,6 @@
-"""Recipes: an NNI compression config with a teacher and a transfer method in front, as YAML.
+"""Recipes: an NNI compression config with a teacher and a transfer method, as YAML.
 
-NNI's own ``config_list`` passes through untouched. Unknown keys are errors that name the nearest right key.
+NNI's own ``config_list`` passes through untouched. Unknown keys are errors that name the most similar known key.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def corners(space: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]
 def pairs(space: Mapping[str, Any]) -> Iterator[tuple[Dimension, Any, Dimension, Iterator[dict[str, Any]]]]:
     """Every value of one dimension with all values of another, for any two that can meet in a trial.
 
-    A normal distribution is never the other one: only its median is tried, which says nothing about its other values.
+    A normal distribution is never the other one: only its median is tried, from which nothing follows for other values.
     A nested dimension is not paired with the choice in which it is nested; :func:`corners` has them together.
 
     Yields:

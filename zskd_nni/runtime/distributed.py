@@ -1,7 +1,7 @@
 """The processes that torchrun starts: how they divide work, and how they agree.
 
 They communicate through ``torch.distributed``. When one of them dies, torchrun stops the others and starts all of them
-anew. Outside of a process group a team has one member, and nothing here costs anything.
+anew. Outside of a process group a team has one member, and nothing is communicated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zskd_nni.runtime.locks import one_of_the_writers, only_writer
 from zskd_nni.runtime.torchrun import launched
 
 T = TypeVar("T")
-# A process waits for another as long as that works; torchrun notices a dead one.
+# A process waits as long as another one works; torchrun notices when that one dies.
 _TIMEOUT = timedelta(days=7)
 _POLL_SECONDS = 0.01
 _BROKEN_CONNECTION_WORDS = ("onnection", "gloo", "NCCL", "Broken pipe", "imed out")
@@ -141,8 +141,8 @@ def _translate_dist_errors() -> Iterator[None]:
         if not broken and not any(word in str(error) for word in _BROKEN_CONNECTION_WORDS):
             raise
         raise WorkerLostError(
-            "Another process of this launch has ended; its own message tells why. What was finished is kept, and the "
-            "same command continues from there."
+            "Another process of this launch has ended; its own message gives the reason. What was finished is kept, "
+            "and the same command continues from there."
         ) from error
 
 
@@ -155,7 +155,7 @@ def team() -> Team:
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Within the block the processes that torchrun started are one :func:`team`; gives this process's device.
+    """Within the block the processes that torchrun started are one :func:`team`; yields this process's device.
 
     Args:
         device: ``cpu``, ``cuda`` (each process of a machine takes a GPU of its own), or ``cuda:N``.
@@ -185,8 +185,8 @@ def joined(device: str) -> Iterator[str]:
         store = PrefixStore(f"restart {here.restart}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     yield device
-    team().wait()  # no process leaves while another still looks for it
-    dist.destroy_process_group()  # after an error it ends with the process
+    team().wait()  # no process ends while another still waits for it
+    dist.destroy_process_group()  # after an error the group ends with the process
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def _remove_quietly(path: Path) -> None:
 
 
 def _write_failure(path: Path, error: OSError) -> str:
-    kept = "What was finished before is kept; run the same command again once this is mended."
+    kept = "What was finished before is kept; run the same command again once this is fixed."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: {path} could not be written. Free some space. {kept}"
     if error.errno == errno.EFBIG:
@@ -87,7 +87,7 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether ``path`` is a file; False for a name that no file can have."""
+    """Whether ``path`` is a file; False for a name that is not a valid file name."""
     return os.path.isfile(path)
 
 

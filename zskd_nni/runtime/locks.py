@@ -1,4 +1,4 @@
-"""One writer a folder: locks that end with their process."""
+"""Locks that allow one writer per folder and end with their process."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from zskd_nni.runtime.files import read_json
 
 # Raise the number when an identity or the folder's content changes its meaning.
 RUN_FORMAT = "zskd_nni run 2"
-# Keys that records of version 0.1 have among their settings and that are none.
+# Keys that version 0.1 recorded among the settings, although they are not settings.
 RETIRED = ("batch_statistics_meaning",)
 
 
@@ -35,7 +35,7 @@ def check_format(content: dict[str, Any], expected: str, path: Path, remedy: str
 
 
 def with_defaults(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings over the defaults, nested ones alike: a setting younger than the record had its default.
+    """Recorded settings over the defaults, also nested ones: a setting that is newer than the record gets its default.
 
     Example:
         >>> with_defaults({"steps": 5, "moves": {"shear": 2}}, {"steps": 1, "moves": {"shear": 0, "flip": 0}})

@@ -83,7 +83,7 @@ def describe_validation(error: ValidationError, kind: Any, where: str = "") -> s
 
 
 def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
-    """One sentence about a key that is none of the known ones."""
+    """One sentence about an unknown key."""
     near = difflib.get_close_matches(key, known, 1, 0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
     return f"unknown key {path!r}; {hint}"

@@ -1,6 +1,6 @@
 """Synthesis: the engine that makes data impressions from soft targets, and the store that keeps them.
 
-May import: :mod:`zskd_nni.training` and what stands below it.
+May import: :mod:`zskd_nni.training` and the rooms below it.
 """
 
 from zskd_nni.synthesis.engine import FeatureTerm, Impressions, ShardInputs, synthesize_shard

@@ -43,7 +43,7 @@ def attention_pairs(student: nn.Module, teacher: Teacher, layers: str | Pairs = 
             raise UserError(
                 f"Attention cannot be compared between the teacher's {theirs!r} ({size[0]} x {size[1]}) and the "
                 f"student's {ours!r} ({other[0]} x {other[1]}): choose layers of the same height and width, "
-                "attention: auto finds such, or set attention: none."
+                "attention: auto finds such layers, or set attention: none."
             )
     return layers
 

@@ -165,7 +165,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                 continue
             scalar = value.numel() == 1 and name not in _MOMENTS
             if value.shape == parameter.shape:
-                # In the parameter's memory layout: fused kernels take both in the order of memory.
+                # In the parameter's memory layout: fused kernels read both in memory order.
                 entry[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
             elif not scalar and (name in _MOMENTS or value.numel() != parameter.numel()):
                 raise ValueError(f"{name} is of shape {list(value.shape)}, not {list(parameter.shape)}")

@@ -52,10 +52,10 @@ class DistillationSettings:
         freeze_batch_norm: normalise by the statistics that the student begins with, and leave them as they are. The
             teacher's were taken on real images; a pruned student begins with them.
         augmentation: what happens to each image; the teacher labels the augmented image.
-        repeats: how often each view is shown. More than once, the teacher's answers are kept on disk meanwhile, which
-            saves its share of the time (:mod:`zskd_nni.training.views`).
-        autocast: run both networks in bfloat16, with losses, weights and optimiser in float32; ``auto`` for wherever
-            the hardware is faster so.
+        repeats: how often each view is shown. If more than once, the teacher's outputs are kept on disk meanwhile,
+            which saves its share of the time (:mod:`zskd_nni.training.views`).
+        autocast: run both networks in bfloat16, with losses, weights and optimiser in float32; ``auto``: if the
+            hardware is faster in it.
 
     Raises:
         ValueError: a value outside its range.
@@ -103,7 +103,7 @@ def transfer_batch(
 
 
 def check_student(student: nn.Module, teacher: Teacher) -> None:
-    """Refuse a student that cannot answer the teacher's questions.
+    """Refuse a student with another input or other classes than the teacher.
 
     Raises:
         UserError: it cannot take the teacher's input, or has another number of classes.
@@ -120,8 +120,7 @@ def check_student(student: nn.Module, teacher: Teacher) -> None:
         ) from error
     if logits.ndim != 2 or logits.shape[1] != teacher.num_classes:
         raise UserError(
-            f"The student answers with {logits.shape[-1]} classes, the teacher with {teacher.num_classes}; "
-            "they must be the same."
+            f"The student has {logits.shape[-1]} classes, the teacher {teacher.num_classes}; they must be the same."
         )
 
 
@@ -145,11 +144,11 @@ def distill(
     kept: Mapping[str, Tensor] | None = None,
     **options: Unpack[RunOptions],
 ) -> History:
-    """Train ``student`` in place to answer as the teacher; it comes back in ``eval()`` mode, as its last step left it.
+    """Train ``student`` in place to give the teacher's logits; the state after the last step stays, in ``eval()`` mode.
 
     Processes that share a process group of ``torch.distributed`` share the work: all of them call this with the same
-    arguments, each takes its part of every batch, and all end with the same student. Batch and schedule stay what the
-    settings say.
+    arguments, each takes its part of every batch, and all end with the same student. Batch and schedule are those of
+    the settings.
 
     Args:
         student: takes what the teacher takes, on the teacher's device.

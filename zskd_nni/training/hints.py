@@ -1,7 +1,7 @@
 """Hidden layers whose outputs the student matches (hints, Romero et al., FitNets, ICLR 2015, 1412.6550).
 
 A pruned student keeps some of the teacher's layers at full width, and some channels of the others. The outputs of both
-can be compared element by element, and say far more about an image than ten logits do.
+can be compared element by element, and carry far more information about an image than ten logits.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Regressors(nn.ModuleList):
 
 
 def _shared_layers(student: nn.Module, teacher: Teacher) -> list[str]:
-    """Paths of layers that both networks have and that ``auto`` looks at."""
+    """Paths of the linear, convolution and BatchNorm layers that both networks have, for ``auto``."""
     norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     layers = [entry for entry in teacher.model.named_modules() if isinstance(entry[1], (nn.Linear, nn.Conv2d, *norms))]
     following = [layer for _, layer in layers[1:]] + [None]

@@ -1,4 +1,4 @@
-"""Answers of a network, and its logits on a labelled set."""
+"""Logits of a network on a labelled set."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def cosine_schedule(optimizer: Optimizer, steps: int, warmup: int = 0) -> LRSche
 
 
 def fit(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, loss: Loss, run: TrainingRun) -> History:
-    """Take ``run.steps`` optimiser steps; the last state is the result, no step is picked by its score.
+    """Take ``run.steps`` optimiser steps; the last state is the result, not the best one.
 
     Args:
         model: what is trained; in training mode meanwhile, in ``eval()`` afterwards.
@@ -134,7 +134,7 @@ def fit(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, l
                     raise
                 if keeper.is_due():
                     keeper.save(done, monitor)
-        monitor.require_finite(run.steps)  # the very last update, which no loss has seen
+        monitor.require_finite(run.steps)  # the last update; no loss was computed after it
         keeper.save(run.steps, monitor)
     return history
 
@@ -181,7 +181,7 @@ class _LossMonitor:
         self._recent = [torch.tensor(value, device=device) for value in history.pending]
 
     def add(self, done: int, loss: Tensor) -> None:
-        """Note the loss of step ``done``; a stretch's mean is looked at where it ends, not to wait at every step."""
+        """Record the loss of step ``done``; the mean is checked once per stretch, so that not every step waits."""
         self._recent.append(loss)
         if done % _LOSS_EVERY and done != self.run.steps:
             return
@@ -204,7 +204,7 @@ class _LossMonitor:
     def _diverged(self, done: int) -> DivergenceError:
         return DivergenceError(
             f"{self.run.label.capitalize()} diverged: the loss is no longer finite in the {_LOSS_EVERY} steps up to "
-            f"step {done} of {self.run.steps}. A smaller learning rate usually mends it."
+            f"step {done} of {self.run.steps}. A smaller learning rate usually helps."
         )
 
 
@@ -229,7 +229,7 @@ class _CheckpointKeeper:
                 remove_leftovers(path.parent, path.name)
             if self.team.first(self.checkpoint.exists):
                 step, history = self.checkpoint.load(self.training)
-                self.team.wait()  # for those that still read, before the first process writes another
+                self.team.wait()  # for processes that still read, before the first one writes again
         self._saved = time.monotonic()
         self._started = self._saved - history.seconds  # as if the parts before this one had run without a pause
         return step, history
@@ -248,7 +248,7 @@ class _CheckpointKeeper:
 
     @contextmanager
     def named_in_divergence(self) -> Iterator[None]:
-        """Within the block a :class:`DivergenceError` says which checkpoint was kept."""
+        """Within the block a :class:`DivergenceError` names the checkpoint that was kept."""
         try:
             yield
         except DivergenceError as error:

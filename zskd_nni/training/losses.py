@@ -38,7 +38,7 @@ def soft_target_divergence(logits: Tensor, targets: Tensor, temperature: float |
     """``KL(targets || softmax(logits / T))`` of each row: ``(N, K), (N, K), scalar or (N, 1) -> (N,)``.
 
     It differs from the cross-entropy of ZSKD's equation 5 by the entropy of the targets. Its gradient is the same, and
-    it is 0 where the answer equals the target.
+    it is 0 where the prediction equals the target.
 
     Example:
         >>> logits = torch.tensor([[1.0, 3.0]])

@@ -31,13 +31,13 @@ class SupervisedSettings(Settings):
 
     Attributes:
         epochs: passes over the data.
-        batch: images a step.
+        batch: images per step.
         optimizer: ``adamw`` or ``sgd`` (Nesterov momentum 0.9).
         learning_rate: at the top of the cosine.
         weight_decay: decoupled for AdamW.
         label_smoothing: in [0, 1).
         augmentation: what happens to each image.
-        autocast: multiply in bfloat16; where processor or card can, up to twice as fast.
+        autocast: multiply in bfloat16; up to twice as fast where the CPU or GPU supports it.
     """
 
     epochs: Count = 30

@@ -1,1 +1,1 @@
-"""NNI's experiments over a recipe's settings: above the pipeline, whose runs are their trials."""
+"""NNI experiments over a recipe's settings; a trial makes its student with the pipeline."""

@@ -60,7 +60,7 @@ class Search:
         quiet: no progress.
 
     Raises:
-        UserError: anything wrong that can be known before the first trial.
+        UserError: a mistake that can be known before the first trial.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Search:
         }
 
     def _check(self) -> None:
-        """Everything wrong that can be known before the first trial."""
+        """Find every mistake that can be known before the first trial."""
         self._check_reachable()
         tuner = tuner_config(self.section, self.seed, self.loaded.base)
         with tempfile.TemporaryDirectory() as job:  # NNI requires an existing one
@@ -121,8 +121,8 @@ class Search:
         if service.get("nni_manager_ip", service.get("nniManagerIp")) not in (LOOPBACK, "localhost"):
             raise UserError(
                 f"search.training_service: trials on {service.get('platform')} call back to this machine, where NNI's "
-                "server lets nobody in; open it with --portal (whoever learns its address can then steer the search), "
-                f"or forward a --port of your choice from there yourself and set nni_manager_ip: {LOOPBACK}."
+                "server accepts no connection; open it with --portal (whoever learns its address can then control the "
+                f"search), or forward a --port of your choice from there yourself and set nni_manager_ip: {LOOPBACK}."
             )
 
     def _student_identity(self) -> dict[str, str]:
@@ -163,7 +163,7 @@ class Search:
         path = self.out / TRIALS
         table = read_json(path) if path.exists() else self._table([])
         if not is_table(table):
-            raise UserError(f"{path} is not whole; remove it, and its trials are run again.")
+            raise UserError(f"{path} is incomplete; remove it, and its trials are run again.")
         return dict(table)
 
     def _write_job(self) -> None:
@@ -218,7 +218,7 @@ class Search:
             manager.stop()
 
     def _history(self, before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """What the tuner is told: finished trials with their values, and proposals that were not finished."""
+        """Input of the tuner: finished trials with their values, and proposals that were not finished."""
         ended = [row["given"] for row in before]
         known = [{"parameter": row["given"], "value": row["value"]} for row in before if row["value"] is not None]
         unfinished: list[dict[str, Any]] = []
@@ -252,8 +252,8 @@ class Search:
                     time.sleep(_SECONDS_BETWEEN_POLLS)
                     continue
                 raise UserError(
-                    f"NNI's manager ended or does not answer; its log is {manager.log}. What was finished is kept, the "
-                    "same command goes on from there."
+                    f"NNI's manager ended or does not respond; its log is {manager.log}. What was finished is kept, "
+                    "the same command continues from there."
                 ) from error
             # A trial's result may arrive a moment after its end, and so may the tuner's next proposal.
             missing = any(job.status == "SUCCEEDED" and not _final(metrics.get(job.trialJobId, [])) for job in jobs)
@@ -322,7 +322,7 @@ class Search:
         }
 
     def _measured_on(self) -> str:
-        """What the objective is measured on, in few words."""
+        """A short description of the data that the objective is measured on."""
         evaluation = self.loaded.recipe.evaluation
         if self.section.objective == "agreement" or evaluation is None:
             return "its probe set"
@@ -372,7 +372,7 @@ class Search:
                 f"{self.out / TRIALS}."
             )
         first = "".join(f" The first: {row['reason']}" for row in rows[:1])
-        return UserError(f"No trial came to a result; all are in {self.out / TRIALS}.{first}")
+        return UserError(f"No trial gave a result; all are in {self.out / TRIALS}.{first}")
 
 
 def _final(metrics: list[Any]) -> dict[str, Any] | None:

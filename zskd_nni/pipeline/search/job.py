@@ -1,4 +1,4 @@
-"""Recipes of a search's trials, and of its result, with paths that hold in the folder they lie in."""
+"""Recipes of a search's trials, and of its result, with paths that are valid from their folder."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_transfer_files(loaded: LoadedRecipe) -> None:
     for named in named_files(_trial_source(loaded)):
         if named.key_path.startswith("transfer.") and not os.path.exists(named.path(loaded.base)):
             raise UserError(
-                f"{named.key_path}: there is no file or folder {named.text}, and no set of images is called so."
+                f"{named.key_path}: there is no file or folder {named.text}, and no data set has this name."
             )
 
 
@@ -143,7 +143,7 @@ def _require_file(key_path: str, path: Path) -> None:
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no file"
         raise UserError(
-            f"{key_path}: {path} is {kind}, and a search hands nothing but files to other machines; name a file, such "
+            f"{key_path}: {path} is {kind}, and a search copies only files to other machines; name a file, such "
             "as an .npz of the images."
         )
 

@@ -51,7 +51,7 @@ def experiment_config(section: SearchSection, job: Path, tuner: dict[str, Any], 
             )
             config.validate()
     except Exception as error:  # NNI's configs raise any type
-        reason = " ".join(str(error).split()).rstrip(".") or "NNI refuses it, and does not say why"
+        reason = " ".join(str(error).split()).rstrip(".") or "NNI refuses it without a reason"
         raise UserError(f"search.training_service: {reason}.") from error
     return config
 
@@ -62,7 +62,7 @@ def is_local(section: SearchSection) -> bool:
 
 
 def tuner_config(section: SearchSection, seed: int, base: Path | None = None) -> dict[str, Any]:
-    """NNI's mapping of the tuner, told to maximise and, if it takes one, given the seed.
+    """NNI's mapping of the tuner, set to maximise, with the seed if the tuner takes one.
 
     Args:
         section: names the tuner.

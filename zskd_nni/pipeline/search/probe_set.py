@@ -1,7 +1,7 @@
 """The probe set: images on which all trials of a search are compared, made from the teacher alone.
 
 A student agrees with its teacher best on images of the kind it was trained on. Agreement on a trial's own held-out
-impressions would say more about the impressions than about the student. So one probe set is made before the first
+impressions would depend more on the impressions than on the student. So one probe set is made before the first
 trial, from nothing but the teacher and a seed. It takes no method's targets, settings or generator, and no trial trains
 on it. Three kinds of images share it equally, so that no method's own kind dominates:
 
@@ -30,7 +30,7 @@ from zskd_nni.runtime.tensors import load_tensors, save_tensors
 from zskd_nni.training.inference import logits_on
 
 KINDS = ("figures", "steered", "between")
-_CANDIDATES = 10  # figures that are looked at for each one taken
+_CANDIDATES = 10  # candidates for each figure that is taken
 _STEPS, _RATE = 40, 0.04  # of Adam, in units of the value range
 _BATCH = 250
 
@@ -39,7 +39,7 @@ def make_probe(teacher: Teacher, count: int, seed: int) -> LabelledImages:
     """Draw the probe set.
 
     Args:
-        teacher: on any device; its answers choose and steer the images.
+        teacher: on any device; its predictions select and steer the images.
         count: number of images, at least three.
         seed: names the random streams.
 

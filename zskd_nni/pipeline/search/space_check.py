@@ -58,7 +58,7 @@ def check_values(loaded: LoadedRecipe, space: Mapping[str, Any], out: Path) -> N
 
 
 def problem_with(loaded: LoadedRecipe, flat: Mapping[str, Any]) -> str | None:
-    """What is wrong with the recipe with these parameters, as far as the schema tells; None where nothing is."""
+    """What is wrong with the recipe with these parameters, as far as the schema shows; None if nothing is."""
     try:
         _with_values(loaded, flat)
     except (ValueError, UserError) as error:

@@ -72,7 +72,7 @@ class StudentRun(Run):
         """Make the student and the one file that would be deployed, checked on ``images``.
 
         It is the int8 file if the recipe's quantizer can be exported to one. A student of another quantizer is
-        measured in NNI's simulation, because no file answers as it does.
+        measured in NNI's simulation, because no file computes the same.
         """
         make_folder(self.out)
         spec, plain = self.teacher.spec, self.out / STUDENT
@@ -123,7 +123,7 @@ def run_trial(job_folder: Path) -> None:
         job_folder: as :class:`zskd_nni.pipeline.search.experiment.Search` wrote it.
 
     Raises:
-        UserError: why the trial failed; NNI has been told as well.
+        UserError: the reason why the trial failed; it is also reported to NNI.
     """
     import nni
 
@@ -200,7 +200,7 @@ def trial_recipe(job_folder: Path, job: dict[str, Any], flat: dict[str, Any]) ->
 
 
 def reason_of(error: BaseException) -> str:
-    """One line that says why a trial failed."""
+    """The reason why a trial failed, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 

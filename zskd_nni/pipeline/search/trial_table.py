@@ -70,7 +70,7 @@ def remarks(row: dict[str, Any]) -> list[str]:
 
 
 def _short_names(paths: list[str]) -> list[str]:
-    """The shortest ends of key paths that tell them apart."""
+    """The shortest ends of key paths that differ from each other."""
 
     def is_clear(end: str) -> bool:
         return not end.split(".")[0].isdigit() and sum(f".{path}".endswith(f".{end}") for path in paths) == 1

@@ -1,7 +1,7 @@
 """A tuner with a memory, around any of NNI's, so that a stopped search resumes with all that it knew.
 
-NNI's own ``resume`` tells its tuner of finished trials only, counts cancelled ones as done, restarts the tuner's random
-numbers, and may confuse trials. So each start of a search is a new NNI experiment. Its tuner is first told the known
+NNI's ``resume`` reports only finished trials to its tuner, counts cancelled ones as done, restarts the tuner's random
+numbers, and may confuse trials. So each start of a search is a new NNI experiment. Its tuner first gets the known
 results, and first proposes what was proposed before and never finished.
 
 NNI's dispatcher process loads a copy of this file, and has ten seconds to start: it imports nothing but NNI.

@@ -1,1 +1,1 @@
-"""What the methods are compared with and that is no transfer method: students that read real labels."""
+"""Baselines that are no transfer methods: students that are trained on real labels."""

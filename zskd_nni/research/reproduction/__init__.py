@@ -1,1 +1,1 @@
-"""The papers' tables: cells that are run, records that they leave, and the page that is made of the records."""
+"""The papers' tables: runs of their cells, the records of runs, and the page that is made from the records."""
