@@ -1,4 +1,4 @@
-"""Forward hooks and training modes that last for one ``with`` block; afterwards the network is as it was.
+"""Forward hooks and training modes that last for one ``with`` block; the network is as before after it.
 
 Modules are named by their path, as in ``model.named_modules()``.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zskd_nni.runtime.errors import UserError
 
 HookFunction = Callable[[str, Any], Any]
+"""Takes a module's path, and its input or output; returns a replacement of that value, or None."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def hooked_at(model: nn.Module, point: FeaturePoint, function: HookFunction) -> 
 
 @contextmanager
 def recording_features(model: nn.Module, point: FeaturePoint) -> Iterator[list[Any]]:
-    """Within the block, what passes the point at each call is appended to the list.
+    """Within the block, the value at the point is appended to the list at each forward pass.
 
     Raises:
         UserError: the model has no such module.
@@ -130,7 +131,7 @@ def recording_outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[s
 
 
 def replacing(model: nn.Module, point: FeaturePoint, features: Tensor) -> AbstractContextManager[None]:
-    """Within the block, ``features`` pass the point instead of what the network computes from its input.
+    """Within the block, ``features`` replace the value that the network computes at the point.
 
     Raises:
         UserError: the model has no such module.

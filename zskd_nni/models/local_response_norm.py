@@ -83,7 +83,7 @@ class PrunedLocalResponseNorm(nn.Module):
 
     @classmethod
     def of(cls, norm: nn.LocalResponseNorm | PrunedLocalResponseNorm, kept: Tensor) -> PrunedLocalResponseNorm:
-        """The layer that replaces ``norm`` if only the channels at ``kept``, ``(K,)``, stay."""
+        """The layer that replaces ``norm`` after all channels except those at ``kept``, ``(K,)``, are removed."""
         positions = kept.tolist()
         if isinstance(norm, PrunedLocalResponseNorm):
             positions = [norm.kept[position] for position in positions]

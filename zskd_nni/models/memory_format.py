@@ -1,7 +1,8 @@
-"""Channels last in memory, where a network works with it: up to twice as fast on a CPU.
+"""Channels-last memory, where a network works with it: up to twice as fast on a CPU.
 
-A network that flattens its features by ``x.view(len(x), -1)`` does not: such a view needs channels first. It gets its
-images in that format instead. A network that changes its input in place (``x.sub_(0.5)``) gets copies of the images.
+A network that flattens its features by ``x.view(len(x), -1)`` does not work with it, because such a view needs channels
+first. It gets its images in that format instead. A network that changes its input in place (``x.sub_(0.5)``) gets
+copies of the images.
 """
 
 from __future__ import annotations

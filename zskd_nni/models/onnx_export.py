@@ -1,9 +1,10 @@
-"""ONNX export, checked: onnxruntime must answer as the network does."""
+"""ONNX export, with a check that onnxruntime computes the network's logits."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import re
@@ -27,7 +28,7 @@ _ANY_NUMBER_OF_IMAGES = ({0: torch.export.Dim("N")},)
 
 
 class _WithNormalisation(nn.Module):
-    """A network together with its input's normalisation, so that a deployment feeds plain pixel values."""
+    """A network together with its input's normalisation, so that it takes plain pixel values when deployed."""
 
     def __init__(self, network: nn.Module, spec: InputSpec) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ def onnx_bytes(network: nn.Module, spec: InputSpec) -> bytes:
         UserError: the network cannot be exported.
     """
     try:
-        with _quiet():
+        with _quiet(), _operators_listed_once():
             program = torch.onnx.export(
                 _exported_network(network, spec),
                 (spec.midpoint(2),),
@@ -119,6 +120,39 @@ def _stripped(model: Any) -> bytes:
         entry.ClearField("doc_string")
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+@functools.cache
+def _operators() -> tuple[Any, list[Any]] | None:
+    """The module that the exporter asks for its operators, and these; None with a PyTorch that goes another way."""
+    try:
+        from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+        return onnxscript_apis, list(onnxscript_apis.get_torchlib_ops())
+    except (ImportError, AttributeError):
+        return None
+
+
+@contextlib.contextmanager
+def _operators_listed_once() -> Iterator[None]:
+    """Within the block the exporter takes its operators from memory.
+
+    Left alone it parses the source of some 500 of them at every export, which takes a quarter of the time.
+    """
+    known = _operators()
+    if known is None:
+        yield
+        return
+    module, operators = known
+    own = vars(module).get("get_torchlib_ops")  # of a module that is imported lazily: none
+    module.get_torchlib_ops = lambda: list(operators)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.get_torchlib_ops
+        else:
+            module.get_torchlib_ops = own
 
 
 @contextlib.contextmanager
@@ -195,13 +229,13 @@ def export_onnx(
     images: Tensor | ImageSource | None = None,
     tolerance: float = 1e-3,
 ) -> float:
-    """Write a network as ONNX, after checking that onnxruntime answers as the network does.
+    """Write a network as ONNX, after checking that onnxruntime computes the network's logits.
 
     Args:
         network: left as it is; exported in ``eval()`` mode and float32.
         spec: its input. The normalisation becomes part of the file.
         path: the ``.onnx`` file to write.
-        images: ``(N, C, H, W)`` in the value range to compare the answers on, or a transfer source, whose first batch
+        images: ``(N, C, H, W)`` in the value range to compare the logits on, or a transfer source, whose first batch
             is taken; 16 of uniform noise by default.
         tolerance: largest allowed difference of a logit, relative to the largest logit (at least 1).
 
@@ -209,7 +243,7 @@ def export_onnx(
         The largest difference found, on that scale.
 
     Raises:
-        UserError: the network cannot be exported, or onnxruntime answers differently.
+        UserError: the network cannot be exported, or onnxruntime's logits differ.
 
     Example:
         >>> import tempfile
