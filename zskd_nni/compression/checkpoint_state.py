@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from nni.compression.base.compressor import Compressor
 from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.quantization import PtqQuantizer
 from nni.compression.utils.evaluator import BackwardHook, Hook, TensorHook
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,6 +28,13 @@ from zskd_nni.training.checkpoint import load_optimizer_state, optimizer_state
 _DIVISIBLE = {*WEIGHT_PRUNERS, "AGPPruner", "LinearPruner", "ZeroShotDistiller", "DynamicLayerwiseDistiller"}
 # What scheduled pruners and quantizers change of a target's setting.
 _SETTINGS = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "apply_method")
+
+
+def owners(function: Callable) -> list[Compressor | Optimizer]:
+    """The compressors and optimisers to which a function belongs, or that it has in its closure."""
+    cells = getattr(function, "__closure__", None) or ()
+    found = (getattr(function, "__self__", None), *(cell.cell_contents for cell in cells))
+    return [owner for owner in found if isinstance(owner, Compressor | Optimizer)]
 
 
 class CompressionState:
@@ -48,13 +56,12 @@ class CompressionState:
 
     def remember(self, function: Callable) -> None:
         """Remember the compressors and optimisers behind a function that a compressor gives to the evaluator."""
-        cells = getattr(function, "__closure__", None) or ()
-        for owner in (getattr(function, "__self__", None), *(cell.cell_contents for cell in cells)):
+        for owner in owners(function):
             if isinstance(owner, Compressor):
                 for compressor in (owner, *owner.fused_compressors, getattr(owner, "bound_pruner", None)):
                     if compressor is not None:
                         self._compressors.setdefault(id(compressor), compressor)
-            elif isinstance(owner, Optimizer):
+            else:
                 self._optimizers.setdefault(id(owner), owner)
 
     def can_be_divided(self) -> bool:
@@ -72,6 +79,15 @@ class CompressionState:
         """Whether this training serves a pruner's scores alone: Taylor or Slim, without schedule or distiller."""
         names = {type(compressor).__name__ for compressor in self._compressors.values()}
         return not names.isdisjoint(SCORING_PRUNERS) and names <= {*SCORING_PRUNERS, *WEIGHT_PRUNERS}
+
+    def only_calibrates(self) -> bool:
+        """Whether the bound model is under quantizers that read ranges alone (PTQ), and nothing is fused with them."""
+        if self.model is None or self._compressors or self.hooks:
+            return False
+        wrappers = (getattr(module, "_nni_wrapper", None) for module in self.model.modules())
+        functions = (function for wrapper in wrappers if wrapper is not None for function in wrapper._track_funcs)
+        watching = {type(owner) for function in functions for owner in owners(function)}
+        return watching == {PtqQuantizer}
 
     def description(self) -> list[str]:
         """The compressors and their settings, before the first step; the checkpoint of others is refused."""

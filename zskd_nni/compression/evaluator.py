@@ -11,6 +11,7 @@ from typing import Any
 
 import nni
 import torch
+from nni.compression.distillation.basic_distiller import TeacherModelBasedDistiller
 from nni.compression.utils.evaluator import Hook, TorchEvaluator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from zskd_nni.compression.checkpoint_state import CompressionState
+from zskd_nni.compression.checkpoint_state import CompressionState, owners
 from zskd_nni.compression.pruning.masks import Masks, held_at_zero
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.hooks import evaluating
@@ -175,6 +176,11 @@ class DataFreeEvaluator(TorchEvaluator):
     def patch_loss(self, patch: Callable[[Tensor, Any], Tensor]) -> None:
         """As NNI's; also remembers the compressor behind ``patch`` for the checkpoint."""
         self._compression.remember(patch)
+        for owner in owners(patch):
+            if isinstance(owner, TeacherModelBasedDistiller) and not isinstance(
+                owner.teacher_predict, WholeBatchPredict
+            ):
+                owner.teacher_predict = WholeBatchPredict(owner.teacher_predict)
         super().patch_loss(patch)
 
     def patch_optimizer_step(self, before_step_tasks: list[Callable], after_step_tasks: list[Callable]) -> None:
@@ -266,6 +272,9 @@ class DataFreeEvaluator(TorchEvaluator):
         steps = self.steps_for(max_steps, max_epochs)
         if steps < 1:
             return  # only calibration
+        if training_step == self._ori_training_step and self._compression.only_calibrates():
+            self._show(model, steps)
+            return
         if training_step == self._ori_training_step and not self.pseudo_labels:
             _logger.warning(
                 "There is no loss: the weights will not change, and a pruner that scores by gradients (Taylor, "
@@ -301,6 +310,12 @@ class DataFreeEvaluator(TorchEvaluator):
             warnings.filterwarnings("ignore", "Seems like `optimizer.step\\(\\)` has been overridden")
             self.histories.append(fit(model, optimizer, schedule, loss, run))
 
+    def _show(self, model: nn.Module, steps: int) -> None:
+        """Let a quantizer that only reads ranges see the batches of ``steps`` steps; nothing of the model moves."""
+        with evaluating(model), torch.no_grad():
+            for step in range(steps):
+                model(self.batch(step, generator(self.seed, "shown", step), model))
+
     def _checkpoint_path(self) -> Path | None:
         path, number = self.checkpoint, len(self.histories) + 1
         return path.with_name(f"{path.stem}-{number}{path.suffix}") if path and self.histories else path
@@ -318,6 +333,39 @@ def evaluator_of_run(
     given: dict[str, Any] = {"seed": run.seed, "checkpoint": run.checkpoint, "quiet": run.quiet}
     rare = EvaluatorOptions(**options)
     return DataFreeEvaluator(teacher, images, settings, pseudo_labels=pseudo_labels, options=rare, **given)
+
+
+class WholeBatchPredict:
+    """A ``teacher_predict`` as NNI's examples write it, for a batch that is the images themselves.
+
+    NNI's batches are images and labels, and its examples call ``teacher(batch[0])``. Here ``batch[0]`` would be one
+    image: the teacher gets the whole batch in its place.
+    """
+
+    def __init__(self, predict: Callable[[Any, nn.Module], Any]) -> None:
+        self.predict: Callable[[Any, nn.Module], Any] = predict
+
+    def __call__(self, batch: Any, teacher: nn.Module) -> Any:
+        """What the teacher answers to all of the batch's images."""
+
+        def whole(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            image = arguments[0] if arguments else None
+            if not isinstance(image, Tensor) or not isinstance(batch, Tensor) or image.shape != batch.shape[1:]:
+                return None
+            return batch.to(image.device), *arguments[1:]
+
+        hook = teacher.register_forward_pre_hook(whole) if isinstance(teacher, nn.Module) else None
+        try:
+            return self.predict(batch, teacher)
+        except (IndexError, KeyError, TypeError) as error:
+            raise UserError(
+                f"teacher_predict(batch, teacher) fails ({type(error).__name__}: {error}): the batch of a "
+                f"DataFreeEvaluator is a tensor of images (N, C, H, W), normalised, without labels; write "
+                f"teacher_predict=lambda batch, teacher: teacher(batch)"
+            ) from error
+        finally:
+            if hook is not None:
+                hook.remove()
 
 
 def _put_back(model: nn.Module, optimizer: Optimizer) -> Callable[[int], None]:

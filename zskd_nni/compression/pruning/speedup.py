@@ -28,7 +28,7 @@ from zskd_nni.compression.pruning.masks import Masks, is_kept, kept_channels, mu
 from zskd_nni.compression.pruning.nni_speedup import run_speedup
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
 from zskd_nni.models.serialization import SIZES, drop_modules
-from zskd_nni.models.shared_modules import replace_everywhere, set_module, shared_layers
+from zskd_nni.models.shared_modules import check_not_wrapped, replace_everywhere, set_module, shared_layers
 from zskd_nni.runtime.errors import UserError
 
 _CHECK_BATCH_SIZE = 4
@@ -136,6 +136,7 @@ def shrink(
           (2): Linear(in_features=4, out_features=2, bias=True)
         )
     """
+    check_not_wrapped(model)
     if any(hasattr(module, "_nni_wrapper") for module in model.modules()):
         raise UserError("the model is still wrapped by NNI; call unwrap_model() of its pruner before shrinking")
     if next(model.parameters(), None) is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zskd_nni.compression.evaluator import evaluator_of_run
 from zskd_nni.compression.fuse import fused_distiller
+from zskd_nni.compression.nni_messages import refusals_as_sentences
 from zskd_nni.compression.pruning.masks import Masks
 from zskd_nni.compression.quantization import nni_quantizer
 from zskd_nni.compression.quantization.bn_folding import check_folds
@@ -105,7 +106,8 @@ def quantize(
     quantizer = nni_quantizer.make_quantizer(student, name, config_list, evaluator, config.arguments)
     ptq = name == "PtqQuantizer"
     top: Any = quantizer if ptq else fused_distiller(quantizer, run.distiller, evaluator)
-    top.compress(0 if ptq else config.steps, None)
+    with refusals_as_sentences(f"compression.quantization: NNI's {name}"):
+        top.compress(0 if ptq else config.steps, None)
     calibration = plain_calibration(quantizer.get_calibration_config())
     student.eval()
     with torch.no_grad():
