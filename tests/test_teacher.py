@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from zskd_nni.data.sources import NoiseSource
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
-from zskd_nni.models import zoo
+from zskd_nni.models import onnx_export, zoo
 from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import export_onnx, run_onnx
@@ -548,6 +548,14 @@ def test_lists_of_transforms(steps: list[nn.Module], channels: int | None, spec:
 def test_transforms_that_do_not_tell_the_size(transforms: object) -> None:
     with pytest.raises(UserError, match=r"height and width.*InputSpec"):
         InputSpec.from_transforms(transforms)
+
+
+def test_the_exporter_makes_the_same_where_its_operators_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_network()
+    kept = onnx_export.onnx_bytes(network, SMALL)
+    assert onnx_export._operators() is not None, "nothing is kept: the exporter of this PyTorch is another"
+    monkeypatch.setattr(onnx_export, "_operators", lambda: None)
+    assert onnx_export.onnx_bytes(network, SMALL) == kept
 
 
 def test_exporting_without_images_and_with_a_transfer_source(tmp_path) -> None:
