@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import logging
 import re
@@ -126,9 +127,8 @@ def _stripped(model: Any) -> bytes:
 def _operators() -> tuple[Any, list[Any]] | None:
     """The module that the exporter asks for its operators, and these; None with a PyTorch that goes another way."""
     try:
-        from torch.onnx._internal.exporter._registration import onnxscript_apis
-
-        return onnxscript_apis, list(onnxscript_apis.get_torchlib_ops())
+        module = importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
+        return module, list(module.get_torchlib_ops())
     except (ImportError, AttributeError):
         return None
 
