@@ -42,7 +42,7 @@ demo: install
 	$(BIN)/zskd-nni demo --out $(OUT)
 
 test: install
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-device: install
 	ZSKD_NNI_TEST_DEVICE=$(or $(filter-out cpu,$(DEVICE)),elsewhere) $(BIN)/python -m pytest tests/device

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from zskd_nni import cli
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
@@ -272,11 +274,40 @@ def cli_command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "zskd_nni", *map(str, arguments)]
 
 
-def run_cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command line as a user starts it."""
-    environment = {key: value for key, value in os.environ.items() if key != DATA}
-    options = {"env": {**environment, "OMP_NUM_THREADS": "1"}, "timeout": 240, **options}
+def cli_environment() -> dict[str, str]:
+    return {**{key: value for key, value in os.environ.items() if key != DATA}, "OMP_NUM_THREADS": "1"}
+
+
+def start_cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command line as a user starts it, to its end."""
+    options = {"env": cli_environment(), "timeout": 240, **options}
     return subprocess.run(cli_command(*arguments), capture_output=True, text=True, **options)
+
+
+def run_cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, which has torch already: starting it anew takes seconds each time."""
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("out", "err")]
+        _start_forkserver()
+        process = _context.Process(target=_cli, args=(words, cli_environment(), str(cwd or Path.cwd()), *paths))
+        process.start()
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(words, 240)
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in paths))
+
+
+def _cli(words: list[str], environment: dict[str, str], folder: str, out: Path, err: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.argv = ["zskd-nni", *words]
+    cli.main()
 
 
 def is_one_sentence(text: str) -> bool:

@@ -22,6 +22,7 @@ from helpers import (
     run_cli,
     same_store,
     shard_hashes,
+    start_cli,
     wait_for,
 )
 
@@ -213,7 +214,7 @@ def test_stop_and_resume(tmp_path: Path, undisturbed: Path, signum: int, code: i
     assert process.returncode == code
     assert error.count("\n") == 1
     assert signal.Signals(signum).name in error
-    assert "the same command goes on" in error
+    assert "the same command continues" in error
     made = finished_shards(store)
     assert 2 <= made < SIZE // 10
     assert not list(store.glob(".*.tmp"))
@@ -232,7 +233,7 @@ def test_disk_full(tmp_path: Path, undisturbed: Path) -> None:
     good = shard_hashes(store)
     limit = 10_000
     assert (store / "manifest.json").stat().st_size < limit < (store / "shard-00000.safetensors").stat().st_size
-    result = run_cli(*synthesize(store), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    result = start_cli(*synthesize(store), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert result.returncode == 2
     assert is_one_sentence(result.stderr), result.stderr
     assert "shard-00005" in result.stderr

@@ -19,7 +19,7 @@ import pytest
 import requests
 import torch
 import yaml
-from helpers import cli_command, is_one_sentence, run_cli, wait_for
+from helpers import cli_command, is_one_sentence, run_cli, start_cli, wait_for
 
 from zskd_nni.compression.quantization.quantize import simulated
 from zskd_nni.compression.quantization.serialization import load_quantization
@@ -171,7 +171,7 @@ def test_a_search_is_private_stops_whole_and_goes_on(tmp_path: Path) -> None:
     finally:
         process.kill()  # where the test failed; the rest of it ends by itself
     assert process.returncode == 130, error
-    assert "the same command goes on" in error
+    assert "the same command continues" in error
     assert "Traceback" not in error
     assert len(seen) >= 4, "manager, tuner, two trials"
     assert alive(list(seen.values())) == []
@@ -671,7 +671,7 @@ def test_a_damaged_table_of_trials_is_told(tmp_path: Path, content: str) -> None
     search = Search(load_recipe(write(tmp_path, tiny())), out, quiet=True)
     search._claim()
     (out / "trials.json").write_text(content)
-    with pytest.raises(UserError, match=r"trials\.json is not whole; remove it"):
+    with pytest.raises(UserError, match=r"trials\.json is incomplete; remove it"):
         search.run()
 
 
@@ -740,13 +740,13 @@ def test_the_command_that_a_search_prints_runs_as_it_stands(tmp_path: Path) -> N
     }
     row |= {"parameters": {INTERVAL: 2}, "objective": 80.0, "bytes": 150_000, "data_free": True}
     write_json(out / "trials.json", search._table([row]))
-    done = run_cli("search", "tiny.yml", "--out", "my search", "--data-root", "my data", cwd=tmp_path)
+    done = start_cli("search", "tiny.yml", "--out", "my search", "--data-root", "my data", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said, _, command = done.stdout.splitlines()[-1].partition("zskd-nni ")
     assert said.startswith("best: trial 1")
     words = shlex.split(command)
     assert words == ["compress", "my search/best.yml", "--out", "my search/best", "--data-root", "my data"]
-    made = run_cli(*words, cwd=tmp_path)
+    made = start_cli(*words, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert (out / "best" / "student.onnx").exists()
 
@@ -771,7 +771,7 @@ def test_no_student_within_the_budget(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no student of 2 trials is as small as 170,000 bytes; .*trial 2.*180,000"):
         search._conclude(table)
     failed = {**row, "status": "failed", "objective": None, "bytes": None, "reason": "It broke."}
-    with pytest.raises(UserError, match=r"No trial came to a result.*It broke"):
+    with pytest.raises(UserError, match=r"No trial gave a result.*It broke"):
         search._conclude(search._table([failed]))
 
 

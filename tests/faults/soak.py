@@ -97,7 +97,7 @@ def soak(seconds: float, tell: Callable[[str], None] = print) -> dict[str, float
     memory: list[int] = []
     files: list[int] = []
     costs: list[float] = []
-    while time.monotonic() < end or len(costs) < 8:
+    while time.monotonic() < end or len(costs) < 6:
         before = yardstick()
         started = time.process_time()
         cycle()

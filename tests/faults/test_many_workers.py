@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from amounts import amount
-from helpers import finished_shards, is_one_sentence, make_store, run_cli, same_store, wait_for
+from helpers import finished_shards, is_one_sentence, make_store, run_cli, same_store, start_cli, wait_for
 from launching import append, children, launch, start_launch, start_torchrun
 
 from zskd_nni.runtime.distributed import team
@@ -219,13 +219,13 @@ def of_torchrun(**changes: object) -> dict[str, str]:
 
 
 def test_other_commands_are_not_for_several() -> None:
-    result = run_cli("recipes", env=of_torchrun())
+    result = start_cli("recipes", env=of_torchrun())
     assert result.returncode == 2
     assert is_one_sentence(result.stderr) and "recipes is one process" in result.stderr
 
 
 def test_several_machines_need_a_store_of_their_own_for_each_restart(tmp_path: Path) -> None:
     environment = of_torchrun(LOCAL_WORLD_SIZE=1, LOCAL_RANK=0, TORCHELASTIC_USE_AGENT_STORE=True)
-    result = run_cli(*COMMAND, "--out", tmp_path / "out", env=environment)
+    result = start_cli(*COMMAND, "--out", tmp_path / "out", env=environment)
     assert result.returncode == 2
     assert is_one_sentence(result.stderr) and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in result.stderr

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from amounts import LONG, amount, only_long
-from helpers import is_one_sentence, run_cli, start_process
+from helpers import is_one_sentence, start_cli, start_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -242,10 +242,10 @@ def test_real_processes(tmp_path: Path, part: int) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "recipe.yml").write_text(written(content), encoding="utf-8")
-        result = run_cli("compress", "recipe.yml", "--out", "out", "--quiet", "--threads", "1", cwd=folder)
+        result = start_cli("compress", "recipe.yml", "--out", "out", "--quiet", "--threads", "1", cwd=folder)
         check(result.returncode, result.stderr, content)
     for arguments in examples(ARGUMENTS, 700)[600 + part * 5 : 605 + part * 5]:
-        result = run_cli(*[word for word in arguments if word != "demo"], cwd=tmp_path)
+        result = start_cli(*[word for word in arguments if word != "demo"], cwd=tmp_path)
         check(result.returncode, result.stderr, arguments)
 
 
