@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zskd_nni.compression import forward_recorder
 from zskd_nni.compression.forward_recorder import DEPENDS, ValueNeededError, record
 from zskd_nni.models.hooks import evaluating
+from zskd_nni.models.network_kinds import check_kind
 from zskd_nni.models.shared_modules import check_not_wrapped, set_module
 from zskd_nni.runtime.errors import UserError
 
@@ -52,6 +53,7 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
         UserError: forward depends on values of the input, or does not accept the dummy input.
     """
     check_not_wrapped(model)
+    check_kind(model, "The network")
     name = type(model).__name__
     arguments = input_arguments(dummy_input, model)
     with evaluating(model), torch.random.fork_rng(devices=[]):

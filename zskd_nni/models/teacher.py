@@ -18,6 +18,8 @@ from zskd_nni.models.hooks import hooked
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.local_response_norm import fast_response_norms
 from zskd_nni.models.memory_format import use_channels_last
+from zskd_nni.models.network_kinds import check_answers, check_copyable, check_kind
+from zskd_nni.models.shared_modules import check_not_wrapped
 from zskd_nni.models.zoo.trained import training_record
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.validation import build_settings
@@ -37,7 +39,7 @@ def first_tensor(output: Any) -> Tensor:
             return entry
     raise UserError(
         f"The model returns {type(output).__name__}, in which no tensor of logits was found; pass output=, a "
-        "function that takes what the model returns and gives the logits (N, classes)."
+        "function from the model's output to the logits (N, classes)."
     )
 
 
@@ -61,8 +63,9 @@ class Teacher:
             a given ``output``, and ``code``. The code of ``forward`` is not in it.
 
     Raises:
-        UserError: the model cannot be copied or cannot take the input, its weights are not finite, a BatchNorm has no
-            running statistics, or the classifier cannot be found.
+        UserError: the model is of a kind that cannot teach (scripted, exported, quantized, lazy, without weights),
+            cannot be copied or cannot take the input, gives probabilities and not logits, its weights are not finite,
+            a BatchNorm has no running statistics, or the classifier cannot be found.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -79,6 +82,10 @@ class Teacher:
         output: OutputAdapter | None = None,
         code: str | None = None,
     ) -> None:
+        if isinstance(model, nn.Module):
+            check_not_wrapped(model)
+        check_kind(model)
+        check_copyable(model)
         check_finite(model.state_dict())
         _check_answers_do_not_depend_on_the_batch(model)
         self.spec = spec = spec if isinstance(spec, InputSpec) else InputSpec(spec)
@@ -139,7 +146,7 @@ class Teacher:
     def _find_classifier(self, given: str | None) -> tuple[str, int]:
         """Path of the classifier and number of classes, from a forward pass on noise.
 
-        Noise, so that no two layers have the same outputs by chance.
+        On noise no two layers have the same outputs by chance.
         """
         candidates = dict(classifier_candidates(self.model))
         if given is not None and given not in candidates:
@@ -158,14 +165,17 @@ class Teacher:
                 f"The teacher cannot take an input of shape {list(self.spec.shape)} ({error}); "
                 "set teacher.input.shape to what it was trained on."
             ) from error
+        classes = logits.shape[-1]
+        widths = [out for path, out in calls if isinstance(out, Tensor) and out.numel() == logits.numel()]
+        if logits.ndim == 2 and len(logits) == 2:
+            check_answers(logits, self.model, widths[-1].flatten(1) if widths else None)
         if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
             raise UserError(
-                f"The teacher answers 2 images with a tensor of shape {list(logits.shape)}; a classifier gives "
+                f"The teacher returns a tensor of shape {list(logits.shape)} for 2 images; a classifier returns "
                 "(2, classes) with at least 2 classes. Pass output= to pick the logits."
             )
         if not torch.isfinite(logits).all():
             raise UserError("The teacher's logits are not finite on a random image; its weights overflow.")
-        classes = logits.shape[1]
         if given is not None:
             width = candidates[given].weight.shape[0]
             if width != classes:
@@ -234,7 +244,7 @@ def load_teacher(
         raise UserError(f"What is the input of {name!r}? Pass spec=(channels, height, width), or an InputSpec.")
     if weights is None and name.startswith(("zoo:", "torchvision:")):
         raise UserError(
-            f"weights= is missing: {name} starts at random, and an untrained network has nothing to teach. Name a "
+            f"weights= is missing: {name} starts at random, and an untrained network is no teacher. Name a "
             ".safetensors file, or zoo:NAME for a shipped teacher."
         )
     network = build_network(name, arguments, base)
@@ -265,7 +275,7 @@ def check_finite(weights: dict[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             kind = "NaN" if torch.isnan(tensor).any() else "infinity"
-            raise UserError(f"The weights hold {kind} in {name!r}; a network with such weights cannot teach.")
+            raise UserError(f"The weights hold {kind} in {name!r}; a network with such weights cannot be a teacher.")
 
 
 def _check_answers_do_not_depend_on_the_batch(model: nn.Module) -> None:
@@ -273,6 +283,6 @@ def _check_answers_do_not_depend_on_the_batch(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise UserError(
                 f"The teacher's {path!r} is a BatchNorm without running statistics (track_running_stats=False): its "
-                "answer to an image depends on the images beside it. A teacher must answer each image by itself; give "
-                "the layer running statistics."
+                "output for an image depends on the other images of the batch. A teacher's output must not; give the "
+                "layer running statistics."
             )

@@ -7,6 +7,7 @@ import hashlib
 import io
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -141,6 +142,8 @@ def load_state_dicts(path: str | Path, allow_pt: bool = False) -> dict[str, dict
         raise UserError(f"There is no weights file {path}; paths in a recipe start from the recipe's folder.")
     if path.suffix == ".safetensors":
         return {"": load_tensors(path)[0]}
+    if foreign := _foreign_format(path):
+        raise UserError(f"{path} {foreign}")
     if not allow_pt:
         raise UserError(
             f"{path} is not a .safetensors file. PyTorch's own format is read only where you allow it "
@@ -162,6 +165,33 @@ def load_state_dicts(path: str | Path, allow_pt: bool = False) -> dict[str, dict
         inside = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} holds no state dict (names and tensors) but {inside}; save model.state_dict().")
     return found
+
+
+_FOREIGN_SUFFIXES = {
+    ".onnx": "is an ONNX file, a network with its weights; name it as the model (model: FILE.onnx), without weights.",
+    **dict.fromkeys((".h5", ".keras", ".tflite", ".pb"), "is a file of TensorFlow; convert the network to ONNX first."),
+    **dict.fromkeys((".engine", ".trt", ".plan"), "is compiled for TensorRT; name the weights it was made from."),
+}
+
+
+def _foreign_format(path: Path) -> str | None:
+    """What a file is that holds a compiled network or one of another framework, and what would be right."""
+    if path.suffix.lower() in _FOREIGN_SUFFIXES:
+        return _FOREIGN_SUFFIXES[path.suffix.lower()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None
+    what = None
+    if any(name.startswith("code/") for name in names) and "constants.pkl" in names:
+        what = "TorchScript (torch.jit.save)"
+    elif "archive_format" in names or any("exported_program" in name for name in names):
+        what = "an exported program (torch.export.save)"
+    return what and (
+        f"is {what}, compiled and no state dict; save the network's own: torch.save(model.state_dict(), ...), best as "
+        f".safetensors."
+    )
 
 
 def is_averaged(name: str) -> bool:
