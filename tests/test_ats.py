@@ -310,7 +310,7 @@ def test_damage_is_noticed_and_mended(tmp_path: Path) -> None:
     description = json.loads((tmp_path / "set.json").read_text())
     description["identity"]["seed"] = 5
     (tmp_path / "set.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match=r"set\.json is not sound"):
+    with pytest.raises(UserError, match=r"set\.json is not valid"):
         made(tmp_path)
     with pytest.raises(UserError, match="is not a transfer set"):
         TransferSet.open(tmp_path / "nothing")

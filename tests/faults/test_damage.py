@@ -321,7 +321,7 @@ def test_a_shard_made_again_elsewhere_is_noted_and_told(
     assert capsys.readouterr().err == "", "nothing is to be made"
     shard(store, 1).unlink()
     make_store(store, size=SIZE, shard=10)
-    assert f"begun with torch 2.11.0, and goes on with {torch.__version__}" in capsys.readouterr().err
+    assert f"begun with torch 2.11.0, and continues with {torch.__version__}" in capsys.readouterr().err
     entries = manifest_of(store)["shards"]
     assert entries["1"]["environment"] == {"torch": str(torch.__version__)}
     assert all("environment" not in entry for index, entry in entries.items() if index != "1")

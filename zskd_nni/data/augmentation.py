@@ -23,7 +23,7 @@ _Uniform = Callable[..., Tensor]  # (low, high, *shape) -> one draw for each ima
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far an image may be moved and changed. The default changes nothing.
+    """Ranges of the random changes of an image. The default changes nothing.
 
     Attributes:
         rotation: degrees, drawn from ``[-rotation, rotation]``.
@@ -99,7 +99,7 @@ def augment(
     Args:
         images: ``(N, C, H, W)`` in ``[low, high]``. An image that exceeds the range, as a generator's may, keeps
             its own.
-        settings: how far.
+        settings: ranges of the changes.
         generator: everything is drawn from it.
         low: the value range's lower end.
         high: its upper end.

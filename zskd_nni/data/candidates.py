@@ -1,4 +1,4 @@
-"""Arbitrary images, not made for the teacher: procedural ones, and real ones by name or path.
+"""Candidates of arbitrary transfer sets: procedural images, and real ones by name or path.
 
 ``noise-uniform``, ``noise-gaussian``, ``structured`` (smooth noise of random coarseness), ``shapes``, ``mixed`` and
 ``leaves`` (:mod:`zskd_nni.data.procedural`) read no image. Everything else is read by

@@ -1,4 +1,4 @@
-"""Reading image sets by name or path: for evaluation, arbitrary transfer sets, real-data twins and teachers.
+"""Reading image sets by name or path: for evaluation, arbitrary transfer sets, runs on real data, and teachers.
 
 Synthesis, distillation on impressions, pruning and calibration never import this.
 """
@@ -9,7 +9,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ _TORCHVISION = {
     "svhn": "SVHN",
 }
 UNLABELLED = -1
+Fit = Literal["exact", "pad", "resize", "crop"]
 NAMED_SETS = ("digits", *_TORCHVISION)
 CLASS_NAMES = {
     "fashion-mnist": ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
@@ -44,11 +45,13 @@ class LabelledImages:
         images: ``(N, C, H, W)`` uint8.
         labels: ``(N,)`` int64.
         name: of the set, for reports.
+        fit: how images of another size than the network's are fitted, see :func:`fit_shape`.
     """
 
     images: Tensor
     labels: Tensor
     name: str
+    fit: Fit | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,7 +67,7 @@ class LabelledImages:
         if lowest < 0:
             raise UserError(
                 f"{self.name} has images without a class, on which no accuracy can be measured; "
-                "a folder of images needs one sub-folder a class."
+                "a folder of images needs one sub-folder for each class."
             )
         if highest >= classes:
             raise UserError(
@@ -73,22 +76,27 @@ class LabelledImages:
 
     def subset(self, index: Tensor | slice, name: str | None = None) -> LabelledImages:
         """The images at ``index``."""
-        return LabelledImages(self.images[index], self.labels[index], name or self.name)
+        return LabelledImages(self.images[index], self.labels[index], name or self.name, self.fit)
 
     def pixels(self, index: Tensor | slice, spec: InputSpec) -> Tensor:
         """Float images ``(n, *spec.shape)`` in the teacher's value range, resized where the sizes differ."""
-        images = fit_shape(self.images[index].float().div_(255), spec.shape)
+        images = fit_shape(self.images[index].float().div_(255), spec.shape, self.fit)
         return images.mul_(spec.high - spec.low).add_(spec.low)
 
 
-def fit_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def fit_shape(images: Tensor, shape: tuple[int, int, int], fit: Fit | None = None) -> Tensor:
     """Convert ``(N, c, h, w)`` images in [0, 1] to ``shape`` (C, H, W).
 
-    28x28 images are padded to 32x32, as LeCun did for LeNet-5; other sizes are resized bilinearly. Grey images are
-    repeated for colour networks, colour images averaged for grey ones.
+    Grey images are repeated for colour networks, colour images averaged for grey ones.
+
+    Args:
+        images: in [0, 1].
+        shape: of the network's input.
+        fit: ``exact`` refuses other sizes; ``pad`` puts black around; ``crop`` cuts out the middle; ``resize`` scales
+            bilinearly. By default 28x28 images are padded to 32x32, as LeCun did for LeNet-5, and others are resized.
 
     Raises:
-        UserError: the channels differ and are not 1 and 3.
+        UserError: the channels differ and are not 1 and 3, or the sizes do not allow the fit.
 
     Example:
         >>> fit_shape(torch.zeros(5, 1, 28, 28), (3, 32, 32)).shape
@@ -102,11 +110,39 @@ def fit_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
                 f"network takes {channels} of {height}x{width}; only grey (1) and colour (3) are made into each other."
             )
         images = images.mean(1, keepdim=True).repeat(1, channels, 1, 1)
-    if tuple(images.shape[2:]) == (28, 28) and (height, width) == (32, 32):
-        return functional.pad(images, (2, 2, 2, 2))
-    if tuple(images.shape[2:]) != (height, width):
-        images = functional.interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    return images
+    down, right = height - images.shape[2], width - images.shape[3]
+    if (down, right) == (0, 0):
+        return images
+    sizes = f"the images are {images.shape[2]}x{images.shape[3]}, the network takes {height}x{width}"
+    fit = fit or usual_fit(images, shape) or "resize"
+    if fit == "exact":
+        raise UserError(
+            f"{sizes}: say how they are fitted, as the teacher's training images were: resize scales them, pad puts "
+            f"black around them, crop cuts out their middle."
+        )
+    if fit == "resize":
+        return functional.interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    if (min(down, right) < 0) if fit == "pad" else (max(down, right) > 0):
+        raise UserError(f"{sizes}, so that {fit} is not possible; resize is.")
+    top, left = down // 2, right // 2  # negative: cut off
+    return functional.pad(images, (left, right - left, top, down - top))
+
+
+def usual_fit(images: Tensor, shape: tuple[int, int, int]) -> Fit | None:
+    """``pad`` for MNIST's 28x28 images and networks that take 32x32, as LeNet-5 was trained; None without such a rule."""
+    return "pad" if tuple(images.shape[2:]) == (28, 28) and shape[1:] == (32, 32) else None
+
+
+def describe_fit(data: LabelledImages, shape: tuple[int, int, int]) -> str:
+    """How images are made into a network's input, in words; empty where they are taken as they are."""
+    found, parts = data.images.shape[1:], []
+    if tuple(found[1:]) != shape[1:]:
+        fit = data.fit or usual_fit(data.images, shape) or "resize"
+        done = {"pad": "padded", "crop": "cropped", "resize": "resized"}.get(fit, fit)
+        parts.append(f"{found[1]}x{found[2]} {done} to {shape[1]}x{shape[2]}")
+    if found[0] != shape[0]:
+        parts.append("colours averaged to grey" if shape[0] == 1 else "grey repeated as colours")
+    return ", ".join(parts)
 
 
 def data_root(given: str | os.PathLike[str] | None = None) -> Path | None:
@@ -123,7 +159,7 @@ def load_images(
     Args:
         name: ``digits`` (embedded in scikit-learn), ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``svhn``,
             or the path of an ``.npz`` (``images`` uint8 ``(N, H, W[, C])``, ``labels``) or of a folder of images
-            with one sub-folder a class.
+            with one sub-folder for each class.
         split: ``train`` or ``test``; ignored for a path.
         root: folder of the named sets, in torchvision's layout; by default that of ``ZSKD_NNI_DATA``.
         download: let torchvision fetch a named set into ``root``.
@@ -204,6 +240,8 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
     except Exception as error:  # a damaged archive raises anything
         raise UserError(f"{path} holds no arrays 'images' and 'labels' ({error}).") from error
     labelled = labels.shape == images.shape[:1] != (0,) and labels.dtype.kind in "iu"
+    if images.ndim in (3, 4) and labelled:
+        images = _as_bytes(images, path)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not labelled:
         raise UserError(
             f"{path}: 'images' must be uint8 of shape (N, H, W) or (N, H, W, C) with one integer label each, "
@@ -217,6 +255,27 @@ def _npz(path: Path, name: str | None = None) -> LabelledImages:
     tensor = torch.from_numpy(images)
     tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
     return LabelledImages(tensor, torch.from_numpy(labels.astype(np.int64)), name or path.stem)
+
+
+def _as_bytes(images: np.ndarray[Any, Any], path: Path) -> np.ndarray[Any, Any]:
+    """Images as bytes: whole numbers from 0 to 255, and real ones in [0, 1], are converted."""
+    if images.dtype == np.uint8 or images.dtype.kind not in "iuf" or not images.size:
+        return images
+    low, high = float(images.min()), float(images.max())
+    if images.dtype.kind == "f" and 0 <= low and high <= 1:
+        return np.rint(images * 255).astype(np.uint8)
+    if images.dtype.kind in "iu" and 0 <= low and 1 < high <= 255:
+        return images.astype(np.uint8)
+    line = f"np.rint(255 * (images - {low:g}) / {high - low:g}).astype(np.uint8)"
+    if 0 <= low and 1 < high <= 255:
+        line = "np.rint(images).astype(np.uint8)"
+    raise UserError(
+        f"{path}: 'images' are {images.dtype} from {low:g} to {high:g}; they belong in [0, 1], or as uint8 from black (0) "
+        f"to white (255). If {low:g} is black and {high:g} white, this converts them: images = {line}"
+        if line.startswith("np.rint(255")
+        else f"{path}: 'images' are {images.dtype} from {low:g} to {high:g}; they belong in [0, 1], or as uint8. If they "
+        f"are bytes in another type, this converts them: images = {line}"
+    )
 
 
 def _colours(image: Any, file: Path) -> np.ndarray[Any, Any]:

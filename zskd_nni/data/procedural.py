@@ -1,7 +1,7 @@
 """Procedural images by name: starts of data impressions, arbitrary transfer sets, controls.
 
 - ``uniform``: the noise of ZSKD's paper.
-- ``black``: the lowest value everywhere. Only their targets tell such starts apart, and a part of the image that no
+- ``black``: the lowest value everywhere. Such starts differ only by their targets, and a part of the image that no
   target needs stays empty.
 - ``smooth``: noise of random coarseness, brightness and contrast.
 - ``shapes``: random figures on an empty background (:mod:`zskd_nni.data.figures`). The background may be held during

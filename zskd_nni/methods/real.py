@@ -1,10 +1,10 @@
 """Real training images as the transfer set: an upper bound for data-free methods.
 
-This method reads data. A recipe's real-data twin is the same recipe with
+This method reads real data. It serves as the upper limit: the same recipe with
 
     --set transfer.method=real --set transfer.data=mnist
 
-and its report says that it is not data-free.
+whose report states that it is not data-free.
 """
 
 from __future__ import annotations

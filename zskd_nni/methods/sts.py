@@ -181,12 +181,12 @@ class StsTargets:
             answers = self.teacher(self._noise(0))
             if not bool(torch.isfinite(answers).all()):
                 raise UserError(
-                    f"The teacher's answers to STS's features at {self.point} are not finite: the mean or sigma of the "
+                    f"The teacher's logits of STS's features at {self.point} are not finite: the mean or sigma of the "
                     "features is too large."
                 )
             if not torch.equal(answers, self.teacher(self._noise(1))):
                 raise UserError(
-                    f"STS cannot model {self.point}: the teacher's answer does not depend on it alone, something "
+                    f"STS cannot model {self.point}: the teacher's logits do not depend on it alone, something "
                     "(a shortcut) goes around it. Choose a layer that all paths lead through."
                 )
 

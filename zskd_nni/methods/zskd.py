@@ -203,7 +203,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "shard": 2000,
         },
     },
-    # Chosen on the validation slice; docs/methods/zskd.md says what each part is for.
+    # Chosen on the validation slice; docs/methods/zskd.md explains each part.
     "best": {
         "targets": {"betas": (1.0, 0.1)},
         "synthesis": {

@@ -1,8 +1,8 @@
-"""The distance between the BatchNorm statistics of some images and those a teacher has from its training.
+"""The distance between the BatchNorm statistics of images and the running statistics of the teacher's training.
 
-A BatchNorm keeps a running mean and variance of each channel. They are part of the teacher's weights, and they say
-more about its training images than its answers do. Images with the same statistics look, to each layer, like a batch of
-training images (DeepInversion: Yin et al., CVPR 2020, 1912.08795, section 3.2, equation 4).
+A BatchNorm keeps a running mean and variance of each channel. They are part of the teacher's weights, and they carry
+more information about its training images than its logits do. Images with the same statistics look, to each layer, like
+a batch of training images (DeepInversion: Yin et al., CVPR 2020, 1912.08795, section 3.2, equation 4).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The engine: a fixed number of slots, each holding an image that is optimised towards its target.
 
-The published loop optimises 100 images for 1,500 steps each, however early they fit. Here an image that fits, reaches
+The published loop optimises 100 images for 1,500 steps each, even if they fit earlier. Here an image that fits, reaches
 its step limit or stops improving is finished. The next image of the shard takes its slot and starts with a new
 optimiser state. With ``tolerance: null`` and one step limit all images of a batch finish together, as published.
 """
@@ -35,7 +35,7 @@ class Impressions:
     Attributes:
         images: ``(N, C, H, W)`` float32, in the teacher's value range unless the settings leave it free.
         targets: ``(N, K)`` the soft targets they were made for.
-        logits: ``(N, K)`` the teacher's answer to them.
+        logits: ``(N, K)`` the teacher's logits of them.
         fit: ``(N,)`` ``KL(target || softmax(logits / T))``.
         steps: ``(N,)`` int32, optimiser steps taken.
     """
@@ -52,7 +52,7 @@ class Impressions:
 
 @dataclass(frozen=True)
 class ShardInputs:
-    """What the impressions of a shard start from and aim at, one row an impression.
+    """Starts, targets and weights of a shard's impressions, one row per impression.
 
     Attributes:
         targets: ``(N, K)`` rows of probabilities.
@@ -71,7 +71,7 @@ class ShardInputs:
     free: Tensor | None = None
 
     def to(self, device: torch.device) -> ShardInputs:
-        """A copy on a device, but for ``limits``: the engine needs them where no step waits for the device."""
+        """A copy on a device, except ``limits``: the engine reads them on the CPU, without waiting for the device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return ShardInputs(**{n: v if v is None or n == "limits" else v.to(device) for n, v in values.items()})
 
@@ -92,7 +92,7 @@ class FeatureTerm:
 
 
 class _Slots:
-    """The images being optimised: one row a slot, on the device but for ``index`` and ``due``.
+    """The images being optimised: one row per slot, on the device except ``index`` and ``due``.
 
     Args:
         inputs: of the whole shard, on the device.
@@ -122,7 +122,7 @@ class _Slots:
 
     def finished(self, fit: Tensor, turn: int, settings: SynthesisSettings) -> Tensor:
         """Rows, on the CPU, of the images that fit, do not improve any more or reach their step limit."""
-        leaving = self.due <= turn  # known beforehand: no step waits for the device to tell
+        leaving = self.due <= turn  # known in advance, so that no step waits for the device
         if settings.tolerance is not None:
             leaving |= (fit <= settings.tolerance).cpu()
         if settings.patience:
@@ -234,11 +234,11 @@ class _Results:
         self.steps[place] = slots.age[rows].to(torch.int32)
 
     def require_finite(self, learning_rate: float) -> None:
-        """Refuse what has diverged; waits for the device."""
+        """Refuse an image that has diverged; waits for the device."""
         if not torch.isfinite(self.fit).all() or not torch.isfinite(self.images).all():
             raise UserError(
-                f"Synthesis diverged: the teacher's answer is not finite after {int(self.steps.max())} steps. A "
-                f"smaller synthesis.learning_rate (now {learning_rate}) usually mends it."
+                f"Synthesis diverged: the teacher's logits are not finite after {int(self.steps.max())} steps. A "
+                f"smaller synthesis.learning_rate (now {learning_rate}) usually helps."
             )
 
 
@@ -249,7 +249,7 @@ def synthesize_shard(
     on_finished: Callable[[int], None] | None = None,
     term: FeatureTerm | None = None,
 ) -> Impressions:
-    """Optimise starts until the teacher answers them with their targets (ZSKD equation 5).
+    """Optimise starts until the teacher's output matches their soft targets (ZSKD equation 5).
 
     Args:
         teacher: on the device to use.
@@ -259,7 +259,7 @@ def synthesize_shard(
         term: added to the objective, if given.
 
     Raises:
-        UserError: the teacher's answer or its gradient is not finite.
+        UserError: the teacher's logits or their gradient are not finite.
     """
     spec, targets = teacher.spec, inputs.targets
     inputs = inputs.to(teacher.device)
@@ -268,7 +268,7 @@ def synthesize_shard(
     turn = 0
     while len(slots):
         signals.check()
-        # The authors' code leaves the rescaling out before the last step and the final answer.
+        # The authors' code leaves the rescaling out before the last step and the final logits.
         if settings.range == "rescale" and int(slots.due[0]) - turn > 1:
             slots.images = _rescaled(slots.images, spec.low, spec.high)
         gradient, fit, logits = objective.gradient(slots)

@@ -28,7 +28,7 @@ def impressions_picture(
 
     Args:
         images: in the value range.
-        logits: ``(N, K)`` the teacher's answers.
+        logits: ``(N, K)`` of the teacher.
         spec: the value range.
         path: a ``.png`` file, or memory to write one into.
         columns: images in a row.
@@ -92,7 +92,7 @@ def spread(count: int, most: int = 20) -> list[int]:
 
 
 def pick_by_class(logits: Tensor, per_class: int) -> Tensor:
-    """Indices of up to ``per_class`` images of every class the teacher sees, class by class: ``(N, K) -> (M,)``."""
+    """Indices of up to ``per_class`` images of every predicted class, class by class: ``(N, K) -> (M,)``."""
     seen = logits.argmax(1)
     chosen = [(seen == label).nonzero().flatten()[:per_class] for label in range(logits.shape[1])]
     return torch.cat(chosen)

@@ -37,7 +37,7 @@ _FIELDS = ("images", "targets", "logits", "fit", "steps")
 
 
 class _ShardEntry(BaseModel):
-    """What the manifest says about a finished shard."""
+    """The manifest's entry of a finished shard."""
 
     model_config = ConfigDict(strict=True)
 
@@ -162,7 +162,7 @@ class ImpressionStore:
             check_format(manifest, FORMAT, path, f"Remove {folder} and run the command again to make it anew.")
         problem = _problem_with(manifest)
         if problem:
-            raise UserError(f"{path} is not sound ({problem}). Remove the folder to make it anew.")
+            raise UserError(f"{path} is not valid ({problem}). Remove the folder to make it again.")
         manifest["shards"] |= {i: entry for i, entry in notes.items() if int(i) < len(manifest["plan"])}
         return cls(folder, manifest)
 
@@ -233,7 +233,7 @@ class ImpressionStore:
             index: number of the shard.
             impressions: as many as planned.
             seconds: the time it took.
-            environment: that of this shard; the entry says what differs from the store's.
+            environment: that of this shard; the entry keeps what differs from the store's.
             note: write the entry into a note beside the shard, not into the manifest, which another process writes.
 
         Raises:
@@ -355,7 +355,7 @@ def _problem_with(manifest: Any) -> str | None:
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """The sound notes; a shard whose note is damaged is made again."""
+    """The valid notes; a shard whose note is damaged is made again."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         name = _NOTE_NAME.fullmatch(path.name)

@@ -196,7 +196,7 @@ def _tell_changed_environment(store: ImpressionStore, environment: dict[str, Any
     if changed and store.manifest["shards"]:
         before = ", ".join(f"{key} {store.manifest['environment'].get(key)}" for key in changed)
         print(
-            f"{store.folder} was begun with {before}, and goes on with {', '.join(map(str, changed.values()))}. The "
-            "new shards are as good, but not the same to the bit. The manifest says which shards these are.",
+            f"{store.folder} was begun with {before}, and continues with {', '.join(map(str, changed.values()))}. The "
+            "new shards are as good, but not identical bit for bit. The manifest names them.",
             file=sys.stderr,
         )

@@ -33,11 +33,13 @@ class AtsSettings(Settings):
         sources: names of procedural sources, data sets or paths; they take turns.
         split: of named data sets.
         balanced: take equally many images of each class; otherwise take the first candidates.
-        candidates: the most candidates of each procedural source for each image of the set; every image of a real
-            source is a candidate once.
-        fill: ``augment``, ``confidence`` or ``none``: how scarce classes are filled.
-        repeats: the augmentation that makes repeats.
-        tries: the most rounds of repeats; each round makes as many as are still missing.
+        candidates: upper limit of candidates that each procedural source draws for each image of the set. Every image
+            of a real source is a candidate once.
+        fill: how classes with too few candidates are filled: with ``augment``ed repeats of their own images, with the
+            candidates of highest ``confidence`` among the rest, or ``none``.
+        repeats: the augmentation of those repeats.
+        tries: upper limit of rounds of repeats for a class. Each round makes as many as are still missing, and keeps
+            those that the teacher still puts into the class.
         deviation: standard deviation of the Gaussian noise about the middle of the range, as a fraction of the range.
 
     Raises:
@@ -175,7 +177,7 @@ def balance(
         CannotBalanceError: the teacher puts all candidates into one class, although the set is to be balanced.
 
     Example:
-        A teacher that tells dark images from bright ones:
+        A teacher that separates dark images from bright ones:
 
         >>> from torch import nn
         >>> from zskd_nni import InputSpec

@@ -1,6 +1,6 @@
 """ATS: Effectiveness of Arbitrary Transfer Sets for Data-free KD (Nayak, Mopuri, Chakraborty, WACV 2021, 2011.09113).
 
-A student can be trained on any images, if the teacher sees all its classes in them equally often.
+A student can be trained on any images, if the teacher predicts all classes for them equally often.
 
 We had neither the paper's full text nor code of the authors. Its abstract says: transfer sets of random noise, of
 synthetic images and of natural data sets were compared on MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, and those that
@@ -10,15 +10,15 @@ are *target-class balanced* work well. The rest is our reading:
 2. Quota: ``q = floor(N / K)`` for each class; the set has ``K q`` images.
 3. Candidates are taken in order, each into its class, as long as the class has room.
 4. Scarce classes (``fill``): with ``augment``, the class's images are augmented in turn, and those that the teacher
-   still puts into the class are taken. What is missing then, and with ``confidence`` all that is missing, are the
-   candidates to which the teacher gives the highest probability of the class among those not taken (one may be the
-   nearest of several classes). With ``none`` the class stays short.
+   still puts into the class are taken. What is missing then, and with ``confidence`` all that is missing, is filled
+   with the candidates that were not taken and have the highest probability of the class (one candidate may serve
+   several classes). With ``none`` the class stays short.
 5. Without balancing: the first ``K q`` candidates.
-6. The student is distilled on the set by the teacher's soft answers, as on any other.
+6. The student is distilled on the set with the teacher's logits, as on any other.
 
-Two classes can miss the quota in very different ways. The description of the set therefore says of every class how many
-images are its own, how many are repeats, and how many are only the nearest. A teacher that puts all candidates into one
-class cannot balance a source: that is an error, which gives the counts.
+Classes can miss the quota in different ways. The description of the set therefore counts for every class how many
+images are its own, how many are augmented repeats, and how many are only the nearest. A teacher that
+puts all candidates into one class cannot balance a source: that is an error, which gives the counts.
 
 Sources are those of :mod:`zskd_nni.data.candidates`: procedural ones, or real images by name or path. Only the latter
 read images. Several sources take turns. Steps 1 to 5 are :mod:`zskd_nni.methods.ats.balance`.

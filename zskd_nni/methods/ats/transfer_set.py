@@ -44,13 +44,13 @@ class TransferSet:
         """Read a set's description.
 
         Raises:
-            UserError: there is none, or it is not sound.
+            UserError: there is none, or it is not valid.
         """
         path = Path(folder) / DESCRIPTION
         if not path.is_file():
             raise UserError(f"{folder} is not a transfer set: it has no {DESCRIPTION}.")
         description = read_json(path)
-        damaged = UserError(f"{path} is not sound. Remove the folder to make the set anew.")
+        damaged = UserError(f"{path} is not valid. Remove the folder to make the set again.")
         try:
             found = _Description.model_validate(description)
         except ValidationError as error:

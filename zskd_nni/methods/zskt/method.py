@@ -94,7 +94,7 @@ class Zskt(PresetMethod):
         if not isinstance(request.options.attention, str):
             raise UserError(
                 "transfer.attention: as a recipe's source ZSKT has no part in the student's loss, so that layers for "
-                "attention transfer cannot be named; leave the key out (train_zskt in Python plays the whole game)."
+                "attention transfer cannot be named; leave the key out (train_zskt in Python is the whole training)."
             )
         return ZsktSource(teacher, request.options, request.batch_size, request.seed)
 

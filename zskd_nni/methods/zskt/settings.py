@@ -1,4 +1,4 @@
-"""The settings of ZSKT's game; symbols are those of ``method.py``."""
+"""The settings of ZSKT; symbols are those of ``method.py``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Attention = Annotated[
 
 @dataclass(frozen=True)
 class ZsktSettings(Settings):
-    """The adversarial game.
+    """The adversarial training of generator and student.
 
     Attributes:
         rounds: N; both learning rates reach 0 there (80,000 for CIFAR-10, 50,000 for SVHN). As a live source the

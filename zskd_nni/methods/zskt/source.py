@@ -1,4 +1,4 @@
-"""The generator's side of ZSKT's game: a live source of images; equations and symbols are those of ``method.py``."""
+"""The generator's side of ZSKT: a live source of images; equations and symbols are those of ``method.py``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ZsktSource:
 
     Args:
         teacher: on the device to use.
-        settings: of the game.
+        settings: of ZSKT.
         batch_size: images in a batch.
         seed: names the random streams.
 
@@ -57,7 +57,7 @@ class ZsktSource:
         self.size: int | None = None
         self.batch_size = batch_size
         self.fingerprint = fingerprint_of(["zskt", teacher.fingerprint, plain(asdict(settings)), batch_size, seed])
-        self.classes = teacher.num_classes if settings.class_weight else 0  # that the generator is told
+        self.classes = teacher.num_classes if settings.class_weight else 0  # one-hot classes that the generator gets
         self.has_statistics = bool(settings.batch_statistics and batch_norms(teacher.model))
         self._restart()
 
@@ -110,7 +110,7 @@ class ZsktSource:
         return generator(self.seed, "latents", turn, number)
 
     def _draw_latents(self, count: int, random: torch.Generator) -> Tensor:
-        """``z ~ N(0, I)``, and one-hot classes y after it where the generator is told them: ``(count, latent + K)``."""
+        """``z ~ N(0, I)``, and one-hot classes y after it if the generator gets them: ``(count, latent + K)``."""
         z = torch.randn((count, self.settings.latent), generator=random)
         if self.classes:
             first = int(torch.randint(self.classes, (), generator=random))
@@ -272,5 +272,5 @@ def finite_if_known(*values: Tensor) -> bool:
 def _diverged(what: str) -> DivergenceError:
     return DivergenceError(
         f"ZSKT's generator diverged: its {what}. A smaller learning rate of the student or of the generator usually "
-        "mends it."
+        "helps."
     )

@@ -1,4 +1,4 @@
-"""ZSKT as published: generator and student play the whole game (Micaelli & Storkey 2019, algorithm 1)."""
+"""ZSKT as published: the whole training of generator and student (Micaelli & Storkey 2019, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _StudentObjective:
 
     Args:
         student: the network.
-        source: the generator's side of the game.
+        source: the generator's side.
         pairs: paths ``(teacher's, student's)`` of the layers whose attention maps are compared.
     """
 
@@ -75,13 +75,13 @@ class _StudentObjective:
         self.student, self.source, self.settings, self.teacher = student, source, source.settings, source.teacher
         self.of_teacher, self.of_student = [path for path, _ in pairs], [path for _, path in pairs]
         self.step = 0
-        self._answered: tuple[Tensor, Tensor, list[Tensor]] | None = None  # images, and the teacher's answer to them
+        self._teacher_cache: tuple[Tensor, Tensor, list[Tensor]] | None = None  # images, logits, maps
 
     def loss(self, step: int, random: torch.Generator) -> Tensor:
         """``L_S``, a scalar; the generator takes its steps first where a round begins."""
         self.step, settings = step, self.settings
         x = self.source.normalised(step, random, self.student)
-        answers, maps = self._teacher_answer(x)
+        answers, maps = self._teacher_output(x)
         with self.source.precision(), recording_outputs(self.student, self.of_student) as outputs:
             beliefs = first_tensor(self.student(x))
         loss = belief_divergence(beliefs.float(), answers.float(), settings.temperature, settings.divergence)
@@ -96,14 +96,14 @@ class _StudentObjective:
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip)
         self._require_finite(norm, "gradient")
 
-    def _teacher_answer(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _teacher_output(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits and attention maps; kept while the images stay the same."""
-        if self._answered is None or self._answered[0] is not x:
+        if self._teacher_cache is None or self._teacher_cache[0] is not x:
             model = self.teacher.model
             with torch.no_grad(), self.source.precision(), recording_outputs(model, self.of_teacher) as outputs:
                 logits = self.teacher.output(model(x))
-            self._answered = x, logits, [attention_map(outputs[path].float()) for path in self.of_teacher]
-        return self._answered[1], self._answered[2]
+            self._teacher_cache = x, logits, [attention_map(outputs[path].float()) for path in self.of_teacher]
+        return self._teacher_cache[1], self._teacher_cache[2]
 
     def _require_finite(self, value: Tensor, what: str) -> None:
         if not finite_if_known(value):
