@@ -55,10 +55,8 @@ def run(recipe: str, seed: int, folder: Path, options: list[str], real_data: boo
     record = {key: report.get(key) for key in KEPT}
     if real_data:
         data = report["evaluation"]
-        compression = report["recipe"]["compression"]
-        calibrated_only = compression["pruning"] is None and report["recipe"]["student"] is None
         changes = ["transfer.method=real", f"transfer.data={data}", "controls=[]"]
-        if not calibrated_only:
+        if not only_calibrates(report):
             changes.append(f"transfer.size={TRAINING_IMAGES[data] - report['recipe']['transfer']['held_out']}")
         settings = [word for change in changes for word in ("--set", change)]
         real = compress(recipe, folder.with_name(f"{folder.name}-real"), ["--seed", str(seed), *options, *settings])
@@ -102,53 +100,69 @@ def recipe_results() -> list[Path]:
     return sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(OTHERS))
 
 
+CONTROLS = ("none", "noise", "leaves")
+HEAD = (
+    "| recipe | precision | teacher | student | with real data | not distilled | on noise | on leaves | parameters "
+    "| ONNX bytes | impressions, per second | seconds per seed |"
+)
+
+
 def table(names: list[str]) -> str:
     """A Markdown table, mean and standard deviation over the seeds of each recipe.
 
-    If the recipe quantizes, real data and controls are those of the int8 student, which is what is deployed.
+    A recipe that quantizes has two rows, unless it only calibrates: its student in floating point is the teacher. In
+    each row all students have the same precision.
     """
-    lines = [
-        "| recipe | teacher | student | student, int8 | with real data | not distilled | on noise | parameters "
-        "| ONNX bytes | impressions, per second | seconds per seed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = [HEAD, "| " + " | ".join(["---"] * HEAD.count(" | ")) + " | --- |"]
     for name in names:
         if not (RESULTS / f"{name}.json").exists():
             raise SystemExit(f"There is no results/{name}.json; a recipe at a scale is named RECIPE-SCALE here.")
         records = json.loads((RESULTS / f"{name}.json").read_text())
-        first = records[0]
-        quantized = first["accuracy"].get("student_int8") is not None
-        key = "student_int8" if quantized else "student"
-
-        controls = {
-            name: over_seeds(
-                [r["controls"][name]["accuracy_int8" if quantized else "accuracy"] for r in records]
-                if name in first["controls"]
-                else []
-            )
-            for name in ("none", "noise")
-        }
-        real = over_seeds([r["real_data"]["accuracy"][key] for r in records if "real_data" in r])
-        before, after = first["parameters"]["teacher"], first["parameters"]["student"]
-        sizes = [first["bytes"]["teacher"]["onnx"], first["bytes"]["student"]["onnx"]]
-        sizes += [first["bytes"]["student"]["onnx_int8"]] if quantized else []
-        seconds = [record["seconds"]["total"] for record in records]
-        rates = [record["impressions"]["impressions_per_second"] for record in records]
-        lines.append(
-            f"| `{name}` | {first['accuracy']['teacher']:.2f} "
-            f"| **{over_seeds([r['accuracy']['student'] for r in records])}** "
-            f"| {'**' + over_seeds([r['accuracy']['student_int8'] for r in records]) + '**' if quantized else '-'} "
-            f"| {real} | {controls['none']} | {controls['noise']} "
-            f"| {before:,} -> {after:,} "
-            f"| {' -> '.join(f'{size:,}' for size in sizes)} "
-            f"| {first['impressions']['impressions']:,}, {statistics.median(rates):.0f} "
-            f"| {statistics.median(seconds):.0f} |"
-        )
+        if not only_calibrates(records[0]):
+            lines.append(row(name, records, "fp32", ""))
+        if records[0]["accuracy"].get("student_int8") is not None:
+            lines.append(row(name, records, "int8", "_int8"))
     return "\n".join(lines)
 
 
-def over_seeds(values: list[float]) -> str:
-    """Mean and standard deviation; a dash for none."""
+def only_calibrates(record: dict[str, Any]) -> bool:
+    """Whether the recipe of a record trains nothing."""
+    compression = record["recipe"]["compression"]
+    trained = record["recipe"]["student"] is not None or compression["pruning"] is not None
+    return not trained and compression["quantization"]["quantizer"] == "PtqQuantizer"
+
+
+def row(name: str, records: list[dict[str, Any]], precision: str, suffix: str) -> str:
+    """One row of the table.
+
+    Args:
+        name: of the recipe.
+        records: one a seed.
+        precision: of the students.
+        suffix: of their keys in the records.
+    """
+    first = records[0]
+    controls = [
+        over_seeds([r["controls"][kind][f"accuracy{suffix}"] for r in records] if kind in first["controls"] else [])
+        for kind in CONTROLS
+    ]
+    student = over_seeds([r["accuracy"][f"student{suffix}"] for r in records])
+    real = over_seeds([r["real_data"]["accuracy"][f"student{suffix}"] for r in records if "real_data" in r])
+    before, after = first["parameters"]["teacher"], first["parameters"]["student"]
+    sizes = [first["bytes"]["teacher"]["onnx"], first["bytes"]["student"][f"onnx{suffix}"]]
+    rates = [r["impressions"]["impressions_per_second"] for r in records]
+    seconds = statistics.median(r["seconds"]["total"] for r in records)
+    cells = [
+        *(f"`{name}`", precision, f"{first['accuracy']['teacher']:.2f}", f"**{student}**", real, *controls),
+        *(f"{before:,} -> {after:,}", " -> ".join(f"{size:,}" for size in sizes)),
+        *(f"{first['impressions']['impressions']:,}, {statistics.median(rates):.0f}", f"{seconds:.0f}"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def over_seeds(values: list[float | None]) -> str:
+    """Mean and standard deviation; a dash where nothing was measured."""
+    values = [value for value in values if value is not None]
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"

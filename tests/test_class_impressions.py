@@ -39,12 +39,12 @@ def test_smoothing() -> None:
 
 def test_presets_fit_images_as_zskd_does() -> None:
     method = find_method("class-impressions")
-    assert method.presets == ("paper", "best")
+    assert method.presets == ("paper", "best", "best-colour")
     for preset in method.presets:
         assert method.options(preset, {}).synthesis == find_method("zskd").options(preset, {}).synthesis
         assert method.options(preset, {}).targets.smoothing == 0
     assert method.options("best", {"targets": {"smoothing": 0.2}}).targets.smoothing == 0.2
-    with pytest.raises(ValueError, match="class-impressions has paper, best, not 'author-code'"):
+    with pytest.raises(ValueError, match="class-impressions has paper, best, best-colour, not 'author-code'"):
         method.options("author-code", {})
 
 

@@ -58,7 +58,8 @@ class ClassTargets:
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    name: {"targets": {"smoothing": 0.0}, "synthesis": zskd.PRESETS[name]["synthesis"]} for name in ("paper", "best")
+    name: {"targets": {"smoothing": 0.0}, "synthesis": zskd.PRESETS[name]["synthesis"]}
+    for name in ("paper", "best", "best-colour")
 }
 
 METHOD = ImpressionMethod("class-impressions", ClassImpressionSettings, PRESETS, ClassTargets)

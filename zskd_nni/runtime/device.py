@@ -18,9 +18,9 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 def has_fast_bfloat16(device: torch.device | str) -> bool:
     """Whether ``device`` multiplies bfloat16 matrices in hardware, so that autocast is faster than float32.
 
-    Among processors these are the ones with AMX; elsewhere oneDNN emulates bfloat16, or gains little by it.
+    Among processors these are the ones with AMX or AVX512-BF16; elsewhere oneDNN emulates bfloat16.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

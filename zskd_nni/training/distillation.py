@@ -49,8 +49,6 @@ class DistillationSettings:
         feature_weight: of each pair's :func:`zskd_nni.training.losses.feature_loss`.
         regressors: compare layers of different width, too, each through a linear map of its own that is thrown away
             after the training (FitNets).
-        freeze_batch_norm: normalise by the statistics that the student begins with, and leave them as they are. The
-            teacher's were taken on real images; a pruned student begins with them.
         augmentation: what happens to each image; the teacher labels the augmented image.
         repeats: how often each view is shown. If more than once, the teacher's outputs are kept on disk meanwhile,
             which saves its share of the time (:mod:`zskd_nni.training.views`).
@@ -76,7 +74,6 @@ class DistillationSettings:
     features: str | Pairs = "none"
     feature_weight: NotNegative = 1.0
     regressors: bool = False
-    freeze_batch_norm: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     repeats: Count = 1
     autocast: bool | Literal["auto"] = False
@@ -199,8 +196,6 @@ def distill(
 
     def loss(step: int, random: torch.Generator) -> Tensor:
         views = make_views(step, random) if repeated is None else repeated.batch(step)
-        if settings.freeze_batch_norm:
-            freeze_batch_norm(student)
         with shared.forward(), precision(), recording_outputs(student, [hint.student for hint in hints]) as ours:
             logits = first_tensor(student(teacher.spec.normalise(views.images)))
         value = distillation_loss(logits.float(), views.logits.float(), settings.temperature)
@@ -249,13 +244,6 @@ def with_regressors(student: nn.Module, hints: Sequence[Hint], seed: int) -> tup
     if not any(True for _ in regressors.parameters()):
         return regressors, student
     return regressors, nn.ModuleDict({"student": student, "regressors": regressors})
-
-
-def freeze_batch_norm(student: nn.Module) -> None:
-    """Let every BatchNorm layer normalise by its running statistics, until the network's mode is set anew."""
-    for module in student.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
 
 
 def _autocast(settings: DistillationSettings, device: torch.device) -> bool:
