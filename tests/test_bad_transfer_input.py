@@ -1,4 +1,4 @@
-"""What a user may hand a recipe's transfer section that cannot work: one sentence and exit code 2, through compress."""
+"""Values of a recipe's transfer section that cannot work: compress gives one sentence and exit code 2."""
 
 from __future__ import annotations
 

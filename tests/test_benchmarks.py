@@ -1,4 +1,4 @@
-"""What the benchmark measures against really does what is published, and ends where the package's engine ends."""
+"""The benchmark's baselines follow the published schedules and give the results of the package's engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints as training scripts write them: the state dict is found, its names are understood, both are said."""
+"""Checkpoints as training scripts write them: the state dict is found, its names are matched, and both are reported."""
 
 from __future__ import annotations
 

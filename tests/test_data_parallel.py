@@ -1,4 +1,4 @@
-"""Students taught by several processes: the same as by one, up to rounding; and to the byte when it is resumed."""
+"""Students trained by several processes: equal to one process up to rounding, and byte for byte after a resume."""
 
 from __future__ import annotations
 

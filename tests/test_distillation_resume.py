@@ -1,4 +1,4 @@
-"""A distillation that was stopped goes on as if it never had been, channels last and fused optimiser included."""
+"""A stopped distillation ends like one that was never stopped, with channels-last memory and the fused optimiser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zskd_nni.training.distillation import DistillationSettings, distill
 STEPS = 20
 
 
-def taught(checkpoint, stop_at=None, monkeypatch=None):
+def train(checkpoint, stop_at=None, monkeypatch=None):
     teacher = Teacher(digits_network(), InputSpec((1, 32, 32)))
     torch.manual_seed(3)
     student = lenet5_half()
@@ -43,7 +43,7 @@ def run(student, teacher, checkpoint):
 
 
 def test_convolutions_of_many_channels_resume_bit_by_bit(tmp_path, monkeypatch):
-    undisturbed = taught(tmp_path / "a.safetensors")
-    resumed = taught(tmp_path / "b.safetensors", stop_at=10, monkeypatch=monkeypatch)
+    undisturbed = train(tmp_path / "a.safetensors")
+    resumed = train(tmp_path / "b.safetensors", stop_at=10, monkeypatch=monkeypatch)
     for name, value in undisturbed.items():
         assert torch.equal(value, resumed[name]), name

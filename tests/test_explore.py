@@ -1,4 +1,4 @@
-"""The explorer's questions and answers, and its widgets without a browser."""
+"""The explorer's impressions, and its widgets without a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Points inside a network: watched and replaced, and gone without a trace."""
+"""Points inside a network: features are recorded and replaced, and no hook stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hidden layers matched beside the logits: which ones, by what measure, and that a student really comes nearer."""
+"""Hidden layers that are matched in addition to the logits: which ones, by which loss, and that the distance falls."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ def test_a_stopped_training_with_matched_layers_goes_on_bit_by_bit(
 ) -> None:
     settings = DistillationSettings(steps=12, batch=8, features="auto")
 
-    def taught(checkpoint: Path) -> dict[str, torch.Tensor]:
+    def trained_student(checkpoint: Path) -> dict[str, torch.Tensor]:
         student = small_network(3)
         distill(student, small_teacher(), NoiseSource(SMALL, 8), settings, checkpoint=checkpoint, quiet=True)
         return student.state_dict()
 
-    whole = taught(tmp_path / "whole.pt")
+    whole = trained_student(tmp_path / "whole.pt")
     calls = iter(range(12))
 
     def check() -> None:
@@ -152,9 +152,9 @@ def test_a_stopped_training_with_matched_layers_goes_on_bit_by_bit(
 
     monkeypatch.setattr(signals, "check", check)
     with pytest.raises(signals.Interrupted):
-        taught(tmp_path / "stopped.pt")
+        trained_student(tmp_path / "stopped.pt")
     monkeypatch.undo()
-    again = taught(tmp_path / "stopped.pt")
+    again = trained_student(tmp_path / "stopped.pt")
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 

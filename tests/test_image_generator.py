@@ -1,4 +1,4 @@
-"""The generator of images: its layers, and where its images lie."""
+"""The image generator: its layers, and the range of its images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A memory of images: a ring, and what never leaves it."""
+"""The memory of images: a ring buffer, and images that stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods of others, by the entry-point group; and real training data as a method, marked as what it is."""
+"""Methods of other packages, found by entry points; and real training data as a method that is not data-free."""
 
 from __future__ import annotations
 

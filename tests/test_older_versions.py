@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is refused with a sentence that says how to make it again."""
+"""Files of version 0.1 are refused; the message tells how to make them again."""
 
 from __future__ import annotations
 

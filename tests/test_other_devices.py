@@ -1,4 +1,4 @@
-"""The tests of ``tests/device``, each file in a process of its own, for whose whole life the device stays made up."""
+"""The tests of ``tests/device`` on a simulated device, each file in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A handful of the user's own unlabelled images beside the synthetic ones: ``transfer.also``."""
+"""A few of the user's unlabelled images in addition to the synthetic ones: ``transfer.also``."""
 
 from __future__ import annotations
 

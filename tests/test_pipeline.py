@@ -345,7 +345,7 @@ def test_without_test_data_accuracy_is_null_and_agreement_is_on_impressions(tmp_
     assert report["agreement"] == report["agreement_held_out"]
 
 
-def test_another_student_network_is_taught(tmp_path):
+def test_another_student_network_is_trained(tmp_path):
     report = run(
         tmp_path, "student.model=zoo:lenet5_half", "compression={}", "controls=[none]", "distillation.steps=250"
     )
@@ -355,7 +355,7 @@ def test_another_student_network_is_taught(tmp_path):
 
 
 def test_a_student_with_other_classes_is_refused_before_any_work(tmp_path):
-    with pytest.raises(UserError, match="7 classes, the teacher with 10"):
+    with pytest.raises(UserError, match="7 classes, the teacher 10"):
         run(tmp_path / "out", "student.model=zoo:lenet5_half", "student.arguments.num_classes=7", "compression={}")
     assert not (tmp_path / "out").exists()
 

@@ -615,7 +615,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None
     said: list[str] = []
     with only_writer(next((tmp_path / "runs" / "students").iterdir())):
         run_table(Selection("digits", ["digits-none"], [SEED], "smoke"), workspace_in(tmp_path), said.append)
-    assert "1 runs were left to another process that is running them" in said
+    assert "1 runs were skipped: another process is running them" in said
     assert not record.exists()
 
 

@@ -1,4 +1,4 @@
-"""Images that are read from a store when a student asks for them: the same as from memory, and never others."""
+"""Images that are read from a store batch by batch equal those in memory."""
 
 from __future__ import annotations
 

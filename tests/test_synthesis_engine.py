@@ -1,4 +1,4 @@
-"""The engine against plain loops with torch.optim.Adam, and what may never come out of it."""
+"""The engine against plain loops with torch.optim.Adam, and results that it must refuse."""
 
 from __future__ import annotations
 

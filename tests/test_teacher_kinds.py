@@ -1,4 +1,4 @@
-"""What cannot teach is told by name, with what would be right; what ends in probabilities as well."""
+"""Networks that cannot be teachers are refused with what would be right; so are networks that give probabilities."""
 
 from __future__ import annotations
 

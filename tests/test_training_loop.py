@@ -1,4 +1,4 @@
-"""The training loop: what is interrupted goes on bit by bit, and what is wrong is refused."""
+"""The training loop: an interrupted training continues bit by bit, and wrong input is refused."""
 
 from __future__ import annotations
 
@@ -384,18 +384,18 @@ def test_distillation_teaches() -> None:
     teacher, data = small_teacher(), images(256)
     settings = DistillationSettings(temperature=4, steps=200, batch=64, learning_rate=1e-2, warmup=5)
     student = small_network(1)
-    answers, untaught = teacher.predict(data), student.eval()(data).detach()
+    answers, untrained = teacher.predict(data), student.eval()(data).detach()
     distill(student, teacher, StoredSource(data, 64, 0, "set"), settings, quiet=True)
     with torch.no_grad():
-        taught = student(data)
-    assert float(distillation_loss(taught, answers, 4)) < 0.05 * float(distillation_loss(untaught, answers, 4))
-    assert float((taught.argmax(1) == answers.argmax(1)).float().mean()) > 0.9
+        trained = student(data)
+    assert float(distillation_loss(trained, answers, 4)) < 0.05 * float(distillation_loss(untrained, answers, 4))
+    assert float((trained.argmax(1) == answers.argmax(1)).float().mean()) > 0.9
 
 
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        (small_network(classes=4), "4 classes, the teacher with 5"),
+        (small_network(classes=4), "4 classes, the teacher 5"),
         (small_network(channels=3), r"cannot take the teacher's input of shape \[1, 8, 8\]"),
     ],
 )

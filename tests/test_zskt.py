@@ -1,4 +1,4 @@
-"""ZSKT against the released code's loop written out, and what may happen to it: stops, students of NNI, divergence."""
+"""ZSKT against the released code's loop written out; stops, students of NNI, divergence."""
 
 from __future__ import annotations
 
@@ -385,7 +385,7 @@ def test_step_zero_begins_anew() -> None:
     ids=["images of the round", "a memory"],
 )
 def test_distillation_on_a_live_source_resumes_bit_by_bit(tmp_path: Path, stop: int, more: dict[str, Any]) -> None:
-    def taught(checkpoint: Path | None, stop: int | None = None) -> nn.Module:
+    def trained_student(checkpoint: Path | None, stop: int | None = None) -> nn.Module:
         settings = ZsktSettings(latent=10, width=16, student_steps=3, rounds=4, **more)
         source = ZsktSource(small_teacher(), settings, 16, 0)
         student = small_network(3, dropout=0.3)
@@ -400,12 +400,12 @@ def test_distillation_on_a_live_source_resumes_bit_by_bit(tmp_path: Path, stop: 
         )
         return student
 
-    undisturbed, file = taught(None), tmp_path / "d.pt"
+    undisturbed, file = trained_student(None), tmp_path / "d.pt"
 
     with pytest.raises(signals.Interrupted), signals.stoppable():
-        taught(file, stop)
+        trained_student(file, stop)
     assert (load_sealed(file)["extra"]["memory"] is not None) == bool(more)
-    assert same_weights(taught(file), undisturbed)
+    assert same_weights(trained_student(file), undisturbed)
 
 
 def test_a_generator_that_diverges_stops_its_caller() -> None:

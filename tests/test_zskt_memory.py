@@ -1,4 +1,4 @@
-"""ZSKT's ``best``: a memory, classes, BatchNorm statistics; against a plain loop, and what may happen to it."""
+"""ZSKT's ``best``: memory, classes and BatchNorm statistics against a plain loop; resume and divergence."""
 
 from __future__ import annotations
 

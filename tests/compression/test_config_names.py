@@ -1,4 +1,4 @@
-"""Names, targets and granularities of NNI's config lists that a network has not got are refused with the nearest."""
+"""Names, targets and granularities of config lists that a network lacks are refused, with the nearest one."""
 
 from __future__ import annotations
 

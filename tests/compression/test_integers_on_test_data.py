@@ -1,4 +1,4 @@
-"""On real test images onnxruntime chooses as NNI's simulation does, for every quantizer that ends in a file."""
+"""On real test images onnxruntime predicts the classes of NNI's simulation, for each quantizer with an integer file."""
 
 from __future__ import annotations
 

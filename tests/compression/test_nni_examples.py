@@ -1,4 +1,4 @@
-"""The twins of NNI's examples in docs/nni-examples.md run as they stand, with smaller numbers alone."""
+"""The data-free versions of NNI's examples in docs/nni-examples.md run unchanged except for smaller numbers."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_without_speedup_nothing_is_removed_but_the_masks_are_in_the_weights(tea
 
 @pytest.mark.parametrize("pruner", ["L1NormPruner", "TaylorPruner", "MovementPruner"])
 @pytest.mark.parametrize("schedule", [None, {"name": "AGPPruner", "interval": 5, "total_times": 4}])
-def test_the_untaught_control_has_the_teachers_weights(teacher, source, tmp_path, pruner, schedule):
+def test_the_untrained_control_has_the_teachers_weights(teacher, source, tmp_path, pruner, schedule):
     if pruner == "MovementPruner" and schedule:
         pytest.skip("Movement has its own schedule")
     result = pruned(teacher, None, tmp_path, scores=source, pruner=pruner, schedule=schedule)
@@ -368,9 +368,9 @@ def test_nnis_own_distillers_learn_on_impressions(teacher, source, tmp_path, nam
     section = DistillerConfig(
         name=name, config_list=[{"op_names": ["fc3"], "target_names": ["_output_"], "lambda": 1, "apply_method": "mse"}]
     )
-    untaught = pruned(teacher, None, tmp_path)
-    taught = pruned(teacher, source, tmp_path, distiller=section, steps=60)
-    assert right(taught.network) > right(untaught.network) + 0.01
+    untrained = pruned(teacher, None, tmp_path)
+    trained = pruned(teacher, source, tmp_path, distiller=section, steps=60)
+    assert right(trained.network) > right(untrained.network) + 0.01
     assert not any(hasattr(module, "_nni_wrapper") for module in teacher.model.modules())
 
 

@@ -1,4 +1,4 @@
-"""Students taught on another device: what they learn is the CPU's, and no step waits."""
+"""Students trained on another device: their results are those of the CPU, and no step waits for the device."""
 
 from __future__ import annotations
 

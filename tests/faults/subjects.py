@@ -1,4 +1,4 @@
-"""What is attacked: small runs of everything that works for long, each in a folder of its own.
+"""The runs that are killed and damaged: small versions of all long work, each in a folder of its own.
 
 A subject runs in another process, is killed, and is run again. What it leaves must not depend on that.
 """

@@ -1,4 +1,4 @@
-"""Files of somebody who means harm: refused, and nothing in them runs. A canary is a folder that must not appear."""
+"""Malicious files are refused, and nothing in them runs. A canary is a folder that must not appear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kill -9`` at every kind of moment: what is resumed ends byte for byte as if nobody had killed it."""
+"""``kill -9`` at every kind of moment: a resumed run ends byte for byte like an undisturbed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers at their edges: the right answer or one sentence, never a NaN that is kept, and an untouched teacher."""
+"""Extreme numbers: the right result or one sentence, never a stored NaN, and an unchanged teacher."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def pairs() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("kind", "method"), [pytest.param(*pair, id="-".join(pair)) for pair in pairs()])
 def test_each_method_on_each_teacher(kind: str, method: str, tmp_path: Path) -> None:
-    """From the teacher to a student that was taught three steps."""
+    """From the teacher to a student that was trained for three steps."""
     prepare_torch()
     torch.manual_seed(3)
     network = TEACHERS[kind]()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, once and again and again: the state is kept, the exit code is right, the run goes on."""
+"""SIGTERM and Ctrl-C, once and repeatedly: the state is kept, the exit code is right, the run continues."""
 
 from __future__ import annotations
 

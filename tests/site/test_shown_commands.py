@@ -186,7 +186,7 @@ class Reader:
             if target:
                 target.write_text(printed.getvalue())
         else:
-            pytest.fail(f"nobody knows how to run {command!r}: teach this test, or take the command off the page")
+            pytest.fail(f"nobody knows how to run {command!r}: extend this test, or take the command off the page")
 
     def pip_install(self, arguments: list[str]) -> None:
         if "constraints.txt" in arguments:

@@ -2,7 +2,7 @@
 
 Importing it adds one name to NNI: ``nni.compression.distillation.ZeroShotDistiller``. Nothing else of NNI is changed.
 
-May import: NNI, :mod:`zskd_nni.recipes` and what stands below it. Nothing below imports NNI.
+May import: NNI, :mod:`zskd_nni.recipes` and the rooms below it. Nothing below imports NNI.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
             ``kl`` targets and defaults to the distiller's.
         evaluator: any NNI evaluator; :class:`~zskd_nni.compression.evaluator.DataFreeEvaluator` brings the images.
         teacher_model: a module, of which a frozen copy is taken, or a :class:`~zskd_nni.models.teacher.Teacher`.
-        teacher_predict: ``teacher_predict(batch, teacher)`` gives what the teacher answers. By default the images
+        teacher_predict: ``teacher_predict(batch, teacher)`` gives the teacher's output. By default the images
             are the batch itself, the first entry of a sequence, or ``images``, ``x``, ``input`` or ``pixel_values``
             of a mapping.
         origin_loss_lambda: weight of the evaluator's own loss. At 0 that loss is ignored, even if it is not finite.
@@ -167,7 +167,7 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
     def compute_logits_loss(self, answer: Any) -> Tensor:
-        """``T^2 * KL`` between the teacher's ``answer`` and the bound model's last output, a scalar.
+        """``T^2 * KL`` between the teacher's output ``answer`` and the bound model's last output, a scalar.
 
         Raises:
             UserError: the bound model was not called on the batch, or has another number of classes.
@@ -179,7 +179,7 @@ class ZeroShotDistiller(TeacherModelBasedDistiller):
         teacher = self._teacher_output(answer).to(student.device)
         if student.shape != teacher.shape:
             raise UserError(
-                f"The student answers a batch with logits {list(student.shape)}, the teacher with "
+                f"The student's logits of a batch are of shape {list(student.shape)}, the teacher's of "
                 f"{list(teacher.shape)}; they must have the same number of classes."
             )
         return distillation_loss(student, teacher, self.temperature)
@@ -264,7 +264,7 @@ def with_float_lambdas(config_list: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def default_teacher_predict(batch: Any, teacher: nn.Module) -> Any:
-    """What the teacher answers to the images of a batch; see :func:`images_of`."""
+    """The teacher's output for the images of a batch; see :func:`images_of`."""
     images = images_of(batch)
     device = next((parameter.device for parameter in teacher.parameters()), images.device)
     return teacher(images.to(device))
@@ -302,12 +302,12 @@ def _check_answers(model: nn.Module, teacher: nn.Module | Teacher, evaluator: Ev
         return
     dummy = evaluator.get_dummy_input() if hasattr(evaluator, "dummy_input") else None
     if not isinstance(dummy, Tensor):
-        return  # the first batch will tell
+        return  # the first batch shows the shapes
     with torch.no_grad():
         shapes = [list(first_tensor(copy.deepcopy(network).eval()(dummy)).shape) for network in (model, teacher)]
     if shapes[0] != shapes[1]:
-        classes = f"{shapes[0][-1]} classes, the teacher with {shapes[1][-1]}"
-        raise UserError(f"The student answers with {classes}; they must be the same.")
+        classes = f"{shapes[0][-1]} classes, the teacher {shapes[1][-1]}"
+        raise UserError(f"The student has {classes}; they must be the same.")
 
 
 def _checked_temperature(value: Any) -> float:

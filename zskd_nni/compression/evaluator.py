@@ -346,7 +346,7 @@ class WholeBatchPredict:
         self.predict: Callable[[Any, nn.Module], Any] = predict
 
     def __call__(self, batch: Any, teacher: nn.Module) -> Any:
-        """What the teacher answers to all of the batch's images."""
+        """The teacher's output for all images of the batch."""
 
         def whole(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             image = arguments[0] if arguments else None

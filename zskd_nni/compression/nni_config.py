@@ -2,7 +2,7 @@
 
 NNI 3.0 translates the keys of NNI 2 itself, with gaps: its schema refuses the translation of ``total_sparsity`` and
 ``quant_types``, an entry with ``exclude`` selects nothing, and the schemes of NNI 2's quantizers are unknown. Here all
-keys mean what NNI's documentation of either version says.
+keys have the meaning of NNI's documentation of their version.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _first_of_each_side(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_pruning_values(setting: dict[str, Any], where: str) -> None:
-    """Refuse what NNI's schema or its pruners would answer without a word on the entry; whole numbers become floats."""
+    """Refuse values that NNI refuses without naming the entry; whole numbers become floats."""
     for key in ("sparse_ratio", "max_sparse_ratio", "min_sparse_ratio"):
         if setting.get(key) is not None:
             setting[key] = _ratio(setting[key], f"{where}: {key}", least=1e-9 if key == "max_sparse_ratio" else 0.0)

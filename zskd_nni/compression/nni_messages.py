@@ -1,4 +1,4 @@
-"""NNI's refusals as one sentence, and its remarks kept away."""
+"""NNI's errors as one sentence, and its log messages suppressed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFUSALS = (
 
 @contextlib.contextmanager
 def refusals_as_sentences(whose: str, kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
-    """Raise NNI's errors as a :class:`UserError` that says who refuses the config.
+    """Raise NNI's errors as a :class:`UserError` that names the compressor.
 
     Args:
         whose: the compressor, and the recipe's key in front of it.

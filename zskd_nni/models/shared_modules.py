@@ -1,4 +1,4 @@
-"""Layers that stand in several places of a network, and which of these places ``forward`` calls."""
+"""Layers that a network has at several paths, and which of these paths ``forward`` calls."""
 
 from __future__ import annotations
 

@@ -83,10 +83,6 @@ TEACHERS = {
     "alexnet-cifar10": TeacherRecipe(
         "zoo:alexnet", "cifar10", InputSpec((3, 32, 32)), _CIFAR_ADAMW, {"bn_momentum": 0.01}, half=True
     ),
-    # A residual network that one core trains in half an hour; its stem, made for ImageNet, reduces 32x32 to 8x8.
-    "resnet18-cifar10": TeacherRecipe(
-        "torchvision:resnet18", "cifar10", _CIFAR_NORMALISED, replace(_CIFAR_ADAMW, epochs=10), {"num_classes": 10}
-    ),
     "wrn-40-2-cifar10": TeacherRecipe(
         "zoo:wrn",
         "cifar10",
@@ -220,7 +216,7 @@ def _finished_before(stem: Path, asked: dict[str, Any], seed: int) -> dict[str, 
         return None
     try:
         result = read_json(beside)
-        # A setting younger than the teacher had its default.
+        # A setting that is newer than the teacher had its default.
         known = with_defaults(result, {"settings": plain(asdict(SupervisedSettings()))})
         same = {key: known[key] for key in asked} == asked and result["provenance"]["seed"] == seed
         return result if same and result["sha256"] == sha256_of_file(weights) else None

@@ -1,1 +1,1 @@
-"""Pruning with NNI: what may be cut together, scoring and masking, and making the network really smaller."""
+"""Pruning with NNI: which channels depend on each other, scoring, masking, and removing the masked channels."""

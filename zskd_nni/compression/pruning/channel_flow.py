@@ -69,7 +69,7 @@ class Flow:
 
     Attributes:
         dim: the dimension that holds the channels.
-        labels: one label a channel, ``(channels,)``.
+        labels: one label per channel, ``(channels,)``.
         constant: a removed channel may hold a constant here; zero otherwise.
         raw: no normalisation has scaled the channels yet since they were computed.
     """
@@ -82,7 +82,7 @@ class Flow:
 
 @dataclass
 class ChannelFlow:
-    """What the graph says about the channels; tied labels are replaced by one of them.
+    """The channels as followed through the graph; tied labels are replaced by one of them.
 
     Attributes:
         sources: labels of the outputs of each convolution or linear layer, except depthwise ones.

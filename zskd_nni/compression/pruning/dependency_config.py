@@ -1,4 +1,4 @@
-"""NNI pruning configs whose masks fit together, so that the pruned network can really be made smaller."""
+"""NNI pruning configs whose masks agree between connected layers, so that the masked channels can be removed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PruningPlan:
     It holds for every network of the same structure, whatever its weights.
 
     Attributes:
-        config_list: for any of NNI's structured pruners, one entry a module, in the order of the graph.
+        config_list: for any of NNI's structured pruners, one entry per module, in the order of the graph.
         left_out: module path -> why the module is not pruned although the user's config names it.
         graph: the traced network, for :func:`~zskd_nni.compression.pruning.speedup.shrink`; None where nothing was
             traced, as for a pruner of single weights.
@@ -76,7 +76,7 @@ def complete_config_list(model: nn.Module, config_list: list[dict[str, Any]], du
 
 
 def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_input: Any) -> PruningPlan:
-    """Complete a plain pruning config, and say what it cannot prune.
+    """Complete a plain pruning config, and list what it cannot prune.
 
     These keys, all NNI's own, are added to the entries:
 

@@ -44,7 +44,7 @@ _CHECKED_IMAGES = 500  # of a transfer source
 
 @dataclass(frozen=True)
 class QuantizedExport:
-    """The written file and how onnxruntime's answers compare.
+    """The written file, and how onnxruntime's logits compare with the simulation's.
 
     Attributes:
         agreement: share of the images on which onnxruntime chooses the same class as NNI's simulation, in [0, 1].
@@ -71,18 +71,18 @@ def export_quantized_onnx(
     images: Tensor | TransferSource,
     least_agreement: float = 0.995,
 ) -> QuantizedExport:
-    """Write a quantized network as ONNX, after checking onnxruntime's answers against NNI's simulation.
+    """Write a quantized network as ONNX, after checking onnxruntime's logits against NNI's simulation.
 
     Args:
         quantized: the result of :func:`~zskd_nni.compression.quantization.quantize.quantize`.
         spec: its input. The normalisation becomes part of the file.
         path: the ``.onnx`` file to write.
-        images: ``(N, C, H, W)`` in the value range to compare the answers on, or a transfer source, of which the first
+        images: ``(N, C, H, W)`` in the value range to compare the logits on, or a transfer source, of which the first
             500 are taken.
         least_agreement: smallest share of images, in [0, 1], on which both must choose the same class.
 
     Raises:
-        UserError: ONNX has no operators for the quantization, or onnxruntime answers differently.
+        UserError: ONNX has no operators for the quantization, or onnxruntime's predictions differ.
 
     Example:
         >>> import tempfile

@@ -114,7 +114,10 @@ def quantize(
         logits = first_tensor(student(teacher.example_input()))
     top.unwrap_model()
     if not torch.isfinite(logits).all():
-        raise UserError(f"The network quantized by {name} answers with values that are not finite; train it with less.")
+        raise UserError(
+            f"The logits of the network quantized by {name} are not finite; "
+            "train it for fewer steps or with a smaller learning rate."
+        )
     return QuantizedNetwork(student.cpu(), name, config_list, calibration)
 
 

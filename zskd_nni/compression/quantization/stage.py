@@ -146,8 +146,9 @@ def compress_in_one_training(
     share = agreement(_logits(simulated(quantized), probe.cpu()), before)
     if not share >= _LEAST_AGREEMENT_AFTER_SHRINKING:
         raise UserError(
-            f"The smaller quantized network chooses as the trained one on {share:.1%} of {len(probe)} images only: its "
-            "calibration does not survive the removal of channels. Leave compression.quantization.fused out."
+            f"The smaller quantized network predicts the class of the trained one on {share:.1%} of {len(probe)} "
+            "images only: its calibration does not survive the removal of channels. Leave out "
+            "compression.quantization.fused."
         )
     pruned.record.update(steps_under_masks=steps, agreement_after_shrinking=share)
     return pruned, quantized

@@ -1,4 +1,4 @@
-"""The explorer's figure: class similarity, target and answer, and the image during its synthesis."""
+"""The explorer's figure: class similarity, target and prediction, and the image during its synthesis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ASKED, _ANSWERED, _SEEN = "#b0bec5", "#00796b", "#e64a19"
 
 
 def exploration_picture(answer: Answer, spec: InputSpec, label: int) -> bytes:
-    """Draw an answer as PNG.
+    """Draw the explored impression as PNG.
 
     Args:
         answer: from :func:`zskd_nni.research.explorer.one_impression.explore_one`.

@@ -1,4 +1,4 @@
-"""One impression at a time: its target, the image during synthesis, and the teacher's answers.
+"""One impression at a time: its target, the image during synthesis, and the teacher's predictions.
 
 The method itself is elsewhere: targets come from :mod:`zskd_nni.methods.zskd`, images from :mod:`zskd_nni.synthesis`.
 The explorer and the notebooks show what these functions return.
@@ -23,7 +23,7 @@ GLIMPSES = 8
 
 @dataclass(frozen=True)
 class Question:
-    """Which impression is made.
+    """The settings of one impression.
 
     Attributes:
         label: class whose concentrations the target is drawn with.

@@ -1,4 +1,4 @@
-"""Sliders for one impression in JupyterLab: teacher, class, beta, temperature, prior and steps, with a live answer.
+"""Sliders for one impression in JupyterLab: teacher, class, beta, temperature, prior and steps, with a live figure.
 
     from zskd_nni.research.explorer.widget import Explorer
 
@@ -43,7 +43,7 @@ class Explorer:
 
     Attributes:
         question: the last question.
-        answer: its answer.
+        answer: the impression that it gave.
         gallery: kept impressions by class, in the order they were added.
 
     Raises:

@@ -133,7 +133,7 @@ class Plan:
     def matches(self, record: Record) -> bool:
         """Whether a record is of a run with these settings; its teacher and its seed are not looked at.
 
-        A setting that the record does not name is younger than the record: it had its default then. Older records name
+        A setting that the record does not name is newer than the record: it had its default then. Older records name
         of the sizes only the number of images; the others follow from their scale.
         """
         defaults = {} if self.options is None else asdict(type(self.options)())
@@ -208,7 +208,7 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
     if cell.method in IMPRESSIONS:
         smaller = {**scale.synthesis.get("", {}), **scale.synthesis.get(cell.preset, {})}
         given["synthesis"] = {**smaller, **given.get("synthesis", {})}
-        if not pair.teacher_has_batch_norm:  # the term is always 0 in these rows; records say so
+        if not pair.teacher_has_batch_norm:  # the term is always 0 in these rows, and in their records
             given["synthesis"]["batch_statistics"] = 0.0
         if cell.method == "sts":
             given["targets"] = {**pair.sts, **given.get("targets", {})}

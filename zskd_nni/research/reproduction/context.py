@@ -60,7 +60,7 @@ class PairContext:
         """The trained teacher, on the workspace's device.
 
         Raises:
-            UserError: its weights are missing; says how to make them.
+            UserError: its weights are missing; the message gives the command that makes them.
         """
         recipe = self.pair.recipe
         weights = f"zoo:{self.pair.teacher}"

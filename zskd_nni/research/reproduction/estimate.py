@@ -1,4 +1,4 @@
-"""What a run comes to, in words and in seconds, for listings."""
+"""The size of a run in words, and its estimated seconds, for listings."""
 
 from __future__ import annotations
 

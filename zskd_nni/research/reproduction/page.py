@@ -17,7 +17,7 @@ from zskd_nni.research.reproduction.tables import TABLES
 Group = list[Record]  # the seeds of a cell at a scale
 Groups = dict[tuple[str, str], Group]  # by name of the cell and scale
 
-# What stands around the tables; where it says results:, the site puts the table of results/*.json.
+# The text around the tables; the site replaces "results:" by the table of results/*.json.
 TEMPLATE = Path(__file__).parent / "templates" / "results.md"
 TITLES = {
     "mnist": "MNIST, LeNet-5 to LeNet-5-Half",

@@ -185,7 +185,7 @@ class CellRun:
         return student.eval().to(self.context.workspace.device).to(memory_format=torch.channels_last)
 
     def _measure(self, student: nn.Module) -> dict[str, Any]:
-        """What the student reaches on the test split; this is the only place that looks at it."""
+        """The student's accuracy on the test split; the test split is read nowhere else."""
         context, scale = self.context, self.plan.scale
         teacher, test, spec = context.teacher, context.test, context.teacher.spec
         device = context.workspace.device

@@ -32,7 +32,7 @@ class Selection:
     scale: str = "full"
 
     def runs(self, workspace: Workspace) -> list[list[CellRun]]:
-        """By cell its runs, one a seed.
+        """The runs of each cell, one per seed.
 
         Raises:
             UserError: unknown names.
@@ -106,7 +106,7 @@ def run_table(selection: Selection, workspace: Workspace, say: Callable[[str], N
         else:
             say(f"{name}: {_result(record)}")
     if elsewhere:
-        say(f"{elsewhere} runs were left to another process that is running them")
+        say(f"{elsewhere} runs were skipped: another process is running them")
     if failed:
         name, reason = failed[0]
         more = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""

@@ -114,7 +114,7 @@ def _make_block(plan: Plan, teacher: Teacher, request: TransferRequest) -> tuple
                 known = {"seconds": round(known["seconds"] + time.monotonic() - started, 3), "finished": finished}
                 write_json(clock, known)
     assert isinstance(source, StoredSource)
-    # A killed process leaves no clock, but its finished shards say what they took.
+    # A killed process leaves no time, but its finished shards have theirs.
     has_shards = (request.folder / "manifest.json").exists()
     of_shards = ImpressionStore.open(request.folder).summary()["seconds"] if has_shards else 0.0
     return source, max(known["seconds"], of_shards)

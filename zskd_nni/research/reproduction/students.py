@@ -1,4 +1,4 @@
-"""The student of a cell: built, and trained as the cell says."""
+"""The student of a cell: built and trained with the cell's settings."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def new_student(plan: Plan, seed: int) -> nn.Module:
 def train_student(
     plan: Plan, context: PairContext, seed: int, source: TransferSource | None, checkpoint: Path
 ) -> TrainedStudent:
-    """Train a new student as the cell says; its last step is the result.
+    """Train a new student with the cell's settings; its last step is the result.
 
     Raises:
         UserError: divergence, layers that do not match, a checkpoint of another run.

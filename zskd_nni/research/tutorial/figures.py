@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ASKED, ANSWERED, OTHER = "#90a4ae", "#00796b", "#e64a19"
 BEFORE = "#cfd8dc"
-# Colours that most colour-blind people can tell apart (Okabe and Ito), and two greys for controls.
+# Colours that most colour-blind people can distinguish (Okabe and Ito), and two greys for controls.
 SERIES = ("#00796b", "#e69f00", "#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#546e7a", "#b0bec5")
 _MOST_NUMBERS = 12  # classes of a matrix whose entries are written out
 
@@ -129,7 +129,7 @@ def gallery_picture(
 
     Args:
         images: ``(N, C, H, W)`` in the value range.
-        logits: ``(N, K)`` the teacher's answers.
+        logits: ``(N, K)`` of the teacher.
         spec: the value range.
         names: of the classes.
         columns: images in a row.
@@ -144,7 +144,7 @@ def gallery_picture(
 def opinions_picture(
     made: Impressions, spec: InputSpec, temperature: float, names: Sequence[str] | None = None, columns: int = 3
 ) -> Picture:
-    """Images, each beside its soft target and the teacher's answer.
+    """Images, each beside its soft target and the teacher's prediction.
 
     Args:
         made: a few of them.
