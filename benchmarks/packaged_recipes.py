@@ -55,7 +55,7 @@ def run(recipe: str, seed: int, folder: Path, options: list[str], real_data: boo
     record = {key: report.get(key) for key in KEPT}
     if real_data:
         data = report["evaluation"]
-        changes = ["transfer.method=real", f"transfer.data={data}", "controls=[]"]
+        changes = ["transfer.method=real", f"transfer.data={data}", "transfer.fresh=null", "controls=[]"]
         if not only_calibrates(report):
             changes.append(f"transfer.size={TRAINING_IMAGES[data] - report['recipe']['transfer']['held_out']}")
         settings = [word for change in changes for word in ("--set", change)]

@@ -11,7 +11,7 @@ import torch
 from helpers import SMALL, random
 from PIL import Image
 
-from zskd_nni.data.sources import MixedSource, NoiseSource, StoredSource
+from zskd_nni.data.sources import DrawnSource, MixedSource, NoiseSource, StoredSource
 from zskd_nni.pipeline import Run
 from zskd_nni.pipeline.report_html import remarks
 from zskd_nni.recipes.load import load_recipe
@@ -34,15 +34,17 @@ def folder_of(images: int, where: Path, size: int = 8) -> Path:
 @pytest.mark.parametrize(("share", "expected"), [(0.25, 4), (0.01, 1), (0.99, 15)])
 def test_a_share_of_every_batch_comes_from_the_further_images(share: float, expected: int) -> None:
     own = torch.stack([torch.full(SMALL.shape, 2.0), torch.full(SMALL.shape, 3.0)])
-    mixed = MixedSource(NoiseSource(SMALL, 16), own, share, "own")
+    drawn = DrawnSource(own, 16, "own")
+    mixed = MixedSource(NoiseSource(SMALL, 16), drawn, share)
     batch = mixed.batch(0, random(1))
     further = batch.flatten(1).mean(1) >= 2
     assert batch.shape == (16, *SMALL.shape) and int(further.sum()) == expected
     assert torch.equal(batch, mixed.batch(0, random(1)))
     assert (mixed.size, mixed.batch_size) == (None, 16)
-    stored = MixedSource(StoredSource(torch.rand(20, *SMALL.shape), 16, 0, "set"), own, share, "own")
-    assert stored.size == 22
-    assert len({source.fingerprint for source in (mixed, stored, MixedSource(mixed.source, own, share, "other"))}) == 3
+    stored = MixedSource(StoredSource(torch.rand(20, *SMALL.shape), 16, 0, "set"), drawn, share)
+    assert stored.size == 20
+    other = MixedSource(mixed.source, DrawnSource(own, 16, "other"), share)
+    assert len({source.fingerprint for source in (mixed, stored, other)}) == 3
 
 
 def test_a_recipe_with_own_images_is_not_called_data_free(tmp_path: Path) -> None:
@@ -63,6 +65,20 @@ def test_a_recipe_with_own_images_is_not_called_data_free(tmp_path: Path) -> Non
         Run(changed, tmp_path / "out", quiet=True).compress()
 
 
+def test_a_part_of_every_batch_can_be_procedural_and_new(tmp_path: Path) -> None:
+    loaded = load_recipe("digits-prune50", [*QUICK, "transfer.fresh=leaves", "transfer.fresh_share=0.4"])
+    run = Run(loaded, tmp_path / "out", quiet=True)
+    report = run.compress()
+    assert report["data_free"] is True
+    source = run.transfer()
+    first, again, next_step = (source.batch(step, random(step)) for step in (0, 0, 1))
+    assert torch.equal(first, again) and source.size == 20
+    stored = {image.float().numpy().tobytes() for image in source.source.images[:]}
+    known = [[image.numpy().tobytes() in stored for image in batch] for batch in (first, next_step)]
+    assert known == [[True] * 6 + [False] * 4] * 2
+    assert not torch.equal(first[6:], next_step[6:])
+
+
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
@@ -80,6 +96,11 @@ def test_own_images_that_are_not_there_are_refused(
     loaded = load_recipe("digits-prune50", [*QUICK, f"transfer.also={value}"])
     with pytest.raises(UserError, match=sentence):
         Run(loaded, tmp_path / "out", quiet=True)
+
+
+def test_an_unknown_kind_of_fresh_images_is_refused() -> None:
+    with pytest.raises(UserError, match=r"transfer\.fresh: fresh is one of .*leaves, not 'leafs'"):
+        load_recipe("digits-prune50", ["transfer.fresh=leafs"])
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5])

@@ -193,14 +193,36 @@ def demo(
 
 
 @command()
-def compress(options: RunOptions) -> None:
+def compress(
+    options: RunOptions,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Check everything and measure the teacher, in seconds; write nothing.")
+    ] = False,
+) -> None:
     """Run a whole recipe, from its teacher to its report.
 
-    Makes impressions, the student, its controls, the exports and the report.
+    Makes impressions, the student, its controls, the exports and the report. The teacher is measured first where test
+    data is named.
     """
+    if dry_run:
+        _try_out(options.load(), options)
+        return
     _work_through(options.load(), options)
     out = options.out
     _echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
+
+
+def _try_out(loaded: LoadedRecipe, options: RunOptions) -> None:
+    from zskd_nni.pipeline import Run
+
+    options.prepare()
+    run = Run(loaded, options.out, device=options.device, quiet=options.quiet, **options.where)
+    run.require_a_teacher()
+    transfer = loaded.recipe.transfer
+    _echo(
+        f"dry run: the recipe can be run; {transfer.size:,} images of {transfer.method} ({transfer.preset}) would be "
+        f"made, and {run.out} be written. Nothing was written."
+    )
 
 
 def _work_through(loaded: LoadedRecipe, options: RunOptions, impressions: Path | None = None) -> None:
@@ -211,6 +233,7 @@ def _work_through(loaded: LoadedRecipe, options: RunOptions, impressions: Path |
     options.prepare()
     with joined(options.device) as device:
         run = Run(loaded, options.out, device=device, impressions=impressions, quiet=options.quiet, **options.where)
+        run.require_a_teacher()
         report = run.compress()
     _echo(render_table(report))
 
@@ -388,7 +411,7 @@ def train_teacher_command(
 ) -> None:
     """Train one of the zoo's teachers on real data.
 
-    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, resnet18-cifar10 or
+    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10 or
     wrn-40-2-cifar10. The shipped teachers were made by it. Beside the baselines of reproduce it
     is the one command that trains on real data. The same command again resumes a training that was stopped, and
     leaves one that is finished in OUT as it is.

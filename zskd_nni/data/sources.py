@@ -128,37 +128,58 @@ class StoredSource(_Stateless):
         return self.images[self._order.rows(step, self.images.device)].float()
 
 
+class DrawnSource(_Stateless):
+    """A small set of images from which every batch is drawn with replacement.
+
+    Args:
+        images: ``(N, C, H, W)`` in the teacher's value range.
+        batch_size: images in a batch; may be more than N.
+        fingerprint: of the images.
+
+    Example:
+        >>> DrawnSource(torch.rand(2, 1, 8, 8), 4, "two images").batch(0, torch.Generator()).shape
+        torch.Size([4, 1, 8, 8])
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, fingerprint: str) -> None:
+        self.images, self.batch_size, self.fingerprint = images, batch_size, fingerprint
+        self.size: int | None = None
+
+    def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
+        """Images ``(batch_size, C, H, W)``."""
+        return self.images[torch.randint(len(self.images), (self.batch_size,), generator=random)]
+
+
 class MixedSource:
-    """Batches of one source in which some images are taken from a small further set.
+    """Batches of one source in which a share of the images comes from another one.
 
     Args:
         source: gives most of the images.
-        images: ``(N, C, H, W)`` of the further set, in the teacher's value range.
-        share: of each batch, in (0, 1), that is drawn from the further set; at least one image, and never all.
-        fingerprint: of the further set.
+        further: gives the others; the last ones of each batch.
+        share: of each batch, in (0, 1), that is the other source's; at least one image, and never all.
 
     Example:
         >>> spec = InputSpec((3, 32, 32))
-        >>> mixed = MixedSource(NoiseSource(spec, 8), torch.zeros(2, 3, 32, 32), 0.25, "two black images")
+        >>> black = DrawnSource(torch.zeros(2, 3, 32, 32), 8, "two black images")
+        >>> mixed = MixedSource(NoiseSource(spec, 8), black, 0.25)
         >>> mixed.batch(0, torch.Generator()).flatten(1).any(1).tolist()
         [True, True, True, True, True, True, False, False]
     """
 
-    def __init__(self, source: TransferSource, images: Tensor, share: float, fingerprint: str) -> None:
-        self.source, self.images, self.share = source, images, share
-        self.size = None if source.size is None else source.size + len(images)
-        self.batch_size = source.batch_size
-        self.fingerprint = fingerprint_of([source.fingerprint, fingerprint, share])
+    def __init__(self, source: TransferSource, further: TransferSource, share: float) -> None:
+        self.source, self.further, self.share = source, further, share
+        self.size, self.batch_size = source.size, source.batch_size
+        self.fingerprint = fingerprint_of([source.fingerprint, further.fingerprint, share])
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
-        """Images ``(batch_size, C, H, W)``; those of the further set come last, drawn with replacement."""
+        """Images ``(batch_size, C, H, W)``."""
         batch = self.source.batch(step, random, student)
         count = min(max(1, round(self.share * len(batch))), len(batch) - 1)
-        drawn = torch.randint(len(self.images), (count,), generator=random)
-        return torch.cat([batch[: len(batch) - count], to_device(self.images[drawn], batch.device)])
+        further = self.further.batch(step, random, student)[:count]
+        return torch.cat([batch[: len(batch) - len(further)], to_device(further, batch.device)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The other source's state."""
+        """The first source's state; the other has none."""
         return self.source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

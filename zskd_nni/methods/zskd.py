@@ -218,16 +218,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_statistics": 0.1,
         },
     },
-    # A few steps from images that fill the frame, led by the teacher's BatchNorm statistics: what `best` means with
-    # colour images and a teacher that has such layers. Its weights and its rate are first guesses, not yet chosen on
-    # the validation slice.
+    # A few small steps from images that fill the frame, led by the teacher's BatchNorm statistics: what `best` means
+    # with colour images and a teacher that has such layers. Larger steps lead away from what makes the starts good:
+    # docs/methods/zskd.md has the measurement, on CIFAR-10's validation slice.
     "best-colour": {
         "targets": {"betas": (1.0, 0.1)},
         "synthesis": {
             "temperature": (1.5, 6.0),
             "start": "leaves",
             "range": "clamp",
-            "learning_rate": 0.05,
+            "learning_rate": 0.0125,
             "max_steps": 8,
             "total_variation": (1e-4, 1e-3),
             "batch_statistics": 0.1,

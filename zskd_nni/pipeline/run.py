@@ -17,9 +17,11 @@ from zskd_nni.data.datasets import DATA_VARIABLE, NAMED_SETS, LabelledImages, da
 from zskd_nni.data.sources import ProceduralSource, TransferSource
 from zskd_nni.models.build import code_fingerprint, network_fingerprint
 from zskd_nni.pipeline.export import export_student
+from zskd_nni.pipeline.first_look import FirstLook, look_at, refuse_chance
 from zskd_nni.pipeline.preflight import check_work
 from zskd_nni.pipeline.report import CONTROL_IMAGES, build_report, measure
 from zskd_nni.pipeline.report_html import write_report
+from zskd_nni.pipeline.resumed import taken_up
 from zskd_nni.pipeline.students import StudentResult, Students
 from zskd_nni.recipes.load import LoadedRecipe
 from zskd_nni.runtime import signals
@@ -49,9 +51,14 @@ class Run:
         impressions: a finished store of this teacher's impressions to train on, instead of making them.
         quiet: no progress.
 
+    Attributes:
+        looks: whether the teacher is measured first; the trials of a search do without.
+
     Raises:
         UserError: the recipe cannot be run as it is.
     """
+
+    looks = True
 
     def __init__(
         self,
@@ -70,6 +77,8 @@ class Run:
         self.quiet = quiet or not self.team.leads
         self.out = Path(out)
         self.teacher = loaded.teacher()
+        self.look: FirstLook | None = None
+        self.real_images: int | None = None
         self.students = Students(loaded, self.teacher, self.out / "state", self._timed, device=device, quiet=self.quiet)
         self._check()
         self.given = None if impressions is None else self._given_store(impressions)
@@ -113,8 +122,6 @@ class Run:
 
     def _check(self) -> None:
         """Refuse, before the long work begins, what can be known to be wrong."""
-        check_work(self.students)
-        self.loaded.own_images(self.teacher)
         name = self.loaded.data_name()
         self.measured = name is not None
         if name in NAMED_SETS[1:] and data_root(self.root) is None:
@@ -122,10 +129,29 @@ class Run:
             self.measured = False
             self._print(
                 f"No folder of test data was named (--data-root, {DATA_VARIABLE}): accuracy on {name} is left out, "
-                "agreement is measured on held-out impressions."
+                "agreement is measured on procedural images."
             )
         if self.team.leads:
-            self._test_data()
+            test = self._test_data()
+            self.look = self._look_at_teacher(test) if self.looks else None
+        check_work(self.students)
+        self.loaded.own_images(self.teacher)
+
+    def _look_at_teacher(self, test: LabelledImages | None) -> FirstLook:
+        """Measure the teacher before anything else, and say what is seen."""
+        look = look_at(self.teacher, test)
+        for line in look.lines if not self.quiet else look.lines[len(look.lines) - look.warnings :]:
+            self._print(line)
+        return look
+
+    def require_a_teacher(self) -> None:
+        """Stop where the teacher is hardly better than chance on the test data.
+
+        Raises:
+            UserError: it is, and ``evaluation.any_teacher`` does not say to go on.
+        """
+        if self.look is not None and self.recipe.evaluation is not None and not self.recipe.evaluation.any_teacher:
+            refuse_chance(self.look, self.teacher.num_classes)
 
     def _print(self, sentence: str) -> None:
         if self.team.leads:
@@ -147,9 +173,13 @@ class Run:
             yield
 
     def _resume(self) -> None:
-        seconds = resume_or_refuse(self.out, RUN, "run", self.identity).get("seconds")
+        known = resume_or_refuse(self.out, RUN, "run", self.identity)
+        seconds = known.get("seconds")
         entries = seconds.items() if isinstance(seconds, dict) else ()
         self.seconds = {stage: n for stage, n in entries if type(n) in (int, float) and math.isfinite(n)}
+        if known and not self.quiet:
+            for line in taken_up(self.out, self.seconds):
+                self._print(line)
         self._write_run()
 
     def _write_run(self) -> None:
@@ -232,9 +262,14 @@ class Run:
         """The transfer source of the recipe's method, made or resumed in ``impressions/``."""
         if self.given is not None:
             given = self.given.source(self.recipe.distillation.batch, self.recipe.seed, self.device)
-            return self.loaded.with_own_images(given, self.teacher)
+            return self.loaded.with_further_images(given, self.teacher)
         source = self._source("impressions", reserved=self.recipe.transfer.held_out)
         self.team.first(lambda: self._require_same_images(source))
+        section = self.recipe.transfer
+        if not section.data_free and source.size is not None:
+            self.real_images = source.size
+            few = f", fewer than transfer.size ({section.size:,})" if source.size < section.size else ""
+            self._print(f"{section.method}: the student is trained on {source.size:,} images{few}")
         return source
 
     def _source(self, folder: str, **changes: Any) -> TransferSource:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, load_images
-from zskd_nni.data.sources import MixedSource, TransferSource
+from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, load_images, usual_fit
+from zskd_nni.data.sources import DrawnSource, MixedSource, ProceduralSource, TransferSource
 from zskd_nni.methods.registry import TransferRequest, find_method
-from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights
+from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights, starts_at_random
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.key_paths import apply_changes, get_at
 from zskd_nni.recipes.named_files import named_files
@@ -57,7 +57,7 @@ class LoadedRecipe:
     def teacher(self) -> Teacher:
         """The recipe's teacher, frozen and checked."""
         section = self.recipe.teacher
-        if section.weights is None and section.model.startswith(("zoo:", "torchvision:")):
+        if section.weights is None and starts_at_random(section.model, self.base):
             raise UserError(
                 f"teacher.weights is missing: {section.model} starts at random, and an untrained network is no "
                 "teacher. Name a .safetensors file, or zoo:NAME for a shipped teacher."
@@ -88,7 +88,12 @@ class LoadedRecipe:
         with error_context("evaluation.data"):
             data = load_images(name, self.recipe.evaluation.split, root, download)
             data.require_labels(teacher.num_classes)
-            data.pixels(slice(0, 1), teacher.spec)  # refuses channels that do not fit
+            replace(data, fit="resize").pixels(slice(0, 1), teacher.spec)  # refuses channels that do not fit
+        # Digits of 8x8 are of no use unless they are made larger.
+        usual = "resize" if name == "digits" else usual_fit(data.images, teacher.spec.shape)
+        data = replace(data, fit=self.recipe.evaluation.fit or usual or "exact")
+        with error_context("evaluation.fit"):
+            data.pixels(slice(0, 1), teacher.spec)  # refuses sizes that do not fit
         return data
 
     def transfer_source(self, teacher: Teacher, folder: Path, **changes: Any) -> TransferSource:
@@ -106,12 +111,17 @@ class LoadedRecipe:
         own = {"size": section.size, "batch_size": self.recipe.distillation.batch, "seed": self.recipe.seed}
         request = TransferRequest(folder=folder, options=section.options(teacher), base=self.base, **{**own, **changes})
         source = find_method(section.method).source(teacher, request)
-        return source if request.held_out else self.with_own_images(source, teacher)
+        return source if request.held_out else self.with_further_images(source, teacher)
 
-    def with_own_images(self, source: TransferSource, teacher: Teacher) -> TransferSource:
-        """The source, with the images of ``transfer.also`` in every batch where the recipe names some."""
-        own = self.own_images(teacher)
-        return source if own is None else MixedSource(source, own[0], self.recipe.transfer.also_share, own[1])
+    def with_further_images(self, source: TransferSource, teacher: Teacher) -> TransferSource:
+        """The source, with what ``transfer.fresh`` and ``transfer.also`` add to every batch."""
+        section = self.recipe.transfer
+        if section.fresh is not None:
+            fresh = ProceduralSource(section.fresh, teacher.spec, source.batch_size)
+            source = MixedSource(source, fresh, section.fresh_share)
+        if (own := self.own_images(teacher)) is not None:
+            source = MixedSource(source, DrawnSource(own[0], source.batch_size, own[1]), section.also_share)
+        return source
 
     def own_images(self, teacher: Teacher) -> tuple[Tensor, str] | None:
         """The images ``(N, C, H, W)`` of ``transfer.also`` as the teacher takes them, and their checksum.

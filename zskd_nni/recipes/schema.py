@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from zskd_nni.data.datasets import Fit
+from zskd_nni.data.procedural import KINDS
 from zskd_nni.methods.registry import default_preset, find_method, is_data_free, preset_for
 from zskd_nni.models.build import FORMS
 from zskd_nni.models.input_spec import InputSpec
@@ -25,7 +27,8 @@ class NetworkSection(Section):
     """A network: how it is built and which weights it gets.
 
     Attributes:
-        model: ``zoo:NAME``, ``torchvision:NAME``, ``package.module:factory`` or ``file.py:factory``.
+        model: ``zoo:NAME``, ``torchvision:NAME``, ``timm:NAME``, ``transformers:FOLDER``, ``file.onnx``,
+            ``package.module:factory`` or ``file.py:factory``.
         arguments: keyword arguments of the factory.
         weights: ``zoo:NAME`` for a shipped teacher, or a file; without, the network starts at random.
         allow_pt: read weights in PyTorch's own format (with ``weights_only=True``).
@@ -82,6 +85,8 @@ class TransferSection(BaseModel):
         preset: one of the method's presets; where none is named, its default, ``best`` where it has one.
         size: number of distinct images.
         held_out: impressions of another seed on which agreement is measured.
+        fresh: a kind of procedural images, drawn anew at every step, of which a part of each batch consists.
+        fresh_share: that part, in (0, 1).
         also: path of unlabelled images of the user's own (a folder, or an ``.npz``), for training alone; a run with
             them is not data-free.
         also_share: of each batch that is drawn from ``also``, in (0, 1).
@@ -93,8 +98,17 @@ class TransferSection(BaseModel):
     preset: str = "best"
     size: int = Field(default=12000, ge=1)
     held_out: int = Field(default=500, ge=1)
+    fresh: str | None = None
+    fresh_share: float = Field(default=0.5, gt=0, lt=1)
     also: str | None = None
     also_share: float = Field(default=0.25, gt=0, lt=1)
+
+    @field_validator("fresh")
+    @classmethod
+    def _is_a_kind(cls, value: str | None) -> str | None:
+        if value is not None and value not in KINDS:
+            raise ValueError(f"fresh is one of {', '.join(KINDS)}, not {value!r}")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -166,10 +180,16 @@ class EvaluationSection(Section):
     Attributes:
         data: name or path, as ``--data-root`` and ``ZSKD_NNI_DATA`` find it.
         split: train or test.
+        fit: how test images of another size than the teacher's input are fitted: ``exact`` refuses them, ``pad``,
+            ``resize`` or ``crop``. Where absent, 28x28 images are padded to 32x32, those of ``digits`` resized, and any
+            other size is refused.
+        any_teacher: go on with a teacher that is hardly better than chance on this data.
     """
 
     data: str
     split: Literal["train", "test"] = "test"
+    fit: Fit | None = None
+    any_teacher: bool = False
 
 
 class SearchSection(Section):
