@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.build import build_network
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.memory_format import use_channels_last
-from zskd_nni.models.serialization import load_network
+from zskd_nni.models.serialization import load_network, save_network
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline import Run
 from zskd_nni.recipes.load import load_recipe
@@ -178,6 +179,34 @@ def test_a_network_and_its_neighbours_load_again_from_anywhere(project: Path, mo
     for name in ("nets_of_mine", "layers_of_mine"):
         sys.modules.pop(name, None)
     assert load_network(tmp_path / "out" / "student.json")[0].out_channels == 2
+    # The folder is moved to another machine, where the recipe's folder is not.
+    shutil.move(tmp_path / "out", tmp_path / "far" / "away")
+    shutil.rmtree(project)
+    for name in [name for name in sys.modules if name.endswith("_of_mine") or name.startswith("zskd_nni_user_")]:
+        sys.modules.pop(name, None)
+    assert load_network(tmp_path / "far" / "away" / "student.json")[0].out_channels == 2
+
+
+def test_a_network_in_a_package_is_saved_with_the_package(tmp_path: Path) -> None:
+    package = tmp_path / "here" / "parts_for_the_move"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "inner" / "__init__.py").write_text("from .width import WIDTH\n")
+    (package / "inner" / "width.py").write_text("import tables_for_the_move\nWIDTH = tables_for_the_move.WIDTH\n")
+    (package / "net.py").write_text(
+        "from torch import nn\nfrom .inner import WIDTH\ndef make() -> nn.Module:\n    return nn.Linear(2, WIDTH)\n"
+    )
+    (tmp_path / "here" / "tables_for_the_move.py").write_text("WIDTH = 3\n")
+    (tmp_path / "here" / "unrelated.py").write_text("raise SystemExit\n")
+    folder, reference = tmp_path / "out", "parts_for_the_move.net:make"
+    folder.mkdir()
+    network = build_network(reference, base=tmp_path / "here")
+    save_network(network, reference, {}, folder / "n.safetensors", folder / "n.json", tmp_path / "here")
+    assert not (folder / "n_source" / "unrelated.py").exists()
+    shutil.rmtree(tmp_path / "here")
+    for name in [name for name in sys.modules if "for_the_move" in name]:
+        sys.modules.pop(name)
+    assert torch.equal(load_network(folder / "n.json").weight, network.weight)
 
 
 def test_a_saved_network_with_a_wrong_base(project: Path, tmp_path: Path) -> None:
@@ -186,7 +215,7 @@ def test_a_saved_network_with_a_wrong_base(project: Path, tmp_path: Path) -> Non
     ).compress()
     path = tmp_path / "out" / "student.json"
     content = json.loads(path.read_text())
-    assert content["base"] == "../project"
+    assert content["base"] == "student_source"
     path.write_text(json.dumps({**content, "base": 3}))
     with pytest.raises(UserError, match="'base' must be the name of a folder, not 3"):
         load_network(path)

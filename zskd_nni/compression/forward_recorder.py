@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -268,7 +269,9 @@ class Recorder(TorchFunctionMode):
         if known is None:
             owner = self.owners.get(id(tensor))
             if owner is None:
-                name = f"_tensor_constant{len(self.constants)}"
+                # What an earlier recording has set is found again; another tensor gets another name.
+                tried = (f"_tensor_constant{number}" for number in itertools.count(len(self.constants)))
+                name = next(each for each in tried if getattr(self.model, each, tensor) is tensor)
                 self.constants[name] = tensor
             else:
                 name = f"{owner[1]}.{owner[2]}".lstrip(".")
@@ -366,7 +369,10 @@ class Recorder(TorchFunctionMode):
             if key in ("weight", "bias") and not isinstance(tensor, nn.Parameter | None):
                 return None
         layer = _OWN_LAYERS[name][1](images, values)
-        return None if layer is None else OwnLayer(path, layer.eval())
+        if layer is None:
+            return None
+        layer._modules = dict(module._modules)  # what else the class calls stays where it is
+        return OwnLayer(path, layer.eval())
 
     # ---- modules
 

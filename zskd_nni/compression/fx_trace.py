@@ -142,6 +142,7 @@ def retrace(graph_module: GraphModule, model: nn.Module) -> GraphModule:
     layers = {}
     for path, layer in own_layers(graph_module).items():
         owner, layers[path] = model.get_submodule(path), _without_tensors(layer)
+        layers[path]._modules = dict(owner._modules)
         for name in OWN_TENSORS:
             if getattr(layer, name, None) is not None:
                 setattr(layers[path], name, getattr(owner, name))

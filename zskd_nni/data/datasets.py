@@ -129,7 +129,7 @@ def fit_shape(images: Tensor, shape: tuple[int, int, int], fit: Fit | None = Non
 
 
 def usual_fit(images: Tensor, shape: tuple[int, int, int]) -> Fit | None:
-    """``pad`` for MNIST's 28x28 images and networks that take 32x32, as LeNet-5 was trained; None without such a rule."""
+    """``pad`` for 28x28 images and networks that take 32x32, as LeNet-5 was trained; otherwise None."""
     return "pad" if tuple(images.shape[2:]) == (28, 28) and shape[1:] == (32, 32) else None
 
 
@@ -158,8 +158,8 @@ def load_images(
 
     Args:
         name: ``digits`` (embedded in scikit-learn), ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``svhn``,
-            or the path of an ``.npz`` (``images`` uint8 ``(N, H, W[, C])``, ``labels``) or of a folder of images
-            with one sub-folder for each class.
+            or the path of an ``.npz`` (``images`` ``(N, H, W[, C])``, uint8 or in [0, 1], and ``labels``) or of
+            a folder of images with one sub-folder for each class.
         split: ``train`` or ``test``; ignored for a path.
         root: folder of the named sets, in torchvision's layout; by default that of ``ZSKD_NNI_DATA``.
         download: let torchvision fetch a named set into ``root``.
@@ -262,19 +262,19 @@ def _as_bytes(images: np.ndarray[Any, Any], path: Path) -> np.ndarray[Any, Any]:
     if images.dtype == np.uint8 or images.dtype.kind not in "iuf" or not images.size:
         return images
     low, high = float(images.min()), float(images.max())
-    if images.dtype.kind == "f" and 0 <= low and high <= 1:
+    if images.dtype.kind == "f" and low >= 0 and high <= 1:
         return np.rint(images * 255).astype(np.uint8)
-    if images.dtype.kind in "iu" and 0 <= low and 1 < high <= 255:
+    bytes_elsewhere = low >= 0 and 1 < high <= 255
+    if images.dtype.kind in "iu" and bytes_elsewhere:
         return images.astype(np.uint8)
-    line = f"np.rint(255 * (images - {low:g}) / {high - low:g}).astype(np.uint8)"
-    if 0 <= low and 1 < high <= 255:
-        line = "np.rint(images).astype(np.uint8)"
+    found = (
+        f"{path}: 'images' are {images.dtype} from {low:g} to {high:g}; they belong in [0, 1], or as uint8 in [0, 255]"
+    )
+    if bytes_elsewhere:
+        raise UserError(f"{found}. This converts bytes in another type: images = np.rint(images).astype(np.uint8)")
     raise UserError(
-        f"{path}: 'images' are {images.dtype} from {low:g} to {high:g}; they belong in [0, 1], or as uint8 from black (0) "
-        f"to white (255). If {low:g} is black and {high:g} white, this converts them: images = {line}"
-        if line.startswith("np.rint(255")
-        else f"{path}: 'images' are {images.dtype} from {low:g} to {high:g}; they belong in [0, 1], or as uint8. If they "
-        f"are bytes in another type, this converts them: images = {line}"
+        f"{found}. If {low:g} is black and {high:g} white, this converts them: "
+        f"images = np.rint(255 * (images - {low:g}) / {high - low:g}).astype(np.uint8)"
     )
 
 

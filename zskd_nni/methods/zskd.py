@@ -228,7 +228,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "start": "leaves",
             "range": "clamp",
             "learning_rate": 0.0125,
-            "max_steps": 8,
+            "max_steps": 16,
             "total_variation": (1e-4, 1e-3),
             "batch_statistics": 0.1,
         },

@@ -1,5 +1,6 @@
 """Networks by name: ``zoo:lenet5``, ``torchvision:resnet18``, ``package.module:factory``, ``file.py:factory``.
 
+Those of timm (``timm:NAME``), folders of transformers (``transformers:FOLDER``) and ONNX files are in ``foreign``.
 The last two import code of the user. Nothing else in a recipe runs code. A factory must be a class derived from
 ``nn.Module``, a function of the user's own code, or a function of an installed package that is annotated to return an
 ``nn.Module``: ``os:system`` and ``torch:load`` are refused.
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from zskd_nni.models import zoo
+from zskd_nni.models.foreign import ONNX_SUFFIX, has_weights, onnx_factory, timm_factory, transformers_factory
 from zskd_nni.models.state_dicts import Fit, fit
 from zskd_nni.models.zoo.trained import trained_weights
 from zskd_nni.runtime.errors import UserError
@@ -34,7 +36,11 @@ from zskd_nni.runtime.tensors import load_state_dicts
 
 _logger = logging.getLogger(__name__)
 
-FORMS = "zoo:NAME, torchvision:NAME, package.module:factory or path/to/file.py:factory"
+FORMS = (
+    "zoo:NAME, torchvision:NAME, timm:NAME, transformers:FOLDER, file.onnx, package.module:factory or "
+    "path/to/file.py:factory"
+)
+_UNTRAINED = ("zoo:", "torchvision:", "timm:")
 
 
 def build_network(reference: str, arguments: Mapping[str, Any] | None = None, base: Path | None = None) -> nn.Module:
@@ -56,6 +62,8 @@ def build_network(reference: str, arguments: Mapping[str, Any] | None = None, ba
     arguments = dict(arguments or {})
     try:
         network = factory(**arguments)
+    except UserError:
+        raise
     except Exception as error:  # a factory may raise anything
         raise UserError(f"The network {reference!r} could not be built with {arguments}: {error}") from error
     if not isinstance(network, nn.Module):
@@ -70,6 +78,12 @@ def build_network(reference: str, arguments: Mapping[str, Any] | None = None, ba
 
 
 def _find_factory(reference: str, base: Path | None) -> Any:
+    if reference.lower().endswith(ONNX_SUFFIX):
+        return onnx_factory((base or Path()) / reference)
+    if reference.startswith("transformers:"):
+        return transformers_factory((base or Path()) / reference.removeprefix("transformers:"))
+    if reference.startswith("timm:"):
+        return timm_factory(reference.removeprefix("timm:"))
     source, colon, name = reference.rpartition(":")
     if not colon or not source or not name:
         raise UserError(f"A network is named as {FORMS}; not {reference!r}.")
@@ -183,18 +197,47 @@ def update_with_weights(digest: Any, network: nn.Module) -> None:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
+def starts_at_random(reference: str, base: Path | None = None) -> bool:
+    """Whether a network needs weights to be a teacher."""
+    if reference.startswith("transformers:"):
+        return not has_weights((base or Path()) / reference.removeprefix("transformers:"))
+    return reference.startswith(_UNTRAINED)
+
+
+def _is_packaged(reference: str) -> bool:
+    return reference.startswith((*_UNTRAINED, "transformers:")) or reference.lower().endswith(ONNX_SUFFIX)
+
+
 def code_fingerprint(reference: str, base: Path | None = None) -> str | None:
     """SHA-256 of the file that defines a factory of the user's own; None for networks of packages.
 
     What that file imports is not included.
     """
-    if reference.startswith(("zoo:", "torchvision:")):
+    if _is_packaged(reference):
         return None
     _, module = _definition(_find_factory(reference, base))
     if _is_installed(module):
         return None
     file = sys.modules[module].__file__
     return sha256_of_file(file) if file is not None and is_file(Path(file)) else None
+
+
+def own_source_file(reference: str, base: Path | None = None) -> Path | None:
+    """The file of the user's own that a network's name leads to; None for networks of packages.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    source, _, _ = reference.rpartition(":")
+    if source in ("zoo", "torchvision"):
+        return None
+    if source.endswith(".py"):
+        return (Path(source) if base is None else base / source).resolve()
+    module = _import_module(source, base)
+    file = getattr(module, "__file__", None)
+    if _is_installed(source) or file is None or not is_file(Path(file)):
+        return None
+    return Path(file).resolve()
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> Fit:

@@ -151,8 +151,8 @@ def check_answers(answers: Tensor, network: nn.Module, before: Tensor | None, wh
         raise UserError(
             f"{what} answers {len(answers)} images with a tensor of shape {list(answers.shape)}, one number an "
             f"image{after}: a binary classifier of one output, and at least 2 classes with a logit each are needed. "
-            f"Give its last layer two outputs, with the weights and bias of the one behind a row of zeros, and return them "
-            f"without a sigmoid."
+            f"Give its last layer two outputs, with the weights and bias of the one behind a row of zeros, and return "
+            f"them without a sigmoid."
         )
     probabilities = bool((answers >= 0).all()) and bool((answers.sum(1) - 1).abs().max() < 1e-3)
     if probabilities:

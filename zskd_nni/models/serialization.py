@@ -2,13 +2,12 @@
 
 The description names the factory and its arguments. It lists every layer whose sizes differ from what the factory
 makes, and every module that was removed. A shrunken network is the factory's network with those layers exchanged and
-without those modules, so that loading it needs no pruning code. Nothing in the two files can run code but the named
-factory.
+without those modules, so that loading it needs no pruning code. The source of a user's own factory is copied
+beside them. Nothing in the two files can run code but the named factory.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from zskd_nni.models.build import build_network, load_into
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
+from zskd_nni.models.own_source import copy_source
 from zskd_nni.models.shared_modules import replace_everywhere, set_module, shared_layers
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json, sha256_of_file, write_json
@@ -180,7 +180,7 @@ def save_network(
     save_tensors(weights, network.state_dict())
     content = {
         "format": FORMAT,
-        **_located_from(description.parent, reference, base),
+        **copy_source(reference, base, description),
         "arguments": arguments,
         "layers": layers,
         **({"dropped": dropped} if dropped else {}),
@@ -191,19 +191,12 @@ def save_network(
     write_json(description, content)
 
 
-def _located_from(folder: Path, reference: str, base: Path | None) -> dict[str, str]:
-    """The entries that lead from the description's folder to the factory, whose file the recipe names from its own."""
-    source, _, name = reference.rpartition(":")
-    if source.endswith(".py"):
-        if not Path(source).is_absolute():
-            reference = f"{os.path.relpath((base or Path.cwd()) / source, folder)}:{name}"
-    elif base is not None and source not in ("zoo", "torchvision"):
-        return {"network": reference, "base": os.path.relpath(base, folder)}
-    return {"network": reference}
-
-
 def load_network(description: str | Path) -> nn.Module:
     """Build the network that a JSON description describes and load its weights; in ``eval()`` mode.
+
+    The network takes images as its layers do: normalised. ``Teacher`` and the exported ONNX files take pixels in the
+    value range instead, and normalise them. The description's ``input`` has the shape, value range, mean and standard
+    deviation: ``InputSpec(**input).normalise(images)`` makes one of the other.
 
     Raises:
         UserError: a file is missing, damaged or not of this kind, or the two do not belong together.

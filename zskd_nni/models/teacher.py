@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights, update_with_weights
+from zskd_nni.models.build import (
+    build_network,
+    code_fingerprint,
+    load_named_weights,
+    starts_at_random,
+    update_with_weights,
+)
+from zskd_nni.models.foreign import ONNX_SUFFIX
 from zskd_nni.models.hooks import hooked
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.local_response_norm import fast_response_norms
@@ -234,7 +241,7 @@ def load_teacher(
         >>> teacher.spec.shape, teacher.num_classes
         ((1, 32, 32), 10)
     """
-    if ":" not in name:
+    if ":" not in name and not name.lower().endswith(ONNX_SUFFIX):
         if (spec, weights, arguments) != (None, None, None):
             raise UserError(f"The teacher {name!r} brings its own spec, weights and arguments; leave them out.")
         about = training_record(name)
@@ -242,7 +249,7 @@ def load_teacher(
         spec = build_settings(InputSpec, about["input"], "input")
     elif spec is None:
         raise UserError(f"What is the input of {name!r}? Pass spec=(channels, height, width), or an InputSpec.")
-    if weights is None and name.startswith(("zoo:", "torchvision:")):
+    if weights is None and starts_at_random(name, base):
         raise UserError(
             f"weights= is missing: {name} starts at random, and an untrained network is no teacher. Name a "
             ".safetensors file, or zoo:NAME for a shipped teacher."

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zskd_nni.data.datasets import NAMED_SETS, LabelledImages
+from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, describe_fit
+from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline.export import INTEGERS, integer_answers
+from zskd_nni.pipeline.neutral import COUNT, neutral_images
 from zskd_nni.pipeline.students import StudentResult
 from zskd_nni.recipes.load import LoadedRecipe
 from zskd_nni.recipes.schema import Recipe
@@ -35,18 +37,20 @@ class Figures:
 
     Attributes:
         held_out: agreement with the teacher on images that no student was trained on, in [0, 1].
+        neutral: agreement on procedural images, the same for every method, in [0, 1].
         test: agreement on test data, in [0, 1]; None without.
         accuracy: on test data, in percent; empty without.
     """
 
     held_out: dict[str, float]
+    neutral: dict[str, float]
     test: dict[str, float] | None
     accuracy: dict[str, float]
 
     @property
     def agreement(self) -> dict[str, float]:
-        """Agreement on test data if there is some, otherwise on held-out images."""
-        return self.held_out if self.test is None else self.test
+        """Agreement on test data if there is some, otherwise on neutral images."""
+        return self.neutral if self.test is None else self.test
 
 
 def measure(
@@ -68,14 +72,18 @@ def measure(
         if student.quantization is not None:
             exported = out / INTEGERS if name == "student" else None
             networks[f"{name}_int8"] = integer_answers(student.quantization, spec, exported)
-    with torch.no_grad():
-        parts = held_out.split(spec.inference_batch_on(held_out.device))
-        logits = {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
+    shares = [_agreements(_logits(networks, images, spec)) for images in (held_out, neutral_images(teacher))]
     if test is None:
-        return Figures(_agreements(logits), None, {})
+        return Figures(*shares, None, {})
     on_test = {name: logits_on(network, test, spec) for name, network in networks.items()}
     accuracies = {name: round(accuracy(each, test.labels), 3) for name, each in on_test.items()}
-    return Figures(_agreements(logits), _agreements(on_test), accuracies)
+    return Figures(*shares, _agreements(on_test), accuracies)
+
+
+@torch.no_grad()
+def _logits(networks: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, spec: InputSpec) -> dict[str, Tensor]:
+    parts = images.split(spec.inference_batch_on(images.device))
+    return {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
 
 
 def _agreements(logits: Mapping[str, Tensor]) -> dict[str, float]:
@@ -113,6 +121,7 @@ def build_report(
         "agreement": round(figures.agreement["student"], 6),
         "agreement_on": _measured_on(recipe, test),
         "agreement_held_out": round(figures.held_out["student"], 6),
+        "agreement_neutral": round(figures.neutral["student"], 6),
         "agreement_int8": _rounded(figures.agreement.get("student_int8")),
         "agreement_onnx": None if exported["quantization"] is None else exported["quantization"]["agreement"],
         "parameters": {
@@ -130,9 +139,16 @@ def build_report(
         "onnx_difference": exported["onnx_difference"],
         "data_free": data_free,
         "only_calibrated": recipe.only_calibrates,
-        "learnt_on": None if data_free else _learnt_on(recipe, options),
+        "learnt_on": None if data_free else _learnt_on(recipe, options, run.real_images),
         "learnt_on_what_is_measured": not data_free and test is not None and _trained_on_it(run.loaded, options),
         "classifier": run.teacher.classifier_path,
+        "first_look": None
+        if run.look is None
+        else {
+            "spread": run.look.spread,
+            "lines": run.look.lines,
+            "warnings": run.look.lines[len(run.look.lines) - run.look.warnings :],
+        },
         "evaluation": recipe.evaluation.data if recipe.evaluation and test is not None else None,
         "seconds": {},
         "recipe": run.identity["recipe"],
@@ -149,11 +165,14 @@ def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 6)
 
 
-def _learnt_on(recipe: Recipe, options: Any) -> str:
+def _learnt_on(recipe: Recipe, options: Any, count: int | None) -> str:
     """The real images that the student was trained on, in words."""
     section = recipe.transfer
     if section.also is None:
-        return str(getattr(options, "data", section.method))
+        few = count is not None and count < section.size
+        asked = f" of the {section.size:,} that transfer.size asks for" if few else ""
+        used = "" if count is None else f", {count:,} images{asked}"
+        return f"{getattr(options, 'data', section.method)}{used}"
     own = "" if section.method_is_data_free else f"{getattr(options, 'data', section.method)} and "
     return f"{own}{section.also}, {section.also_share:.0%} of each batch"
 
@@ -161,12 +180,12 @@ def _learnt_on(recipe: Recipe, options: Any) -> str:
 def _measured_on(recipe: Recipe, test: LabelledImages | None) -> str:
     """What agreement is measured on, in words."""
     if test is None:
-        data_free = recipe.transfer.method_is_data_free
-        return f"held-out {'impressions of another seed' if data_free else 'images that no student was trained on'}"
+        return f"{COUNT:,} procedural images, the same for every method, balanced by the teacher's classes"
     section = recipe.evaluation
     assert section is not None
     what = "training data" if section.data in NAMED_SETS and section.split == "train" else "test data"
-    return f"{what} ({test.name}, {len(test)} images)"
+    fit = describe_fit(test, recipe.teacher.input.shape)
+    return f"{what} ({test.name}, {len(test)} images{f', {fit}' if fit else ''})"
 
 
 def _trained_on_it(loaded: LoadedRecipe, options: Any) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from zskd_nni.pipeline.neutral import WORTH
 from zskd_nni.runtime.files import write_atomic, write_json
 
 
@@ -86,8 +87,28 @@ def remarks(report: dict[str, Any]) -> list[str]:
             "distillation.features is auto, and student and teacher have no hidden layer of one name and width: the "
             "logits alone were matched."
         )
+    if report["evaluation"] is None and "agreement_neutral" in report:
+        found.append(f"{WORTH}. On held-out images of the student's own kind it is {report['agreement_held_out']:.2%}.")
+    found += _slower(report)
+    found += (report.get("first_look") or {}).get("warnings", [])
     notes = {part: (report[part] or {}).get("note") for part in ("pruning", "quantization")}
     return found + [f"{part.capitalize()}: {note}." for part, note in notes.items() if note]
+
+
+def _slower(report: dict[str, Any]) -> list[str]:
+    """One line where the int8 file is slower than the one in floating point, and what would make it faster."""
+    integers, floats = report["latency_ms"].get("student_int8"), report["latency_ms"].get("student")
+    if integers is None or floats is None or integers <= floats:
+        return []
+    section = report["recipe"]["compression"]["quantization"] or {}
+    targets = [name for entry in section.get("config_list", ()) for name in entry.get("target_names", ())]
+    tries = [] if section.get("fuse_batch_norm") or section.get("fuse_names") else ["fuse_batch_norm: true"]
+    tries += [] if any(name.startswith("_output_") for name in targets) else ["_output_ among the target_names"]
+    hint = f"; compression.quantization: {' and '.join(tries)} may help" if tries else ""
+    return [
+        f"int8 is slower here ({integers:.3f} ms for {floats:.3f} ms): small networks gain bytes, not time, "
+        f"as numbers are converted between layers{hint}."
+    ]
 
 
 def render_table(report: dict[str, Any]) -> str:

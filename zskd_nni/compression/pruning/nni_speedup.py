@@ -94,6 +94,11 @@ def _unless_untouched(replace: Callable[..., Any]) -> Callable[..., Any]:
 
     def replaced(module: nn.Module, masks: Any) -> Any:
         removed = any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in tree_leaves(masks))
-        return replace(module, masks) if removed else module
+        if not removed:
+            return module
+        smaller = replace(module, masks)
+        for name, child in module._modules.items():  # of a class of the user's, for which the layer stands
+            smaller._modules.setdefault(name, child)
+        return smaller
 
     return replaced

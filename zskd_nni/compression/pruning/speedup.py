@@ -399,6 +399,7 @@ def _resized(module: Any, layer: Any) -> nn.Module:
     for name in SIZES:
         if isinstance(getattr(module, name, None), int) and hasattr(layer, name):
             setattr(module, name, getattr(layer, name))
+    module._modules.update(layer._modules)
     return module
 
 

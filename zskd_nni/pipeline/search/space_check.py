@@ -35,6 +35,12 @@ def check_key_paths(section: SearchSection) -> None:
             raise UserError(f"search.space.{dimension.path} makes no difference to any trial: {reason}. Leave it out.")
 
 
+class _Begun(Run):
+    """A run of which only the checks are made."""
+
+    looks = False
+
+
 def check_values(loaded: LoadedRecipe, space: Mapping[str, Any], out: Path) -> None:
     """Put every choice and both ends of every range into the recipe, each alone; the result must be able to begin.
 
@@ -52,7 +58,7 @@ def check_values(loaded: LoadedRecipe, space: Mapping[str, Any], out: Path) -> N
             check_transfer_files(changed)
             if path.split(".")[0] in ("compression", "student", "teacher"):
                 recipe = changed.recipe.model_copy(update={"evaluation": None})
-                Run(replace(changed, recipe=recipe), out, quiet=True)
+                _Begun(replace(changed, recipe=recipe), out, quiet=True)
         except (ValueError, UserError) as error:
             raise UserError(f"search.space.{path}: with {value!r}, {error}") from error
 

@@ -64,6 +64,8 @@ class StudentRun(Run):
         options: of :class:`zskd_nni.pipeline.Run`.
     """
 
+    looks = False
+
     def __init__(self, shared: Path | None, loaded: LoadedRecipe, out: Path, **options: Any) -> None:
         super().__init__(loaded, out, **options)
         self.shared = shared

@@ -1,0 +1,131 @@
+"""The teacher, looked at before the long work: a wrong input is seen in seconds.
+
+On test data its accuracy is measured: near chance, nothing can be learnt from it. And its first BatchNorm tells how
+much the inputs of that layer were spread in training. Dead leaves have about the contrast of photographs and of
+drawings: if they are spread otherwise there, the teacher was trained on images in other units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zskd_nni.data.datasets import LabelledImages, describe_fit
+from zskd_nni.data.procedural import start_images
+from zskd_nni.models.hooks import hooked
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.errors import UserError
+from zskd_nni.synthesis.batch_norm_statistics import batch_norms
+from zskd_nni.training.inference import logits_on
+from zskd_nni.training.metrics import accuracy
+
+MOST_IMAGES = 2000
+_LEAVES = 128
+# Least and largest ln(spread seen / spread trained) of the first BatchNorm that a right input has. Figures of right and
+# wrong teachers: docs/howto/own-teacher.md.
+RIGHT = (-0.34, 0.42)
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What is seen of a teacher before the work.
+
+    Attributes:
+        accuracy: on test data, in percent; None without.
+        images: test images that were looked at.
+        spread: ``ln(spread seen / spread trained)`` of the first BatchNorm on dead leaves; None without a BatchNorm.
+        lines: for the console, warnings last.
+        warnings: how many of the last lines are warnings.
+    """
+
+    accuracy: float | None
+    images: int
+    spread: float | None
+    lines: list[str]
+    warnings: int
+
+
+def look_at(teacher: Teacher, test: LabelledImages | None) -> FirstLook:
+    """Measure a teacher in seconds.
+
+    Args:
+        teacher: on any device.
+        test: test data, fitted as the recipe says; at most :data:`MOST_IMAGES` of them are looked at.
+    """
+    lines, warnings, measured, count = [], [], None, 0
+    if test is not None:
+        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:MOST_IMAGES]
+        part = test.subset(chosen.sort().values) if len(test) > MOST_IMAGES else test
+        logits = logits_on(teacher, part, teacher.spec, str(teacher.device))
+        measured, count = accuracy(logits, part.labels), len(part)
+        fit = describe_fit(test, teacher.spec.shape)
+        lines.append(
+            f"teacher: accuracy {measured:.2f} % on {count:,}{f' of {len(test):,}' if count < len(test) else ''} test "
+            f"images of {test.name}" + (f" ({fit})" if fit else "")
+        )
+    spread = first_spread(teacher)
+    if spread is not None:
+        factor = float(torch.tensor(abs(spread)).exp())
+        far = not RIGHT[0] <= spread <= RIGHT[1]
+        lines.append(
+            f"teacher: its first BatchNorm sees procedural images {factor:,.1f} times as "
+            f"{'much' if spread > 0 else 'little'} spread as its training images"
+            + ("" if far else ", as with a right input")
+        )
+        if far:
+            warnings.append(
+                "warning: that is too far for the input that it was trained with, and teacher.input (low, high, mean, "
+                f"std) is probably another: pixels come {factor:,.1f} times too {'large' if spread > 0 else 'small'}"
+            )
+    if measured is not None and measured < 100 * least_accuracy(teacher.num_classes):
+        warnings.append(f"warning: chance is {100 / teacher.num_classes:.2f} %, and the teacher is hardly better")
+    return FirstLook(measured, count, spread, [*lines, *warnings], len(warnings))
+
+
+def refuse_chance(look: FirstLook, classes: int) -> None:
+    """Stop where the teacher is hardly better than chance.
+
+    Raises:
+        UserError: the accuracy is below twice that of chance (of two classes, below the middle of chance and 100 %).
+    """
+    least = 100 * least_accuracy(classes)
+    if look.accuracy is not None and look.accuracy < least:
+        raise UserError(
+            f"The teacher is right on {look.accuracy:.2f} % of the test images, and chance is {100 / classes:.2f} %: "
+            f"teacher.input (shape, low, high, mean, std), the order of the classes, evaluation.fit or the weights are "
+            f"not what it was trained with. To go on all the same: --set evaluation.any_teacher=true"
+        )
+
+
+def least_accuracy(classes: int) -> float:
+    """Twice chance, as a share; halfway from chance to 1 where that is less."""
+    chance = 1 / classes
+    return min(2 * chance, (1 + chance) / 2)
+
+
+@torch.no_grad()
+def first_spread(teacher: Teacher) -> float | None:
+    """``ln`` of how many times the spread of dead leaves is that of the training images, at the first BatchNorm.
+
+    The mean over its channels of half the ``ln`` of the ratio of variances; None without a BatchNorm that is called.
+    """
+    norms, layers = set(batch_norms(teacher.model)), dict(teacher.model.named_modules())
+    seen: list[tuple[Any, Tensor]] = []
+
+    def note(path: str, features: Tensor) -> None:
+        if not seen:
+            seen.append((layers[path], features.float()))
+
+    images = start_images("leaves", _LEAVES, teacher.spec, torch.Generator().manual_seed(0))[0]
+    batch = min(_LEAVES, teacher.spec.inference_batch_on(teacher.device))
+    with hooked(teacher.model, [path for path, module in layers.items() if module in norms], before=note):
+        teacher(images[:batch].to(teacher.device))
+    if not seen:
+        return None
+    module, features = seen[0]
+    dims = [dim for dim in range(features.dim()) if dim != 1]
+    ratio = (features.var(dims, unbiased=False) + module.eps) / (module.running_var + module.eps)
+    return float(0.5 * ratio.log().mean())
