@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from typer import Argument, Option
@@ -341,17 +341,23 @@ def evaluate(
     data: Annotated[str, Option(help="digits, mnist, fashion-mnist, cifar10, an .npz or a folder.")],
     where: DataOptions,
     split: Annotated[str, Option(help="train or test.")] = "test",
+    fit: Annotated[
+        str | None, Option(help="exact, pad, resize or crop: how images of another size are made to fit.")
+    ] = None,
 ) -> None:
     """Measure a saved network or ONNX file on labelled images.
 
     Of a saved network the ONNX files beside it are measured as well.
     """
-    from zskd_nni.data.datasets import load_images
+    from zskd_nni.data.datasets import Fit, load_images
     from zskd_nni.pipeline.evaluate import evaluate_network, evaluate_onnx
 
     MachineOptions().prepare()
     measure = evaluate_onnx if network.suffix == ".onnx" else evaluate_network
-    for line in measure(network, lambda: load_images(data, split, where.data_root, where.download)):
+    if fit not in (None, *get_args(Fit)):
+        raise UserError(f"--fit is {', '.join(get_args(Fit))}, not {fit!r}.")
+    how: Any = fit
+    for line in measure(network, lambda: load_images(data, split, where.data_root, where.download), how):
         typer.echo(line)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +131,20 @@ def fit_shape(images: Tensor, shape: tuple[int, int, int], fit: Fit | None = Non
 def usual_fit(images: Tensor, shape: tuple[int, int, int]) -> Fit | None:
     """``pad`` for 28x28 images and networks that take 32x32, as LeNet-5 was trained; otherwise None."""
     return "pad" if tuple(images.shape[2:]) == (28, 28) and shape[1:] == (32, 32) else None
+
+
+def fitted(data: LabelledImages, shape: tuple[int, int, int], fit: Fit | None = None) -> LabelledImages:
+    """The images with the fit that a user names, or else that of a known rule, or else ``exact``.
+
+    28x28 images are padded for networks that take 32x32, and the 8x8 ``digits`` are made larger.
+
+    Raises:
+        UserError: they do not fit the network's input.
+    """
+    usual = "resize" if data.name == "digits" else usual_fit(data.images, shape)
+    result = replace(data, fit=fit or usual or "exact")
+    fit_shape(result.images[:1].float(), shape, result.fit)
+    return result
 
 
 def describe_fit(data: LabelledImages, shape: tuple[int, int, int]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zskd_nni.data.datasets import LabelledImages
+from zskd_nni.data.datasets import Fit, LabelledImages, describe_fit, fitted
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.memory_format import use_channels_last
 from zskd_nni.models.onnx_export import onnx_session, run_onnx
@@ -23,12 +23,13 @@ from zskd_nni.training.metrics import accuracy, agreement
 _INT8 = "-int8"
 
 
-def evaluate_network(network: Path, load: Callable[[], LabelledImages]) -> Iterator[str]:
+def evaluate_network(network: Path, load: Callable[[], LabelledImages], fit: Fit | None = None) -> Iterator[str]:
     """Measure a saved network and the ONNX files beside it.
 
     Args:
         network: its ``.json`` file, or the folder with its ``student.json``.
         load: reads the images.
+        fit: how images of another size are fitted; by default by a known rule, or they are refused.
 
     Yields:
         One line a file.
@@ -39,9 +40,9 @@ def evaluate_network(network: Path, load: Callable[[], LabelledImages]) -> Itera
     path = network / "student.json" if network.is_dir() else network
     spec = saved_input(read_json(path), path)
     model = use_channels_last(load_network(path), spec.example_input())
-    images = load()
+    images = fitted(load(), spec.shape, fit)
     logits = logits_on(float_answers(model, spec), images, spec)
-    yield _accuracy_line(path, logits, images)
+    yield _accuracy_line(path, logits, images, spec)
     for exported in (path.with_suffix(".onnx"), path.with_name(f"{path.stem}{_INT8}.onnx")):
         if exported.exists():
             answers = logits_on(functools.partial(run_onnx, exported), images, spec)
@@ -49,7 +50,7 @@ def evaluate_network(network: Path, load: Callable[[], LabelledImages]) -> Itera
             yield f"{exported}: accuracy {accuracy(answers, images.labels):.2f} %, agreement {share:.2f} %"
 
 
-def evaluate_onnx(path: Path, load: Callable[[], LabelledImages]) -> Iterator[str]:
+def evaluate_onnx(path: Path, load: Callable[[], LabelledImages], fit: Fit | None = None) -> Iterator[str]:
     """Measure an ONNX file in onnxruntime.
 
     The value range of its input is that of the ``.json`` file which a run leaves beside it, and [0, 1] without one.
@@ -57,6 +58,7 @@ def evaluate_onnx(path: Path, load: Callable[[], LabelledImages]) -> Iterator[st
     Args:
         path: a file with an input ``images`` and an output ``logits``, as runs export it.
         load: reads the images.
+        fit: how images of another size are fitted; by default by a known rule, or they are refused.
 
     Yields:
         One line.
@@ -69,8 +71,8 @@ def evaluate_onnx(path: Path, load: Callable[[], LabelledImages]) -> Iterator[st
     spec = saved_input(read_json(description), description) if description.exists() else InputSpec(shape)
     if spec.shape != shape:
         raise UserError(f"{path} takes images of shape {shape}, and {description} is of a network with {spec.shape}.")
-    images = load()
-    yield _accuracy_line(path, logits_on(functools.partial(run_onnx, path), images, spec), images)
+    images = fitted(load(), spec.shape, fit)
+    yield _accuracy_line(path, logits_on(functools.partial(run_onnx, path), images, spec), images, spec)
 
 
 def saved_input(content: Any, path: Path) -> InputSpec:
@@ -89,9 +91,12 @@ def saved_input(content: Any, path: Path) -> InputSpec:
         raise UserError(f"{path} does not describe the network's input: {error}.") from error
 
 
-def _accuracy_line(path: Path, logits: Tensor, images: LabelledImages) -> str:
+def _accuracy_line(path: Path, logits: Tensor, images: LabelledImages, spec: InputSpec) -> str:
     images.require_labels(logits.shape[1])
-    return f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}"
+    fit = describe_fit(images, spec.shape)
+    return f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}" + (
+        f" ({fit})" if fit else ""
+    )
 
 
 def _input_shape(path: Path) -> tuple[int, int, int]:

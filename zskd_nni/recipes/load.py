@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, load_images, usual_fit
+from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, fitted, load_images
 from zskd_nni.data.sources import DrawnSource, MixedSource, ProceduralSource, TransferSource
 from zskd_nni.methods.registry import TransferRequest, find_method
 from zskd_nni.models.build import build_network, code_fingerprint, load_named_weights, starts_at_random
@@ -89,12 +89,8 @@ class LoadedRecipe:
             data = load_images(name, self.recipe.evaluation.split, root, download)
             data.require_labels(teacher.num_classes)
             replace(data, fit="resize").pixels(slice(0, 1), teacher.spec)  # refuses channels that do not fit
-        # Digits of 8x8 are of no use unless they are made larger.
-        usual = "resize" if name == "digits" else usual_fit(data.images, teacher.spec.shape)
-        data = replace(data, fit=self.recipe.evaluation.fit or usual or "exact")
         with error_context("evaluation.fit"):
-            data.pixels(slice(0, 1), teacher.spec)  # refuses sizes that do not fit
-        return data
+            return fitted(data, teacher.spec.shape, self.recipe.evaluation.fit)
 
     def transfer_source(self, teacher: Teacher, folder: Path, **changes: Any) -> TransferSource:
         """Make the recipe's transfer source, or resume it.
