@@ -85,10 +85,10 @@ def test_help_of_every_command() -> None:
     assert all(len(line) <= 80 and "..." not in line for line in lines), "nothing is cut"
     options = {
         "demo": "--out --seed --threads --quiet",
-        "compress": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES}",
+        "compress": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --dry-run",
         "synthesize": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --size",
         "distill": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --impressions",
-        "evaluate": f"--data --split {OF_DATA}",
+        "evaluate": f"--data --split --fit {OF_DATA}",
         "show": "--out --count",
         "recipes": "",
         "train-teacher": f"--out --seed --epochs --validation {OF_DATA} {OF_MACHINES}",
@@ -303,6 +303,12 @@ def test_evaluate(student: Path) -> None:
     assert "on 360 images of digits" in lines[0]
     assert float(lines[0].split("accuracy ")[1].split(" %")[0]) > 97
     assert "agreement 100.00 %" in lines[1]
+    assert "images of digits: 8x8 resized to 32x32" in result.stderr
+    padded = run_cli("evaluate", student, "--data", "digits", "--fit", "pad")
+    assert "8x8 padded to 32x32" in padded.stderr and padded.stdout != result.stdout
+    for fit, message in (("exact", "say how they are fitted"), ("stretch", "--fit is exact, pad, resize, crop")):
+        refused = run_cli("evaluate", student, "--data", "digits", "--fit", fit)
+        assert refused.returncode == 2 and message in refused.stderr
 
 
 def test_evaluate_of_an_onnx_file(student: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,9 @@ def saved_input(content: Any, path: Path) -> InputSpec:
 
 def _accuracy_line(path: Path, logits: Tensor, images: LabelledImages, spec: InputSpec) -> str:
     images.require_labels(logits.shape[1])
-    fit = describe_fit(images, spec.shape)
-    return f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}" + (
-        f" ({fit})" if fit else ""
-    )
+    if fit := describe_fit(images, spec.shape):
+        print(f"images of {images.name}: {fit}", file=sys.stderr)
+    return f"{path}: accuracy {accuracy(logits, images.labels):.2f} % on {len(images):,} images of {images.name}"
 
 
 def _input_shape(path: Path) -> tuple[int, int, int]:

@@ -72,12 +72,13 @@ def measure(
         if student.quantization is not None:
             exported = out / INTEGERS if name == "student" else None
             networks[f"{name}_int8"] = integer_answers(student.quantization, spec, exported)
-    shares = [_agreements(_logits(networks, images, spec)) for images in (held_out, neutral_images(teacher))]
+    on_held_out = _agreements(_logits(networks, held_out, spec))
+    on_neutral = _agreements(_logits(networks, neutral_images(teacher), spec))
     if test is None:
-        return Figures(*shares, None, {})
+        return Figures(on_held_out, on_neutral, None, {})
     on_test = {name: logits_on(network, test, spec) for name, network in networks.items()}
     accuracies = {name: round(accuracy(each, test.labels), 3) for name, each in on_test.items()}
-    return Figures(*shares, _agreements(on_test), accuracies)
+    return Figures(on_held_out, on_neutral, _agreements(on_test), accuracies)
 
 
 @torch.no_grad()
