@@ -284,7 +284,7 @@ def test_without_a_folder_of_test_data_a_recipe_runs_all_the_same(tmp_path, monk
     monkeypatch.delenv("ZSKD_NNI_DATA", raising=False)
     report = run(tmp_path, "evaluation.data=mnist", "controls=[]")
     assert report["accuracy"]["student"] is None
-    assert "held-out" in report["agreement_on"]
+    assert "procedural" in report["agreement_on"]
     assert "ZSKD_NNI_DATA" in capsys.readouterr().err
 
 
@@ -338,11 +338,12 @@ def test_accuracies_that_were_measured_stay_where_the_data_is_gone(finished, tmp
     assert "has the accuracies already" in capsys.readouterr().err
 
 
-def test_without_test_data_accuracy_is_null_and_agreement_is_on_impressions(tmp_path):
+def test_without_test_data_accuracy_is_null_and_agreement_is_on_neutral_images(tmp_path):
     report = run(tmp_path, "evaluation=null", "controls=[]")
     assert report["accuracy"] == {"teacher": None, "student": None, "student_int8": None}
-    assert "held-out" in report["agreement_on"]
-    assert report["agreement"] == report["agreement_held_out"]
+    assert "procedural" in report["agreement_on"]
+    assert report["agreement"] == report["agreement_neutral"]
+    assert 0 <= report["agreement_held_out"] <= 1
 
 
 def test_another_student_network_is_trained(tmp_path):
