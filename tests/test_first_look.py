@@ -209,4 +209,5 @@ def test_real_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     changes = [*DIGITS, "evaluation=null", "transfer.method=real", "transfer.data=digits", "transfer.size=3000"]
     report = Run(load_recipe("digits-prune50", changes), tmp_path / "out", quiet=True).compress()
     assert "real: the student is trained on 1,427 images, fewer than transfer.size (3,000)" in capsys.readouterr().err
-    assert report["learnt_on"] == "digits, 1,427 images of the 3,000 that transfer.size asks for"
+    assert report["real_images"] == 1427
+    assert "(digits), 1,427 images of the 3,000 that transfer.size asks for" in remarks(report)[0]

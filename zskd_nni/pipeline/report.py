@@ -140,7 +140,8 @@ def build_report(
         "onnx_difference": exported["onnx_difference"],
         "data_free": data_free,
         "only_calibrated": recipe.only_calibrates,
-        "learnt_on": None if data_free else _learnt_on(recipe, options, run.real_images),
+        "learnt_on": None if data_free else _learnt_on(recipe, options),
+        "real_images": run.real_images,
         "learnt_on_what_is_measured": not data_free and test is not None and _trained_on_it(run.loaded, options),
         "classifier": run.teacher.classifier_path,
         "first_look": None
@@ -166,14 +167,11 @@ def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 6)
 
 
-def _learnt_on(recipe: Recipe, options: Any, count: int | None) -> str:
+def _learnt_on(recipe: Recipe, options: Any) -> str:
     """The real images that the student was trained on, in words."""
     section = recipe.transfer
     if section.also is None:
-        few = count is not None and count < section.size
-        asked = f" of the {section.size:,} that transfer.size asks for" if few else ""
-        used = "" if count is None else f", {count:,} images{asked}"
-        return f"{getattr(options, 'data', section.method)}{used}"
+        return str(getattr(options, "data", section.method))
     own = "" if section.method_is_data_free else f"{getattr(options, 'data', section.method)} and "
     return f"{own}{section.also}, {section.also_share:.0%} of each batch"
 

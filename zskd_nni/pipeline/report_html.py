@@ -70,7 +70,8 @@ def remarks(report: dict[str, Any]) -> list[str]:
         ceiling = report["recipe"]["transfer"]["method"] == "real"
         found.append(
             f"NOT data-free: the student was trained on real {'training ' if ceiling else ''}images "
-            f"({report['learnt_on']})." + (" This is an upper limit for data-free runs." if ceiling else "")
+            f"({report['learnt_on']}){_count(report)}."
+            + (" This is an upper limit for data-free runs." if ceiling else "")
         )
     if report.get("learnt_on_what_is_measured"):
         found.append("The accuracy is of images that the student was trained on: it does not apply to other images.")
@@ -93,6 +94,14 @@ def remarks(report: dict[str, Any]) -> list[str]:
     found += (report.get("first_look") or {}).get("warnings", [])
     notes = {part: (report[part] or {}).get("note") for part in ("pruning", "quantization")}
     return found + [f"{part.capitalize()}: {note}." for part, note in notes.items() if note]
+
+
+def _count(report: dict[str, Any]) -> str:
+    """How many real images were used, in words; empty where that is not known."""
+    count, size = report.get("real_images"), report["recipe"]["transfer"].get("size", 0)
+    if count is None:
+        return ""
+    return f", {count:,} images" + (f" of the {size:,} that transfer.size asks for" if count < size else "")
 
 
 def _slower(report: dict[str, Any]) -> list[str]:
