@@ -129,8 +129,9 @@ def families_section(record: dict[str, Any]) -> list[str]:
     lines = [
         "## Families",
         "",
-        f"{shrunk} of {len(rows)} networks, with 10 classes and without exports. A name begins with the package that has",
-        "the network. Weights are random, from one seed.",
+        f"{shrunk} of these {len(rows)} networks are shrunk, with 10 classes and without exports. A name begins with",
+        "the package that has the network. Weights are random, from one seed. The first table's differences are",
+        "relative to each logit (at least 1), which is never less.",
         "",
         "| network | image side | parameters | after | logit difference | seconds |",
         "| --- | --- | --- | --- | --- | --- |",
