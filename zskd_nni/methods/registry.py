@@ -97,13 +97,24 @@ def default_preset(method: Method) -> str:
 
 
 def preset_for(method: Method, preset: str, teacher: Teacher) -> str:
-    """The preset that stands for ``preset`` with this teacher.
+    """The preset that stands for ``preset`` with this teacher; see :func:`preset_for_kind`."""
+    normalised = any(isinstance(module, nn.BatchNorm2d) for module in teacher.model.modules())
+    return preset_for_kind(method, preset, teacher.spec.shape[0], normalised)
+
+
+def preset_for_kind(method: Method, preset: str, channels: int, batch_norm: bool) -> str:
+    """The preset that stands for ``preset`` with a kind of teacher.
 
     A method may have a preset ``NAME-colour`` beside ``NAME``, for teachers of colour images with BatchNorm layers.
+
+    Args:
+        method: whose preset it is.
+        preset: its name.
+        channels: of the teacher's images.
+        batch_norm: whether the teacher has BatchNorm layers.
     """
     colour = f"{preset}-colour"
-    normalised = any(isinstance(module, nn.BatchNorm2d) for module in teacher.model.modules())
-    return colour if colour in method.presets and teacher.spec.shape[0] == 3 and normalised else preset
+    return colour if colour in method.presets and channels == 3 and batch_norm else preset
 
 
 def method_names() -> list[str]:

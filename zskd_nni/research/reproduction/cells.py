@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from zskd_nni.methods.registry import find_method
+from zskd_nni.methods.registry import find_method, preset_for_kind
 from zskd_nni.research.baselines.kd_at import KdAtSettings
 from zskd_nni.research.reproduction.pairs import PAIRS, PUBLISHED_STUDENT, SELECTED_ON, Pair, Scale
 from zskd_nni.research.reproduction.records import Record
@@ -212,4 +212,6 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
             given["synthesis"]["batch_statistics"] = 0.0
         if cell.method == "sts":
             given["targets"] = {**pair.sts, **given.get("targets", {})}
-    return find_method(SOURCES[cell.method]).options(cell.preset, given)
+    method = find_method(SOURCES[cell.method])
+    preset = preset_for_kind(method, cell.preset, pair.recipe.spec.shape[0], pair.teacher_has_batch_norm)
+    return method.options(preset, given)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from zskd_nni.data.augmentation import Augmentation
-from zskd_nni.methods import class_impressions, sts, zskd
+from zskd_nni.methods import sts, zskd
 from zskd_nni.methods.ats import method as ats
 from zskd_nni.methods.zskt import method as zskt
 from zskd_nni.methods.zskt.settings import ZsktSettings
@@ -54,7 +54,7 @@ def _methods(pair: str, network: str = "", author_code: bool = False) -> list[Ce
     """Every method of a pair once, in the order of the page; author-code's 1,500 steps only where asked for."""
     presets = {
         "ats": list(ats.PRESETS),
-        "class-impressions": list(class_impressions.PRESETS),
+        "class-impressions": ["paper", "best"],
         "zskd": ["paper", *(["author-code"] if author_code else []), "best"],
         "sts": list(sts.PRESETS),
         "zskt": list(zskt.PRESETS),
