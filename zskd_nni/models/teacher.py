@@ -53,6 +53,9 @@ def first_tensor(output: Any) -> Tensor:
 class Teacher:
     """A frozen float32 copy of a classifier in ``eval()`` mode. The given module is left exactly as it was.
 
+    A teacher is called with images in the value range, and normalises them, as exported ONNX files do. Its ``model``, as
+    any network that is built or loaded, takes images that are normalised already (``spec.normalise``).
+
     Args:
         model: any classifier ``(N, C, H, W) -> (N, classes)``; other outputs go through ``output``.
         spec: shape, value range and normalisation of its input; ``(channels, height, width)`` alone for images in
