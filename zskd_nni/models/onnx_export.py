@@ -137,7 +137,7 @@ def _operators() -> tuple[Any, list[Any]] | None:
 def _operators_listed_once() -> Iterator[None]:
     """Within the block the exporter takes its operators from memory.
 
-    Left alone it parses the source of some 500 of them at every export, which takes a quarter of the time of a small network.
+    Left alone it parses the source of some 500 of them at every export, a quarter of the time of a small network.
     """
     known = _operators()
     if known is None:
