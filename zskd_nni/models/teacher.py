@@ -53,8 +53,8 @@ def first_tensor(output: Any) -> Tensor:
 class Teacher:
     """A frozen float32 copy of a classifier in ``eval()`` mode. The given module is left exactly as it was.
 
-    A teacher is called with images in the value range, and normalises them, as exported ONNX files do. Its ``model``, as
-    any network that is built or loaded, takes images that are normalised already (``spec.normalise``).
+    A teacher is called with images in the value range, and normalises them, as exported ONNX files do. Its ``model``,
+    as any network that is built or loaded, takes images that are normalised already (``spec.normalise``).
 
     Args:
         model: any classifier ``(N, C, H, W) -> (N, classes)``; other outputs go through ``output``.
