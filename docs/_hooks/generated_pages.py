@@ -33,17 +33,17 @@ hide: [toc]
 # Results of the packaged recipes
 
 Test accuracy in percent, mean and standard deviation over seeds 0, 1 and 2, last step. Students are trained from the
-teacher's weights alone. The column *with real data* is the exception: the same recipe on training images, which serves as
-the upper limit. The controls are the same student without distillation, distilled on uniform noise, and distilled on dead
-leaves. A recipe that does not distil is calibrated on them. A recipe that quantizes has two rows; all students of a row
-have the same precision.
+teacher's weights alone. The column *with real data* is the exception: the same recipe on training images, which
+serves as the upper limit. The controls are the same student without distillation, distilled on uniform noise, and
+distilled on dead leaves. A recipe that does not distil is calibrated on them. A recipe that quantizes has two rows;
+all students of a row have the same precision.
 
 <!-- results: -->
 
 The settings of the CIFAR-10 recipes were chosen on the last 5,000 training images, with a teacher that was trained on
 the other 45,000. Those of the other recipes were chosen on a validation slice of Fashion-MNIST's training split. The
-schedules of the MNIST recipes and of `fashion-mnist-taylor50` were lengthened after shorter runs had been measured on test
-data. The PTQ recipes use defaults.
+schedules of the MNIST recipes and of `fashion-mnist-taylor50` were lengthened after shorter runs had been measured on
+test data. The PTQ recipes use defaults.
 
 The figures are read from `results/*.json` when this page is built; each file says with which commit, versions, device
 and recipe it was made.
