@@ -72,7 +72,7 @@ def test_every_form_of_a_name(user_file: Path, monkeypatch: pytest.MonkeyPatch) 
         ("torch.nn:Linear", {}, "could not be built"),
         ("math:sqrt", {"x": 3}, "part of Python itself"),
         ("absent.py:Net", {}, "no file"),
-        ("mine.py:not_a_network", {}, "made a int"),
+        ("mine.py:not_a_network", {}, "returned int, not a network"),
         ("mine.py:broken", {}, "on purpose"),
         ("mine.py:constant", {}, "could not be built"),
         ("mine.py:Absent", {}, "has no 'Absent'"),
@@ -239,6 +239,9 @@ def test_a_relative_factory_file_is_found_from_the_description(tmp_path: Path, u
     save_network(network, "mine.py:Net", {"width": 4}, out / "n.safetensors", out / "n.json", user_file.parent)
     assert load_network(out / "n.json").layer.out_features == 4
     user_file.unlink()
+    assert load_network(out / "n.json").layer.out_features == 4, "its source lies beside it"
+    (copied,) = out.rglob("mine.py")
+    copied.unlink()
     with pytest.raises(UserError, match=r"no file .*mine\.py"):
         load_network(out / "n.json")
 
