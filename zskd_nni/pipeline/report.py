@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, describe_fit
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline.export import INTEGERS, integer_answers
+from zskd_nni.pipeline.first_look import FirstLook
 from zskd_nni.pipeline.neutral import COUNT, neutral_images
 from zskd_nni.pipeline.students import StudentResult
 from zskd_nni.recipes.load import LoadedRecipe
@@ -24,11 +25,21 @@ from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.training.inference import float_answers, logits_on
 from zskd_nni.training.metrics import accuracy, agreement
 
-if TYPE_CHECKING:
-    from zskd_nni.pipeline.run import Run
-
 # Controls that are trained on procedural images -> kind of image, and its name in the report.
 CONTROL_IMAGES = {"noise": ("uniform", "uniform noise"), "leaves": ("leaves", "dead leaves")}
+
+
+class ReportedRun(Protocol):
+    """What a report tells of its run (:class:`zskd_nni.pipeline.run.Run`)."""
+
+    recipe: Recipe
+    loaded: LoadedRecipe
+    teacher: Teacher
+    given: ImpressionStore | None
+    look: FirstLook | None
+    real_images: int | None
+    identity: dict[str, Any]
+    device: str
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ def _agreements(logits: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def build_report(
-    run: Run,
+    run: ReportedRun,
     students: Mapping[str, StudentResult],
     figures: Figures,
     exported: Mapping[str, Any],
