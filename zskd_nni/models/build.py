@@ -67,7 +67,9 @@ def build_network(reference: str, arguments: Mapping[str, Any] | None = None, ba
     except Exception as error:  # a factory may raise anything
         raise UserError(f"The network {reference!r} could not be built with {arguments}: {error}") from error
     if not isinstance(network, nn.Module):
-        raise UserError(f"{reference!r} returned {type(network).__name__}, not a network; a factory must return an nn.Module.")
+        raise UserError(
+            f"{reference!r} returned {type(network).__name__}, not a network; a factory must return an nn.Module."
+        )
     for path, module in network.named_modules():
         if any(isinstance(value, UninitializedParameter) for value in module.parameters(recurse=False)):
             raise UserError(
