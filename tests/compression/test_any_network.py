@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,12 +182,80 @@ def test_values_of_the_image_are_refused(body: Callable[..., Tensor]) -> None:
         trace(Net(body).eval(), IMAGES)
 
 
-def test_a_graph_that_holds_for_one_batch_alone_is_refused() -> None:
+def test_a_graph_that_holds_for_one_batch_alone_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     def one_by_one(net: Any, x: Tensor) -> Tensor:
         return torch.stack([torch.relu(x[i]) for i in range(x.shape[0])])
 
-    with pytest.raises(UserError, match="number of images"):
-        trace(Net(one_by_one).eval(), IMAGES)
+    def counted(net: Any, x: Tensor) -> Tensor:
+        return x.reshape(int(x.shape[0]), 16, 16, 16)
+
+    for body in (one_by_one, counted):
+        with pytest.raises(UserError, match="number of images"):
+            trace(Net(body).eval(), IMAGES)
+    assert capfd.readouterr().err == ""  # no traceback of torch.fx
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
+def test_an_autograd_function_is_one_node() -> None:
+    own = torch.autograd.Function.__dict__["apply"]
+    network = Net(lambda net, x: Square.apply(x))
+    assert "Square" in [getattr(node.target, "__name__", "") for node in trace(network, IMAGES).graph.nodes]
+    assert torch.autograd.Function.__dict__["apply"] is own
+    assert widths(half(network))["b"] == 8
+
+
+def test_a_parameter_in_a_list_does_not_enter_the_state_dict() -> None:
+    scales = [nn.Parameter(torch.full((1,), 2.0))]
+    network = Net(lambda net, x: x * scales[0])
+    before = list(network.state_dict())
+    result = half(network)
+    assert list(network.state_dict()) == list(result.model.state_dict()) == before
+
+
+# What forward returns.
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    features: Tensor
+
+
+class Answers(Net):
+    def __init__(self, kind: Callable[..., Any]) -> None:
+        super().__init__(lambda net, x: x)
+        self.kind = kind
+
+    def forward(self, x: Tensor, *_arguments: Any, **_named: Any) -> Any:
+        logits, features = super().forward(x, True)
+        return self.kind(logits=logits, features=features)
+
+
+@pytest.mark.parametrize("kind", [Answer, dict])
+def test_all_that_forward_returns_is_compared(kind: Callable[..., Any]) -> None:
+    network = Answers(kind).eval()
+    assert widths(half(network))["a"] == 8
+    assert compare(network, copy.deepcopy(network), (IMAGES,))[0] == 0
+    other = copy.deepcopy(network)
+    nn.init.zeros_(other.fc.weight)
+    assert compare(network, other, (IMAGES,))[0] > 0.1
+
+
+def test_an_answer_without_tensors_is_refused() -> None:
+    network = Answers(SimpleNamespace).eval()
+    with pytest.raises(UserError, match="cannot trace Answers: no tensor is found in what forward returns"):
+        trace(network, IMAGES)
+    assert compare(network, network, (IMAGES,))[0] == float("inf")
 
 
 # Classes that compute a layer by themselves.

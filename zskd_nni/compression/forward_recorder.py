@@ -444,14 +444,14 @@ def record(model: nn.Module, arguments: Mapping[str, Any]) -> Recorder:
 @contextmanager
 def _patched(recorder: Recorder) -> Iterator[None]:
     """Calls of modules, of functions that are recorded as one, and ``len`` of a tensor go to the recorder."""
-    call, apply, length = nn.Module.__call__, torch.autograd.Function.apply, builtins.len
-    own = torch.autograd.Function.__dict__["apply"]  # the class method itself: bound to Function it serves no subclass
+    call, length = nn.Module.__call__, builtins.len
+    apply = torch.autograd.Function.__dict__["apply"]  # not yet bound: bound to Function it serves no subclass
 
     def module_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder.module(call, self, args, kwargs)
 
     def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return recorder.function(apply.__func__.__get__(None, cls), args, kwargs)
+        return recorder.function(_Application(cls, apply.__get__(None, cls)), args, kwargs)
 
     def length_of(value: Any) -> int:
         if isinstance(value, Tensor) and not recorder.inside and value.dim() and value in recorder.nodes:
@@ -473,7 +473,7 @@ def _patched(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         builtins.len = length
-        torch.autograd.Function.apply = own
+        torch.autograd.Function.apply = apply
         nn.Module.__call__ = call  # type: ignore[method-assign]
         for frame, name, function in before:
             frame[name] = function
@@ -549,6 +549,18 @@ class _Attribute:
 
     def __call__(self, tensor: Tensor) -> Any:
         return getattr(tensor, self.name)
+
+
+class _Application:
+    """``apply`` of an autograd function of the user's, under a name that a graph can print."""
+
+    def __init__(self, kind: type, apply: Callable[..., Any]) -> None:
+        self.apply = apply
+        self.__name__ = self.__qualname__ = kind.__name__
+        self.__module__ = __name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.apply(*args, **kwargs)
 
 
 def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

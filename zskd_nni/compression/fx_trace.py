@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import traceback
 from collections.abc import Mapping
@@ -71,8 +72,13 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
                 f"{name} does not accept the dummy input ({_describe(dummy_input)}): {_where(error, model)}: "
                 f"{reason}; pass an input of the shape that the model is used with"
             ) from error
+        if not any(node.all_input_nodes for node in recorder.graph.find_nodes(op="output")):
+            raise UserError(
+                f"torch.fx cannot trace {name}: no tensor is found in what forward returns; return a tensor, or "
+                f"tensors in a tuple, dict or dataclass"
+            )
         for constant, tensor in recorder.constants.items():
-            setattr(model, constant, tensor)
+            _set_constant(model, constant, tensor)
         graph_module = _graph_module(model, recorder.graph, recorder.own_layers)
         fixed = {(node.name, dim) for node, dim in recorder.fixed}
         for node in graph_module.graph.nodes:
@@ -81,6 +87,11 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
             _ShapePropagation(graph_module).run(*copied(arguments))
             _check_graph(model, graph_module, arguments)
     return graph_module
+
+
+def _set_constant(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """An attribute that is no parameter of the model even if the tensor is one: state dicts stay as they are."""
+    model.__dict__[name] = tensor
 
 
 def _graph_module(model: nn.Module, graph: Graph, layers: Mapping[str, nn.Module]) -> GraphModule:
@@ -109,12 +120,13 @@ def _check_graph(model: nn.Module, graph_module: GraphModule, arguments: tuple[A
     other = random_like(arguments, torch.Generator().manual_seed(2), uniform=True, count=3)
     try:
         torch.manual_seed(1)
-        expected = tree_leaves(model(*copied(other)))
+        expected = output_leaves(model(*copied(other)))
     except Exception:  # the network is made for one batch size
         return
     try:
         torch.manual_seed(1)
-        actual = tree_leaves(graph_module(*copied(other)))
+        # The graph module itself would print a traceback.
+        actual = output_leaves(Interpreter(graph_module).run(*copied(other)))
         pairs = [(a, b) for a, b in zip(expected, actual, strict=True) if isinstance(a, Tensor)]
         same = all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in pairs)
     except Exception:
@@ -138,7 +150,7 @@ def retrace(graph_module: GraphModule, model: nn.Module) -> GraphModule:
     graph = deepcopy(graph_module.graph)
     for node in graph.nodes:
         if node.op == "get_attr" and "." not in node.target and not hasattr(model, node.target):
-            setattr(model, node.target, deepcopy(getattr(graph_module, node.target)))
+            _set_constant(model, node.target, deepcopy(getattr(graph_module, node.target)))
     layers = {}
     for path, layer in own_layers(graph_module).items():
         owner, layers[path] = model.get_submodule(path), _without_tensors(layer)
@@ -191,6 +203,26 @@ def random_like(arguments: tuple[Any, ...], generator: torch.Generator, uniform:
 def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copies of the tensors among a network's arguments, for networks that change their input in place."""
     return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, arguments)
+
+
+def output_leaves(output: Any) -> list[Any]:
+    """The leaves of what a network returns, those of a dataclass included, which pytrees take for a leaf.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Answer:
+        ...     logits: int
+        ...     features: tuple[int, int]
+        >>> output_leaves([Answer(1, (2, 3)), {"k": 4}])
+        [1, 2, 3, 4]
+    """
+
+    def parts(leaf: Any) -> list[Any]:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return [leaf]
+        return output_leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+
+    return [part for leaf in tree_leaves(output) for part in parts(leaf)]
 
 
 def input_arguments(dummy_input: Any, model: nn.Module | None = None) -> tuple[Any, ...]:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from zskd_nni.compression.fx_trace import (
     OWN_TENSORS,
     copied,
     input_arguments,
+    output_leaves,
     own_layers,
     random_like,
     retrace,
@@ -200,8 +201,9 @@ def compare(masked: nn.Module, shrunken: nn.Module, arguments: tuple[Any, ...]) 
         arguments: the dummy input. It is one of the inputs compared on; the others are random and of its shape.
 
     Returns:
-        The relative difference as in ``ShrinkResult.max_logit_difference`` (infinite if the outputs differ in form or
-        are not numbers), and the share of equal arg-max classes (None unless the output is ``(N, C)``).
+        The relative difference as in ``ShrinkResult.max_logit_difference`` (infinite if the outputs differ in form,
+        hold no tensor or are not numbers), and the share of equal arg-max classes (None unless the output is
+        ``(N, C)``).
 
     Raises:
         UserError: the shrunken network does not run.
@@ -213,14 +215,14 @@ def compare(masked: nn.Module, shrunken: nn.Module, arguments: tuple[Any, ...]) 
         *(random_like(arguments, generator, uniform, _CHECK_BATCH_SIZE) for uniform in (False, False, True)),
     ):
         with torch.no_grad():
-            expected = tree_leaves(masked(*copied(given)))
+            expected = output_leaves(masked(*copied(given)))
             try:
-                actual = tree_leaves(shrunken(*copied(given)))
+                actual = output_leaves(shrunken(*copied(given)))
             except Exception as error:
                 raise CannotShrinkError(
                     f"the shrunken {type(masked).__name__} does not run: {' '.join(str(error).splitlines()[:1])}"
                 ) from error
-        if len(expected) != len(actual):
+        if len(expected) != len(actual) or not any(isinstance(leaf, Tensor) for leaf in expected):
             return float("inf"), None
         for a, b in zip(expected, actual, strict=True):
             if isinstance(a, Tensor):
