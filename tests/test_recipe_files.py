@@ -597,3 +597,17 @@ def test_a_recipe_file_named_without_its_ending_is_found(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"did you mean recipe\.yml\?"):
         load_recipe("recipe")
+
+
+def test_networks_of_other_packages_are_named_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shell" / "folder").mkdir(parents=True)
+    (tmp_path / "shell" / "net.onnx").write_bytes(b"")
+    path = write(tmp_path, plain())
+    monkeypatch.chdir(tmp_path / "shell")
+    for model, expected in (("net.onnx", "shell/net.onnx"), ("transformers:folder", "transformers:shell/folder")):
+        loaded = load_recipe(path, [f"teacher.model={model}", "teacher.weights=null"])
+        assert loaded.recipe.teacher.model == expected
+        (named,) = [each for each in named_files(loaded.source) if each.key_path == "teacher.model"]
+        assert named.path(loaded.base).exists()
+        named.rename("other")
+        assert named.text == ("other" if model == "net.onnx" else "transformers:other")

@@ -230,9 +230,9 @@ def own_source_file(reference: str, base: Path | None = None) -> Path | None:
     Raises:
         UserError: there is no such network.
     """
-    source, _, _ = reference.rpartition(":")
-    if source in ("zoo", "torchvision"):
+    if _is_packaged(reference):
         return None
+    source, _, _ = reference.rpartition(":")
     if source.endswith(".py"):
         return (Path(source) if base is None else base / source).resolve()
     module = _import_module(source, base)

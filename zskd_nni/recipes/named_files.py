@@ -9,8 +9,10 @@ from typing import Any
 
 from zskd_nni.data.candidates import PROCEDURAL
 from zskd_nni.data.datasets import NAMED_SETS
+from zskd_nni.models.foreign import ONNX_SUFFIX
 from zskd_nni.recipes.key_paths import section_of
 
+_TRANSFORMERS = "transformers:"
 _NOT_FILES = (*NAMED_SETS, *PROCEDURAL)
 
 
@@ -35,8 +37,10 @@ class NamedFile:
 
     @property
     def file(self) -> str:
-        """The name without the factory in ``file.py:factory``."""
-        return self.text.rpartition(":")[0] if self.key == "model" else self.text
+        """The name without the factory in ``file.py:factory``, and without ``transformers:``."""
+        if self.key == "model" and ".py:" in self.text:
+            return self.text.rpartition(":")[0]
+        return self.text.removeprefix(_TRANSFORMERS)
 
     def path(self, base: Path | None) -> Path:
         """The path from the recipe's folder; from the current one where there is none."""
@@ -44,14 +48,15 @@ class NamedFile:
 
     def rename(self, file: str) -> None:
         """Name another file in its place."""
-        self.container[self.key] = file + self.text[len(self.file) :]
+        before, after = self.text.split(self.file, 1)
+        self.container[self.key] = before + file + after
 
 
 def named_files(source: dict[str, Any]) -> Iterator[NamedFile]:
     """All places of a recipe's plain mapping that may name a file; whether it exists is not looked at."""
     for name in ("teacher", "student"):
         network = section_of(source, name)
-        if ".py:" in str(network.get("model", "")):
+        if _is_own_network(str(network.get("model", ""))):
             yield NamedFile(f"{name}.model", network, "model")
         if isinstance(weights := network.get("weights"), str) and not weights.startswith("zoo:"):
             yield NamedFile(f"{name}.weights", network, "weights")
@@ -65,6 +70,11 @@ def named_files(source: dict[str, Any]) -> Iterator[NamedFile]:
     for index, text in enumerate(sources if isinstance(sources, list) else ()):
         if _may_be_file(text):
             yield NamedFile(f"transfer.sources.{index}", sources, index)
+
+
+def _is_own_network(model: str) -> bool:
+    folder = model.startswith(_TRANSFORMERS) and model != _TRANSFORMERS
+    return ".py:" in model or model.lower().endswith(ONNX_SUFFIX) or folder
 
 
 def _may_be_file(name: Any) -> bool:

@@ -14,6 +14,7 @@ from zskd_nni.data.datasets import Fit
 from zskd_nni.data.procedural import KINDS
 from zskd_nni.methods.registry import default_preset, find_method, is_data_free, preset_for
 from zskd_nni.models.build import FORMS
+from zskd_nni.models.foreign import ONNX_SUFFIX
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig, QuantizationConfig, Section
@@ -43,7 +44,7 @@ class NetworkSection(Section):
     @classmethod
     def _named(cls, value: str) -> str:
         source, colon, name = value.rpartition(":")
-        if not (colon and source and name):
+        if not (colon and source and name) and not value.lower().endswith(ONNX_SUFFIX):
             raise ValueError(f"a network is named as {FORMS}, not {value!r}")
         return value
 
