@@ -129,6 +129,7 @@ def test_what_was_found_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
         ({"model": {"fc.weight": torch.zeros(2, 2)}}, r"under 'model' do not fit.*fc\.weight is \[2, 2\], not"),
         ({"epoch": 3, "optimizer": {"lr": 0.1}}, "holds no state dict .* but epoch, optimizer; save"),
         ({"optimizer": {"state": {"exp_avg": torch.zeros(3)}}}, "holds no state dict"),
+        (np.arange(3.0), "holds no state dict .* but ndarray; save"),
         (Net(), r"an object of \w*test_checkpoints_of_others\.Net"),
         ({"state_dict": {**Net().state_dict(), "extra.weight": torch.zeros(1)}}, r"extra\.weight not of this network"),
     ],
@@ -137,6 +138,37 @@ def test_what_does_not_fit_is_named(content: Any, message: str, tmp_path: Path) 
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(UserError, match=message):
         load_named_weights(Net(), "w.pt", tmp_path, allow_pt=True)
+
+
+class Called:
+    """What a pickle calls with which arguments and state, written by hand."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.parts
+
+
+def test_values_beside_the_weights_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float64 whose bytes are also the address of an object, which NumPy would make of such a file."""
+    address = (3, "<", None, ("a",), {"a": (Called(np.dtype, ("O",)), 0)}, -1, -1, 0)
+    kind = Called(np.dtype, ("f8", False, True), address)
+    reconstruct = np.arange(1).__reduce__()[0]
+    array = Called(reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), kind, False, b"A" * 8))
+    torch.save({"w.x": torch.zeros(1), "array": array, "path": PosixPath("/data")}, tmp_path / "w.pt")
+    before, load, read = torch.serialization.get_safe_globals(), torch.load, []
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        read.append(load(*arguments, **named))
+        return read[-1]
+
+    monkeypatch.setattr(torch, "load", watched)
+    assert list(load_state_dicts(tmp_path / "w.pt", allow_pt=True)[""]) == ["w.x"]
+    (content,) = read
+    assert not isinstance(content["array"], np.ndarray) and vars(content["array"]) == {}
+    assert not isinstance(content["path"], Path) and vars(content["path"]) == {}
+    assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
 def test_prefixes_in_safetensors(tmp_path: Path) -> None:
@@ -210,3 +242,9 @@ def test_the_fit_of_two_networks_in_one_dict_is_the_one_with_less_before_it() ->
     weights = Net().state_dict()
     found = fit(weights, {**under("student.net.", weights), **under("net.", weights)})
     assert found.complete and found.prefix == "net." and len(found.beside) == len(weights) - 1
+
+
+def test_of_two_prefixes_of_one_length_the_first_in_the_file_counts() -> None:
+    for first, second in (("student.", "teacher."), ("teacher.", "student."), ("a.", "b."), ("b.", "a.")):
+        weights = Net().state_dict()
+        assert fit(weights, {**under(first, weights), **under(second, weights)}).prefix == first

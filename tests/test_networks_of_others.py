@@ -128,6 +128,20 @@ def test_names_and_weights_of_timm() -> None:
         load_teacher("timm:resnet10t", (3, 64, 64))
 
 
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("it-ran"),)
+
+
+@needs("timm")
+def test_timm_unpickles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": RunsCode()}, "w.pth")
+    with pytest.raises(UserError, match="takes no checkpoint_path; name the file of its weights as weights"):
+        build_network("timm:resnet10t", {"checkpoint_path": "w.pth"})
+    assert not Path("it-ran").exists()
+
+
 def folder_of_transformers(folder: Path) -> Path:
     import transformers
 

@@ -33,7 +33,7 @@ def timm_factory(name: str) -> Callable[..., nn.Module]:
     """What makes a network of timm, with random weights.
 
     Raises:
-        UserError: timm is not installed, or has no such model.
+        UserError: timm is not installed, or has no such model. The factory refuses a ``checkpoint_path``.
     """
     timm = _package("timm", "timm", f"timm:{name}")
     known = timm.list_models()
@@ -43,6 +43,8 @@ def timm_factory(name: str) -> Callable[..., nn.Module]:
         raise UserError(f"timm has no model {name!r}; {hint}")
 
     def build(**arguments: Any) -> nn.Module:
+        if "checkpoint_path" in arguments:  # timm unpickles such a file, which runs code
+            raise UserError(f"timm:{name} takes no checkpoint_path; name the file of its weights as weights.")
         return timm.create_model(name, pretrained=False, **arguments)
 
     return build

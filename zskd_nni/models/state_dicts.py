@@ -53,7 +53,8 @@ def fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Fit:
     """Find a network's entries in a state dict.
 
     The names may stand behind a prefix, in any nesting, and hold the ``module`` of DataParallel or the ``_orig_mod`` of
-    ``torch.compile`` anywhere. Where several prefixes fit, averaged weights count first, then the shorter prefix.
+    ``torch.compile`` anywhere. Where several prefixes fit, averaged weights count first, then the shorter prefix,
+    then the one that comes first.
 
     Args:
         expected: the network's state dict.
@@ -75,9 +76,8 @@ def fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Fit:
     plain = {name: _without_wrappers(name) for name in given}
     wanted = {name: _without_wrappers(name) for name in expected}
     needed = [wanted[name] for name in expected if not _is_counter(name)]
-    prefixes = {""} | {
-        name[: -len(key)] for key in needed[:1] for name in plain.values() if f".{name}".endswith(f".{key}")
-    }
+    behind = (name[: -len(key)] for key in needed[:1] for name in plain.values() if f".{name}".endswith(f".{key}"))
+    prefixes = dict.fromkeys(("", *behind))  # in the order of the file
     fits = [_fit_behind(expected, plain, wanted, given, prefix) for prefix in sorted(prefixes, key=_rank)]
     best = min([*fits, as_they_are], key=lambda one: (not one.complete, len(one.missing) + len(one.shapes)))
     return best if best.complete or len(best.missing) < len(as_they_are.missing) else as_they_are

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import re
@@ -10,10 +9,9 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -127,7 +125,8 @@ def load_state_dicts(path: str | Path, allow_pt: bool = False) -> dict[str, dict
     """The state dicts of a ``.safetensors`` file, or of a checkpoint of PyTorch if ``allow_pt`` is set.
 
     PyTorch files are read with ``weights_only=True``; nothing in them is run. Beside tensors and plain values they may
-    hold what training scripts save: numbers and arrays of NumPy, paths, and the namespace of ``argparse``.
+    hold what training scripts save: numbers and arrays of NumPy, paths, and the namespace of ``argparse``. None of
+    these is made: an empty object stands in its place.
 
     Returns:
         Where it stands in the file (keys joined by dots; empty for the file itself) -> state dict. Averaged weights,
@@ -150,7 +149,7 @@ def load_state_dicts(path: str | Path, allow_pt: bool = False) -> dict[str, dict
             "(teacher.allow_pt: true in the recipe, or --set teacher.allow_pt=true; student.allow_pt for a student's)."
         )
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_classes()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
             warnings.simplefilter("ignore")  # of foreign pickle protocols; what does not fit is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle raises anything
@@ -215,14 +214,32 @@ def _state_dicts(content: Any, place: str = "", depth: int = 5) -> Iterator[tupl
             yield from _state_dicts(value, f"{place}.{name}" if place else name, depth - 1)
 
 
-def _harmless_classes() -> list[Any]:
-    """Classes of plain values beside the weights; making them runs no code of a file."""
-    core = np.core if np.lib.NumpyVersion(np.__version__) < "2.0.0" else np._core  # type: ignore[attr-defined]
-    scalar, rebuild = core.multiarray.scalar, core.multiarray._reconstruct
-    kinds = {type(np.dtype(kind)) for kind in (*"?bhilqBHILQefd", "U1", "S1")}
-    paths = [PurePosixPath, PureWindowsPath, type(Path())]
-    named = [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")
-             for function in (scalar, rebuild)]  # fmt: skip
-    # A path of Windows is read everywhere, as a path that is never opened.
-    foreign = [(PureWindowsPath, "pathlib.WindowsPath"), (PurePosixPath, "pathlib.PosixPath")]
-    return [*named, *foreign, np.dtype, np.ndarray, *kinds, *paths, argparse.Namespace]
+class _PassedOver:
+    """In the place of a value beside the weights: takes what a file says about it, and keeps and runs nothing."""
+
+    def __new__(cls, *_arguments: Any) -> _PassedOver:
+        return super().__new__(cls)
+
+    def __init__(self, *_arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, _state: Any) -> None:
+        pass
+
+
+# NumPy's own functions would trust the file: a type of its making can take any number for an address.
+_PLAIN_VALUES = {
+    **{
+        f"numpy.{core}.multiarray.{function}": kind
+        for core in ("core", "_core")
+        for function, kind in (("scalar", "number"), ("_reconstruct", "ndarray"))
+    },
+    **{f"numpy.{kind}": kind for kind in ("ndarray", "dtype")},
+    **{
+        f"{module}.{kind}": kind
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
+    "argparse.Namespace": "Namespace",
+}
+_STAND_INS = [(type(kind, (_PassedOver,), {}), name) for name, kind in _PLAIN_VALUES.items()]
