@@ -61,8 +61,8 @@ def test_npz_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": grey()}, "no arrays 'images' and 'labels'"),
-        ({"images": grey() / 255, "labels": np.arange(4)}, "must be uint8.*float64"),
+        ({"pictures": grey(), "labels": np.arange(4)}, "no array 'images'"),
+        ({"images": grey() / 100, "labels": np.arange(4)}, r"float64 from .*belong in \[0, 1\]"),
         ({"images": grey(), "labels": np.arange(3)}, r"one integer label each.*\(3,\)"),
         ({"images": grey(), "labels": np.zeros((4, 1), int)}, r"one integer label each.*\(4, 1\)"),
         ({"images": grey(), "labels": np.eye(4)}, "one integer label each"),

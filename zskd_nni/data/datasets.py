@@ -67,7 +67,7 @@ class LabelledImages:
         if lowest < 0:
             raise UserError(
                 f"{self.name} has images without a class, on which no accuracy can be measured; "
-                "a folder of images needs one sub-folder for each class."
+                "a folder of images needs one sub-folder for each class, an .npz an array 'labels'."
             )
         if highest >= classes:
             raise UserError(
@@ -141,7 +141,8 @@ def fitted(data: LabelledImages, shape: tuple[int, int, int], fit: Fit | None = 
     Raises:
         UserError: they do not fit the network's input.
     """
-    usual = "resize" if data.name == "digits" else usual_fit(data.images, shape)
+    shipped = data.name == "digits" and tuple(data.images.shape[1:]) == (1, 8, 8)
+    usual = "resize" if shipped else usual_fit(data.images, shape)
     result = replace(data, fit=fit or usual or "exact")
     fit_shape(result.images[:1].float(), shape, result.fit)
     return result
@@ -173,7 +174,7 @@ def load_images(
     Args:
         name: ``digits`` (embedded in scikit-learn), ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``svhn``,
             or the path of an ``.npz`` (``images`` ``(N, H, W[, C])``, uint8 or in [0, 1], and ``labels``) or of
-            a folder of images with one sub-folder for each class.
+            a folder of images with one sub-folder for each class. Without labels or sub-folders they are unlabelled.
         split: ``train`` or ``test``; ignored for a path.
         root: folder of the named sets, in torchvision's layout; by default that of ``ZSKD_NNI_DATA``.
         download: let torchvision fetch a named set into ``root``.
@@ -246,13 +247,16 @@ def _named(name: str, split: str, root: Path | None, download: bool) -> Labelled
 def _npz(path: Path, name: str | None = None) -> LabelledImages:
     try:
         with np.load(path, allow_pickle=False) as content:
-            images, labels = content["images"], content["labels"]
+            images = content["images"]
+            labels = content["labels"] if "labels" in content else np.full(images.shape[:1], UNLABELLED)
         if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
             raise ValueError("they are no arrays")
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
     except Exception as error:  # a damaged archive raises anything
-        raise UserError(f"{path} holds no arrays 'images' and 'labels' ({error}).") from error
+        raise UserError(
+            f"{path} holds no array 'images', or none that can be read beside its 'labels' ({error})."
+        ) from error
     labelled = labels.shape == images.shape[:1] != (0,) and labels.dtype.kind in "iu"
     if images.ndim in (3, 4) and labelled:
         images = _as_bytes(images, path)

@@ -5,6 +5,7 @@ A stored set of impressions, a balanced arbitrary set and a live generator have 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -151,35 +152,47 @@ class DrawnSource(_Stateless):
 
 
 class MixedSource:
-    """Batches of one source in which a share of the images comes from another one.
+    """Batches of one source in which shares of the images come from other ones.
 
     Args:
-        source: gives most of the images.
-        further: gives the others; the last ones of each batch.
-        share: of each batch, in (0, 1), that is the other source's; at least one image, and never all.
+        source: gives the rest of each batch.
+        further: the other sources, and the share of each batch, in (0, 1), that each of them gives: the last images, in
+            order. Every source gives at least one image.
+
+    Raises:
+        UserError: a batch has fewer images than there are sources.
 
     Example:
         >>> spec = InputSpec((3, 32, 32))
         >>> black = DrawnSource(torch.zeros(2, 3, 32, 32), 8, "two black images")
-        >>> mixed = MixedSource(NoiseSource(spec, 8), black, 0.25)
+        >>> mixed = MixedSource(NoiseSource(spec, 8), [(black, 0.25)])
         >>> mixed.batch(0, torch.Generator()).flatten(1).any(1).tolist()
         [True, True, True, True, True, True, False, False]
     """
 
-    def __init__(self, source: TransferSource, further: TransferSource, share: float) -> None:
-        self.source, self.further, self.share = source, further, share
+    def __init__(self, source: TransferSource, further: Sequence[tuple[TransferSource, float]]) -> None:
+        if source.batch_size <= len(further):
+            raise UserError(
+                f"Batches of {source.batch_size} cannot have images of {len(further) + 1} sources (transfer.fresh, "
+                "transfer.also); make distillation.batch larger."
+            )
+        self.source, self.further = source, list(further)
         self.size, self.batch_size = source.size, source.batch_size
-        self.fingerprint = fingerprint_of([source.fingerprint, further.fingerprint, share])
+        others = [value for other, share in further for value in (other.fingerprint, share)]
+        self.fingerprint = fingerprint_of([source.fingerprint, *others])
 
     def batch(self, step: int, random: torch.Generator, student: nn.Module | None = None) -> Tensor:
         """Images ``(batch_size, C, H, W)``."""
-        batch = self.source.batch(step, random, student)
-        count = min(max(1, round(self.share * len(batch))), len(batch) - 1)
-        further = self.further.batch(step, random, student)[:count]
-        return torch.cat([batch[: len(batch) - len(further)], to_device(further, batch.device)])
+        batch, parts = self.source.batch(step, random, student), []
+        left = len(batch)
+        for waiting, (other, share) in zip(range(len(self.further), 0, -1), self.further, strict=True):
+            count = min(max(1, round(share * len(batch))), left - waiting)
+            parts.append(to_device(other.batch(step, random, student)[:count], batch.device))
+            left -= count
+        return torch.cat([batch[:left], *parts])
 
     def state_dict(self) -> dict[str, Any]:
-        """The first source's state; the other has none."""
+        """The first source's state; the others have none."""
         return self.source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

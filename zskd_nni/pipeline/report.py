@@ -153,7 +153,7 @@ def build_report(
         "only_calibrated": recipe.only_calibrates,
         "learnt_on": None if data_free else _learnt_on(recipe, options),
         "real_images": run.real_images,
-        "learnt_on_what_is_measured": not data_free and test is not None and _trained_on_it(run.loaded, options),
+        "learnt_on_what_is_measured": not data_free and test is not None and _trained_on_it(run.loaded, options, test),
         "classifier": run.teacher.classifier_path,
         "first_look": None
         if run.look is None
@@ -198,16 +198,22 @@ def _measured_on(recipe: Recipe, test: LabelledImages | None) -> str:
     return f"{what} ({test.name}, {len(test)} images{f', {fit}' if fit else ''})"
 
 
-def _trained_on_it(loaded: LoadedRecipe, options: Any) -> bool:
+def _trained_on_it(loaded: LoadedRecipe, options: Any, test: LabelledImages) -> bool:
     """Whether real images that a student is trained on are those that it is measured on."""
-    section = loaded.recipe.evaluation
+    section, own = loaded.recipe.evaluation, loaded.own_images()
     assert section is not None
+    if own is not None and _greys(own) & _greys(test):
+        return True
     names = [*str(getattr(options, "data", "")).split(", "), *getattr(options, "sources", ())]
-    names += [loaded.recipe.transfer.also or ""]
     if section.data in NAMED_SETS:
         return section.data in names and section.split == getattr(options, "split", "train")
     measured = loaded.path(section.data).resolve()
     return any(name and name not in NAMED_SETS and loaded.path(name).resolve() == measured for name in names)
+
+
+def _greys(data: LabelledImages) -> set[bytes]:
+    """The images in grey, as a folder and a data set may keep the same ones in one channel and in three."""
+    return {image.float().mean(0).round().byte().numpy().tobytes() for image in data.images}
 
 
 def _control(name: str, student: StudentResult, figures: Figures, recipe: Recipe) -> dict[str, Any]:

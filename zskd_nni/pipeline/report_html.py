@@ -101,6 +101,8 @@ def _count(report: dict[str, Any]) -> str:
     count, size = report.get("real_images"), report["recipe"]["transfer"].get("size", 0)
     if count is None:
         return ""
+    if report["recipe"]["transfer"].get("also") is not None:
+        return f", {count:,} real images"
     return f", {count:,} images" + (f" of the {size:,} that transfer.size asks for" if count < size else "")
 
 

@@ -26,7 +26,7 @@ from zskd_nni.pipeline.students import StudentResult, Students
 from zskd_nni.recipes.load import LoadedRecipe
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.distributed import only_writers, team
-from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.errors import UserError, error_context
 from zskd_nni.runtime.files import fingerprint_of, make_folder, plain, read_json, write_json
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.run_identity import RUN_FORMAT, resume_or_refuse
@@ -135,7 +135,9 @@ class Run:
             test = self._test_data()
             self.look = self._look_at_teacher(test) if self.looks else None
         check_work(self.students)
-        self.loaded.own_images(self.teacher)
+        if (own := self.loaded.own_images()) is not None:
+            with error_context("transfer.also"):
+                own.pixels(slice(0, 1), self.teacher.spec)  # refuses channels that do not fit
 
     def _look_at_teacher(self, test: LabelledImages | None) -> FirstLook:
         """Measure the teacher before anything else, and say what is seen."""
@@ -260,17 +262,27 @@ class Run:
 
     def transfer(self) -> TransferSource:
         """The transfer source of the recipe's method, made or resumed in ``impressions/``."""
-        if self.given is not None:
+        if self.given is None:
+            source = self._source("impressions", reserved=self.recipe.transfer.held_out)
+        else:
             given = self.given.source(self.recipe.distillation.batch, self.recipe.seed, self.device)
-            return self.loaded.with_further_images(given, self.teacher)
-        source = self._source("impressions", reserved=self.recipe.transfer.held_out)
+            source = self.loaded.with_further_images(given, self.teacher)
         self.team.first(lambda: self._require_same_images(source))
+        self._count_real_images(source)
+        return source
+
+    def _count_real_images(self, source: TransferSource) -> None:
+        """Note and say how many real images the student is trained on, where they are counted."""
         section = self.recipe.transfer
-        if not section.data_free and source.size is not None:
-            self.real_images = source.size
+        own = self.loaded.own_images()
+        if section.method_is_data_free:
+            self.real_images = None if own is None else len(own)
+        elif source.size is not None:
+            self.real_images = source.size + (0 if own is None else len(own))
             few = f", fewer than transfer.size ({section.size:,})" if source.size < section.size else ""
             self._print(f"{section.method}: the student is trained on {source.size:,} images{few}")
-        return source
+        if own is not None:
+            self._print(f"transfer.also: {section.also_share:.0%} of each batch is drawn from {len(own):,} own images")
 
     def _source(self, folder: str, **changes: Any) -> TransferSource:
         with self._timed("synthesis"):

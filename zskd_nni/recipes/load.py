@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from torch import Tensor
 
 from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, fitted, load_images
 from zskd_nni.data.sources import DrawnSource, MixedSource, ProceduralSource, TransferSource
@@ -112,26 +111,31 @@ class LoadedRecipe:
     def with_further_images(self, source: TransferSource, teacher: Teacher) -> TransferSource:
         """The source, with what ``transfer.fresh`` and ``transfer.also`` add to every batch."""
         section = self.recipe.transfer
+        further: list[tuple[TransferSource, float]] = []
         if section.fresh is not None:
             fresh = ProceduralSource(section.fresh, teacher.spec, source.batch_size)
-            source = MixedSource(source, fresh, section.fresh_share)
-        if (own := self.own_images(teacher)) is not None:
-            source = MixedSource(source, DrawnSource(own[0], source.batch_size, own[1]), section.also_share)
-        return source
+            further.append((fresh, section.fresh_share))
+        if (own := self.own_images()) is not None:
+            with error_context("transfer.also"):
+                pixels = own.pixels(slice(0, len(own)), teacher.spec)
+            checksum = sha256_of_bytes(own.images.numpy().tobytes())
+            further.append((DrawnSource(pixels, source.batch_size, checksum), section.also_share))
+        return MixedSource(source, further) if further else source
 
-    def own_images(self, teacher: Teacher) -> tuple[Tensor, str] | None:
-        """The images ``(N, C, H, W)`` of ``transfer.also`` as the teacher takes them, and their checksum.
+    def own_images(self) -> LabelledImages | None:
+        """The images of ``transfer.also`` as they are; None where none are named.
 
         Raises:
-            UserError: they are not there, or do not fit the teacher.
+            UserError: they are not there.
         """
-        named = self.recipe.transfer.also
-        if named is None:
+        if self.recipe.transfer.also is None:
             return None
+        # Absolute, so that no data set with a name is meant: it would give its test images.
+        path = self.path(self.recipe.transfer.also).absolute()
+        if path.suffix != ".npz" and not path.is_dir():
+            raise UserError(f"transfer.also: there is no folder {path}; name a folder of images, or an .npz file.")
         with error_context("transfer.also"):
-            images = load_images(str(self.path(named)))
-            pixels = images.pixels(slice(0, len(images)), teacher.spec)
-        return pixels, sha256_of_bytes(images.images.numpy().tobytes())
+            return load_images(str(path))
 
 
 def packaged_folder() -> Path:

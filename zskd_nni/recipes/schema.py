@@ -133,6 +133,11 @@ class TransferSection(BaseModel):
             if key not in known and not getattr(method, "ignores_other_keys", False):
                 raise ValueError(unknown_key(key, key, known))
         self.options()
+        if self.fresh is not None and self.also is not None and self.fresh_share + self.also_share >= 1:
+            raise ValueError(
+                f"fresh_share ({self.fresh_share:g}) and also_share ({self.also_share:g}) must leave a part of each "
+                "batch: their sum is below 1"
+            )
         return self
 
     def options(self, teacher: Teacher | None = None) -> Any:
