@@ -22,6 +22,7 @@ from zskd_nni.methods.zskt.train import train_zskt
 from zskd_nni.models.build import build_network
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.memory_format import use_channels_last
+from zskd_nni.models.own_source import copy_source
 from zskd_nni.models.serialization import load_network, save_network
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline import Run
@@ -207,6 +208,22 @@ def test_a_network_in_a_package_is_saved_with_the_package(tmp_path: Path) -> Non
     for name in [name for name in sys.modules if "for_the_move" in name]:
         sys.modules.pop(name)
     assert torch.equal(load_network(folder / "n.json").weight, network.weight)
+
+
+def test_a_package_is_copied_and_not_the_module_of_its_name(tmp_path: Path) -> None:
+    for name, width in (("twice_there", 3), ("twice_there/__init__", 4)):
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(f"WIDTH = {width}\n")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nfrom twice_there import WIDTH\ndef make():\n    return nn.Linear(2, WIDTH)\n"
+    )
+    network = build_network("net.py:make", base=tmp_path)
+    assert network.out_features == 4
+    copied = copy_source("net.py:make", tmp_path, tmp_path / "n.json")
+    sys.modules.pop("twice_there")
+    assert build_network(copied["network"], base=tmp_path).out_features == 4
+    assert not (tmp_path / "n_source" / "twice_there.py").exists()
+    sys.modules.pop("twice_there")
 
 
 def test_a_saved_network_with_a_wrong_base(project: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -339,6 +340,11 @@ def test_a_shrunken_class_of_its_own_is_saved_and_read(tmp_path: Path) -> None:
     text = (tmp_path / "n.json").read_text()
     (tmp_path / "n.json").write_text(text.replace('"num_features": 8', '"num_features": "8"'))
     with pytest.raises(UserError, match="which is no size"):
+        load_network(tmp_path / "n.json")
+    content = json.loads(text)
+    next(each for each in content["layers"].values() if "shapes" in each)["shapes"]["2.weight"] = [1]
+    (tmp_path / "n.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"'2\.weight', which is no tensor of its own"):
         load_network(tmp_path / "n.json")
     (tmp_path / "n.json").write_text(text.replace('"num_features"', '"forward"'))
     with pytest.raises(UserError, match="is not described"):

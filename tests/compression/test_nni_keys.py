@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zskd_nni.compression.nni_config import modern_config_list
 from zskd_nni.compression.pruning.dependency_config import plan_pruning
-from zskd_nni.compression.pruning.nni_pruner import pruning_plan
+from zskd_nni.compression.pruning.nni_pruner import pruning_plan, track_activations
 from zskd_nni.compression.pruning.prune import check_pruning, prune
 from zskd_nni.compression.pruning.speedup import shrink
 from zskd_nni.data.sources import NoiseSource
@@ -203,6 +203,17 @@ def test_an_aligned_activation_is_pruned_with_its_convolution(pruner: str, outpu
     gone = result.record["removed_channels"]["conv1"]
     if not speedup:  # zeros stay in the normalisation too, so that the channel is silent
         assert not bool(result.network.bn1.weight[gone].any()) and not bool(result.network.bn1.bias[gone].any())
+
+
+def test_modes_are_restored_after_a_pass_that_fails() -> None:
+    network = Plain().train()
+    network.bn1.eval()
+    modes = [module.training for module in network.modules()]
+    pruner = L1NormPruner(network, [{"op_names": ["conv1"], "sparse_ratio": 0.5}, aligned("conv1")])
+    with pytest.raises(RuntimeError):
+        track_activations(pruner, torch.rand(1, 2, 8, 8))
+    pruner.unwrap_model()
+    assert [module.training for module in network.modules()] == modes
 
 
 def test_masks_of_activations_in_the_tensors_shape() -> None:

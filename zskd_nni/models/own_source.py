@@ -97,6 +97,6 @@ def _imported(file: Path) -> Iterator[str]:
 
 def _files_of(name: str, root: Path) -> list[Path]:
     single, package = root / f"{name}.py", root / name
-    if single.is_file():
+    if single.is_file() and not (package / "__init__.py").is_file():  # Python prefers a package to a module
         return [single]
     return sorted(package.rglob("*.py")) if package.is_dir() else []

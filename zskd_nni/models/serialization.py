@@ -100,6 +100,8 @@ def _resize(layer: nn.Module, description: dict[str, Any], path: str, tensors: d
     if not isinstance(shapes, dict) or not isinstance(sizes, dict) or not sizes.keys() <= set(SIZES):
         raise UserError(f"{source}: the layer {path!r} is not described.")
     for name, shape in shapes.items():
+        if name not in layer._parameters and name not in layer._buffers:
+            raise UserError(f"{source}: the layer {path!r} is described with {name!r}, which is no tensor of its own.")
         found = tensors.get(f"{path}.{name}")
         if found is None or list(found.shape) != shape:
             raise UserError(

@@ -19,6 +19,7 @@ from zskd_nni.compression.nni_messages import REFUSALS, quiet, refusals_as_sente
 from zskd_nni.compression.pruning.dependency_config import PruningPlan, plan_pruning
 from zskd_nni.compression.pruning.pruner_kinds import PRUNERS, WEIGHT_PRUNERS
 from zskd_nni.compression.pruning.sparsity import with_exact_sparsity
+from zskd_nni.models.hooks import evaluating
 from zskd_nni.models.shared_modules import check_compressible
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import PruningConfig
@@ -117,11 +118,8 @@ def track_activations(pruner: Any, dummy_input: Any) -> None:
         dummy_input: normalised images.
     """
     if any(target.startswith("_") for targets in pruner._target_spaces.values() for target in targets):
-        modes = [(module, module.training) for module in pruner.bound_model.modules()]
-        pruner.bound_model.eval()  # one pass with a mid-grey image must not move any statistic
-        pruner.track_forward(dummy_input)
-        for module, training in modes:
-            module.training = training
+        with evaluating(pruner.bound_model):  # one pass with a mid-grey image must not move any statistic
+            pruner.track_forward(dummy_input)
 
 
 def default_arguments(config: PruningConfig) -> dict[str, Any]:
