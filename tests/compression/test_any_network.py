@@ -118,13 +118,17 @@ def in_place(net: Any, x: Tensor) -> Tensor:
     return x
 
 
+def cropped(net: Any, x: Tensor) -> Tensor:
+    return x[:, :, : x.shape[2] // 2, 1 : x.size(3) - 1]
+
+
 def told_by_constants(net: Any, x: Tensor) -> Tensor:
     return x * 2 if bool(net.grid.sum() > 0) else x
 
 
 @pytest.mark.parametrize(
     "body",
-    [checked, starred, joined_sizes, looped, in_place, resized, told_by_constants],
+    [checked, starred, joined_sizes, looped, in_place, resized, cropped, told_by_constants],
     ids=lambda body: body.__name__,
 )
 def test_python_on_shapes_is_followed(body: Callable[..., Tensor]) -> None:
@@ -145,9 +149,13 @@ def test_a_number_of_channels_that_python_uses_stays() -> None:
     def counted(net: Any, x: Tensor) -> Tensor:
         return x if x.size(1) == 16 else x * 2
 
-    for body in (swapped, counted):
+    def divided(net: Any, x: Tensor) -> Tensor:
+        return x * x.shape[1] ** -0.5
+
+    for body in (swapped, counted, divided):
         assert widths(half(Net(body))) == {"a": 16, "b": 8, "fc": 10}
     assert "Python" in plan_of(Net(counted)).left_out["a"]
+    assert plan_of(Net(divided)).left_out["a"] == "`mul` computes with their number"
 
 
 def test_only_the_image_is_traced() -> None:
@@ -424,6 +432,14 @@ def test_a_gate_of_one_channel_and_a_classifier_of_one_output() -> None:
 
 
 # Sums that are constant: attention and normalisation.
+
+
+def test_a_layer_with_two_outputs() -> None:
+    def attended(net: Any, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return net.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+
+    assert widths(half(Net(attended, attention=nn.MultiheadAttention(16, 2, batch_first=True))))["b"] == 8
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,9 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, _FromShape):
             return value.make()
         if isinstance(value, slice):
-            return slice(*(self.argument(each) for each in (value.start, value.stop, value.step)))
+            parts = tuple(self.argument(each) for each in (value.start, value.stop, value.step))
+            # NNI looks for nodes in lists, tuples and dicts, so that a slice with one is a node itself.
+            return self.call(slice, parts) if any(isinstance(part, Node) for part in parts) else slice(*parts)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return tuple(map(self.argument, value))
         if isinstance(value, tuple | list):

@@ -242,4 +242,4 @@ _PLAIN_VALUES = {
     },
     "argparse.Namespace": "Namespace",
 }
-_STAND_INS = [(type(kind, (_PassedOver,), {}), name) for name, kind in _PLAIN_VALUES.items()]
+_STAND_INS: list[Any] = [(type(kind, (_PassedOver,), {}), name) for name, kind in _PLAIN_VALUES.items()]

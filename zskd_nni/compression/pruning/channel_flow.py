@@ -55,6 +55,7 @@ _PAD_MODULES = (
 )  # fmt: skip
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
 _POOL_FUNCTIONS = {"interpolate", *(f"{name}{dims}d" for name in _POOLS for dims in (1, 2))}
+_SIZED = {"view", "reshape", "expand", "broadcast_to", "repeat"}
 _ADDITIONS = {"add", "add_", "iadd", "sub", "sub_", "isub", "subtract"}
 _PRODUCTS = {"mul", "mul_", "imul", "multiply"}
 _QUOTIENTS = {"div", "div_", "truediv", "itruediv", "divide"}
@@ -198,8 +199,30 @@ class _Analysis:
                 self.flows[node] = flow
                 if flow.dim in fixed_dims(node):
                     self.raw.freeze(flow.labels, "forward uses their number in Python")
+        self.keep_channels_whose_number_is_computed_with()
         self.keep_layers_whose_weights_are_read_elsewhere()
         return self.settle()
+
+    def keep_channels_whose_number_is_computed_with(self) -> None:
+        """A tensor that is divided by the number of its channels, for one, would change with that number."""
+        for node in self.graph_module.graph.nodes:
+            if node.op != "call_method" or node.target not in ("size", "numel"):
+                continue
+            flow = self.flows.get(_first(node))
+            counted = flow is not None and (node.target == "numel" or node.args[1:] == (flow.dim,))
+            if flow is not None and counted and (reader := self.reader_of_number(node)) is not None:
+                self.raw.freeze(flow.labels, f"`{_label(reader)}` computes with their number")
+
+    def reader_of_number(self, number: Node) -> Node | None:
+        """The first node that computes a tensor from a number, except to give a tensor its sizes; None if none does."""
+        for reader in number.users:
+            if node_shape(reader) is None:
+                found = self.reader_of_number(reader)
+            else:
+                found = None if _name(reader) in _SIZED else reader
+            if found is not None and found.op != "output":
+                return found
+        return None
 
     def keep_layers_whose_weights_are_read_elsewhere(self) -> None:
         """A weight that forward reads beside its layer's call, or that two layers share, keeps its shape."""
@@ -499,8 +522,11 @@ class _Analysis:
 
     def getitem(self, node: Node, flow: Flow) -> Flow | None:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        picked = all(entry is None or isinstance(entry, slice) for entry in index)
-        if picked and all(entry == slice(None) for entry in index[: flow.dim + 1]):
+        ranges = all(
+            entry is None or isinstance(entry, slice) or (isinstance(entry, Node) and entry.target is slice)
+            for entry in index
+        )
+        if ranges and all(entry == slice(None) for entry in index[: flow.dim + 1]):
             return self.kept(node, flow)
         return self.stop(node, f"they pass `{_label(node)}`, which picks some of them")
 

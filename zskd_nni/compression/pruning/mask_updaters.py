@@ -44,7 +44,8 @@ class RobustModelSpeedup(ModelSpeedup):
         """The gradient of a weighted sum: the plain sum of a softmax, or of a normalisation, is constant."""
         if isinstance(output, Tensor) and self.tensor_propagate_check(output) and output_mask is not None:
             if output.grad_fn is not None:
-                output.backward(output_mask.expand_as(output) * (torch.rand_like(output) + 0.5))
+                weights = output_mask.expand_as(output) * (torch.rand_like(output) + 0.5)
+                output.backward(weights, retain_graph=True)  # a layer may have further outputs
         else:
             super().indirect_backward(output, output_mask)
 
