@@ -395,6 +395,12 @@ def test_real_data_rows_have_the_students_recipe_of_the_data_free_ones(pair: str
     assert labels == resolve(Cell(pair, "zskd", "best"), "full").student
 
 
+@pytest.mark.parametrize("pair", ["cifar10-alexnet", "cifar10-wrn"])
+def test_published_students_do_not_depend_on_what_a_processor_is_fast_with(pair: str) -> None:
+    student = resolve(Cell(pair, "zskd", "paper"), "full").student
+    assert (student.autocast, student.features, student.regressors) == (False, "none", False)
+
+
 @pytest.mark.parametrize(("pair", "weight"), [("fashion-mnist", 0.0), ("digits", 0.0), ("cifar10-alexnet", 0.1)])
 def test_batch_statistics_are_of_teachers_that_have_some(pair: str, weight: float) -> None:
     for method in ("zskd", "sts", "class-impressions"):

@@ -228,6 +228,8 @@ def _cifar10_pair(teacher: str, **more: Any) -> Pair:
         published_student={
             "learning_rate": 0.002,
             "weight_decay": 0.0,
+            "regressors": False,
+            "autocast": False,
             "augmentation": {"rotation": 0, "translation": 0.1, "scale": (0.9, 1.1), "border": "zeros", **_UNMIXED},
         },
         unrelated="cifar100",
