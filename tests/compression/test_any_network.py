@@ -231,6 +231,17 @@ def test_a_parameter_in_a_list_does_not_enter_the_state_dict() -> None:
     assert list(network.state_dict()) == list(result.model.state_dict()) == before
 
 
+def test_random_numbers_go_on_as_if_nothing_was_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, seeded = Net(lambda net, x: x + torch.rand_like(x)), list[int]()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    trace(network, IMAGES)
+    assert torch.equal(torch.rand(3), expected)
+    assert seeded == [5, 5]  # no device is seeded that the network is not on
+
+
 # What forward returns.
 
 

@@ -333,7 +333,9 @@ def some_zero(*shape: int) -> Tensor:
         ({"conv9": {"weight": torch.ones(1)}}, "the masks name 'conv9'"),
         ({"conv1": {"weight": torch.ones(7, 1, 5, 5)}}, r"conv1.weight has the shape \(7, 1, 5, 5\)"),
         ({"conv1": {"weight": torch.zeros(6, 1, 5, 5)}}, "no channel of conv1"),
-        ({"conv1": {"_input_0": some_zero(1, 1, 1, 1)}}, "conv1._input_0"),
+        ({"conv1": {"_input_0": some_zero(1, 1, 1, 1)}}, "no channel of conv1"),
+        ({"conv1": {"_input_0": some_zero(2, 1, 4, 4)}}, r"input mask of conv1 has the shape \(2, 1, 4, 4\)"),
+        ({"": {"_input_0": some_zero(1, 1, 1, 1)}}, "_input_0 covers neither"),
         ({"fc3": {"weight": some_zero(10, 84), "bias": some_zero(10)}}, "."),
     ],
 )

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
     check_kind(model, "The network")
     name = type(model).__name__
     arguments = input_arguments(dummy_input, model)
-    with evaluating(model), torch.random.fork_rng(devices=[]):
+    with evaluating(model), _own_random_numbers(model) as seed:
         try:
-            torch.manual_seed(0)
+            seed(0)
             recorder = record(model, _named(model, copied(arguments)))
         except ValueNeededError as error:
             raise UserError(
@@ -85,7 +86,7 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
             node.meta[_FIXED] = tuple(dim for name, dim in fixed if name == node.name)
         with torch.no_grad():
             _ShapePropagation(graph_module).run(*copied(arguments))
-            _check_graph(model, graph_module, arguments)
+            _check_graph(model, graph_module, arguments, seed)
     return graph_module
 
 
@@ -115,16 +116,34 @@ def _named(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Any]:
     return named | {f"further_{position}": value for position, value in enumerate(rest)}
 
 
-def _check_graph(model: nn.Module, graph_module: GraphModule, arguments: tuple[Any, ...]) -> None:
+@contextmanager
+def _own_random_numbers(model: nn.Module) -> Iterator[Callable[[int], None]]:
+    """Within the block random numbers are the network's; yields what seeds them.
+
+    ``torch.manual_seed`` would also seed the devices that the network is not on, for good.
+    """
+    devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+
+    def seed(number: int) -> None:
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)):
+            generator.manual_seed(number)
+
+    with torch.random.fork_rng(devices=sorted(devices)):
+        yield seed
+
+
+def _check_graph(
+    model: nn.Module, graph_module: GraphModule, arguments: tuple[Any, ...], seed: Callable[[int], None]
+) -> None:
     """Refuse a graph that holds for the dummy input alone: another input of another batch size must give the same."""
     other = random_like(arguments, torch.Generator().manual_seed(2), uniform=True, count=3)
     try:
-        torch.manual_seed(1)
+        seed(1)
         expected = output_leaves(model(*copied(other)))
     except Exception:  # the network is made for one batch size
         return
     try:
-        torch.manual_seed(1)
+        seed(1)
         # The graph module itself would print a traceback.
         actual = output_leaves(Interpreter(graph_module).run(*copied(other)))
         pairs = [(a, b) for a, b in zip(expected, actual, strict=True) if isinstance(a, Tensor)]
