@@ -323,7 +323,7 @@ def test_python_objects_that_make_no_networks(tmp_path: Path, canary: Path, refe
     for name in ("evil.pkl", "evil.npy"):
         (tmp_path / name).write_bytes(pickle.dumps(Canary(canary)))
     text = json.dumps(arguments).replace("{canary}", str(canary)).replace("{folder}", str(tmp_path))
-    with pytest.raises(UserError, match=r"part of Python itself|no factory of networks|has no|could not be built"):
+    with pytest.raises(UserError, match=r"part of Python itself|is not a network factory|has no|could not be built"):
         build_network(reference, json.loads(text), tmp_path)
     section = {"model": reference, "arguments": json.loads(text), "input": {"shape": [1, 8, 8]}}
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump({**yaml.safe_load(recipe_text(RECIPE)[0]), "teacher": section}))
