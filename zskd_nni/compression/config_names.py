@@ -53,7 +53,28 @@ def checked_config_list(network: nn.Module, config_list: list[dict[str, Any]], k
     check_not_wrapped(network)
     modern = modern_config_list(config_list, kind)
     for number, entry in enumerate(config_list):
-        _check_words(entry, f"compression.{kind}.config_list.{number}")
+        check_words(entry, f"compression.{kind}.config_list.{number}")
+    names = check_module_names(network, config_list, kind)
+    places = [number for number, entry in enumerate(config_list) if not entry.get("exclude")]
+    for number, entry in zip(places, modern, strict=True):
+        _check_targets(network, entry, kind, f"entry {number} of the {kind} config", names)
+    return modern
+
+
+def check_module_names(network: nn.Module, config_list: list[dict[str, Any]], kind: str) -> list[str]:
+    """Refuse names, types and patterns of modules that a network does not have.
+
+    Args:
+        network: not wrapped by a compressor.
+        config_list: of any kind; its keys that select modules hold lists of words.
+        kind: for messages.
+
+    Returns:
+        The names of the network's modules.
+
+    Raises:
+        UserError: an unknown name, with the nearest one.
+    """
     names = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
     # A head that is set to None, as after shrinking, is no module any more, but no typo either.
     removed = [
@@ -77,10 +98,7 @@ def checked_config_list(network: nn.Module, config_list: list[dict[str, Any]], k
             if not any(part in name for name in names):
                 raise UserError(_unknown(where, key, part, names))
         _check_fuse_names(where, entry.get("fuse_names"), names)
-    places = [number for number, entry in enumerate(config_list) if not entry.get("exclude")]
-    for number, entry in zip(places, modern, strict=True):
-        _check_targets(network, entry, kind, f"entry {number} of the {kind} config", names)
-    return modern
+    return names
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -94,7 +112,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return lower[near[0]] if near else None
 
 
-def _check_words(entry: dict[str, Any], where: str) -> None:
+def check_words(entry: dict[str, Any], where: str) -> None:
     """The form of the keys that hold names; NNI iterates over whatever it gets."""
     for key in (*SELECTION_KEYS, "op_partial_names", "target_names"):
         value = entry.get(key, [])

@@ -9,6 +9,7 @@ from nni.compression import distillation
 from nni.compression.base.compressor import Compressor
 from torch import nn
 
+from zskd_nni.compression.config_names import check_module_names, check_words
 from zskd_nni.compression.distiller import default_teacher_predict, with_float_lambdas
 from zskd_nni.compression.evaluator import DataFreeEvaluator
 from zskd_nni.data.sources import NoiseSource
@@ -51,10 +52,13 @@ def check_distiller(network: nn.Module, config: DistillerConfig, teacher: Teache
     """Find out before the long work whether NNI takes this config for this network.
 
     Raises:
-        UserError: NNI refuses the config list.
+        UserError: NNI refuses the config list, or it names modules that the network does not have.
     """
     from nni.compression.pruning import LevelPruner
 
+    for number, entry in enumerate(config.config_list):
+        check_words(entry, f"compression.distiller.config_list.{number}")
+    check_module_names(network, config.config_list, "distiller")
     network = copy.deepcopy(network).to(teacher.device).requires_grad_(True)
     evaluator = DataFreeEvaluator(teacher, NoiseSource(teacher.spec, 2), quiet=True)
     carrier = LevelPruner(network, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.1}], evaluator)
