@@ -97,6 +97,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_dry_run_measures_the_teacher_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     sets = [word for change in DIGITS for word in ("--set", change)]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    taken = command("compress", "digits-prune50", "--out", str(tmp_path / "taken"), "--dry-run", *sets)
+    assert taken.returncode == 2 and "is not empty" in taken.stderr
     right = command("compress", "digits-prune50", "--out", str(out), "--dry-run", *sets)
     assert right.returncode == 0, right.stderr
     assert "teacher: accuracy 98.89 % on 360 test images of digits (8x8 resized to 32x32)" in right.stderr
@@ -211,3 +215,10 @@ def test_real_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "real: the student is trained on 1,427 images, fewer than transfer.size (3,000)" in capsys.readouterr().err
     assert report["real_images"] == 1427
     assert "(digits), 1,427 images of the 3,000 that transfer.size asks for" in remarks(report)[0]
+
+
+def test_a_dry_run_refuses_the_folder_of_another_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        Run(load_recipe("digits-prune50", [*DIGITS, "evaluation=null"]), tmp_path, quiet=True).require_own_folder()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -164,3 +164,18 @@ def test_a_recipe_names_the_start_and_the_report_tells_it(tmp_path: Path) -> Non
     assert [pair[1] for pair in report["history"]["features"]] == ["conv1", "conv2", "fc1", "fc2"]
     with pytest.raises(UserError, match="student: start: teacher and weights exclude each other"):
         load_recipe("digits-prune50", ["student={model: 'zoo:lenet5', start: teacher, weights: x.safetensors}"])
+
+
+def test_channels_kept_of_a_student_from_the_teacher_are_counted_as_the_teachers(tmp_path: Path) -> None:
+    changes = [
+        "transfer.size=4",
+        "transfer.held_out=4",
+        "transfer.synthesis.max_steps=1",
+        "compression.pruning.steps=0",
+    ]
+    changes.append("transfer.synthesis.max_steps=1")
+    changes += ["student={model: zoo:lenet5_half, start: teacher}", "evaluation=null", "compression.quantization=null"]
+    run = Run(load_recipe("digits-prune50", changes), tmp_path / "out", quiet=True)
+    pruned = run.students._pruned("student", run.transfer(), train=False)
+    theirs = run.teacher.model.get_submodule("conv1").weight[pruned.kept["conv1"]]
+    assert torch.equal(pruned.network.get_submodule("conv1").weight, theirs)

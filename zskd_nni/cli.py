@@ -218,6 +218,7 @@ def _try_out(loaded: LoadedRecipe, options: RunOptions) -> None:
     options.prepare()
     run = Run(loaded, options.out, device=options.device, quiet=options.quiet, **options.where)
     run.require_a_teacher()
+    run.require_own_folder()
     transfer = loaded.recipe.transfer
     _echo(
         f"dry run: the recipe can be run; {transfer.size:,} images of {transfer.method} ({transfer.preset}) would be "

@@ -155,6 +155,15 @@ class Run:
         if self.look is not None and self.recipe.evaluation is not None and not self.recipe.evaluation.any_teacher:
             refuse_chance(self.look, self.teacher.num_classes)
 
+    def require_own_folder(self) -> None:
+        """Refuse an output folder that is another run's; writes nothing.
+
+        Raises:
+            UserError: it is.
+        """
+        if self.out.is_dir():
+            resume_or_refuse(self.out, RUN, "run", self.identity)
+
     def _print(self, sentence: str) -> None:
         if self.team.leads:
             print(sentence, file=sys.stderr)

@@ -222,10 +222,17 @@ class Students:
         with self.timed(f"pruning of {name}"):
             pruned = prune(self.fresh(), pruning, *self._lesson(images), train=train, plan=self.pruning_plan, run=run)
             record = {"pruning": pruned.record}
-            student = StudentResult(pruned.network, record, None, pruned.masks, pruned.kept_channels)
+            student = StudentResult(pruned.network, record, None, pruned.masks, self._of_teacher(pruned.kept_channels))
             self.team.first(lambda: self._save_stage(student, finished, live))
         # Processes that all pruned may differ in the last bits: all take what the first has saved.
         return student if self.team.alone else _load_student(finished)
+
+    def _of_teacher(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Channels that pruning kept, as the teacher counts them: a student that starts from it has only some."""
+        if self.recipe.student is None or self.recipe.student.start == "random":
+            return dict(kept)
+        had = self._given[1]
+        return {**had, **{path: had[path][channels] if path in had else channels for path, channels in kept.items()}}
 
     def _quantized(
         self, name: str, student: StudentResult, images: TransferSource, train: bool
