@@ -63,6 +63,8 @@ def test_npz_round_trip(tmp_path: Path) -> None:
     [
         ({"pictures": grey(), "labels": np.arange(4)}, "no array 'images'"),
         ({"images": grey() / 100, "labels": np.arange(4)}, r"float64 from .*belong in \[0, 1\]"),
+        ({"images": grey() * np.nan, "labels": np.arange(4)}, "from nan to nan, which are no pixels"),
+        ({"images": grey() * 0.0 - 1, "labels": np.arange(4)}, "from -1 to -1, which are no pixels"),
         ({"images": grey(), "labels": np.arange(3)}, r"one integer label each.*\(3,\)"),
         ({"images": grey(), "labels": np.zeros((4, 1), int)}, r"one integer label each.*\(4, 1\)"),
         ({"images": grey(), "labels": np.eye(4)}, "one integer label each"),
