@@ -282,8 +282,8 @@ def _as_bytes(images: np.ndarray[Any, Any], path: Path) -> np.ndarray[Any, Any]:
     low, high = float(images.min()), float(images.max())
     if not np.isfinite([low, high]).all() or (low == high and not 0 <= low <= 255):
         raise UserError(
-            f"{path}: 'images' are {images.dtype} from {low:g} to {high:g}, which are no pixels; they belong in [0, 1], "
-            "or as uint8 in [0, 255]."
+            f"{path}: 'images' are {images.dtype} from {low:g} to {high:g}, which are no pixels; they belong in "
+            "[0, 1], or as uint8 in [0, 255]."
         )
     if images.dtype.kind == "f" and low >= 0 and high <= 1:
         return np.rint(images * 255).astype(np.uint8)
