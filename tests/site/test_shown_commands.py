@@ -76,7 +76,10 @@ SMALLER = {"size=200": "size=20", "rounds=8000": "rounds=1, width=8", "rounds=20
 ELSEWHERE_PYTHON = {
     "README.md": ("tests/test_readme.py", "test_the_example_in_python_runs_as_it_stands"),
     "docs/howto/prune-and-quantize.md": ("tests/test_readme.py", "test_the_example_with_classes_of_nni_runs"),
-    "docs/nni-examples.md": ("tests/compression/test_nni_examples.py", "docs/nni-examples.md run unchanged except for smaller numbers"),
+    "docs/nni-examples.md": (
+        "tests/compression/test_nni_examples.py",
+        "docs/nni-examples.md run unchanged except for smaller numbers",
+    ),
 }
 
 
