@@ -61,9 +61,10 @@ def main() -> None:
     images = held_out_images(TEACHERS[name].data, teachers, root).resolve()
     rest = images.with_name(images.name.replace("-slice", "-rest"))
     real = [f"transfer={{method: real, data: {rest}, size: 100000}}"]
+    fit = ", fit: resize" if TEACHERS[name].data == "digits" else ""  # as the named set is fitted
     changes = [
         f"teacher.weights={(teachers / f'{name}.safetensors').resolve()}",
-        f"evaluation={{data: {images}}}",
+        f"evaluation={{data: {images}{fit}}}",
         *(real if given.real_data else []),
         *given.set,
     ]

@@ -264,7 +264,7 @@ def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"less than one for each of the teacher's 5 classes; ask for at least 5"):
         made(tmp_path / "set", size=4)
     (tmp_path / "bad.npz").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="holds no arrays"):
+    with pytest.raises(UserError, match="holds no array"):
         made(tmp_path / "set", sources=(str(tmp_path / "bad.npz"),))
 
 

@@ -25,7 +25,7 @@ teacher: {{model: "zoo:lenet5", weights: "{weights}", input: {{shape: [1, 32, 32
 student: {{model: "zoo:lenet5_half"}}
 transfer: {{method: {method}, preset: paper, size: 40, held_out: 20, {keys}}}
 distillation: {{steps: 60, batch: 16, learning_rate: {rate}, warmup: 0}}
-evaluation: {{data: digits}}
+evaluation: {{data: digits, any_teacher: true}}
 controls: []
 """
 

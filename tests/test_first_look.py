@@ -74,6 +74,19 @@ def test_the_first_batch_norm_tells_a_wrong_input(trained: str, given: str) -> N
         assert "teacher.input (low, high, mean, std) is probably another" in look.lines[-1]
 
 
+@pytest.mark.parametrize(("batches", "known"), [(0, True), (3, False), (43, False), (44, True)])
+def test_a_batch_norm_that_has_seen_few_batches_tells_nothing(batches: int, known: bool) -> None:
+    """With a momentum of 0.1, a hundredth of the start is left after 44 batches; 0 batches were not counted."""
+    network = Normed(INPUTS["normalised"])
+    norm = next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.momentum = 0.1
+    norm.num_batches_tracked.fill_(batches)
+    assert (first_spread(Teacher(network, INPUTS["bytes"])) is not None) == known
+    norm.running_var.fill_(1)
+    if batches == 0:
+        assert first_spread(Teacher(network, INPUTS["bytes"])) is None, "as it was made"
+
+
 def test_a_teacher_without_batch_norm_has_no_spread() -> None:
     teacher = load_teacher("lenet5-digits")
     assert first_spread(teacher) is None

@@ -1009,7 +1009,7 @@ def test_files_of_choices_are_carried(tmp_path: Path) -> None:
     assert (job / second["moved"]).read_text() == "a.safetensors"
     assert list(file_hashes(loaded, space)) == ["a.safetensors", "b.npz"]
     space = sources(["images"])
-    with pytest.raises(UserError, match=r"transfer\.sources\.0: .*images is a folder.*nothing but files"):
+    with pytest.raises(UserError, match=r"transfer\.sources\.0: .*images is a folder.*copies only files"):
         check_files_can_be_copied(loaded, space)
 
 
@@ -1026,7 +1026,7 @@ def test_folders_are_not_carried(tmp_path: Path) -> None:
         lambda: check_files_can_be_copied(loaded, {}),
         lambda: relocated(loaded, tmp_path / "out", copy_files=True),
     ):
-        with pytest.raises(UserError, match=r"evaluation\.data: .*images is a folder.*nothing but files.*\.npz"):
+        with pytest.raises(UserError, match=r"evaluation\.data: .*images is a folder.*copies only files.*\.npz"):
             refuse()
     assert relocated(loaded, tmp_path / "out")["evaluation"]["data"] == "../images"
     search = Search(loaded, tmp_path / "out", portal=True, quiet=True)  # no trial measures on it

@@ -110,7 +110,8 @@ def least_accuracy(classes: int) -> float:
 def first_spread(teacher: Teacher) -> float | None:
     """``ln`` of how many times the spread of dead leaves is that of the training images, at the first BatchNorm.
 
-    The mean over its channels of half the ``ln`` of the ratio of variances; None without a BatchNorm that is called.
+    The mean over its channels of half the ``ln`` of the ratio of variances; None without a BatchNorm that is called,
+    or if it has seen too few batches for its variance to mean anything.
     """
     norms, layers = set(batch_norms(teacher.model)), dict(teacher.model.named_modules())
     seen: list[tuple[Any, Tensor]] = []
@@ -126,6 +127,16 @@ def first_spread(teacher: Teacher) -> float | None:
     if not seen:
         return None
     module, features = seen[0]
+    if not _has_settled(module):
+        return None
     dims = [dim for dim in range(features.dim()) if dim != 1]
     ratio = (features.var(dims, unbiased=False) + module.eps) / (module.running_var + module.eps)
     return float(0.5 * ratio.log().mean())
+
+
+def _has_settled(norm: Any) -> bool:
+    """Whether next to nothing is left in the running variance of the ones that it started from."""
+    seen = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+    if seen == 0 or norm.momentum is None:  # it was not counted, as in converted weights; or it is a plain average
+        return bool((norm.running_var != 1).any())
+    return (1 - norm.momentum) ** seen < 0.01
