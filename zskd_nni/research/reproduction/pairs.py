@@ -43,7 +43,8 @@ _LENET_SELECTED_ON = {
 }
 _NOT_SELECTED = "not chosen yet"
 _COLOUR_SELECTED_ON = {
-    "": "the last 5,000 training images of CIFAR-10, with an AlexNet that was trained on the other 45,000",
+    "": "the last 5,000 training images of CIFAR-10, with an AlexNet that was trained on the other 45,000, as far as "
+    f"the images go; how the student is trained is {_NOT_SELECTED}",
     "zskt-best": f"{_NOT_SELECTED}; the settings are those of Fashion-MNIST",
     "paper": f"the paper's settings; what it leaves open is {_NOT_SELECTED}",
     "author-code": f"the released code's settings; what it leaves open is {_NOT_SELECTED}",
