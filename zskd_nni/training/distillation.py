@@ -50,8 +50,8 @@ class DistillationSettings:
         regressors: compare layers of different width, too, each through a linear map of its own that is thrown away
             after the training (FitNets).
         augmentation: what happens to each image; the teacher labels the augmented image.
-        repeats: how often each view is shown, outside trainings under NNI. If more than once, the teacher's outputs are kept on disk meanwhile,
-            which saves its share of the time (:mod:`zskd_nni.training.views`).
+        repeats: how often each view is shown, outside trainings under NNI. If more than once, the teacher's outputs are
+            kept on disk meanwhile, which saves its share of the time (:mod:`zskd_nni.training.views`).
         autocast: run both networks in bfloat16, with losses, weights and optimiser in float32; ``auto``: if the
             hardware is faster in it.
 
