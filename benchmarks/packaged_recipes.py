@@ -4,7 +4,7 @@
 
 Real test data is found as the command line finds it (``ZSKD_NNI_DATA``). Every run is a ``zskd-nni compress`` in its
 own process and folder below ``--runs``; a finished one is not run again, a stopped one continues. Seeds that were run
-before stay in the file if their recipe was the same.
+before stay in the file if their recipe was the same. With ``--images-of`` recipes for one teacher share their images.
 
 With ``--real-data`` each run is followed by the same recipe on real training images. Its figures are kept in the
 record as ``real_data``: the upper limit. If the recipe trains, it gets the whole training split. If it only
@@ -27,7 +27,7 @@ from zskd_nni.runtime.files import write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
-OTHERS = ("shrinking", "bench-")  # what results of other benchmarks begin with
+OTHERS = ("shrinking", "bench-", "colour-parts")  # what results of other benchmarks begin with
 KEPT = (
     "name",
     "accuracy",
@@ -49,9 +49,18 @@ KEPT = (
 )
 
 
-def run(recipe: str, seed: int, folder: Path, options: list[str], real_data: bool) -> dict[str, Any]:
-    """Run a recipe with one seed, and if ``real_data`` says so also on real images; each in its own process."""
-    report = compress(recipe, folder, ["--seed", str(seed), *options])
+def run(
+    recipe: str, seed: int, folder: Path, options: list[str], real_data: bool, images: Path | None = None
+) -> dict[str, Any]:
+    """Run a recipe with one seed, and if ``real_data`` says so also on real images; each in its own process.
+
+    ``images`` is a finished store to train on. The record's seconds then include those of making it.
+    """
+    given = ["--impressions", str(images)] if images else []
+    report = compress(recipe, folder, ["--seed", str(seed), *options, *given])
+    if images:
+        check_same_transfer(report)
+        report["seconds"]["total"] = round(report["seconds"]["total"] + report["impressions"]["seconds"], 2)
     record = {key: report.get(key) for key in KEPT}
     if real_data:
         data = report["evaluation"]
@@ -74,6 +83,16 @@ def compress(recipe: str, out: Path, options: list[str]) -> dict[str, Any]:
     subprocess.run([sys.executable, "-m", "zskd_nni", "compress", recipe, "--out", str(out), *options], check=True)
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
+
+
+def check_same_transfer(report: dict[str, Any]) -> None:
+    """Stop where given images are not those that the recipe would have made."""
+    made, recipe = report["impressions"]["given"], report["recipe"]
+    size, seed = recipe["transfer"]["size"], recipe["seed"]
+    if report["impressions"]["impressions"] != size or made["targets"]["method"] != recipe["transfer"]["method"]:
+        raise SystemExit(f"--images-of: {size} impressions of {recipe['transfer']['method']} were to be given.")
+    if made["seed"] != seed:
+        raise SystemExit(f"--images-of: those images are of seed {made['seed']}, the run's is {seed}.")
 
 
 def in_common(one: dict[str, list[int]], other: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -178,6 +197,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", help="cpu, cuda, or cuda:N, as of zskd-nni compress")
     parser.add_argument("--real-data", action="store_true", help="also run each recipe on real data")
+    parser.add_argument(
+        "--images-of",
+        metavar="NAME",
+        help="train on the impressions of a finished row: that of the same seed, teacher and settings of transfer",
+    )
     parser.add_argument("--scale", help="a scale of the recipes; results/RECIPE-SCALE.json")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -195,7 +219,9 @@ def main() -> None:
         path = RESULTS / f"{name}.json"
         records = json.loads(path.read_text()) if path.exists() else []
         for seed in arguments.seeds:
-            record = run(recipe, seed, arguments.runs / f"{name}-seed{seed}", options, arguments.real_data)
+            folder = arguments.runs / f"{name}-seed{seed}"
+            images = arguments.images_of and arguments.runs / f"{arguments.images_of}-seed{seed}" / "impressions"
+            record = run(recipe, seed, folder, options, arguments.real_data, images)
             records = with_record(records, record)
             write_json(path, records)
 

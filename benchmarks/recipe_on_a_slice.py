@@ -38,6 +38,36 @@ def held_out_images(name: str, folder: Path, root: Path | None) -> Path:
     return paths[1]
 
 
+def slice_teacher(recipe: str, out: Path, epochs: int | None = None) -> tuple[Path, Path]:
+    """The weights of a teacher that has not seen the slice, trained unless it is there, and the slice's images.
+
+    Args:
+        recipe: a packaged one, of a shipped teacher.
+        out: folder below which the teacher and the images lie.
+        epochs: instead of those of the teacher's recipe; for a trial run.
+
+    Raises:
+        UserError: the recipe's teacher is not one that ``train-teacher`` makes.
+    """
+    root = Path(data) if (data := os.environ.get("ZSKD_NNI_DATA")) else None
+    weights = load_recipe(recipe).recipe.teacher.weights or ""
+    name = weights.removeprefix(_SHIPPED)
+    if not weights.startswith(_SHIPPED) or name not in TEACHERS:
+        raise UserError(f"The teacher of {recipe} is not one that train-teacher makes ({weights or 'none'}).")
+    teachers = make_folder(out / "teachers")
+    train_teacher(name, teachers, TeacherTraining(epochs=epochs, validation=True, root=root))
+    return (teachers / f"{name}.safetensors").resolve(), held_out_images(TEACHERS[name].data, teachers, root).resolve()
+
+
+def slice_settings(weights: Path, images: Path, real_data: bool = False) -> list[str]:
+    """Settings of a recipe that is measured on the slice; with ``real_data`` its student is trained on the rest."""
+    rest = images.with_name(images.name.replace("-slice", "-rest"))
+    real = [f"transfer={{method: real, data: {rest}, size: 100000}}"]
+    fit = ", fit: resize" if images.name.startswith("digits") else ""  # as the named set is fitted
+    evaluation = f"evaluation={{data: {images}{fit}}}"
+    return [f"teacher.weights={weights}", evaluation, *(real if real_data else [])]
+
+
 def main() -> None:
     """Run the recipe seed by seed and print the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,31 +79,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/slice"))
     parser.add_argument("--teacher-epochs", type=int, help="instead of those of the teacher's recipe; for a trial run")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--impressions", type=Path, help="a finished store of the slice's teacher to train on")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    root = Path(data) if (data := os.environ.get("ZSKD_NNI_DATA")) else None
-    weights = load_recipe(given.recipe).recipe.teacher.weights or ""
-    name = weights.removeprefix(_SHIPPED)
-    if not weights.startswith(_SHIPPED) or name not in TEACHERS:
-        raise UserError(f"The teacher of {given.recipe} is not one that train-teacher makes ({weights or 'none'}).")
-    teachers = make_folder(given.out / "teachers")
-    train_teacher(name, teachers, TeacherTraining(epochs=given.teacher_epochs, validation=True, root=root))
-    images = held_out_images(TEACHERS[name].data, teachers, root).resolve()
-    rest = images.with_name(images.name.replace("-slice", "-rest"))
-    real = [f"transfer={{method: real, data: {rest}, size: 100000}}"]
-    fit = ", fit: resize" if TEACHERS[name].data == "digits" else ""  # as the named set is fitted
-    changes = [
-        f"teacher.weights={(teachers / f'{name}.safetensors').resolve()}",
-        f"evaluation={{data: {images}{fit}}}",
-        *(real if given.real_data else []),
-        *given.set,
-    ]
+    weights, images = slice_teacher(given.recipe, given.out, given.teacher_epochs)
+    changes = [*slice_settings(weights, images, given.real_data), *given.set]
     label = f"{given.recipe}-{given.scale}{'-real' if given.real_data else ''}"
     found: dict[str, list[float]] = {}
     for seed in given.seeds:
         loaded = load_recipe(given.recipe, changes, seed, given.scale)
         folder = given.out / f"{label}-{fingerprint_of([version(), given.set])[:8]}-seed{seed}"
-        report = Run(loaded, folder).compress()
+        report = Run(loaded, folder, impressions=given.impressions).compress()
         accuracy = {**report["accuracy"], **{key: each["accuracy"] for key, each in report["controls"].items()}}
         for kind, value in accuracy.items():
             if value is not None:
