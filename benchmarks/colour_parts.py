@@ -3,8 +3,8 @@
     python benchmarks/colour_parts.py --seeds 0 1
 
 The recipe is ``cifar10-prune50`` at its scale ``quick`` with half as many steps. The last 5,000 training images of
-CIFAR-10 take the place of the test split, and a teacher that has not seen them that of the shipped one. Each run is kept
-in ``results/colour-parts.json`` and not repeated; what was stopped continues. ``--table`` prints the table.
+CIFAR-10 take the place of the test split, and a teacher that has not seen them that of the shipped one. Each run is
+kept in ``results/colour-parts.json`` and not repeated; what was stopped continues. ``--table`` prints the table.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def run(part: str, seed: int, out: Path) -> dict[str, Any]:
     weights, images = slice_teacher(RECIPE, out)
     loaded = load_recipe(RECIPE, [*slice_settings(weights, images), *BASE, *changes], seed, "quick")
     slug = "".join(letter if letter.isalnum() else "-" for letter in part.lower())
-    shared = None if own_images or not PARTS[part].changes else out / f"parts-nothing-changed-seed{seed}" / "impressions"
+    of_the_base = out / f"parts-nothing-changed-seed{seed}" / "impressions"
+    shared = None if own_images or not changes else of_the_base
     report = Run(loaded, out / f"parts-{slug}-seed{seed}", impressions=shared).compress()
     return {
         "part": part,
