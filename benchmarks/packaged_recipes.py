@@ -10,6 +10,9 @@ With ``--real-data`` each run is followed by the same recipe on real training im
 record as ``real_data``: the upper limit. If the recipe trains, it gets the whole training split. If it only
 calibrates, it gets as many images as the recipe has impressions.
 
+With ``--also N`` a quarter of each batch is drawn from N images of the training split, as if they were a user's own.
+Such a student is not data-free; its row is ``RECIPE-SCALE-alsoN``.
+
 With ``--table`` nothing is run: the table of what is in ``results/`` is printed.
 """
 
@@ -23,7 +26,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zskd_nni.runtime.files import write_json
+import numpy as np
+import torch
+
+from zskd_nni.data.datasets import load_images
+from zskd_nni.recipes.load import load_recipe
+from zskd_nni.runtime.files import make_folder, write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
@@ -83,6 +91,15 @@ def compress(recipe: str, out: Path, options: list[str]) -> dict[str, Any]:
     subprocess.run([sys.executable, "-m", "zskd_nni", "compress", recipe, "--out", str(out), *options], check=True)
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
+
+
+def own_images(data: str, count: int, seed: int, folder: Path) -> Path:
+    """A file of ``count`` images of the training split, drawn by the seed, without labels: a user's own images."""
+    images = load_images(data, "train").images
+    chosen = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]
+    path = folder / f"{data}-{count}-own-images-seed{seed}.npz"
+    np.savez(path, images=(chosen[:, 0] if chosen.shape[1] == 1 else chosen.permute(0, 2, 3, 1)).numpy())
+    return path
 
 
 def check_same_transfer(report: dict[str, Any]) -> None:
@@ -203,6 +220,7 @@ def main() -> None:
         help="train on the impressions of a finished row: that of the same seed, teacher and settings of transfer",
     )
     parser.add_argument("--scale", help="a scale of the recipes; results/RECIPE-SCALE.json")
+    parser.add_argument("--also", type=int, metavar="N", help="N of a user's own images beside the synthetic ones")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
@@ -216,12 +234,20 @@ def main() -> None:
         options += ["--scale", arguments.scale]
     for recipe in arguments.recipes:
         name = f"{recipe}-{arguments.scale}" if arguments.scale else recipe
+        own = [] if arguments.also is None else ["--set", "controls=[]"]  # those of the row without own images
+        name = name if arguments.also is None else f"{name}-also{arguments.also}"
         path = RESULTS / f"{name}.json"
         records = json.loads(path.read_text()) if path.exists() else []
         for seed in arguments.seeds:
             folder = arguments.runs / f"{name}-seed{seed}"
             images = arguments.images_of and arguments.runs / f"{arguments.images_of}-seed{seed}" / "impressions"
-            record = run(recipe, seed, folder, options, arguments.real_data, images)
+            if arguments.also is not None:
+                data = load_recipe(recipe).recipe.evaluation.data
+                also = own_images(data, arguments.also, seed, make_folder(arguments.runs))
+                own[2:] = ["--set", f"transfer.also={also.resolve()}"]
+            record = run(recipe, seed, folder, [*options, *own], arguments.real_data, images)
+            if arguments.also is not None:
+                record["recipe"]["transfer"]["also"] = f"{arguments.also} images of the training split"
             records = with_record(records, record)
             write_json(path, records)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 import typer
 from typer import Argument, Option
 
+from zskd_nni.runtime.allocator import keep_freed_memory
 from zskd_nni.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class MachineOptions:
         """
         import torch
 
+        keep_freed_memory()
         torch.set_flush_denormal(True)  # denormals slow a CPU by a factor of up to a hundred
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -418,7 +420,7 @@ def train_teacher_command(
 ) -> None:
     """Train one of the zoo's teachers on real data.
 
-    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10 or
+    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, vgg-cifar10 or
     wrn-40-2-cifar10. The shipped teachers were made by it. Beside the baselines of reproduce it
     is the one command that trains on real data. The same command again resumes a training that was stopped, and
     leaves one that is finished in OUT as it is.

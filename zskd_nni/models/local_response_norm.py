@@ -37,9 +37,9 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, window: Tensor, a: float, beta: float, k: float) -> Tensor:
         """``x`` is ``(N, K, H, W)``, ``window`` ``(K, K)``."""
         d = functional.conv2d(x * x, window[:, :, None, None]).mul_(a).add_(k)
-        inverse = d.reciprocal()
-        scale = d.rsqrt_().mul_(inverse.sqrt().sqrt_()) if beta == 0.75 else d.pow_(-beta)
-        ctx.save_for_backward(x, inverse, scale, window)
+        root = d.rsqrt()
+        scale = root.sqrt().mul_(root) if beta == 0.75 else d.pow_(-beta)
+        ctx.save_for_backward(x, root, scale, window)
         ctx.a, ctx.beta = a, beta
         return x * scale
 
@@ -47,9 +47,9 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``x``; the other arguments have none."""
-        x, inverse, scale, window = ctx.saved_tensors
+        x, root, scale, window = ctx.saved_tensors
         scaled = gradient * scale
-        summed = functional.conv2d((scaled * x).mul_(inverse), window.t()[:, :, None, None])
+        summed = functional.conv2d((scaled * x).mul_(root).mul_(root), window.t()[:, :, None, None])
         return scaled.addcmul_(summed, x, value=-2 * ctx.a * ctx.beta), None, None, None, None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from zskd_nni.data.procedural import start_images
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher
+from zskd_nni.runtime.allocator import keep_freed_memory
 from zskd_nni.runtime.distributed import only_writers
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import make_folder, plain
@@ -87,6 +88,7 @@ def synthesize(
         >>> store.images().shape
         torch.Size([12, 1, 8, 8])
     """
+    keep_freed_memory()
     shard_sizes = _shard_sizes(size, settings.shard)
     if not batch_norms(teacher.model):
         settings = dataclasses.replace(settings, batch_statistics=0.0)

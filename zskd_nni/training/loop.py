@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zskd_nni.models.local_response_norm import fast_response_norms
 from zskd_nni.runtime import signals
+from zskd_nni.runtime.allocator import keep_freed_memory
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of, remove_leftovers
 from zskd_nni.runtime.progress import Progress
@@ -260,6 +261,7 @@ class _CheckpointKeeper:
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Within the block the model trains; afterwards it is in ``eval()``."""
+    keep_freed_memory()
     model.train()
     try:
         with fast_response_norms(model):
