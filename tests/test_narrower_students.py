@@ -179,3 +179,21 @@ def test_channels_kept_of_a_student_from_the_teacher_are_counted_as_the_teachers
     pruned = run.students._pruned("student", run.transfer(), train=False)
     theirs = run.teacher.model.get_submodule("conv1").weight[pruned.kept["conv1"]]
     assert torch.equal(pruned.network.get_submodule("conv1").weight, theirs)
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_dropout_rests_only_where_it_is_asked_to(dropout: bool) -> None:
+    class Noted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.drop, self.zeros = small_network(), nn.Dropout(0.9), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.drop(torch.ones(100))
+            self.zeros += int((hidden == 0).sum()) if self.training else 0
+            return self.network(x)
+
+    student = Noted()
+    distill(student, small_teacher(), source(), settings(steps=3, dropout=dropout), quiet=True)
+    assert (student.zeros > 0) is dropout
+    assert student.drop.p == 0.9, "its own again"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +51,8 @@ class DistillationSettings:
         regressors: compare layers of different width, too, each through a linear map of its own that is thrown away
             after the training (FitNets).
         augmentation: what happens to each image; the teacher labels the augmented image.
+        dropout: let the student's dropout layers drop while it is trained, outside trainings under NNI. The teacher's
+            answers regularise already; a fresh student learns faster without.
         repeats: how often each view is shown, outside trainings under NNI. If more than once, the teacher's outputs are
             kept on disk meanwhile, which saves its share of the time (:mod:`zskd_nni.training.views`).
         autocast: run both networks in bfloat16, with losses, weights and optimiser in float32; ``auto``: if the
@@ -75,6 +78,7 @@ class DistillationSettings:
     feature_weight: NotNegative = 1.0
     regressors: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
+    dropout: bool = True
     repeats: Count = 1
     autocast: bool | Literal["auto"] = False
 
@@ -207,7 +211,31 @@ def distill(
     options.setdefault("label", "distillation")
     identity = distillation_identity(teacher, source, settings)
     run = TrainingRun(settings.steps, identity=identity, extra=source, shared=shared, **options)
-    return fit(trained, optimizer, scheduler, loss, run)
+    with nullcontext() if settings.dropout else without_dropout(student):
+        return fit(trained, optimizer, scheduler, loss, run)
+
+
+@contextmanager
+def without_dropout(student: nn.Module) -> Iterator[None]:
+    """Within the block the student's dropout modules pass everything on, also in training mode.
+
+    Example:
+        >>> layer = nn.Dropout(0.5)
+        >>> with without_dropout(layer):
+        ...     layer(torch.ones(3))
+        tensor([1., 1., 1.])
+        >>> layer.p
+        0.5
+    """
+    layers = [module for module in student.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    chances = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for layer, chance in zip(layers, chances, strict=True):
+            layer.p = chance
 
 
 def _check_batches(source: TransferSource, settings: DistillationSettings) -> None:

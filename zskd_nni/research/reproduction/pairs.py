@@ -214,6 +214,7 @@ _COLOUR_STUDENT = DistillationSettings(
     weight_decay=0.01,
     features="auto",
     regressors=True,
+    dropout=False,
     autocast="auto",
     augmentation=Augmentation(
         rotation=8, translation=0.125, scale=(0.8, 1.25), flip=0.5, border="border", cutmix=0.33, mixup=0.33
@@ -230,6 +231,7 @@ def _cifar10_pair(teacher: str, **more: Any) -> Pair:
             "learning_rate": 0.002,
             "weight_decay": 0.0,
             "regressors": False,
+            "dropout": True,
             "autocast": False,
             "augmentation": {"rotation": 0, "translation": 0.1, "scale": (0.9, 1.1), "border": "zeros", **_UNMIXED},
         },
