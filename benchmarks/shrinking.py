@@ -14,19 +14,27 @@ So a channel that is left behind would show in the logits. Parameter counts do n
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
+import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from known_networks import CLONES, KNOWN, LINEAR, alone, build, randomised
 from torch import nn
 
 from zskd_nni.compression.pruning.dependency_config import plan_pruning
-from zskd_nni.compression.pruning.speedup import shrink
+from zskd_nni.compression.pruning.speedup import ShrinkResult, shrink
+from zskd_nni.data.sources import NoiseSource
 from zskd_nni.models.build import build_network
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.onnx_export import onnx_bytes
+from zskd_nni.models.onnx_export import export_onnx, onnx_bytes
+from zskd_nni.models.teacher import Teacher
+from zskd_nni.recipes.compression_config import QuantizationConfig
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import write_atomic
 from zskd_nni.runtime.provenance import provenance
@@ -54,70 +62,102 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "wrn-40-2": ("zoo:wrn", {"depth": 40, "width": 2}, 32),
 }
 
-# Of the families of torchvision and timm, a small one each; by the side of their images. 10 classes.
-FAMILIES: dict[int, tuple[str, ...]] = {
-    64: (
-        "torchvision:resnet18", "torchvision:resnet34", "torchvision:resnet50", "torchvision:wide_resnet50_2",
-        "torchvision:resnext50_32x4d", "torchvision:vgg11", "torchvision:vgg11_bn", "torchvision:vgg16_bn",
-        "torchvision:squeezenet1_0", "torchvision:squeezenet1_1", "torchvision:mobilenet_v2",
-        "torchvision:mobilenet_v3_small", "torchvision:mobilenet_v3_large", "torchvision:mnasnet0_5",
-        "torchvision:mnasnet1_0", "torchvision:shufflenet_v2_x0_5", "torchvision:shufflenet_v2_x1_0",
-        "torchvision:efficientnet_b0", "torchvision:efficientnet_v2_s", "torchvision:regnet_x_400mf",
-        "torchvision:regnet_y_400mf", "torchvision:densenet121", "torchvision:googlenet", "torchvision:convnext_tiny",
-        "torchvision:swin_t", "torchvision:swin_v2_t", "torchvision:alexnet",
-        "timm:resnet10t", "timm:resnet18d", "timm:resnet26", "timm:resnetblur18", "timm:seresnet18", "timm:skresnet18",
-        "timm:ecaresnet26t", "timm:resnest14d", "timm:res2net50_14w_8s", "timm:gernet_s", "timm:repvgg_a0",
-        "timm:mobileone_s0", "timm:mobilenetv1_100", "timm:mobilenetv2_035", "timm:mobilenetv3_small_050",
-        "timm:mobilenetv4_conv_small_035", "timm:tinynet_e", "timm:lcnet_035", "timm:fbnetc_100", "timm:spnasnet_100",
-        "timm:mnasnet_small", "timm:mixnet_s", "timm:semnasnet_075", "timm:efficientnet_b0", "timm:efficientnet_es",
-        "timm:tf_efficientnet_b0", "timm:tf_mobilenetv3_small_075", "timm:ghostnet_050", "timm:ghostnetv2_100",
-        "timm:hardcorenas_a", "timm:regnetx_002", "timm:regnety_002", "timm:regnetz_005", "timm:rexnet_100",
-        "timm:densenet121", "timm:dla34", "timm:dla46_c", "timm:cspresnet50", "timm:cspdarknet53", "timm:darknet17",
-        "timm:vovnet39a", "timm:ese_vovnet19b_dw", "timm:selecsls42", "timm:hgnet_tiny", "timm:hrnet_w18_small",
-        "timm:vgg11", "timm:vgg11_bn", "timm:xception41", "timm:dpn48b", "timm:nf_resnet26", "timm:nf_regnet_b0",
-        "timm:convnext_atto", "timm:convnextv2_atto", "timm:edgenext_xx_small", "timm:fastvit_t8", "timm:starnet_s1",
-        "timm:repghostnet_050", "timm:poolformer_s12", "timm:mobilevit_xxs",
-    ),
-    224: (
-        "torchvision:vit_b_16", "torchvision:maxvit_t", "timm:vit_tiny_patch16_224", "timm:deit_tiny_patch16_224",
-        "timm:resmlp_12_224",
-    ),
-    299: ("torchvision:inception_v3", "timm:inception_v3"),
-}  # fmt: skip
-SIDES = {name: side for side, names in FAMILIES.items() for name in names}
+INT8 = [{"op_types": ["Conv2d", "Linear"], "target_names": ["_input_", "weight"], "quant_dtype": "int8"}]
+WHY_OURS = [
+    "Our channel flow stays, for what it is used for here. It plans masks before anything is removed: NNI's pruners need",
+    "its groups, its reasons for each layer that stays go into the report, and a network is distilled under the masks for",
+    "thousands of steps before it is shrunk. DepGraph removes channels at once. What it removes behind a normalisation",
+    "over channels, or in front of a size that forward has written down, changes the function or fails, and it does not",
+    "compare. Its strength is speed: it follows the graph once, where NNI's `ModelSpeedup` runs every node on random",
+    "images, forwards and backwards.",
+]
+LIMIT = 300.0  # seconds for one network of the second table
 
 
-def measure_family(name: str) -> dict[str, Any]:
-    """Prune and shrink one network of the second table, or say in one sentence why not."""
+def measure_family(name: str, clones: Path | None, with_exports: bool = True) -> dict[str, Any]:
+    """Prune and shrink one network of the second table, and export it; or one sentence why not."""
+    network, side = build(name, clones), KNOWN[name].side
+    spec = InputSpec((3, side, side))
+    row: dict[str, Any] = {"network": name, "side": side, "cpu": True}
+    row["before"] = sum(parameter.numel() for parameter in network.parameters())
+    started = time.process_time()
+    try:
+        result = _shrunken(network, spec, name in LINEAR)
+        row |= {"after": result.parameters_after, "max_logit_difference": result.max_logit_difference}
+        row["seconds"] = round(time.process_time() - started, 1)
+        if with_exports:
+            row |= exports(result.model, spec)
+    except UserError as error:
+        row["why_not"] = getattr(error, "reason", str(error))  # without the advice that is followed here
+        row["seconds"] = round(time.process_time() - started, 1)
+    return row
+
+
+def _shrunken(network: nn.Module, spec: InputSpec, linear: bool) -> ShrinkResult:
     from nni.compression.pruning import L1NormPruner
 
-    torch.manual_seed(SEED)
-    row: dict[str, Any] = {"network": name, "side": SIDES[name]}
-    started = time.monotonic()
-    try:
-        network = randomised(build_network(name, {"num_classes": 10}, None)).eval()
-        images = InputSpec((3, SIDES[name], SIDES[name])).midpoint(2)
-        row["before"] = sum(parameter.numel() for parameter in network.parameters())
-        pruner = L1NormPruner(network, plan_pruning(network, CONFIG, images).config_list)
-        _, masks = pruner.compress()
-        pruner.unwrap_model()
-        result = shrink(network, masks, images)
-        row |= {"after": result.parameters_after, "max_logit_difference": result.max_logit_difference}
-    except UserError as error:
-        row["why_not"] = str(error)
-    return {**row, "seconds": round(time.monotonic() - started, 1), "provenance": provenance("cpu", SEED)}
+    images = spec.midpoint(2)
+    config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}] if linear else CONFIG
+    plan = plan_pruning(network, config, images)
+    pruner = L1NormPruner(network, plan.config_list)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return shrink(network, masks, images, graph=plan.graph)
 
 
-def measure_families(names: list[str], again: bool, record: dict[str, Any]) -> None:
-    """Measure the networks of the second table that are not in the record yet, and write it after each."""
-    rows = {row["network"]: row for row in record.get("families", [])}
-    for name in names or SIDES:
-        if name in rows and not again:
+def exports(network: nn.Module, spec: InputSpec) -> dict[str, Any]:
+    """The differences between onnxruntime and PyTorch, in floating point and in int8, or why there is no file."""
+    from zskd_nni.compression.quantization.qdq_onnx import export_quantized_onnx
+    from zskd_nni.compression.quantization.quantize import quantize
+
+    row: dict[str, Any] = {}
+    images = torch.rand(8, *spec.shape, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "network.onnx"
+        try:
+            row["onnx_difference"] = export_onnx(network, spec, file, images)
+            row["onnx_bytes"] = file.stat().st_size
+        except UserError as error:
+            row["onnx_why_not"] = str(error)
+        try:
+            config = QuantizationConfig(INT8, quantizer="PtqQuantizer", calibration_images=32)
+            quantized = quantize(network, config, Teacher(network, spec), NoiseSource(spec, 16))
+            # Random weights have no clear winners: the difference says more than the classes.
+            written = export_quantized_onnx(quantized, spec, file, images, least_agreement=0.0)
+            row |= {"int8_difference": written.max_logit_difference, "int8_bytes": written.bytes}
+        except UserError as error:
+            row["int8_why_not"] = str(error)
+    return row
+
+
+def is_measured(row: dict[str, Any] | None, with_exports: bool) -> bool:
+    """Whether nothing is missing in a row of the second table."""
+    if row is None:
+        return False
+    exported = any(key in row for key in ("onnx_difference", "onnx_why_not"))
+    return "why_not" in row or exported or not with_exports
+
+
+def measure_families(
+    names: list[str], again: bool, clones: Path | None, limit: float, with_exports: bool = True
+) -> dict[str, Any]:
+    """Measure what the record lacks of the networks of the second table, and write it after each."""
+    for package in ("timm", "transformers", "nni.compression.pruning", "onnxscript"):
+        importlib.import_module(package)  # once, not in every process
+    for name in names or KNOWN:
+        record = json.loads(RESULTS.read_text())  # the other command writes it too
+        rows = {row["network"]: row for row in record.get("families", [])}
+        cloned = name.partition(":")[0] in CLONES
+        if (is_measured(rows.get(name), with_exports) and not again) or (cloned and clones is None):
             continue
-        rows[name] = measure_family(name)
-        print({key: value for key, value in rows[name].items() if key != "provenance"}, flush=True)
-        record["families"] = [rows[each] for each in SIDES if each in rows]
+        work = functools.partial(measure_family, with_exports=with_exports)
+        row = {**alone(work, name, clones, limit), "provenance": provenance("cpu", SEED)}
+        print({key: value for key, value in row.items() if key != "provenance"}, flush=True)
+        record = json.loads(RESULTS.read_text())
+        rows = {row["network"]: row for row in record.get("families", [])} | {name: row}
+        record["families"] = [rows[each] for each in KNOWN if each in rows]
         write_atomic(RESULTS, json.dumps(record, indent=1) + "\n")
+    return json.loads(RESULTS.read_text())
 
 
 def families_section(record: dict[str, Any]) -> list[str]:
@@ -125,22 +165,115 @@ def families_section(record: dict[str, Any]) -> list[str]:
     rows = record.get("families", [])
     if not rows:
         return []
-    shrunk = sum("after" in row for row in rows)
-    lines = [
+    others = {row["network"]: row for row in record.get("depgraph", [])}
+    table = [_family_line(row, others.get(row["network"])) for row in rows]
+    return [
         "## Families",
         "",
-        f"{shrunk} of these {len(rows)} networks are shrunk, with 10 classes and without exports. A name begins with",
-        "the package that has the network. Weights are random, from one seed. The first table's differences are",
-        "relative to each logit (at least 1), which is never less.",
+        *_family_counts(rows),
         "",
-        "| network | image side | parameters | after | logit difference | seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "A name begins with the package or the public repository that has the network. Networks have random weights",
+        "from one seed and 10 classes, or as many as the repository gives them; those of transformers are small ones.",
+        "A + stands for a config that names Linear beside Conv2d: what all the convolutions make is normalised over the",
+        "channels there, so that they stay.",
+        "*Left* is the share of the parameters. The difference is the largest between the logits of the masked and the",
+        "shrunken network, relative to the largest logit. The columns of ONNX are onnxruntime's differences on the",
+        "shrunken network: in floating point from PyTorch, in int8 (`PtqQuantizer`, inputs and weights of convolutions",
+        "and linear layers) from NNI's simulation. A step at which a value is rounded the other way shows there.",
+        "Seconds are those of one CPU core, for planning, pruning, shrinking and checking.",
+        "",
+        "| network | side | parameters | after | left | difference | ONNX | int8 | s "
+        "| DepGraph: left | difference | s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table,
+        "",
+        *_depgraph_section(rows, others),
+        "`python benchmarks/shrinking.py --families --clones CLONES` measures what is missing; the first lines of",
+        "`benchmarks/known_networks.py` say how the clones get into the folder.",
+        "`python benchmarks/depgraph.py --clones CLONES` makes the last columns.",
+        "",
     ]
-    for row in rows:
-        before = f"{row['before']:,}" if "before" in row else "-"
-        figures = f"{row['after']:,} | {row['max_logit_difference']:.1e}" if "after" in row else f"{row['why_not']} | -"
-        lines.append(f"| `{row['network']}` | {row['side']} | {before} | {figures} | {row['seconds']:.0f} |")
-    return [*lines, "", "`python benchmarks/shrinking.py --families` measures what is missing.", ""]
+
+
+def _family_counts(rows: list[dict[str, Any]]) -> list[str]:
+    shrunk = sum("after" in row for row in rows)
+    convolutional = [row for row in rows if KNOWN[row["network"]].convolutional]
+    third = sum(by_a_third(row) for row in convolutional)
+    share = 100 * third / max(1, len(convolutional))
+    return [
+        f"{shrunk} of these {len(rows)} networks are shrunk. {third} of the {len(convolutional)} convolutional ones "
+        f"({share:.0f} %)",
+        "lose a third of their parameters or more. None ends in a traceback or computes something else.",
+    ]
+
+
+def by_a_third(row: dict[str, Any]) -> bool:
+    """Whether a network has lost a third of its parameters or more."""
+    return "after" in row and row["after"] <= 2 / 3 * row["before"]
+
+
+def _family_line(row: dict[str, Any], other: dict[str, Any] | None) -> str:
+    before = f"{row['before']:,}" if "before" in row else "-"
+    linear = " +" if row["network"] in LINEAR else ""
+    cells = [f"`{row['network']}`{linear}", str(row.get("side", "-")), before, *_shrunk_cells(row, row.get("why_not"))]
+    for kind in ("onnx", "int8"):
+        difference, why_not = row.get(f"{kind}_difference"), row.get(f"{kind}_why_not", "-")
+        cells.append(one_line(why_not) if difference is None else f"{difference:.0e}")
+    cells.append(f"{row['seconds']:.0f}")
+    if other is None:
+        cells += ["-"] * 3
+    elif "after" in other:
+        left = 100 * other["after"] / other["before"]
+        cells += [f"{left:.0f} %", _difference(other["max_logit_difference"]), f"{other['seconds']:.1f}"]
+    else:
+        cells += [one_line(other["why_not"]), "-", f"{other['seconds']:.1f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _depgraph_section(rows: list[dict[str, Any]], others: dict[str, dict[str, Any]]) -> list[str]:
+    """What the two columns add up to, and why our channel flow stays."""
+    both = [(row, others[row["network"]]) for row in rows if row["network"] in others]
+    if not both:
+        return []
+    right = [(row, other) for row, other in both if other.get("max_logit_difference", 1.0) <= 1e-4]
+    further = sum("after" not in row or row["after"] > 1.02 * other["after"] for row, other in right)
+    ours = [row for row, _ in both if "after" in row]
+    less = sum(row["after"] * 1.02 < other["after"] for row, other in right if "after" in row)
+    wrong = [other for _, other in both if other.get("max_logit_difference", 0.0) > 1e-4]
+    failed = sum("why_not" in other for _, other in both)
+    seconds = [(row["seconds"], other["seconds"]) for row, other in right if "after" in row and "cpu" in row]
+    quicker = statistics.median(a / max(b, 0.1) for a, b in seconds) if seconds else None
+    return [
+        "### Beside Torch-Pruning's DepGraph",
+        "",
+        f"Of {len(both)} networks that both were given, ours shrinks {len(ours)}, all exactly. DepGraph returns "
+        f"{len(both) - failed} networks;",
+        f"{len(right)} of them compute what is left of the original when the same channels are zero, {len(wrong)} differ "
+        f"by more than 1e-4,",
+        f"and {failed} end in an exception or do not run afterwards. Where both are right, DepGraph's network is smaller "
+        f"in {further} cases,",
+        f"and ours in {less}."
+        + (f" Ours takes {quicker:.0f} times the seconds of DepGraph (median)." if quicker is not None else ""),
+        "",
+        *WHY_OURS,
+        "",
+    ]
+
+
+def _shrunk_cells(row: dict[str, Any], why_not: str | None) -> list[str]:
+    if "after" not in row:
+        return [one_line(why_not or "-"), "-", "-"]
+    left = 100 * row["after"] / row["before"]
+    return [f"{row['after']:,}", f"{left:.0f} %", _difference(row["max_logit_difference"])]
+
+
+def _difference(value: float) -> str:
+    return f"{value:.0e}" if value < 1e6 else "not finite"
+
+
+def one_line(text: str) -> str:
+    """A sentence that a cell of a table can hold."""
+    return " ".join(text.split()).replace("|", "/")
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -170,17 +303,6 @@ def measure(name: str) -> dict[str, Any]:
         "note": result.note,
         "seconds": round(time.monotonic() - started, 1),
     }
-
-
-def randomised(network: nn.Module) -> nn.Module:
-    """Give BatchNorm random statistics, scales and shifts, so that they are not the defaults."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0.0, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0.0, 0.3)
-    return network
 
 
 def document(record: dict[str, Any]) -> str:
@@ -222,10 +344,13 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--families", action="store_true", help="the second table")
+    parser.add_argument("--clones", type=Path, help="the folder of the clones of known_networks.py")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for each network of the second table")
+    parser.add_argument("--without-exports", action="store_true", help="leave ONNX for a later run")
     parser.add_argument("--again", action="store_true", help="also those that are measured already")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    known = SIDES if arguments.families else NETWORKS
+    known = KNOWN if arguments.families else NETWORKS
     unknown = [name for name in arguments.networks if name not in known]
     if unknown:
         parser.error(f"there is no network {unknown[0]} here; there are {', '.join(known)}")
@@ -233,7 +358,9 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"networks": []}
     if arguments.families and not arguments.table:
-        measure_families(arguments.networks, arguments.again, record)
+        record = measure_families(
+            arguments.networks, arguments.again, arguments.clones, arguments.limit, not arguments.without_exports
+        )
     elif not arguments.table:
         rows = {row["network"]: row for row in record["networks"]}
         for name in arguments.networks or NETWORKS:

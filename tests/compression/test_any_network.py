@@ -549,3 +549,126 @@ def test_the_difference_is_relative_to_the_largest_logit() -> None:
     reference = Told(torch.zeros(3))
     for change, expected in ((torch.tensor([0.0, 0.0, 1.9e-4]), 1.9e-4 / 150), (torch.tensor([3.0, 0.0, 0.0]), 0.02)):
         assert compare(reference, Told(change), (IMAGES,))[0] == pytest.approx(expected, rel=0.1)
+
+
+# Channels that move to another dimension, branches in a stack, parts of tensors, compiled functions.
+
+
+@torch.jit.script
+def compiled_swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+@torch.jit.script
+def compiled_branch(x: Tensor) -> Tensor:
+    if float(x.sum()) > 1e9:
+        return x
+    return x * 2
+
+
+def edges_halved(net: Any, x: Tensor) -> Tensor:
+    inner = x[:, :, 2:]
+    inner[:, :, :3] = 0
+    x[..., :1].mul_(0.5)
+    return x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda net, x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        lambda net, x: x.flatten(2).transpose(1, 2).tanh().movedim(2, 1).reshape(x.shape),
+        lambda net, x: sum(x.unbind(2)).unsqueeze(3),
+        lambda net, x: torch.cat([part * 2 for part in x.chunk(2, dim=2)], 2),
+        lambda net, x: torch.stack([x, x.tanh()], dim=1).sum(1),
+        lambda net, x: torch.stack([x, x.tanh()], 4).amax(-1),
+        lambda net, x: x[..., 1:-1],
+        lambda net, x: x[..., 0, :].unsqueeze(2),
+        lambda net, x: compiled_swish(x),
+        lambda net, x: x * torch.softmax(x.flatten(2), 2).view(x.shape),
+    ],
+)
+def test_channels_are_followed_where_they_move(body: Callable[..., Tensor]) -> None:
+    result = half(Net(body))
+    assert (widths(result)["a"], widths(result)["b"]) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        edges_halved,
+        lambda net, x: x[:, :12] if x[:, :12].mul_(0.5) is None else x,
+        lambda net, x: compiled_branch(x),
+        lambda net, x: torch.stack([x, x], 0)[1],
+        lambda net, x: torch.softmax(x, 1),
+        lambda net, x: x[..., ::2, :, :].repeat(1, 2, 1, 1),
+        lambda net, x: functional.layer_norm(x.permute(0, 2, 3, 1), (16,)).permute(0, 3, 1, 2),
+    ],
+)
+def test_what_cannot_be_followed_stays_and_is_computed_right(body: Callable[..., Tensor]) -> None:
+    result = half(Net(body))
+    assert (widths(result)["a"], widths(result)["b"]) == (16, 8)
+
+
+class Selective(nn.Module):
+    """Two branches, weighted channel by channel; one convolution makes the weights of both."""
+
+    def __init__(self, cut: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Conv2d(16, 16, size, padding=size // 2) for size in (1, 3))
+        self.narrow, self.select, self.cut = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 32, 1), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([functional.relu(path(x)) for path in self.paths], dim=1)
+        weights = self.select(functional.relu(self.narrow(x.sum(1).mean((2, 3), keepdim=True))))
+        return (x * torch.softmax(self.cut(weights, len(self.paths)), dim=1)).sum(dim=1)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda w, count: w.view(w.size(0), count, w.shape[1] // count, 1, 1),
+        lambda w, count: w.reshape((w.shape[0], count, -1, 1, 1)),
+    ],
+)
+def test_weights_of_branches_go_with_their_channels(cut: Callable[[Tensor, int], Tensor]) -> None:
+    network = Net(lambda net, x: net.selective(x), selective=Selective(cut))
+    sizes = widths(half(network))
+    assert (sizes["selective.paths.0"], sizes["selective.paths.1"], sizes["selective.select"]) == (8, 8, 16)
+    assert "go with them" in plan_of(network).left_out["selective.select"]
+
+
+def test_flattened_by_the_size_of_one_image() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 16, 3, stride=4), nn.Linear(256, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.fc(x.view(x.size(0), x[0].numel()))
+
+    assert widths(half(Flat())) == {"conv": 8, "fc": 5}
+
+
+class NormsOverChannels(nn.Module):
+    """A block of ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.norm, self.wide, self.narrow = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.narrow(functional.gelu(self.wide(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))))
+        return self.fc((x + y.permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+def test_channels_that_are_normalised_together_stay_and_the_advice_can_be_followed() -> None:
+    with pytest.raises(UserError, match=r"norm, whose mean and variance are over all of them; .* Linear"):
+        plan_of(NormsOverChannels())
+    linear = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["fc"], "sparse_ratio": 0.5}]
+    sizes = widths(half(NormsOverChannels(), linear))
+    assert (sizes["stem"], sizes["wide"], sizes["narrow"]) == (16, 32, 16)

@@ -195,6 +195,7 @@ class Recorder(TorchFunctionMode):
         self.own_layers: dict[str, nn.Module] = {}
         self.constants: dict[str, Tensor] = {}
         self.nodes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of which tensor, at which index
         self.inside = 0  # of layers that are recorded as one
         self.running: list[nn.Module] = []
         self.paths = {module: path for path, module in model.named_modules()}
@@ -313,6 +314,7 @@ class Recorder(TorchFunctionMode):
             node = self.call(assigned, args)
             func(*plain_args)
             self.nodes[first] = node
+            self.write_back(first)
             return None
         own = self.own_layer(name, args, kwargs)
         if own is not None:
@@ -327,7 +329,18 @@ class Recorder(TorchFunctionMode):
             kind, target, swapped = _target(func, name)
             depends = name not in _ONLY_THE_SHAPE and _depend((given, named))
             self.remember(self.add(kind, target, given[::-1] if swapped else given, named, depends), result)
+            if result is first:
+                self.write_back(result)
+            elif name == "__getitem__" and first is not None and isinstance(result, Tensor) and result._is_view():
+                self.views[result] = (first, args[1])
         return result
+
+    def write_back(self, tensor: Tensor) -> None:
+        """A part of a tensor that is changed in place changes the tensor."""
+        while (view := self.views.get(tensor)) is not None:
+            whole, index = view
+            self.nodes[whole] = self.call(assigned, (whole, index, tensor))
+            tensor = whole
 
     def depends(self, tensor: Tensor) -> bool:
         """Whether the value of a tensor depends on the input."""
@@ -398,7 +411,19 @@ class Recorder(TorchFunctionMode):
         finally:
             self.inside -= 1
         self.remember(self.add("call_module", path, *arguments, _depend(arguments)), result)
+        if args and result is args[0]:
+            self.write_back(result)
         return result
+
+    def script(self, call: Callable[..., Any], function: Any, args: Any, kwargs: Any) -> Any:
+        """Run a compiled function as the Python that it was compiled from; as one node where that asks for values."""
+        source = getattr(function, "_torchdynamo_inline", None)
+        if source is not None and not self.inside:
+            try:
+                return source(*args, **kwargs)
+            except ValueNeededError:
+                pass
+        return self.function(_Named(function.name, lambda *a, **k: call(function, *a, **k)), args, kwargs)
 
     def function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a function as one node, such as one that ``torch.fx.wrap`` names."""
@@ -447,13 +472,17 @@ def record(model: nn.Module, arguments: Mapping[str, Any]) -> Recorder:
 def _patched(recorder: Recorder) -> Iterator[None]:
     """Calls of modules, of functions that are recorded as one, and ``len`` of a tensor go to the recorder."""
     call, length = nn.Module.__call__, builtins.len
+    script_call = torch.jit.ScriptFunction.__call__
     apply = torch.autograd.Function.__dict__["apply"]  # not yet bound: bound to Function it serves no subclass
 
     def module_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder.module(call, self, args, kwargs)
 
     def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return recorder.function(_Application(cls, apply.__get__(None, cls)), args, kwargs)
+        return recorder.function(_Named(cls.__name__, apply.__get__(None, cls)), args, kwargs)
+
+    def script_function_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return recorder.script(script_call, self, args, kwargs)
 
     def length_of(value: Any) -> int:
         if isinstance(value, Tensor) and not recorder.inside and value.dim() and value in recorder.nodes:
@@ -471,10 +500,12 @@ def _patched(recorder: Recorder) -> Iterator[None]:
             frame[name] = wrapped(function)
         nn.Module.__call__ = module_call  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(function_apply)
+        torch.jit.ScriptFunction.__call__ = script_function_call
         builtins.len = length_of
         yield
     finally:
         builtins.len = length
+        torch.jit.ScriptFunction.__call__ = script_call
         torch.autograd.Function.apply = apply
         nn.Module.__call__ = call  # type: ignore[method-assign]
         for frame, name, function in before:
@@ -553,12 +584,12 @@ class _Attribute:
         return getattr(tensor, self.name)
 
 
-class _Application:
-    """``apply`` of an autograd function of the user's, under a name that a graph can print."""
+class _Named:
+    """``apply`` of an autograd function of the user's, or a compiled function, under a name that a graph can print."""
 
-    def __init__(self, kind: type, apply: Callable[..., Any]) -> None:
+    def __init__(self, name: str, apply: Callable[..., Any]) -> None:
         self.apply = apply
-        self.__name__ = self.__qualname__ = kind.__name__
+        self.__name__ = self.__qualname__ = name
         self.__module__ = __name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -23,8 +23,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from zskd_nni.compression.fx_trace import fixed_dims, node_shape, own_layers, unread_nodes
+from zskd_nni.compression.pruning.moved_dims import PERMUTATIONS, dropped, indexed, permuted
 
 Labels = np.ndarray
+_Shape = tuple[int, ...]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -61,6 +63,7 @@ _PRODUCTS = {"mul", "mul_", "imul", "multiply"}
 _QUOTIENTS = {"div", "div_", "truediv", "itruediv", "divide"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin"}
 _CONCATENATIONS = {"cat", "concat", "concatenate"}
+_PARTS = {"chunk", "split", "unbind", "tensor_split"}
 _QUESTIONS = {"size", "dim", "numel", "ndimension", "getattr", "len", "is_floating_point"}
 
 
@@ -152,6 +155,7 @@ class _Analysis:
         self.flows: dict[Node, Flow] = {}
         self.raw = ChannelFlow()  # with labels that are not yet replaced by those they are tied to
         self.gate_labels: set[int] = set()
+        self.read_labels: set[int] = set()  # by anything but a product
         self.grouped: list[tuple[str, Labels, int]] = []
         self.entering: dict[str, Labels] = {}  # of each layer that is called
         self.own_layers = own_layers(graph_module)
@@ -182,6 +186,7 @@ class _Analysis:
         """Freeze all channels that the node reads; its own output has none."""
         for flow in self.inputs(node):
             self.raw.freeze(flow.labels, reason)
+            self.read_labels.update(flow.labels.tolist())
         return None
 
     # ---- the graph, node by node
@@ -251,8 +256,10 @@ class _Analysis:
         return [self.flows[read] for read in node.all_input_nodes if read in self.flows]
 
     def note_raw(self, flow: Flow | None) -> None:
-        if flow is not None and flow.raw:
-            self.raw.read_raw.update(flow.labels.tolist())
+        if flow is not None:
+            self.read_labels.update(flow.labels.tolist())
+            if flow.raw:
+                self.raw.read_raw.update(flow.labels.tolist())
 
     def kept(self, node: Node, flow: Flow, constant: bool | None = None, tensor: Node | None = None) -> Flow | None:
         """The same channels in the node's output, if they are in the same dimension there as in ``tensor``.
@@ -306,6 +313,10 @@ class _Analysis:
         if exact is nn.LocalResponseNorm and flow.dim == 1 and not flow.constant:
             self.note_raw(flow)
             return self.kept(node, flow)
+        if exact is nn.Softmax:
+            return self.softmax(node, flow, module.dim)
+        if exact is nn.LayerNorm:
+            return self.layer_norm(node, flow, module.normalized_shape)
         if exact is nn.Flatten:
             return self.flatten(node, flow, module.start_dim, module.end_dim)
         return self.stop(node, f"they enter {name}, and a {exact.__name__} cannot lose channels")
@@ -379,6 +390,8 @@ class _Analysis:
             return None
         if name in _CONCATENATIONS:
             return self.concatenation(node)
+        if name == "stack":
+            return self.stack(node)
         if name in _ADDITIONS | _PRODUCTS | _QUOTIENTS:
             return self.arithmetic(node, name)
         if name == "expand_as" and len(node.all_input_nodes) == 2:
@@ -402,6 +415,14 @@ class _Analysis:
             return self.flatten(node, flow, _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
         if name in ("view", "reshape"):
             return self.view(node, flow)
+        if name in PERMUTATIONS:
+            return self.moved(node, flow, permuted(node, name, flow.dim))
+        if name in _PARTS:
+            return self.parts(node, flow, name)
+        if name in ("softmax", "log_softmax"):
+            return self.softmax(node, flow, _argument(node, 1, "dim", None))
+        if name == "layer_norm":
+            return self.layer_norm(node, flow, _argument(node, 1, "normalized_shape", ()))
         if name in ("expand", "broadcast_to", "repeat"):
             return self.expand(node, flow, name)
         if name == "getitem":
@@ -434,6 +455,9 @@ class _Analysis:
         if not isinstance(parts, tuple | list) or shape is None or not isinstance(dim, int):
             return self.stop(node, f"they pass `{_label(node)}`")
         dim %= len(shape)
+        known = [self.flows[part] for part in parts if part in self.flows]
+        if len(known) == len(parts) and dim not in (0, known[0].dim) and self.tied_parts(known):
+            return replace(known[0], constant=any(flow.constant for flow in known), raw=any(flow.raw for flow in known))
         flows = []
         for part in parts:
             flow, part_shape = self.flows.get(part), node_shape(part)
@@ -443,6 +467,8 @@ class _Analysis:
             if flow is None or flow.dim != dim:
                 return self.stop(node, f"they pass `{_label(node)}` along another dimension")
             flows.append(flow)
+        for flow in flows:
+            self.read_labels.update(flow.labels.tolist())
         constant, raw = any(flow.constant for flow in flows), any(flow.raw for flow in flows)
         return Flow(dim, np.concatenate([flow.labels for flow in flows]), constant, raw)
 
@@ -472,6 +498,7 @@ class _Analysis:
             return wide
         self.tie(first.labels, second.labels)
         if name in _ADDITIONS:
+            self.read_labels.update(first.labels.tolist(), second.labels.tolist())
             return Flow(first.dim, first.labels, first.constant or second.constant, first.raw or second.raw)
         if first.constant != second.constant:
             self.gate_labels.update((first if first.constant else second).labels.tolist())
@@ -483,25 +510,108 @@ class _Analysis:
         shape = node_shape(node)
         return shape is not None and (node in self.flows or math.prod(shape) != 1)
 
+    def moved(self, node: Node, flow: Flow, dim: int | None) -> Flow | None:
+        """The same channels in another dimension."""
+        if dim is None:
+            return self.stop(node, f"they pass `{_label(node)}`, which moves the batch or picks some of them")
+        return replace(flow, dim=dim)
+
     def reduction(self, node: Node, flow: Flow) -> Flow | None:
-        shape, dims = node_shape(_first(node)), _argument(node, 1, "dim", None)
-        dims = (dims,) if isinstance(dims, int) else dims
-        known = shape is not None and isinstance(dims, tuple | list) and all(isinstance(dim, int) for dim in dims)
-        if not known or any(dim % len(shape or ()) <= flow.dim for dim in dims):
+        rank, dims = len(node_shape(_first(node)) or ()), _argument(node, 1, "dim", None)
+        keep = len(node_shape(node) or ()) == rank
+        dim = dropped(dims, rank, flow.dim, keep)
+        if dim is None:
             return self.stop(node, f"they are averaged away by `{_label(node)}`")
-        return self.kept(node, flow)
+        return replace(flow, dim=dim)
+
+    def softmax(self, node: Node, flow: Flow, dim: Any) -> Flow | None:
+        """Along another dimension, where a removed channel becomes a constant."""
+        if not isinstance(dim, int) or dim % len(node_shape(node) or ()) == flow.dim:
+            return self.stop(node, f"they pass `{_label(node)}`, which makes each depend on all the others")
+        return replace(flow, constant=True)
+
+    def layer_norm(self, node: Node, flow: Flow, normalized: Any) -> Flow | None:
+        """Over other dimensions only: the mean of all channels would change with their number."""
+        return self.stop(
+            node,
+            f"they enter {_label(node)}, whose mean and variance are over all of them; only layers that do not, such "
+            f"as the first Linear of each block, can lose channels",
+        )
+
+    def stack(self, node: Node) -> Flow | None:
+        """Tensors along a new dimension: all must lose the same channels."""
+        parts = node.args[0] if node.args else node.kwargs.get("tensors")
+        dim, rank = _argument(node, 1, "dim", 0), len(node_shape(node) or ())
+        flows = [self.flows.get(part) for part in parts] if isinstance(parts, tuple | list) else [None]
+        known = [flow for flow in flows if flow is not None]
+        followed = len(known) == len(flows) and isinstance(dim, int) and dim % rank != 0
+        if not followed or not self.tied_parts(known):
+            return self.stop(node, f"they pass `{_label(node)}` with tensors whose channels stay")
+        constant, raw = any(flow.constant for flow in known), any(flow.raw for flow in known)
+        return Flow(known[0].dim + (dim % rank <= known[0].dim), known[0].labels, constant, raw)
+
+    def tied_parts(self, flows: list[Flow]) -> bool:
+        """Tie the channels of tensors that are put beside one another; False where they are laid out differently."""
+        first = flows[0]
+        if any(flow.dim != first.dim or len(flow.labels) != len(first.labels) for flow in flows):
+            return False
+        for flow in flows:
+            self.tie(first.labels, flow.labels)
+            self.read_labels.update(flow.labels.tolist())
+        return True
+
+    def parts(self, node: Node, flow: Flow, name: str) -> Flow | None:
+        """Parts along another dimension; the flow is that of each part."""
+        rank = len(node_shape(_first(node)) or ())
+        dim = _argument(node, 1, "dim", 0) if name == "unbind" else _argument(node, 2, "dim", 0)
+        if not isinstance(dim, int) or dim % rank in (0, flow.dim):
+            return self.stop(node, f"they pass `{_label(node)}`, which picks some of them")
+        return replace(flow, dim=flow.dim - (name == "unbind" and dim % rank < flow.dim))
 
     def view(self, node: Node, flow: Flow) -> Flow | None:
+        """Channels that stay a dimension, are cut into rows of equal length, or are merged with other dimensions."""
         sizes: Any = _sizes(node)
-        before, after = node_shape(_first(node)), node_shape(node)
-        if flow.dim == 1 and before is not None and after is not None and len(sizes) == len(after) >= 2:
-            counted = self.counts_channels(sizes[1], flow)
-            whole = after[1] == math.prod(before[1:]) and (sizes[1] == -1 or counted)
-            if len(sizes) == 2 and whole and after[0] == before[0]:
-                return replace(flow, labels=np.repeat(flow.labels, math.prod(before[2:])))
-            if counted and after[:2] == before[:2]:
-                return flow
+        before, after = node_shape(_first(node)) or (), node_shape(node) or ()
+        if len(sizes) == len(after) and before[:1] == after[:1]:
+            for way in (self.unmoved, self.rows, self.merged):
+                for place in range(1, len(after)):
+                    if (seen := way(sizes, before, after, place, flow)) is not None:
+                        return seen
         return self.stop(node, f"they pass `{_label(node)}`, which regroups them or names their number")
+
+    def unmoved(self, sizes: Any, before: _Shape, after: _Shape, place: int, flow: Flow) -> Flow | None:
+        """``(N, ..., channels, ...)`` with other sizes around them."""
+        same = after[place] == before[flow.dim] and math.prod(after[:place]) == math.prod(before[: flow.dim])
+        return replace(flow, dim=place) if same and self.is_counted(sizes[place], flow) else None
+
+    def rows(self, sizes: Any, before: _Shape, after: _Shape, place: int, flow: Flow) -> Flow | None:
+        """``(N, rows * channels, ...)`` as ``(N, rows, channels, ...)``: all rows lose the same channels."""
+        count = after[place]
+        if math.prod(after[:place]) != math.prod(before[: flow.dim]) or count == 1 or isinstance(sizes[place], Node):
+            return None
+        if place + 1 >= len(after) or count * after[place + 1] != len(flow.labels) or sizes[place] == -1:
+            return None
+        if not self.is_counted(sizes[place + 1], flow):
+            return None
+        rows = flow.labels.reshape(count, -1)
+        for row in rows[1:]:
+            self.tie(rows[0], row)
+        return replace(flow, dim=place + 1, labels=rows[0])
+
+    def merged(self, sizes: Any, before: _Shape, after: _Shape, place: int, flow: Flow) -> Flow | None:
+        """``(N, a, channels, b, ...)`` as ``(N, a * channels * b, ...)``."""
+        front = math.prod(after[:place])
+        for start in range(1, flow.dim + 1):
+            for end in range(flow.dim, len(before)):
+                same = math.prod(before[:start]) == front and math.prod(before[start : end + 1]) == after[place]
+                if same and self.is_counted(sizes[place], flow):
+                    labels = np.repeat(flow.labels, math.prod(before[flow.dim + 1 : end + 1]))
+                    return replace(flow, dim=place, labels=np.tile(labels, math.prod(before[start : flow.dim])))
+        return None
+
+    def is_counted(self, size: Any, flow: Flow) -> bool:
+        """Whether a size of a view follows the number of channels."""
+        return (isinstance(size, int) and size == -1) or self.counts_channels(size, flow)
 
     def counts_channels(self, size: Any, flow: Flow) -> bool:
         """Whether a size is computed from the number of these channels, so that it shrinks with them.
@@ -521,25 +631,38 @@ class _Analysis:
         return any(self.counts_channels(each, flow) for each in size.all_input_nodes)
 
     def getitem(self, node: Node, flow: Flow) -> Flow | None:
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        ranges = all(
-            entry is None or isinstance(entry, slice) or (isinstance(entry, Node) and entry.target is slice)
-            for entry in index
-        )
-        if ranges and all(entry == slice(None) for entry in index[: flow.dim + 1]):
-            return self.kept(node, flow)
-        return self.stop(node, f"they pass `{_label(node)}`, which picks some of them")
+        shape = node_shape(_first(node))
+        if shape is None:  # one of several parts
+            return flow
+        if isinstance(node.args[1], int) and all(_name(reader) in _QUESTIONS for reader in node.users):
+            return replace(flow, dim=flow.dim - 1)  # of one image, only to ask how large it is
+        return self.moved(node, flow, indexed(node.args[1], len(shape), flow.dim))
 
     # ---- the result
 
+    def layers_that_follow_their_products(self) -> dict[str, str]:
+        """Gates of several branches, by name with the reason.
+
+        Several outputs of such a layer scale the same channel, each in another branch. No mask of NNI's fits that, and
+        none is needed: where the channel is zero, ``ModelSpeedup`` finds that nothing depends on these outputs.
+        """
+        found = {}
+        gates = {self.find(label) for label in self.gate_labels}
+        for name, raw in self.raw.sources.items():
+            labels = self.roots(raw).tolist()
+            if set(labels) <= gates and self.read_labels.isdisjoint(raw.tolist()) and len(set(labels)) < len(labels):
+                found[name] = "its outputs only scale channels of other layers, and go with them"
+        return found
+
     def settle(self) -> ChannelFlow:
         """Replace tied labels by one of them, and freeze the layers that share only some of their channels."""
+        followers = self.layers_that_follow_their_products()
         flow = ChannelFlow(
-            {name: self.roots(labels) for name, labels in self.raw.sources.items()},
+            {name: self.roots(labels) for name, labels in self.raw.sources.items() if name not in followers},
             {name: self.roots(labels) for name, labels in self.raw.followers.items()},
             gates={name for name, labels in self.raw.sources.items() if self.gate_labels & set(labels.tolist())},
             read_raw={self.find(label) for label in self.raw.read_raw},
-            unfollowed=self.raw.unfollowed,
+            unfollowed=self.raw.unfollowed | followers,
         )
         for label, reason in self.raw.frozen.items():
             flow.frozen.setdefault(self.find(label), reason)
