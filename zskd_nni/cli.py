@@ -200,6 +200,9 @@ def compress(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Check everything and measure the teacher, in seconds; write nothing.")
     ] = False,
+    impressions: Annotated[
+        Path | None, Option(help="The impressions of another run or of synthesize, instead of making them.")
+    ] = None,
 ) -> None:
     """Run a whole recipe, from its teacher to its report.
 
@@ -209,7 +212,7 @@ def compress(
     if dry_run:
         _try_out(options.load(), options)
         return
-    _work_through(options.load(), options)
+    _work_through(options.load(), options, impressions)
     out = options.out
     _echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
 
