@@ -205,6 +205,8 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
     if cell.method not in SOURCES:
         return None
     given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in cell.options.items()}
+    if cell.method == "ats":
+        given = {**pair.ats, **given}
     if cell.method in IMPRESSIONS:
         smaller = {**scale.synthesis.get("", {}), **scale.synthesis.get(cell.preset, {})}
         given["synthesis"] = {**smaller, **given.get("synthesis", {})}

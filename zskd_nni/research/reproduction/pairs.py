@@ -43,12 +43,12 @@ _LENET_SELECTED_ON = {
 }
 _NOT_SELECTED = "not chosen yet"
 _COLOUR_SELECTED_ON = {
-    "": "the last 5,000 training images of CIFAR-10, with an AlexNet that was trained on the other 45,000, as far as "
-    f"the images go; how the student is trained is {_NOT_SELECTED}",
+    "": "the last 5,000 training images of CIFAR-10, with an AlexNet that was trained on the other 45,000",
     "zskt-best": f"{_NOT_SELECTED}; the settings are those of Fashion-MNIST",
     "paper": f"the paper's settings; what it leaves open is {_NOT_SELECTED}",
     "author-code": f"the released code's settings; what it leaves open is {_NOT_SELECTED}",
-    "ats": f"our reading of a paper whose settings are not known; the student's recipe is {_NOT_SELECTED}",
+    "ats": "our reading of a paper whose settings are not known; the student's recipe on the last 5,000 training "
+    "images of CIFAR-10",
     "kd-at": "the settings of ZSKT's released code",
 }
 
@@ -109,6 +109,7 @@ class Pair:
         training_images: size of the whole training split; sizes given as a fraction refer to it.
         zskt: changes to a ZSKT preset at every scale, by preset.
         sts: changes to STS's targets.
+        ats: changes to ATS's settings.
         kd_at: changes to KD+AT's settings.
         published_student: changes to the student's recipe for the presets of :data:`PUBLISHED_STUDENT`; those of its
             augmentation are changes to the pair's.
@@ -124,6 +125,7 @@ class Pair:
     training_images: int
     zskt: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sts: Mapping[str, Any] = field(default_factory=dict)
+    ats: Mapping[str, Any] = field(default_factory=dict)
     kd_at: Mapping[str, Any] = field(default_factory=dict)
     published_student: Mapping[str, Any] = field(default_factory=dict)
     selected_on: Mapping[str, str] = field(default_factory=dict)
@@ -238,6 +240,7 @@ def _cifar10_pair(teacher: str, **more: Any) -> Pair:
         unrelated="cifar100",
         training_images=50000,
         sts={"sigma": 2.0, "activation_weight": 0.1},
+        ats={"sources": ("leaves",)},
         selected_on=_COLOUR_SELECTED_ON,
         **more,
     )

@@ -158,6 +158,8 @@ def _balance(pair: str) -> list[Cell]:
         "synthetic": "mixed",
         "natural": PAIRS[pair].unrelated,
     }
+    if PAIRS[pair].recipe.spec.shape[0] == 3:
+        sources["leaves"] = "leaves"
     logits = {"features": "none", "temperature": 20.0}
     return [
         _cell(pair, "ats", preset, name + variant, options={"sources": (source,)}, student=student)
