@@ -16,7 +16,7 @@ import importlib
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from known_networks import CLONES, KNOWN, alone, build
 from shrinking import DOCUMENT, RESULTS, document
 from torch import Tensor, nn
 
+from zskd_nni.compression.pruning import channel_flow
 from zskd_nni.compression.pruning.speedup import compare
 from zskd_nni.models.teacher import first_tensor
 from zskd_nni.runtime.files import write_atomic
@@ -95,10 +96,28 @@ def measure(name: str, clones: Path | None) -> dict[str, Any]:
     return row
 
 
-def lines_of_code(folder: Path, only: Callable[[Path], bool] = lambda _: True) -> int:
+# What finds the channels that belong together, and what removes them.
+OUR_FLOW = ("channel_flow.py", "moved_dims.py", "dependency_config.py")
+OUR_REMOVAL = ("speedup.py", "nni_speedup.py", "mask_updaters.py", "constant_folding.py")
+
+
+def lines_of_code() -> dict[str, int]:
     """Lines of Python with anything on them but comments."""
-    lines = [line.strip() for file in folder.rglob("*.py") if only(file) for line in file.read_text().splitlines()]
-    return sum(bool(line) and not line.startswith("#") for line in lines)
+    theirs = Path(importlib.import_module("torch_pruning").__file__ or "").parent
+    ours = Path(channel_flow.__file__).parent
+
+    def count(files: Iterable[Path]) -> int:
+        lines = [line.strip() for file in files for line in file.read_text().splitlines()]
+        return sum(bool(line) and not line.startswith("#") for line in lines)
+
+    return {
+        "our flow and plan": count(ours / name for name in OUR_FLOW),
+        "our removal and check": count(ours / name for name in OUR_REMOVAL),
+        "DepGraph": count([*(theirs / "dependency").glob("*.py"), theirs / "ops.py"]),
+        "its removal and pruner": count(
+            [theirs / "pruner" / "function.py", theirs / "pruner" / "algorithms" / "base_pruner.py"]
+        ),
+    }
 
 
 def main() -> None:
@@ -123,6 +142,8 @@ def main() -> None:
         record = json.loads(RESULTS.read_text())  # the other command writes it too
         record["depgraph"] = [rows[each] for each in KNOWN if each in rows]
         write_atomic(RESULTS, json.dumps(record, indent=1) + "\n")
+    record["lines_of_code"] = lines_of_code()
+    write_atomic(RESULTS, json.dumps(record, indent=1) + "\n")
     write_atomic(DOCUMENT, document(record))
 
 

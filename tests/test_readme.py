@@ -55,7 +55,8 @@ def test_results_have_three_seeds_controls_and_provenance(path):
         assert record["accuracy"]["student"] is not None
 
 
-def test_the_table_of_shrunken_networks_is_that_of_its_result_file():
+def test_the_table_of_shrunken_networks_is_that_of_its_result_file(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # where one imports another
     script = benchmark_script("shrinking")
     record = json.loads(script.RESULTS.read_text())
     assert [row["network"] for row in record["networks"]] == list(script.NETWORKS)
@@ -65,6 +66,12 @@ def test_the_table_of_shrunken_networks_is_that_of_its_result_file():
         assert row["parameters"]["after"] < 0.6 * row["parameters"]["before"]
         assert row["onnx_bytes"]["after"] < 0.6 * row["onnx_bytes"]["before"]
         assert row["provenance"]["commit"] and not row["provenance"]["commit"].endswith("+changes")
+    shrunk = [row for row in record["families"] if "after" in row]
+    assert len(shrunk) >= 0.9 * len(record["families"])
+    for row in shrunk:
+        assert row["max_logit_difference"] < 1e-4, row["network"]
+    for row in record["families"]:
+        assert "traceback" not in row, row["network"]
 
 
 def example_of(page):

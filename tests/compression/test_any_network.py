@@ -599,7 +599,6 @@ def test_channels_are_followed_where_they_move(body: Callable[..., Tensor]) -> N
         edges_halved,
         lambda net, x: x[:, :12] if x[:, :12].mul_(0.5) is None else x,
         lambda net, x: compiled_branch(x),
-        lambda net, x: torch.stack([x, x], 0)[1],
         lambda net, x: torch.softmax(x, 1),
         lambda net, x: x[..., ::2, :, :].repeat(1, 2, 1, 1),
         lambda net, x: functional.layer_norm(x.permute(0, 2, 3, 1), (16,)).permute(0, 3, 1, 2),

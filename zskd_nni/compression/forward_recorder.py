@@ -329,8 +329,8 @@ class Recorder(TorchFunctionMode):
             kind, target, swapped = _target(func, name)
             depends = name not in _ONLY_THE_SHAPE and _depend((given, named))
             self.remember(self.add(kind, target, given[::-1] if swapped else given, named, depends), result)
-            if result is first:
-                self.write_back(result)
+            if first is not None and result is first:
+                self.write_back(first)
             elif name == "__getitem__" and first is not None and isinstance(result, Tensor) and result._is_view():
                 self.views[result] = (first, args[1])
         return result
@@ -500,12 +500,12 @@ def _patched(recorder: Recorder) -> Iterator[None]:
             frame[name] = wrapped(function)
         nn.Module.__call__ = module_call  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(function_apply)
-        torch.jit.ScriptFunction.__call__ = script_function_call
+        torch.jit.ScriptFunction.__call__ = script_function_call  # type: ignore[method-assign]
         builtins.len = length_of
         yield
     finally:
         builtins.len = length
-        torch.jit.ScriptFunction.__call__ = script_call
+        torch.jit.ScriptFunction.__call__ = script_call  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
         nn.Module.__call__ = call  # type: ignore[method-assign]
         for frame, name, function in before:

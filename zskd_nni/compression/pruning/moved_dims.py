@@ -33,7 +33,7 @@ def permuted(node: Node, name: str, dim: int) -> int | None:
 def _order(node: Node, name: str) -> list[int] | None:
     """Which dimension of the input each dimension of the output was."""
     dims = list(range(len(node_shape(node.all_input_nodes[0]) or ())))
-    given = [*node.args[1:], *node.kwargs.values()]
+    given: list[Any] = [*node.args[1:], *node.kwargs.values()]
     if name == "permute":
         order = list(given[0]) if given and isinstance(given[0], tuple | list) else given
         return [dims[each] for each in order] if all(isinstance(each, int) for each in order) else None
@@ -43,7 +43,7 @@ def _order(node: Node, name: str) -> list[int] | None:
         given = [-1, -2]
     if len(given) != 2 or not all(isinstance(each, int) for each in given):
         return None
-    first, second = (dims[each] for each in given)  # type: ignore[index]
+    first, second = (dims[each] for each in given)
     if name in ("movedim", "moveaxis"):
         dims.remove(first)
         dims.insert(second, first)
