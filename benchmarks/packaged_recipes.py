@@ -35,7 +35,7 @@ from zskd_nni.runtime.files import make_folder, write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
-OTHERS = ("shrinking", "bench-", "colour-parts")  # what results of other benchmarks begin with
+OTHERS = ("shrinking", "bench-", "colour-parts", "rivals-")  # what results of other benchmarks begin with
 KEPT = (
     "name",
     "accuracy",

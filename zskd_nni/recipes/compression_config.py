@@ -106,6 +106,10 @@ class QuantizationConfig:
         calibration_images: number of images from which the ranges are read.
         fused: prune, quantize and distil in one training instead of one after the other. For recipes and
             :func:`~zskd_nni.compression.quantization.stage.compress_in_one_training`.
+        ranges: of activations under ``PtqQuantizer``: ``extremes`` as NNI finds them, or ``least_error``, narrower ones
+            that round with the least squared error.
+        rounding: of weights under ``PtqQuantizer``: to the ``nearest`` level, or ``joint``, as in SQuant.
+        correct_biases: under ``PtqQuantizer``, take from biases by how much quantization moves the means of channels.
 
     Raises:
         ValueError: a value outside its range, or an unknown key.
@@ -126,6 +130,27 @@ class QuantizationConfig:
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     calibration_images: Annotated[int, Field(ge=1)] = 1000
     fused: bool = False
+    ranges: Literal["extremes", "least_error"] = "extremes"
+    rounding: Literal["nearest", "joint"] = "nearest"
+    correct_biases: bool = False
+
+    @property
+    def refines(self) -> bool:
+        """Whether the calibrated network is changed further."""
+        return (self.ranges, self.rounding, self.correct_biases) != ("extremes", "nearest", False)
+
+    @model_validator(mode="after")
+    def _refines_what_is_only_calibrated(self) -> QuantizationConfig:
+        if self.refines and self.quantizer not in ("PtqQuantizer", "ptq"):
+            raise ValueError(
+                f"ranges, rounding and correct_biases are for PtqQuantizer; {self.quantizer} learns while it quantizes"
+            )
+        if self.refines and (self.fuse_names or self.fuse_batch_norm):
+            raise ValueError(
+                "ranges, rounding and correct_biases change single layers and exclude fuse_names and fuse_batch_norm; "
+                "leave one of the two out"
+            )
+        return self
 
 
 class DistillerConfig(Section):

@@ -16,10 +16,11 @@ from zskd_nni.compression.evaluator import evaluator_of_run
 from zskd_nni.compression.fuse import fused_distiller
 from zskd_nni.compression.nni_messages import refusals_as_sentences
 from zskd_nni.compression.pruning.masks import Masks
-from zskd_nni.compression.quantization import nni_quantizer
+from zskd_nni.compression.quantization import nni_quantizer, refinement
 from zskd_nni.compression.quantization.bn_folding import check_folds
 from zskd_nni.compression.quantization.calibration import Calibration, plain_calibration, slice_calibration
 from zskd_nni.data.sources import TransferSource
+from zskd_nni.models.local_response_norm import fast_response_norms
 from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.recipes.compression_config import CompressionRun, QuantizationConfig
 from zskd_nni.runtime.errors import UserError
@@ -118,7 +119,30 @@ def quantize(
             f"The logits of the network quantized by {name} are not finite; "
             "train it for fewer steps or with a smaller learning rate."
         )
-    return QuantizedNetwork(student.cpu(), name, config_list, calibration)
+    quantized = QuantizedNetwork(student.cpu(), name, config_list, calibration)
+    return _refined(quantized, config, evaluator.calibration_set().cpu()) if config.refines else quantized
+
+
+def _refined(quantized: QuantizedNetwork, config: QuantizationConfig, images: Tensor) -> QuantizedNetwork:
+    """The quantized network after what the config asks for beyond calibration, changed in place.
+
+    Raises:
+        UserError: the config list names folds, whose weights are not those of single layers.
+    """
+    if quantized.folds:
+        raise UserError(
+            "compression.quantization: ranges, rounding and correct_biases change single layers; leave fuse_names out."
+        )
+    network, calibration = quantized.network, quantized.calibration
+    original = copy.deepcopy(network)
+    with fast_response_norms(network), fast_response_norms(original):
+        if config.ranges == "least_error":
+            refinement.narrow_ranges(network, calibration, images)
+        if config.rounding == "joint":
+            refinement.round_jointly(network, calibration)
+        if config.correct_biases:
+            refinement.correct_biases(network, original, simulated(quantized), images)
+    return quantized
 
 
 def simulated(quantized: QuantizedNetwork) -> nn.Module:

@@ -1,0 +1,110 @@
+"""The tables of the page on rivals, made from ``results/rivals-*.json`` when the site is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+Rows = list[dict[str, Any]]
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+_MARK = "<!-- rivals -->"
+TITLES = {"alexnet": "AlexNet, CIFAR-10", "lenet5": "LeNet-5, Fashion-MNIST"}
+OURS = ("ours", "ours-options")
+NAMES = {
+    "nni": ("magnitude (L1), no recovery", "NNI 3.0"),
+    "torch-pruning": ("magnitude of groups, no recovery", "Torch-Pruning 1.6.1"),
+    "bn-noise": ("L1, BatchNorm re-estimated on noise", "NNI 3.0, then written here"),
+    "folding": ("Model Folding", "written here from the paper"),
+    "equalisation": ("equalisation and bias correction", "written here from the paper"),
+    "squant": ("SQuant's rounding", "written here from the paper"),
+    "onnxruntime": ("static quantization, calibrated on noise", "onnxruntime"),
+    "nni-noise": ("post-training quantization, calibrated on noise", "NNI 3.0"),
+    "ours": ("**ours**", "a packaged recipe"),
+    "ours-options": (
+        "**ours, with narrower ranges, joint rounding, corrected biases**",
+        "a packaged recipe, options set",
+    ),
+    "real": ("*ours on real images: the ceiling*", "the same recipe"),
+    "real-options": ("*the same with the options*", "the same recipe"),
+}
+COLUMNS = {"half": "half of the channels", "W8A8": "W8A8", "W4A8": "W4A8", "W4A4": "W4A4"}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the tables in."""
+    return markdown.replace(_MARK, rivals()) if _MARK in markdown else markdown
+
+
+def rivals() -> str:
+    """All tables: one a network for half of the channels, one for bits, and how each row was made."""
+    parts = []
+    for path in sorted(RESULTS.glob("rivals-*.json")):
+        rows, network = json.loads(path.read_text()), path.stem.removeprefix("rivals-")
+        parts += [f"## {TITLES.get(network, network)}", table(rows, ["half"]), table(rows, ["W8A8", "W4A8", "W4A4"])]
+        parts += [standing(rows), made_by(rows)]
+    return "\n\n".join(parts) if parts else "No row is recorded yet; `make rivals` makes them."
+
+
+def table(rows: Rows, tasks: list[str]) -> str:
+    """Accuracy and seconds of each rival at some tasks."""
+    lines = [
+        f"| what | from | {' | '.join(f'{COLUMNS[task]} | seconds' for task in tasks)} |",
+        f"| --- | --- |{' --- | --- |' * len(tasks)}",
+    ]
+    for key, (name, source) in NAMES.items():
+        cells = [cell for task in tasks for cell in _figures(_of(rows, key, task))]
+        if any(cells):
+            lines.append(f"| {name} | {source} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _of(rows: Rows, key: str, task: str) -> Rows:
+    return [row for row in rows if (row["rival"], row["task"]) == (key, task)]
+
+
+def _figures(rows: Rows) -> list[str]:
+    measured = [row["accuracy"] for row in rows if "accuracy" in row]
+    if not measured:
+        return ["does not run" if rows else "", ""]
+    spread = f"\u00a0±\u00a0{stdev(measured):.2f}" if len(measured) > 1 else ""
+    return [f"{mean(measured):.2f}{spread}", f"{mean(row['seconds'] for row in rows if 'accuracy' in row):.3g}"]
+
+
+def standing(rows: Rows) -> str:
+    """One sentence a task: what of the data-free rows is the most accurate, and by how much."""
+    said = []
+    for task, column in COLUMNS.items():
+        means = {}
+        for key in NAMES:
+            values = [row["accuracy"] for row in _of(rows, key, task) if "accuracy" in row]
+            if values and not key.startswith("real"):
+                means[key] = mean(values)
+        mine = [key for key in means if key in OURS]
+        if len(means) == len(mine) or not mine:
+            continue
+        rival = max((key for key in means if key not in OURS), key=means.__getitem__)
+        best = max(mine, key=means.__getitem__)
+        ahead = means[best] - means[rival]
+        whose = "our recipe as it is" if best == "ours" else "our recipe with the options"
+        winner = f"{whose} is ahead of the best rival" if ahead > 0 else f"a rival is ahead of {whose}"
+        name = f"{NAMES[rival][0]} ({NAMES[rival][1]})"
+        said.append(
+            f"- **{column}**: {winner} by {abs(ahead):.2f}: {means[best]:.2f} against {means[rival]:.2f}, {name}."
+        )
+    return "\n".join(said)
+
+
+def made_by(rows: Rows) -> str:
+    """A folded table of commands, commits and machines, and what did not run."""
+    lines = ['??? note "How each row was made"', "", "    | row | seed | command | commit | machine |"]
+    lines.append("    | --- | --- | --- | --- | --- |")
+    for row in rows:
+        source = row["provenance"]
+        machine = f"{source['device']}, {source['threads']} thread, torch {source['versions']['torch']}"
+        commit = (source["commit"] or "none")[:7] + ("+changes" if "+" in (source["commit"] or "") else "")
+        name = f"{row['rival']}, {row['task']}"
+        lines.append(f"    | {name} | {row['seed']} | `{row['command']}` | {commit} | {machine} |")
+    lines += [f"\n    {row['rival']}, {row['task']} does not run: {row['why_not']}" for row in rows if "why_not" in row]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""What is done to a calibrated network without training: ranges, joint rounding, biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from zskd_nni import NoiseSource, QuantizationConfig, export_quantized_onnx, load_teacher, quantize
+from zskd_nni.compression.quantization.quantize import simulated
+from zskd_nni.compression.quantization.refinement import correct_biases, joint_rounding, narrow_ranges, rounded
+
+FOUR_BITS = {
+    "op_types": ["Conv2d", "Linear"],
+    "target_names": ["_input_", "weight"],
+    "quant_dtype": "int4",
+    "quant_scheme": "affine",
+    "target_settings": {"weight": {"quant_dtype": "int4", "quant_scheme": "symmetric", "granularity": "out_channel"}},
+}
+REFINED = {"ranges": "least_error", "rounding": "joint", "correct_biases": True}
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 5, 5), (8, 200)], ids=["convolution", "linear"])
+def test_errors_of_joint_rounding_add_up_to_nothing(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 0.2
+    values = values.clamp(-7, 7)
+    whole = joint_rounding(values, -7, 7)
+    assert torch.equal(whole, whole.round()) and whole.abs().max() <= 7
+    assert (whole - values).abs().max() < 1
+    assert (whole - values).flatten(1).sum(1).abs().max() <= 0.5 + 1e-4
+    assert (values.round() - values).flatten(1).sum(1).abs().max() > 1
+    if len(shape) > 2:  # a kernel gives one value at most to its channel
+        assert (whole - values).flatten(2).sum(2).abs().max() <= 1.5 + 1e-4
+
+
+def test_joint_rounding_keeps_zeros_and_limits() -> None:
+    values = torch.tensor([[0.0, 7.0, 7.0, 0.0, 6.6, 6.6, 6.6, -7.0]])
+    whole = joint_rounding(values, -7, 7)
+    assert whole[0, [0, 3]].abs().sum() == 0 and whole.abs().max() <= 7
+    assert abs(float((whole - values).sum())) <= 0.5
+
+
+@pytest.mark.parametrize("outlier", [40.0, -40.0])
+def test_a_narrower_range_rounds_with_less_error(outlier: float) -> None:
+    images = torch.randn(4, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, 0] = outlier
+    scale = (images.max() - images.min()) / 14
+    entry = {"scale": scale, "zero_point": -7 - (images.min() / scale).round(), "quant_dtype": "int4"}
+    calibration = {"0": {"_input_0": dict(entry)}}
+    narrow_ranges(nn.Sequential(nn.Conv2d(1, 1, 1)).eval(), calibration, images)
+    new = calibration["0"]["_input_0"]
+    errors = [
+        (rounded(images, one["scale"], one["zero_point"], "int4") - images).square().mean() for one in (entry, new)
+    ]
+    assert errors[1] < 0.7 * errors[0]
+    assert new["scale"].shape == scale.shape and new["zero_point"] == new["zero_point"].round()
+
+
+def test_corrected_biases_restore_the_means_of_channels() -> None:
+    teacher = load_teacher("lenet5-digits")
+    images = NoiseSource(teacher.spec, 64)
+    quantized = quantize(teacher.student(), QuantizationConfig([FOUR_BITS]), teacher, images)
+    batch, seen = teacher.spec.normalise(teacher.spec.uniform_noise(50)), dict[str, torch.Tensor]()
+    correct_biases(quantized.network, teacher.model, simulated(quantized), batch)
+    for name, model in (("float", teacher.model), ("quantized", simulated(quantized))):
+        handle = model.conv2.register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.update({name: output.mean((0, 2, 3))})
+        )
+        with torch.no_grad():
+            model(batch)
+        handle.remove()
+    assert torch.allclose(seen["float"], seen["quantized"], atol=1e-4)
+
+
+def test_a_refined_network_is_nearer_to_the_original_and_can_be_exported(tmp_path) -> None:
+    teacher = load_teacher("lenet5-digits")
+    images, config = NoiseSource(teacher.spec, 64), QuantizationConfig([FOUR_BITS], calibration_images=128)
+    probe = teacher.spec.uniform_noise(100, 5)
+    errors = []
+    for options in ({}, REFINED):
+        quantized = quantize(teacher.student(), replace(config, **options), teacher, images)
+        with torch.no_grad():
+            logits = simulated(quantized)(teacher.spec.normalise(probe))
+            errors.append(float((logits - teacher(probe)).square().mean()))
+    assert errors[1] < 0.7 * errors[0]
+    export_quantized_onnx(quantized, teacher.spec, tmp_path / "int4.onnx", images, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"quantizer": "QATQuantizer"}, "are for PtqQuantizer"), ({"fuse_batch_norm": True}, "exclude fuse_names")],
+)
+def test_what_cannot_be_refined_is_refused(changes: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        QuantizationConfig([FOUR_BITS], rounding="joint", **changes)
