@@ -42,6 +42,8 @@ KEPT = (
     "agreement",
     "agreement_on",
     "agreement_held_out",
+    "agreement_neutral",
+    "agreements",
     "agreement_onnx",
     "latency_ms",
     "quantization",
@@ -54,6 +56,14 @@ KEPT = (
     "onnx_difference",
     "recipe",
     "provenance",
+)
+KEPT_OF_REAL_DATA = (
+    "accuracy",
+    "agreement",
+    "agreement_held_out",
+    "agreement_neutral",
+    "agreement_int8",
+    "seconds",
 )
 
 
@@ -77,7 +87,7 @@ def run(
             changes.append(f"transfer.size={TRAINING_IMAGES[data] - report['recipe']['transfer']['held_out']}")
         settings = [word for change in changes for word in ("--set", change)]
         real = compress(recipe, folder.with_name(f"{folder.name}-real"), ["--seed", str(seed), *options, *settings])
-        record["real_data"] = {key: real.get(key) for key in ("accuracy", "agreement", "agreement_int8", "seconds")}
+        record["real_data"] = {key: real.get(key) for key in KEPT_OF_REAL_DATA}
         record["real_data"]["images"] = real["recipe"]["transfer"]["size"]
         if report["pruning"]:
             record["real_data"]["channels_in_common"] = in_common(

@@ -15,6 +15,7 @@ from helpers import SMALL, small_network, small_teacher
 
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models.build import build_network
+from zskd_nni.pipeline.neutral import HELD_OUT_BELOW_TEST
 from zskd_nni.research.reproduction.context import Workspace
 from zskd_nni.research.reproduction.records import read_records
 from zskd_nni.research.reproduction.session import Selection, run_table
@@ -205,3 +206,13 @@ def test_the_peer_gets_our_teacher_under_its_own_names(monkeypatch: pytest.Monke
     )
     names = build_network("zoo:wrn", {"depth": 40, "width": 2}).state_dict()
     assert len({renamed(name) for name in names}) == len(names)
+
+
+def test_what_agreement_is_worth_is_said_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    worth = script("agreement_worth")
+    assert worth.section() in worth.PAGE.read_text(), "python benchmarks/agreement_worth.py --write mends this"
+    data_free = [one for (_, images), records in worth.runs().items() if images != "real images" for one in records]
+    below = [-error for error in worth.off_by(data_free, "agreement_held_out")]
+    runs, least, most = HELD_OUT_BELOW_TEST
+    assert len(below) >= runs and all(least - 0.5 <= each <= most + 0.5 for each in below)

@@ -215,6 +215,16 @@ def test_a_team_may_take_a_folder_again_at_once(tmp_path: Path) -> None:
     launch(2, one_folder_again_and_again, str(tmp_path))
 
 
+def near_chance(folder: str) -> None:
+    run = Run(load_recipe("digits-prune50", [*TINY, "teacher.input.mean=[9]"]), Path(folder) / "out", quiet=True)
+    with pytest.raises(UserError, match="and chance is 10.00 %"):
+        run.require_a_teacher()
+
+
+def test_a_wrong_teacher_stops_every_process(tmp_path: Path) -> None:
+    launch(2, near_chance, str(tmp_path))
+
+
 def an_error_of_its_own(folder: str) -> None:
     with pytest.raises(RuntimeError, match="scalar type"):
         team().add(torch.zeros(2, dtype=torch.int16))

@@ -17,7 +17,7 @@ from zskd_nni.data.datasets import LabelledImages, describe_fit, fit_shape, load
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher, load_teacher
 from zskd_nni.pipeline import Run
-from zskd_nni.pipeline.first_look import RIGHT, first_spread, least_accuracy, look_at, refuse_chance
+from zskd_nni.pipeline.first_look import RIGHT, first_spread, least_accuracy, look_at, near_chance
 from zskd_nni.pipeline.neutral import neutral_images
 from zskd_nni.pipeline.report_html import remarks
 from zskd_nni.pipeline.resumed import taken_up
@@ -93,7 +93,7 @@ def test_a_teacher_without_batch_norm_has_no_spread() -> None:
     look = look_at(teacher, replace(load_images("digits"), fit="resize"))
     assert look.accuracy is not None and look.accuracy > 95 and look.images == 360
     assert "8x8 resized to 32x32" in look.lines[0]
-    refuse_chance(look, 10)
+    assert near_chance(look, 10) is None
 
 
 @pytest.mark.parametrize(("classes", "least"), [(10, 0.2), (100, 0.02), (3, 2 / 3), (2, 0.75)])
@@ -228,6 +228,35 @@ def test_real_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "real: the student is trained on 1,427 images, fewer than transfer.size (3,000)" in capsys.readouterr().err
     assert report["real_images"] == 1427
     assert "(digits), 1,427 images of the 3,000 that transfer.size asks for" in remarks(report)[0]
+
+
+def test_of_procedural_and_real_sources_not_all_images_are_real(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = ["transfer.method=ats", "transfer.preset=paper", "transfer.sources=[shapes, digits]", "transfer.fill=none"]
+    changes = [*(change for change in DIGITS if "synthesis" not in change), "evaluation=null", *mixed]
+    report = Run(load_recipe("digits-prune50", changes), tmp_path / "out", quiet=True).compress()
+    assert "procedural and real ones" in capsys.readouterr().err
+    assert report["real_images"] is None
+    assert remarks(report)[0] == "NOT data-free: the student was trained on real images (ats: shapes, digits)."
+
+
+def test_real_images_are_fitted_as_the_recipe_says(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.npz"
+    np.savez(mine, images=np.full((30, 8, 8), 255, np.uint8), labels=np.arange(30) % 10)
+    real = ["transfer.method=real", f"transfer.data={mine}", f"evaluation.data={mine}"]
+    teacher = load_teacher("lenet5-digits")
+
+    def made(fit: str) -> Any:
+        loaded = load_recipe("digits-prune50", [*DIGITS, *real, f"evaluation.fit={fit}"])
+        return loaded.transfer_source(teacher, tmp_path / fit)
+
+    resized, padded, unnamed = made("resize"), made("pad"), made("null")
+    assert resized.images.min() == 1 and padded.images.mean() == pytest.approx(1 / 16)
+    assert torch.equal(unnamed.images, resized.images)
+    assert resized.fingerprint != padded.fingerprint
+    with pytest.raises(UserError, match=r"evaluation\.fit: the images are 8x8, the network takes 32x32"):
+        made("exact")
 
 
 def test_a_dry_run_refuses_the_folder_of_another_run(tmp_path: Path) -> None:

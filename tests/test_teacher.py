@@ -6,6 +6,9 @@ import copy
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torchvision
@@ -18,7 +21,7 @@ from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models import onnx_export, zoo
 from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.onnx_export import export_onnx, run_onnx
+from zskd_nni.models.onnx_export import export_onnx, onnx_bytes, onnx_session, run_onnx
 from zskd_nni.models.teacher import Teacher, classifier_candidates, first_tensor, load_teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize
@@ -566,3 +569,13 @@ def test_exporting_without_images_and_with_a_transfer_source(tmp_path) -> None:
         assert export_onnx(teacher.student(), teacher.spec, str(path), images) < 1e-4
         images = torch.full((3, 1, 8, 8), 7.0)
         torch.testing.assert_close(run_onnx(path, images), teacher(images), atol=1e-4, rtol=1e-4)
+
+
+def test_onnxruntime_is_quiet_in_our_sessions_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    model = onnx.load_from_string(onnx_bytes(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), InputSpec((1, 4, 4))))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(2, np.float32), "read_by_nothing"))
+    capfd.readouterr()
+    onnx_session(model.SerializeToString())
+    assert capfd.readouterr().err == ""
+    onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert "read_by_nothing" in capfd.readouterr().err

@@ -362,6 +362,28 @@ def test_folded_batchnorm_is_gone_from_the_file(norm_teacher, tmp_path, name):
     assert isinstance(result.network.norm1, nn.BatchNorm2d)
 
 
+class Split(nn.Module):
+    """Splits its channels by widths that it reads of its layers, as a public report's network does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.left, self.right = nn.Conv2d(1, 12, 3, 2), nn.Conv2d(4, 4, 3, 2), nn.Conv2d(8, 4, 3, 2)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        widths = [self.left.in_channels, self.right.in_channels]
+        left, right = torch.split(torch.relu(self.conv(x)), widths, dim=1)
+        both = torch.cat([self.left(left), self.right(right)], 1).mean((2, 3))
+        return self.head(both.view(-1, self.head.weight.shape[1]))
+
+
+def test_what_a_network_reads_of_its_layers_is_there_in_integers(tmp_path):
+    teacher = Teacher(Split(), SPEC)
+    images = torch.rand(8, 1, 32, 32)
+    quantization = quantized(teacher, "PtqQuantizer", config())
+    assert export_quantized_onnx(quantization, SPEC, tmp_path / "q.onnx", images, 0).agreement == 1
+
+
 def test_a_file_that_answers_otherwise_is_not_written(teacher, tmp_path, monkeypatch):
     result = quantized(teacher, "ptq", config())
     whole = simulated(result)

@@ -10,7 +10,7 @@ whose report states that it is not data-free.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.registry import TransferRequest
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.distributed import team
-from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.errors import UserError, error_context
 from zskd_nni.runtime.files import fingerprint_of, sha256_of_bytes
 from zskd_nni.runtime.rng import generator
 from zskd_nni.runtime.validation import Settings, build_settings
@@ -70,9 +70,10 @@ class Real:
         if size < 1 or (request.held_out and size == len(data)):
             raise UserError(f"transfer.held_out: {name} has {len(data)} training images; leave some to learn on.")
         index = order[-size:] if request.held_out else order[:size]
-        images = data.pixels(index, teacher.spec)
+        with error_context("evaluation.fit"):
+            images = replace(data, fit=request.fit).pixels(index, teacher.spec)
         digest = sha256_of_bytes(data.images[index].numpy().tobytes())
-        fingerprint = fingerprint_of(["real", name, digest])
+        fingerprint = fingerprint_of(["real", name, digest, *([request.fit] if request.fit else [])])
         return StoredSource(images, request.batch_size, request.seed, fingerprint, teacher.device)
 
 

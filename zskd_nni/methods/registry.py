@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from zskd_nni.data.datasets import Fit
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
@@ -39,6 +40,7 @@ class TransferRequest:
         root: folder of the data sets, for a method that reads data.
         download: let torchvision fetch missing data sets into ``root``.
         base: folder that relative paths of data start from.
+        fit: how the recipe fits real images of another size (``evaluation.fit``); by default as ``fit_shape`` does.
     """
 
     size: int
@@ -53,6 +55,7 @@ class TransferRequest:
     download: bool = False
     base: Path | None = None
     reserved: int = 0
+    fit: Fit | None = None
 
     def set_arguments(self) -> dict[str, Any]:
         """The keyword arguments that functions take which make a fixed set of images in a folder."""

@@ -141,9 +141,10 @@ def _check_answers(file: Path, network: nn.Module) -> None:
     """Compare a converted network with the file in onnxruntime, where the file says how large its images are."""
     import onnxruntime
 
-    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has exceptions of its own
         raise UserError(f"{file} cannot be run by onnxruntime ({error}).") from error
     given = session.get_inputs()[0]

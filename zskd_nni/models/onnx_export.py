@@ -178,14 +178,15 @@ def onnx_session(model: bytes | str | Path, options: Any = None) -> Any:
 
     Args:
         model: the file, or its bytes.
-        options: an ``onnxruntime.SessionOptions``.
+        options: an ``onnxruntime.SessionOptions``; it is made to tell errors only.
 
     Raises:
         UserError: onnxruntime refuses the model.
     """
     import onnxruntime
 
-    onnxruntime.set_default_logger_severity(3)
+    options = options or onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # of this session, and not of the caller's own
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -17,7 +17,6 @@ from zskd_nni.data.datasets import LabelledImages, describe_fit
 from zskd_nni.data.procedural import start_images
 from zskd_nni.models.hooks import hooked
 from zskd_nni.models.teacher import Teacher
-from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis.batch_norm_statistics import batch_norms
 from zskd_nni.training.inference import logits_on
 from zskd_nni.training.metrics import accuracy
@@ -85,19 +84,18 @@ def look_at(teacher: Teacher, test: LabelledImages | None) -> FirstLook:
     return FirstLook(measured, count, spread, [*lines, *warnings], len(warnings))
 
 
-def refuse_chance(look: FirstLook, classes: int) -> None:
-    """Stop where the teacher is hardly better than chance.
+def near_chance(look: FirstLook, classes: int) -> str | None:
+    """What to say where the teacher is hardly better than chance; None where it is.
 
-    Raises:
-        UserError: the accuracy is below twice that of chance (of two classes, below the middle of chance and 100 %).
+    That is an accuracy below twice that of chance (of two classes, below the middle of chance and 100 %).
     """
-    least = 100 * least_accuracy(classes)
-    if look.accuracy is not None and look.accuracy < least:
-        raise UserError(
-            f"The teacher is right on {look.accuracy:.2f} % of the test images, and chance is {100 / classes:.2f} %: "
-            f"teacher.input (shape, low, high, mean, std), the order of the classes, evaluation.fit or the weights are "
-            f"not what it was trained with. To go on all the same: --set evaluation.any_teacher=true"
-        )
+    if look.accuracy is None or look.accuracy >= 100 * least_accuracy(classes):
+        return None
+    return (
+        f"The teacher is right on {look.accuracy:.2f} % of the test images, and chance is {100 / classes:.2f} %: "
+        f"teacher.input (shape, low, high, mean, std), the order of the classes, evaluation.fit or the weights are "
+        f"not what it was trained with. To go on all the same: --set evaluation.any_teacher=true"
+    )
 
 
 def least_accuracy(classes: int) -> float:

@@ -182,7 +182,8 @@ def _learnt_on(recipe: Recipe, options: Any) -> str:
     """The real images that the student was trained on, in words."""
     section = recipe.transfer
     if section.also is None:
-        return str(getattr(options, "data", section.method))
+        sources = getattr(options, "sources", None)
+        return str(getattr(options, "data", section.method)) if sources is None else f"ats: {', '.join(sources)}"
     own = "" if section.method_is_data_free else f"{getattr(options, 'data', section.method)} and "
     return f"{own}{section.also}, {section.also_share:.0%} of each batch"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zskd_nni.pipeline.neutral import WORTH
+from zskd_nni.pipeline.neutral import HELD_OUT_BELOW_TEST, WORTH
 from zskd_nni.runtime.files import write_atomic, write_json
 
 
@@ -90,6 +90,12 @@ def remarks(report: dict[str, Any]) -> list[str]:
         )
     if report["evaluation"] is None and "agreement_neutral" in report:
         found.append(f"{WORTH}. On held-out images of the student's own kind it is {report['agreement_held_out']:.2%}.")
+        if report["data_free"]:
+            runs, least, most = HELD_OUT_BELOW_TEST
+            found.append(
+                f"In {runs} recorded runs agreement on held-out images was {least} to {most} points below agreement on "
+                "test data."
+            )
     found += _slower(report)
     found += (report.get("first_look") or {}).get("warnings", [])
     notes = {part: (report[part] or {}).get("note") for part in ("pruning", "quantization")}

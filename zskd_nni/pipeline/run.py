@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zskd_nni.data.candidates import PROCEDURAL
 from zskd_nni.data.datasets import DATA_VARIABLE, NAMED_SETS, LabelledImages, data_root
 from zskd_nni.data.sources import ProceduralSource, TransferSource
 from zskd_nni.models.build import code_fingerprint, network_fingerprint
 from zskd_nni.pipeline.export import export_student
-from zskd_nni.pipeline.first_look import FirstLook, look_at, refuse_chance
+from zskd_nni.pipeline.first_look import FirstLook, look_at, near_chance
 from zskd_nni.pipeline.preflight import check_work
 from zskd_nni.pipeline.report import CONTROL_IMAGES, build_report, measure
 from zskd_nni.pipeline.report_html import write_report
@@ -152,8 +153,15 @@ class Run:
         Raises:
             UserError: it is, and ``evaluation.any_teacher`` does not say to go on.
         """
-        if self.look is not None and self.recipe.evaluation is not None and not self.recipe.evaluation.any_teacher:
-            refuse_chance(self.look, self.teacher.num_classes)
+        refusal = self.team.first(self._refusal_of_teacher)  # all processes stop, not only the one that measured
+        if refusal is not None:
+            raise UserError(refusal)
+
+    def _refusal_of_teacher(self) -> str | None:
+        section = self.recipe.evaluation
+        if self.look is None or section is None or section.any_teacher:
+            return None
+        return near_chance(self.look, self.teacher.num_classes)
 
     def require_own_folder(self) -> None:
         """Refuse an output folder that is another run's; writes nothing.
@@ -286,6 +294,8 @@ class Run:
         own = self.loaded.own_images()
         if section.method_is_data_free:
             self.real_images = None if own is None else len(own)
+        elif set(getattr(section.options(), "sources", ())) & set(PROCEDURAL):
+            self._print(f"{section.method}: the student is trained on {source.size:,} images, procedural and real ones")
         elif source.size is not None:
             self.real_images = source.size + (0 if own is None else len(own))
             few = f", fewer than transfer.size ({section.size:,})" if source.size < section.size else ""

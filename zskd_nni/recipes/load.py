@@ -103,7 +103,10 @@ class LoadedRecipe:
             UserError: as of the method.
         """
         section = self.recipe.transfer
-        own = {"size": section.size, "batch_size": self.recipe.distillation.batch, "seed": self.recipe.seed}
+        batch, seed = self.recipe.distillation.batch, self.recipe.seed
+        own: dict[str, Any] = {"size": section.size, "batch_size": batch, "seed": seed}
+        if self.recipe.evaluation is not None:
+            own["fit"] = self.recipe.evaluation.fit
         request = TransferRequest(folder=folder, options=section.options(teacher), base=self.base, **{**own, **changes})
         source = find_method(section.method).source(teacher, request)
         return source if request.held_out else self.with_further_images(source, teacher)

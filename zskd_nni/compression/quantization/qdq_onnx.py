@@ -288,6 +288,13 @@ class _IntegerModule(nn.Module):
         if self.stored:
             module.weight = module.bias = None  # type: ignore[assignment]  # so that the file has no float weights
 
+    def __getattr__(self, name: str) -> Any:
+        """What the network reads of the module beside calling it, such as ``in_channels``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
     @property
     def weight(self) -> Tensor | None:
         """In floating point: the network may read it beside calling the module."""
