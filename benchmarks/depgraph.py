@@ -27,7 +27,7 @@ from shrinking import DOCUMENT, RESULTS, document
 from torch import Tensor, nn
 
 from zskd_nni.compression.pruning import channel_flow
-from zskd_nni.compression.pruning.speedup import compare
+from zskd_nni.compression.pruning.speedup import CannotShrinkError, compare
 from zskd_nni.models.teacher import first_tensor
 from zskd_nni.runtime.files import write_atomic
 from zskd_nni.runtime.provenance import provenance
@@ -90,6 +90,8 @@ def measure(name: str, clones: Path | None) -> dict[str, Any]:
         row["seconds"] = round(time.process_time() - started, 1)
         difference, _ = compare(twin.network, network, (images,))
         row |= {"after": sum(each.numel() for each in network.parameters()), "max_logit_difference": difference}
+    except CannotShrinkError as error:
+        row |= {"why_not": error.reason, "seconds": round(time.process_time() - started, 1)}
     except Exception as error:
         said = " ".join(str(error).split())[:120]
         row |= {"why_not": f"{type(error).__name__}: {said}", "seconds": round(time.process_time() - started, 1)}

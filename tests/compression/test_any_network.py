@@ -666,7 +666,9 @@ class NormsOverChannels(nn.Module):
 
 
 def test_channels_that_are_normalised_together_stay_and_the_advice_can_be_followed() -> None:
-    with pytest.raises(UserError, match=r"norm, whose mean and variance are over all of them; .* Linear"):
+    with pytest.raises(
+        UserError, match=r"norm, whose mean and variance are over all.*; name other layers, such as wide"
+    ):
         plan_of(NormsOverChannels())
     linear = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["fc"], "sparse_ratio": 0.5}]
     sizes = widths(half(NormsOverChannels(), linear))

@@ -316,7 +316,7 @@ class _Analysis:
         if exact is nn.Softmax:
             return self.softmax(node, flow, module.dim)
         if exact is nn.LayerNorm:
-            return self.layer_norm(node, flow, module.normalized_shape)
+            return self.layer_norm(node)
         if exact is nn.Flatten:
             return self.flatten(node, flow, module.start_dim, module.end_dim)
         return self.stop(node, f"they enter {name}, and a {exact.__name__} cannot lose channels")
@@ -422,7 +422,7 @@ class _Analysis:
         if name in ("softmax", "log_softmax"):
             return self.softmax(node, flow, _argument(node, 1, "dim", None))
         if name == "layer_norm":
-            return self.layer_norm(node, flow, _argument(node, 1, "normalized_shape", ()))
+            return self.layer_norm(node)
         if name in ("expand", "broadcast_to", "repeat"):
             return self.expand(node, flow, name)
         if name == "getitem":
@@ -530,13 +530,9 @@ class _Analysis:
             return self.stop(node, f"they pass `{_label(node)}`, which makes each depend on all the others")
         return replace(flow, constant=True)
 
-    def layer_norm(self, node: Node, flow: Flow, normalized: Any) -> Flow | None:
-        """Over other dimensions only: the mean of all channels would change with their number."""
-        return self.stop(
-            node,
-            f"they enter {_label(node)}, whose mean and variance are over all of them; only layers that do not, such "
-            f"as the first Linear of each block, can lose channels",
-        )
+    def layer_norm(self, node: Node) -> Flow | None:
+        """The mean of all channels changes with their number; those that are removed count as zeros in it."""
+        return self.stop(node, f"they enter {_label(node)}, whose mean and variance are over all of them")
 
     def stack(self, node: Node) -> Flow | None:
         """Tensors along a new dimension: all must lose the same channels."""

@@ -111,10 +111,22 @@ def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_inpu
     _check_groups(planner.planned, planner.modules)
     left_out = {name: why for name, why in planner.left_out.items() if name in planner.entries}
     if not any(map(_is_active, planner.planned.values())):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
-        raise UserError(f"nothing that the pruning config names can be pruned ({reasons}); name other layers")
+        raise UserError(_nothing_to_prune(left_out, planner))
     completed = [{"op_names": [name], **planner.planned[name]} for name in planner.modules if name in planner.planned]
     return PruningPlan(completed, left_out, graph)
+
+
+def _nothing_to_prune(left_out: dict[str, str], planner: _Planner) -> str:
+    """Three of the reasons, each once, and what else could be named."""
+    first: dict[str, str] = {}
+    for name, reason in left_out.items():
+        first.setdefault(reason, name)
+    reasons = "; ".join(f"{name}: {reason}" for reason, name in list(first.items())[:3])
+    others = [name for name in planner.flow.sources if name not in planner.entries and not planner.flow.reason(name)]
+    advice = (
+        f"name other layers, such as {others[0]}" if others else "no other layer of this network can be pruned either"
+    )
+    return f"nothing that the pruning config names can be pruned ({reasons}); {advice}"
 
 
 def _check_no_masks_of_torch(model: nn.Module) -> None:
