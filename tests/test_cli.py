@@ -85,7 +85,7 @@ def test_help_of_every_command() -> None:
     assert all(len(line) <= 80 and "..." not in line for line in lines), "nothing is cut"
     options = {
         "demo": "--out --seed --threads --quiet",
-        "compress": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --dry-run",
+        "compress": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --dry-run --impressions --twin",
         "synthesize": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --size",
         "distill": f"{OF_RECIPES} {OF_DATA} {OF_MACHINES} --impressions",
         "evaluate": f"--data --split --fit {OF_DATA}",

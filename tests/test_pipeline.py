@@ -19,6 +19,7 @@ from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import run_onnx
 from zskd_nni.models.serialization import load_network
 from zskd_nni.pipeline import Run
+from zskd_nni.pipeline.comparison import tables, verdict
 from zskd_nni.pipeline.report_html import remarks, render_html, render_table
 from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime.errors import UserError
@@ -95,7 +96,11 @@ def test_the_integers_are_a_file_that_answers_as_reported(finished):
     assert abs(report["accuracy"]["student_int8"] - report["accuracy"]["student"]) < 5
     assert all(control["accuracy_int8"] is not None for control in report["controls"].values())
     page = (out / "report.html").read_text()
-    assert "int8 ONNX, bytes" in page and "quantized by calibration alone" in page
+    assert "student, int8" in page and "quantized by calibration alone" in page
+    assert report["macs"] == {"teacher": 416520, "student": 153720}
+    assert set(report["agreements"]) == {
+        f"{name}{end}" for name in ("student", "none", "noise") for end in ("", "_int8")
+    } | {"teacher"}
 
 
 def test_evaluate_measures_both_onnx_files(finished):
@@ -177,17 +182,28 @@ def test_calibration_alone_of_the_teacher_itself(tmp_path):
     noise = report["controls"]["noise"]
     assert noise["label"] == "calibrated on noise" and "calibrated on uniform noise" in noise["what"]
     terminal, page = render_table(report), (tmp_path / "report.html").read_text()
-    assert "control: calibrated on noise, int8" in terminal and "control: calibrated on noise, int8" in page
+    (table,) = tables(report)  # in floating point the student is the teacher itself
+    assert table.columns == ["teacher, float32", "student, int8", "calibrated on noise"]
+    assert "int8" in terminal and "calibrated on noise" in page
     assert f"Calibrated on noise: {noise['what']}." in page
-    assert "distill" not in terminal and "distill" not in page.split("<h2>Provenance</h2>")[0]
+    assert "distill" not in terminal and "distill" not in page.split("<summary>Provenance</summary>")[0]
 
 
 def test_the_controls_of_a_distilled_student_say_so(finished):
     out, report = finished
     assert [control["label"] for control in report["controls"].values()] == ["not distilled", "distilled on noise"]
     terminal, page = render_table(report), (out / "report.html").read_text()
-    for words in ("control: not distilled", "control: distilled on noise", "control: distilled on noise, int8"):
-        assert words in terminal and words in page
+    in_float, in_integers = tables(report)
+    assert in_float.columns == ["teacher", "student", "not distilled", "distilled on noise"]
+    assert in_integers.columns == [
+        "teacher, float32", "student, float32", "student, int8", "not distilled", "distilled on noise",
+    ]  # fmt: skip
+    for table, suffix in ((in_float, ""), (in_integers, "_int8")):
+        accuracies = dict(table.rows)["accuracy"]
+        assert accuracies[-1] == f"{report['controls']['noise'][f'accuracy{suffix}']:.2f} %"
+        assert all(cell in terminal and cell in page for cell in accuracies)
+    assert page.index(verdict(report)[0].replace(" %", "\N{NO-BREAK SPACE}%").partition("'")[0]) < page.index("<table")
+    assert max(map(len, terminal.splitlines())) <= 80
     assert "calibrated on noise" not in terminal + page
 
 
@@ -458,7 +474,7 @@ def test_dead_leaves_as_the_images_and_as_a_control(tmp_path):
         "distilled on leaves",
     ]
     assert "dead leaves in the place of the images" in report["controls"]["leaves"]["what"]
-    assert "control: distilled on leaves" in render_table(report)
+    assert tables(report)[0].columns[-1] == "distilled on leaves"
     # The same images by another stream of random numbers: a student as good as the recipe's own.
     gap = report["accuracy"]["student"] - report["controls"]["leaves"]["accuracy"]
     assert abs(gap) < 10

@@ -136,8 +136,12 @@ def command(name: str | None = None, hidden: bool = False) -> Callable[[F], F]:
         parameters = [option for key in own for option in fields.get(key, {key: own[key]}).values()]
 
         def run(**given: Any) -> None:
+            from zskd_nni.runtime.progress import stage
+
+            quiet = hidden or bool(given.get("quiet")) or not _speaks()
             grouped = {key: kind(**{field: given.pop(field) for field in fields[key]}) for key, kind in groups.items()}
-            function(**given, **grouped)
+            with stage(name or function.__name__, quiet, told=False):
+                function(**given, **grouped)
 
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in parameters]
@@ -171,12 +175,17 @@ def _refuse_torchrun_where_one_process_works(
         )
 
 
-def _echo(text: str) -> None:
-    """Print, in the first process of those that torchrun started."""
+def _speaks() -> bool:
+    """Whether this process was started alone, or is the first of those that torchrun started."""
     from zskd_nni.runtime.torchrun import launched
 
     here = launched()
-    if here is None or here.rank == 0:
+    return here is None or here.rank == 0
+
+
+def _echo(text: str) -> None:
+    """Print, in the first process of those that torchrun started."""
+    if _speaks():
         typer.echo(text)
 
 
@@ -203,6 +212,9 @@ def compress(
     impressions: Annotated[
         Path | None, Option(help="The impressions of another run or of synthesize, instead of making them.")
     ] = None,
+    twin: Annotated[
+        Path | None, Option(help="A finished run of the recipe on real images, for the report to compare with.")
+    ] = None,
 ) -> None:
     """Run a whole recipe, from its teacher to its report.
 
@@ -210,18 +222,18 @@ def compress(
     data is named.
     """
     if dry_run:
-        _try_out(options.load(), options)
+        _try_out(options.load(), options, twin)
         return
-    _work_through(options.load(), options, impressions)
+    _work_through(options.load(), options, impressions, twin)
     out = options.out
-    _echo(f"\nreport: {out / 'report.html'}   network: {out / 'student.onnx'}, {out / 'student.safetensors'}")
+    _echo(f"\nreport: {out / 'report.html'}\nnetwork: {out / 'student.onnx'}, {out / 'student.safetensors'}")
 
 
-def _try_out(loaded: LoadedRecipe, options: RunOptions) -> None:
+def _try_out(loaded: LoadedRecipe, options: RunOptions, twin: Path | None) -> None:
     from zskd_nni.pipeline import Run
 
     options.prepare()
-    run = Run(loaded, options.out, device=options.device, quiet=options.quiet, **options.where)
+    run = Run(loaded, options.out, device=options.device, quiet=options.quiet, twin=twin, **options.where)
     run.require_a_teacher()
     run.require_own_folder()
     transfer = loaded.recipe.transfer
@@ -231,14 +243,17 @@ def _try_out(loaded: LoadedRecipe, options: RunOptions) -> None:
     )
 
 
-def _work_through(loaded: LoadedRecipe, options: RunOptions, impressions: Path | None = None) -> None:
+def _work_through(
+    loaded: LoadedRecipe, options: RunOptions, impressions: Path | None = None, twin: Path | None = None
+) -> None:
     from zskd_nni.pipeline import Run
     from zskd_nni.pipeline.report_html import render_table
     from zskd_nni.runtime.distributed import joined
 
     options.prepare()
     with joined(options.device) as device:
-        run = Run(loaded, options.out, device=device, impressions=impressions, quiet=options.quiet, **options.where)
+        given = {"impressions": impressions, "twin": twin, **options.where}
+        run = Run(loaded, options.out, device=device, quiet=options.quiet, **given)
         run.require_a_teacher()
         report = run.compress()
     _echo(render_table(report))

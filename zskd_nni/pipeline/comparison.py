@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from zskd_nni.pipeline.neutral import HELD_OUT_BELOW_TEST
+
 FLOAT = "float32"
 _KINDS = {"test": "agreement, test", "held_out": "agreement, held-out", "neutral": "agreement, procedural"}
 
@@ -277,15 +279,20 @@ def worth_of_agreement(report: dict[str, Any]) -> list[str]:
     if "agreements" not in report:  # of an earlier version
         return []
     kinds = [each for each in networks(report) if each.role == "student"][-1].agreement
+    learnt = "calibrated" if report["only_calibrated"] else "trained"
     if report["data_free"]:
+        runs, least, most = HELD_OUT_BELOW_TEST
         said = [
-            "Held-out images are made as those that the student was trained on, with another seed. It knows their kind "
-            "and the controls do not: agreement on them is neither its accuracy nor a fair comparison."
+            f"Held-out images are made as those that the student was {learnt} on, with another seed. It knows their "
+            "kind and the controls do not: agreement on them is not its accuracy, and favours it over the controls."
         ]
+        if kinds["test"] is not None:  # a remark says it where there is none
+            said.append(f"In {runs} recorded runs it was {least} to {most} points below agreement on test images.")
     else:
-        said = ["Held-out images are of the kind that the student was trained on, and were kept from it."]
+        said = [f"Held-out images are of the kind that the student was {learnt} on, and were kept from it."]
     said.append(
-        "Procedural images are the same for every method and every student of this teacher, and fair to all of them."
+        "Procedural images are the same for every method. Agreement on them is lower still, and compares students that "
+        "were trained alike."
     )
     if kinds["test"] is not None:
         said.append(
@@ -310,11 +317,5 @@ def _order(report: dict[str, Any]) -> Iterator[str]:
         if sorted(by_accuracy, key=lambda each: float(each.agreement.get(kind) or 0)) == by_accuracy:
             right.append(name)
     what = f"student and controls ({precision}) as accuracy does"
-    if len(right) == 2:
-        yield f"Agreement on either kind orders {what}."
-    else:
-        yield (
-            f"Agreement on {right[0]} images orders {what}, on the other kind it does not."
-            if right
-            else (f"Neither orders {what}.")
-        )
+    where = {2: "Agreement on either kind", 1: f"Agreement on {right[0]} images alone"} if right else {}
+    yield f"{where.get(len(right), 'Agreement on neither kind')} orders {what}."

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from zskd_nni.data.datasets import NAMED_SETS, LabelledImages, describe_fit
 from zskd_nni.models.input_spec import InputSpec
+from zskd_nni.models.macs import multiply_accumulates
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.pipeline.export import INTEGERS, integer_answers
 from zskd_nni.pipeline.first_look import FirstLook
 from zskd_nni.pipeline.neutral import COUNT, neutral_images
 from zskd_nni.pipeline.students import StudentResult
+from zskd_nni.pipeline.twin import Twin
 from zskd_nni.recipes.load import LoadedRecipe
 from zskd_nni.recipes.schema import Recipe
 from zskd_nni.runtime.files import fingerprint_of
+from zskd_nni.runtime.progress import Progress
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.training.inference import float_answers, logits_on
@@ -36,6 +39,7 @@ class ReportedRun(Protocol):
     loaded: LoadedRecipe
     teacher: Teacher
     given: ImpressionStore | None
+    twin: Twin | None
     look: FirstLook | None
     real_images: int | None
     identity: dict[str, Any]
@@ -65,7 +69,12 @@ class Figures:
 
 
 def measure(
-    students: Mapping[str, StudentResult], teacher: Teacher, out: Path, held_out: Tensor, test: LabelledImages | None
+    students: Mapping[str, StudentResult],
+    teacher: Teacher,
+    out: Path,
+    held_out: Tensor,
+    test: LabelledImages | None,
+    quiet: bool = True,
 ) -> Figures:
     """Measure students against their teacher, all on the CPU.
 
@@ -75,6 +84,7 @@ def measure(
         out: of the run.
         held_out: images ``(N, C, H, W)``.
         test: test data, if there is some.
+        quiet: no progress.
     """
     spec = teacher.spec
     networks: dict[str, Callable[[Tensor], Tensor]] = {"teacher": teacher}
@@ -83,19 +93,24 @@ def measure(
         if student.quantization is not None:
             exported = out / INTEGERS if name == "student" else None
             networks[f"{name}_int8"] = integer_answers(student.quantization, spec, exported)
-    on_held_out = _agreements(_logits(networks, held_out, spec))
-    on_neutral = _agreements(_logits(networks, neutral_images(teacher), spec))
+    neutral = neutral_images(teacher)
+    on_held_out, on_neutral, on_test = {}, {}, {}
+    with Progress("measuring", len(networks), "networks", quiet=quiet) as progress:
+        for name, network in networks.items():
+            on_held_out[name], on_neutral[name] = _logits(network, held_out, spec), _logits(network, neutral, spec)
+            if test is not None:
+                on_test[name] = logits_on(network, test, spec)
+            progress.advance(1)
+    agreements = _agreements(on_held_out), _agreements(on_neutral)
     if test is None:
-        return Figures(on_held_out, on_neutral, None, {})
-    on_test = {name: logits_on(network, test, spec) for name, network in networks.items()}
+        return Figures(*agreements, None, {})
     accuracies = {name: round(accuracy(each, test.labels), 3) for name, each in on_test.items()}
-    return Figures(on_held_out, on_neutral, _agreements(on_test), accuracies)
+    return Figures(*agreements, _agreements(on_test), accuracies)
 
 
 @torch.no_grad()
-def _logits(networks: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, spec: InputSpec) -> dict[str, Tensor]:
-    parts = images.split(spec.inference_batch_on(images.device))
-    return {name: torch.cat([network(part) for part in parts]) for name, network in networks.items()}
+def _logits(network: Callable[[Tensor], Tensor], images: Tensor, spec: InputSpec) -> Tensor:
+    return torch.cat([network(part) for part in images.split(spec.inference_batch_on(images.device))])
 
 
 def _agreements(logits: Mapping[str, Tensor]) -> dict[str, float]:
@@ -131,6 +146,7 @@ def build_report(
         "description": recipe.description,
         "accuracy": {name: figures.accuracy.get(name) for name in ("teacher", "student", "student_int8")},
         "agreement": round(figures.agreement["student"], 6),
+        "agreements": _by_network(figures),
         "agreement_on": _measured_on(recipe, test),
         "agreement_held_out": round(figures.held_out["student"], 6),
         "agreement_neutral": round(figures.neutral["student"], 6),
@@ -140,9 +156,14 @@ def build_report(
             name: sum(p.numel() for p in network.parameters())
             for name, network in (("teacher", run.teacher.model), ("student", student.network))
         },
+        "macs": {
+            name: multiply_accumulates(network, run.teacher.spec)
+            for name, network in (("teacher", run.teacher.model), ("student", student.network))
+        },
         "bytes": exported["bytes"],
         "latency_ms": exported["latency_ms"],
         "controls": {name: _control(name, each, figures, recipe) for name, each in controls.items()},
+        "twin": None if run.twin is None else run.twin.figures(),
         "impressions": impressions,
         "start": student.record.get("start"),
         "pruning": student.record.get("pruning"),
@@ -163,6 +184,7 @@ def build_report(
             "warnings": run.look.lines[len(run.look.lines) - run.look.warnings :],
         },
         "evaluation": recipe.evaluation.data if recipe.evaluation and test is not None else None,
+        "test_images": None if test is None else len(test),
         "seconds": {},
         "recipe": run.identity["recipe"],
         "fingerprint": fingerprint_of(run.identity),
@@ -171,6 +193,19 @@ def build_report(
             "selected_on": recipe.selected_on,
             "teacher": run.teacher.fingerprint,
         },
+    }
+
+
+def _by_network(figures: Figures) -> dict[str, dict[str, float | None]]:
+    """The agreement of each network with the teacher, by the kind of images."""
+    on_test = figures.test or {}
+    return {
+        name: {
+            "test": _rounded(on_test.get(name)),
+            "held_out": _rounded(figures.held_out[name]),
+            "neutral": _rounded(figures.neutral[name]),
+        }
+        for name in figures.held_out
     }
 
 

@@ -1,66 +1,26 @@
-"""The report: ``report.json`` for programs, ``report.html`` and a table on the terminal for people."""
+"""The report: ``report.json`` for programs, ``report.html`` and tables on the terminal for people."""
 
 from __future__ import annotations
 
 import base64
-import math
+import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from zskd_nni.pipeline.comparison import Table, tables, verdict, worth_of_agreement
+from zskd_nni.pipeline.loss_chart import loss_chart
 from zskd_nni.pipeline.neutral import HELD_OUT_BELOW_TEST, WORTH
 from zskd_nni.runtime.files import write_atomic, write_json
+
+_TERMINAL = 80  # columns
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write ``report.json`` and ``report.html`` into ``folder``."""
     write_json(folder / "report.json", report)
     write_atomic(folder / "report.html", render_html(folder, report))
-
-
-def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows ``(what, teacher, student)`` of the headline table."""
-    rows: list[tuple[str, str, str]] = []
-
-    def add(what: str, teacher: Any, student: Any, show: Callable[[Any], str] = "{:,}".format) -> None:
-        """Add a row, unless there is no figure of the student; the teacher's may be missing."""
-        if student is not None:
-            rows.append((what, "" if teacher is None else show(teacher), show(student)))
-
-    def percent(value: float | None) -> str:
-        return "no test data" if value is None else f"{value:.2f} %"
-
-    def share(value: float) -> str:
-        return percent(100 * value)
-
-    accuracy, sizes, latency = report["accuracy"], report["bytes"], report["latency_ms"]
-    add("accuracy", percent(accuracy["teacher"]), percent(accuracy["student"]), str)
-    add("agreement with the teacher", None, report["agreement"], share)
-    if report["quantization"] is not None:
-        add(f"accuracy, {_integers(report)}", None, percent(accuracy["student_int8"]), str)
-        add(f"agreement, {_integers(report)}", None, report["agreement_int8"], share)
-        add("int8 in onnxruntime agrees with NNI", None, report["agreement_onnx"], share)
-    add("parameters", report["parameters"]["teacher"], report["parameters"]["student"])
-    zeros = (report["pruning"] or {}).get("zeros")
-    add("zeros in the masked weights", None, zeros, lambda value: f"{100 * value:.1f} %")
-    add("weights, bytes", sizes["teacher"]["safetensors"], sizes["student"]["safetensors"])
-    add("ONNX, bytes", sizes["teacher"]["onnx"], sizes["student"]["onnx"])
-    add("int8 ONNX, bytes", None, sizes["student"]["onnx_int8"])
-    add("one image, ms", latency["teacher"], latency["student"], "{:.3f}".format)
-    add("one image, int8, ms", None, latency["student_int8"], "{:.3f}".format)
-    for control in report["controls"].values():
-        label = f"control: {control['label']}"
-        for suffix, what in (("", label), ("_int8", f"{label}, {_integers(report)}")):
-            agreement, measured = control[f"agreement{suffix}"], control[f"accuracy{suffix}"]
-            # In floating point a student that is only calibrated is the teacher itself.
-            if agreement is not None and (suffix or not report["only_calibrated"]):
-                add(what, None, f"{share(agreement)} agree" if measured is None else percent(measured), str)
-    return rows
-
-
-def _integers(report: dict[str, Any]) -> str:
-    return "int8" if report["quantization"] and report["quantization"]["exported"] else "quantized (simulated)"
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
@@ -128,51 +88,120 @@ def _slower(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def notes(report: dict[str, Any]) -> list[str]:
+    """What is to be known of the figures' making."""
+    found = [
+        "Agreement is the share of images on which a network chooses the teacher's class; " + _agreement_on(report)
+    ]
+    for other in (report.get("twin"), *report["controls"].values()):
+        if other is not None:
+            found.append(f"{other['label'].capitalize()}: {other['what']}.")
+    if report.get("twin") is not None or report["controls"]:
+        found.append("These have the student's architecture, and are not exported.")
+    found.append("Milliseconds are the median of one image on one CPU thread in onnxruntime.")
+    if report["agreement_onnx"] is not None:
+        found.append(
+            f"On {100 * report['agreement_onnx']:.2f} % of the held-out images the int8 file chooses the class that "
+            "NNI's simulation chooses."
+        )
+    zeros = (report["pruning"] or {}).get("zeros")
+    if zeros is not None:
+        found.append(f"{100 * zeros:.1f} % of the masked weights are zero.")
+    if report["evaluation"] is not None and not report["learnt_on_what_is_measured"]:
+        found.append(
+            f"The test data ({report['evaluation']}) was read at the end, and no student was trained on these images."
+        )
+    if report["provenance"].get("selected_on"):
+        found.append(f"The settings were chosen on {report['provenance']['selected_on']}.")
+    return found
+
+
 def render_table(report: dict[str, Any]) -> str:
-    """The headline table and the seconds of each stage as plain text."""
-    rows = [("", "teacher", "student"), *table_rows(report)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    lines += ["", *(f"{stage:<32}{seconds:>8.1f} s" for stage, seconds in report["seconds"].items()), ""]
-    measured, classifier = report["agreement_on"], report["classifier"]
-    lines += [f"agreement is measured on {measured}", f"the teacher's classifier is {classifier}", *remarks(report)]
+    """The verdict, the tables and the seconds of each stage as plain text."""
+    lines = [*_wrapped(" ".join(verdict(report))), ""]
+    for table in tables(report):
+        lines += [*_table_lines(table), ""]
+    lines += [f"{work:<45}{seconds:>8.1f} s" for work, seconds in report["seconds"].items()]
+    lines += ["", *_wrapped(f"Agreement, {_agreement_on(report)}")]
+    lines += _wrapped(f"The teacher's classifier is {report['classifier']}.")
+    for remark in remarks(report):
+        lines += _wrapped(remark)
     return "\n".join(lines)
+
+
+def _agreement_on(report: dict[str, Any]) -> str:
+    """The images of the agreement in the report's headline, in words."""
+    kind = "procedural" if report["evaluation"] is None else "test"
+    return f"{kind}: on {report['agreement_on']}."
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _TERMINAL, break_long_words=False, break_on_hyphens=False)
+
+
+def _table_lines(table: Table) -> Iterator[str]:
+    """A table as wide as a terminal, in two or more parts if it must be; heads on as many lines as their words need."""
+    heads = [textwrap.wrap(head, 11, break_long_words=False) for head in table.columns]
+    first = max(len(table.title), *(len(what) for what, _ in table.rows))
+    widths = [
+        max(max(map(len, head)), *(len(cells[column]) for _, cells in table.rows)) for column, head in enumerate(heads)
+    ]
+    begin = 0
+    while begin < len(heads):
+        end = begin + 1
+        while end < len(heads) and first + sum(width + 2 for width in widths[begin : end + 1]) <= _TERMINAL:
+            end += 1
+        part = slice(begin, end)
+        height = max(map(len, heads[part]))
+        if begin:
+            yield ""
+        for line in range(height):
+            words = ["" if line < height - len(head) else head[line - height + len(head)] for head in heads[part]]
+            yield _line(table.title if line == height - 1 else "", words, first, widths[part])
+        yield "-" * (first + sum(width + 2 for width in widths[part]))
+        yield from (_line(what, cells[part], first, widths[part]) for what, cells in table.rows if any(cells[part]))
+        begin = end
+
+
+def _line(what: str, cells: list[str], first: int, widths: list[int]) -> str:
+    aligned = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    return "  ".join([f"{what:<{first}}", *aligned]).rstrip()
 
 
 def render_html(folder: Path, report: dict[str, Any]) -> str:
     """``report.html`` as one file, its picture and curves inside."""
     import jinja2
+    from markupsafe import Markup
 
     loader = jinja2.PackageLoader("zskd_nni.pipeline")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     picture = folder / "impressions.png"
     impressions = report["impressions"]
+    charts = {title: loss_chart(history) for title, history in _histories(report).items()}
     return environment.get_template("report.html").render(
         report=report,
-        rows=table_rows(report),
+        verdict=[sentence.replace(" %", "\N{NO-BREAK SPACE}%") for sentence in verdict(report)],
+        tables=tables(report),
         remarks=remarks(report),
+        notes=notes(report),
+        worth=worth_of_agreement(report),
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.exists() else None,
-        curve=_curve(report["history"]),
+        charts={title: Markup(chart) for title, chart in charts.items() if chart is not None},  # made of numbers alone
         steps=_histogram(impressions["steps"]) if impressions else None,
         layers=[row for row in (report["pruning"] or {}).get("layers", []) if _changed(row)],
     )
 
 
+def _histories(report: dict[str, Any]) -> dict[str, Any]:
+    """The student's trainings -> their losses."""
+    under_masks, afterwards = (report["pruning"] or {}).get("history"), report["history"]
+    if under_masks == afterwards:  # one training for both
+        under_masks = None
+    return {"Distillation under the masks of pruning": under_masks, "Distillation": afterwards}
+
+
 def _changed(row: dict[str, Any]) -> bool:
     return row["inputs_before"] != row["inputs_after"] or row["outputs_before"] != row["outputs_after"]
-
-
-def _curve(history: dict[str, Any] | None, width: int = 560, height: int = 140) -> str | None:
-    """Points of an SVG polyline of the loss, on a logarithmic scale."""
-    if not history or len(history["losses"]) < 2:
-        return None
-    values = [math.log10(max(loss, 1e-12)) for loss in history["losses"]]
-    low, high, last = min(values), max(values), history["steps"][-1]
-    return " ".join(
-        f"{width * step / last:.1f},{height * (high - value) / max(high - low, 1e-9):.1f}"
-        for step, value in zip(history["steps"], values, strict=True)
-    )
 
 
 def _histogram(steps: dict[str, int], bars: int = 20) -> list[tuple[str, int, float]]:

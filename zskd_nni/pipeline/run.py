@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from zskd_nni.pipeline.preflight import check_work
 from zskd_nni.pipeline.report import CONTROL_IMAGES, build_report, measure
 from zskd_nni.pipeline.report_html import write_report
 from zskd_nni.pipeline.resumed import taken_up
+from zskd_nni.pipeline.steps import EVALUATION, EXPORT, HELD_OUT, TRANSFER, headings, students_of
 from zskd_nni.pipeline.students import StudentResult, Students
+from zskd_nni.pipeline.twin import Twin, read_twin
 from zskd_nni.recipes.load import LoadedRecipe
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.distributed import only_writers, team
 from zskd_nni.runtime.errors import UserError, error_context
 from zskd_nni.runtime.files import fingerprint_of, make_folder, plain, read_json, write_json
+from zskd_nni.runtime.progress import say, stage
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.run_identity import RUN_FORMAT, resume_or_refuse
 from zskd_nni.synthesis import ImpressionStore
@@ -51,6 +54,7 @@ class Run:
         download: let torchvision fetch it.
         impressions: a finished store of this teacher's impressions to train on, instead of making them.
         quiet: no progress.
+        twin: folder of a finished run of the same recipe on real images, to stand beside this one in the report.
 
     Attributes:
         looks: whether the teacher is measured first; the trials of a search do without.
@@ -71,6 +75,7 @@ class Run:
         download: bool = False,
         impressions: Path | None = None,
         quiet: bool = False,
+        twin: Path | None = None,
     ) -> None:
         self.loaded, self.recipe = loaded, loaded.recipe
         self.team = team()
@@ -81,10 +86,17 @@ class Run:
         self.look: FirstLook | None = None
         self.real_images: int | None = None
         self.students = Students(loaded, self.teacher, self.out / "state", self._timed, device=device, quiet=self.quiet)
-        self._check()
-        self.given = None if impressions is None else self._given_store(impressions)
-        self.identity = self._identity()
+        with stage("checking the recipe and its teacher", self.quiet):
+            self._check()
+            self.given = None if impressions is None else self._given_store(impressions)
+            self.identity = self._identity()
+            self.twin: Twin | None = None if twin is None else read_twin(twin, self.identity)
         self.seconds: dict[str, float] = {}
+
+    @cached_property
+    def headings(self) -> dict[str, str]:
+        """What is shown above each step; *step 2 of 6: ...*."""
+        return headings(self.recipe, self.given is not None)
 
     def _identity(self) -> dict[str, Any]:
         """What the run's results depend on."""
@@ -174,7 +186,7 @@ class Run:
 
     def _print(self, sentence: str) -> None:
         if self.team.leads:
-            print(sentence, file=sys.stderr)
+            say(sentence)
 
     def _test_data(self) -> LabelledImages | None:
         return self.loaded.evaluation_data(self.teacher, self.root, self.download) if self.measured else None
@@ -206,15 +218,22 @@ class Run:
             write_json(self.out / RUN, {"format": RUN_FORMAT, "identity": self.identity, "seconds": self.seconds})
 
     @contextmanager
-    def _timed(self, stage: str, resumed: bool = True) -> Iterator[None]:
-        """Count a stage's seconds, and add those of earlier calls if the stage is resumed instead of repeated."""
+    def _timed(self, work: str, resumed: bool = True, step: str | None = None) -> Iterator[None]:
+        """Count the seconds of some work, and add those of earlier calls if it is resumed instead of repeated.
+
+        Args:
+            work: as it is called in the report.
+            resumed: whether it is.
+            step: of the run, where it is not called as the work is.
+        """
         signals.check()
-        before = self.seconds.get(stage, 0.0) if resumed else 0.0
+        before = self.seconds.get(work, 0.0) if resumed else 0.0
         started = time.monotonic()
         try:
-            yield
+            with stage(self.headings.get(step or work, work), self.quiet):
+                yield
         finally:
-            self.seconds[stage] = round(before + time.monotonic() - started, 2)
+            self.seconds[work] = round(before + time.monotonic() - started, 2)
             if self.out.is_dir():
                 self._write_run()
 
@@ -229,14 +248,14 @@ class Run:
                 return finished
             held_out = self.held_out()  # first: a wrong size is refused before the long work
             source = self.transfer()
-            students = {"student": self.students.make("student", source)}
-            if "none" in self.recipe.controls:
-                students["none"] = self.students.make("control-none", source, train=False)
-            for name, (kind, _) in CONTROL_IMAGES.items():
-                if name in self.recipe.controls:
-                    images = ProceduralSource(kind, self.teacher.spec, self.recipe.distillation.batch)
-                    students[name] = self.students.make(f"control-{name}", images)
+            students = {}
+            for name, files in students_of(self.recipe).items():
+                images = self._procedural(name) if name in CONTROL_IMAGES else source
+                students[name] = self.students.make(files, images, train=name != "none")
             return self.team.first(lambda: self._finish(students, held_out))
+
+    def _procedural(self, control: str) -> TransferSource:
+        return ProceduralSource(CONTROL_IMAGES[control][0], self.teacher.spec, self.recipe.distillation.batch)
 
     def _finished_report(self) -> dict[str, Any] | None:
         """The report of this very run, if it has accuracies on test data that is no longer there."""
@@ -253,14 +272,14 @@ class Run:
     def _finish(self, students: dict[str, StudentResult], held_out: Tensor) -> dict[str, Any]:
         """Export, measure, and write the report."""
         self.teacher.to("cpu")
-        with self._timed("export", resumed=False):
+        with self._timed(EXPORT, resumed=False):
             self.save_student(students["student"])
             section = self.recipe.compression.quantization
             fold_asked = section is not None and section.fuse_batch_norm
             exported = export_student(students["student"], self.teacher, self.out, held_out, fold_asked)
-        with self._timed("evaluation", resumed=False):
+        with self._timed(EVALUATION, resumed=False):
             test, store = self._test_data(), self._store()
-            figures = measure(students, self.teacher, self.out, held_out, test)
+            figures = measure(students, self.teacher, self.out, held_out, test, self.quiet)
             if store is not None:
                 self._draw(store)
             report = build_report(self, students, figures, exported, test, store)
@@ -280,7 +299,7 @@ class Run:
     def transfer(self) -> TransferSource:
         """The transfer source of the recipe's method, made or resumed in ``impressions/``."""
         if self.given is None:
-            source = self._source("impressions", reserved=self.recipe.transfer.held_out)
+            source = self._source("impressions", TRANSFER, reserved=self.recipe.transfer.held_out)
         else:
             given = self.given.source(self.recipe.distillation.batch, self.recipe.seed, self.device)
             source = self.loaded.with_further_images(given, self.teacher)
@@ -303,8 +322,8 @@ class Run:
         if own is not None:
             self._print(f"transfer.also: {section.also_share:.0%} of each batch is drawn from {len(own):,} own images")
 
-    def _source(self, folder: str, **changes: Any) -> TransferSource:
-        with self._timed("synthesis"):
+    def _source(self, folder: str, step: str, **changes: Any) -> TransferSource:
+        with self._timed("synthesis", step=step):
             where = {"root": self.root, "download": self.download}
             teacher = self.teacher.to(self.device)
             return self.loaded.transfer_source(teacher, self.out / folder, quiet=self.quiet, **where, **changes)
@@ -327,9 +346,8 @@ class Run:
     def held_out(self) -> Tensor:
         """Images ``(N, C, H, W)`` of another seed, on which agreement is measured and the export checked."""
         size, seed = self.recipe.transfer.held_out, self._held_out_seed()
-        source = self._source(
-            "impressions-held-out", size=size, batch_size=size, seed=seed, label="held-out impressions", held_out=True
-        )
+        changes = {"size": size, "batch_size": size, "seed": seed, "label": "held-out impressions", "held_out": True}
+        source = self._source("impressions-held-out", HELD_OUT, **changes)
         return source.batch(0, torch.Generator().manual_seed(0)).cpu()
 
     def _draw(self, store: ImpressionStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from zskd_nni.pipeline.report import CONTROL_IMAGES
 from zskd_nni.recipes.schema import Recipe
 
 HELD_OUT, TRANSFER, EXPORT, EVALUATION = "held-out images", "transfer set", "export", "evaluation"
@@ -13,12 +14,7 @@ _TITLES = {
     EXPORT: "exporting the student",
     EVALUATION: "measuring all networks",
 }
-_WHO = {
-    "student": "the student",
-    "control-none": "the control without distillation",
-    "control-noise": "the control on noise",
-    "control-leaves": "the control on leaves",
-}
+_WHO = {"student": "the student", "control-none": "the control without distillation"}
 _WORK = {
     "pruning": "pruning",
     "distillation": "distilling",
@@ -29,7 +25,7 @@ _WORK = {
 
 def students_of(recipe: Recipe) -> dict[str, str]:
     """The name in the report of each student that a run makes -> its name in ``state/``, in the order of making."""
-    controls = [name for name in ("none", "noise", "leaves") if name in recipe.controls]
+    controls = [name for name in ("none", *CONTROL_IMAGES) if name in recipe.controls]
     return {"student": "student", **{name: f"control-{name}" for name in controls}}
 
 
@@ -52,7 +48,9 @@ def headings(recipe: Recipe, given: bool = False) -> dict[str, str]:
 
 def _title(key: str) -> str:
     work, _, who = key.partition(" of ")
-    return f"{_WORK[work]} {_WHO[who]}" if who else _TITLES[key]
+    if not who:
+        return _TITLES[key]
+    return f"{_WORK[work]} {_WHO.get(who) or 'the control on ' + who.removeprefix('control-')}"
 
 
 def _of_students(recipe: Recipe) -> Iterator[str]:
