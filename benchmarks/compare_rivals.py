@@ -130,14 +130,14 @@ def compare(network: str, arguments: argparse.Namespace) -> None:
     """Measure the rows of one network that are not recorded."""
     pair, records, wanted = PAIRS[network], Records(network), arguments.only or [*RIVALS]
     for key, rival in RIVALS.items():
-        for task in rival.tasks if key in wanted else ():
+        for task in [task for task in rival.tasks if task in arguments.tasks] if key in wanted else ():
             for seed in arguments.seeds if rival.chance else arguments.seeds[:1]:
                 if arguments.again or not records.has(key, task, seed):
                     command = f"python benchmarks/compare_rivals.py {network} --only {key} --seeds {seed}"
                     row = {"rival": key, "task": task, "seed": seed, **measure(pair, rival, task, seed)}
                     records.add({**row, "command": command, "provenance": machine(seed)})
     for row in recorded(pair):
-        if row["rival"] in wanted:
+        if row["rival"] in wanted and HALF in arguments.tasks:
             records.add(row)
 
 
@@ -151,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(PAIRS)}; all where absent")
     parser.add_argument("--only", nargs="+", choices=[*RIVALS])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--long", action="store_true", help="seeds 0 to 2")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--again", action="store_true", help="also what is measured already")

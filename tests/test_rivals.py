@@ -99,6 +99,6 @@ def test_the_page_says_when_a_rival_is_ahead() -> None:
         {"task": "W4A4", "rival": rival, "seed": 0, "accuracy": value, "seconds": 1.0}
         for rival, value in (("ours", 80.0), ("squant", 85.0), ("real", 99.0))
     ]
-    assert "a rival is ahead of our recipe as it is by 5.00" in page.standing(rows)
+    assert "our recipe as it is is **behind it** by 5.00" in page.standing(rows)
     rows.append({"task": "W4A4", "rival": "ours-options", "seed": 0, "accuracy": 86.0, "seconds": 1.0})
-    assert "our recipe with the options is ahead of the best rival by 1.00" in page.standing(rows)
+    assert "**behind it** by 5.00; our recipe with the options is ahead of it by 1.00" in page.standing(rows)

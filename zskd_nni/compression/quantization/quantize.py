@@ -26,6 +26,8 @@ from zskd_nni.recipes.compression_config import CompressionRun, QuantizationConf
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.training.distillation import DistillationSettings
 
+_REFINED_ON = 256  # images that ranges and biases are refined on, at most
+
 
 @dataclass(frozen=True)
 class QuantizedNetwork:
@@ -120,7 +122,8 @@ def quantize(
             "train it for fewer steps or with a smaller learning rate."
         )
     quantized = QuantizedNetwork(student.cpu(), name, config_list, calibration)
-    return _refined(quantized, config, evaluator.calibration_set().cpu()) if config.refines else quantized
+    few = min(_REFINED_ON, teacher.spec.inference_batch)  # they go through the network at once
+    return _refined(quantized, config, evaluator.calibration_set()[:few].cpu()) if config.refines else quantized
 
 
 def _refined(quantized: QuantizedNetwork, config: QuantizationConfig, images: Tensor) -> QuantizedNetwork:

@@ -104,8 +104,8 @@ def round_jointly(network: nn.Module, calibration: Calibration) -> None:
     for path, targets in calibration.items():
         entry = targets.get("weight")
         if entry is not None:
-            module = network.get_submodule(path)
-            weight, scale, zero = module.weight, *(entry[key].to(module.weight) for key in ("scale", "zero_point"))
+            weight = network.get_parameter(f"{path}.weight")
+            scale, zero = (entry[key].to(weight) for key in ("scale", "zero_point"))
             if scale.numel() == len(weight):
                 scale, zero = (value.expand_as(scale).reshape(-1, *[1] * (weight.ndim - 1)) for value in (scale, zero))
             whole = joint_rounding(zero + weight / scale, *levels(entry["quant_dtype"]))
@@ -125,8 +125,8 @@ def joint_rounding(values: Tensor, least: int, most: int) -> Tensor:
     first = inside if kernels.shape[2] > 1 else nearest
     size = _flip_sizes(kernels, first, (least, most), (first - kernels).sum((1, 2), keepdim=True).sign())
     one_a_kernel = torch.zeros_like(size, dtype=torch.bool).scatter_(2, size.argmax(2, keepdim=True), True)
-    rows = (part.flatten(1)[:, None] for part in (kernels, first))
-    return _flipped(*rows, (least, most), one_a_kernel.flatten(1)[:, None]).view_as(values)
+    rows, whole, allowed = (part.flatten(1)[:, None] for part in (kernels, first, one_a_kernel))
+    return _flipped(rows, whole, (least, most), allowed).view_as(values)
 
 
 def _flip_sizes(values: Tensor, whole: Tensor, limits: tuple[int, int], sign: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def correct_biases(network: nn.Module, original: nn.Module, simulation: nn.Modul
     def shift(path: str, output: Tensor) -> Tensor:
         module = network.get_submodule(path)
         moved = means[path] - _channel_means(module, output)
-        module.bias += moved
+        network.get_parameter(f"{path}.bias").add_(moved)
         return output + moved.view(-1, *[1] * (output.ndim - 2) if isinstance(module, _CONVOLUTIONS) else [])
 
     with hooked(original, paths, after=remember):
