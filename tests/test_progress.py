@@ -35,6 +35,14 @@ def test_a_stage_that_says_nothing_gives_signs_of_life(capsys: pytest.CaptureFix
     assert not progress._voice.stages and progress._voice._thread is None
 
 
+def test_work_that_is_short_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "LONGEST_SILENCE", 3600.0)
+    monkeypatch.setattr(progress._voice, "_spoken", time.monotonic() - 7200)  # before the stage nothing was at work
+    with stage("compress", told=False):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
 def test_work_that_hangs_is_shown_with_its_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     with stage("compress", told=False), Progress("distillation", 100, "steps", done=10) as shown:
         assert "distillation: 10/100 steps, " in said_within(capsys, "so far")

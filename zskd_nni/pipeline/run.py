@@ -86,7 +86,7 @@ class Run:
         self.look: FirstLook | None = None
         self.real_images: int | None = None
         self.students = Students(loaded, self.teacher, self.out / "state", self._timed, device=device, quiet=self.quiet)
-        with stage("checking the recipe and its teacher", self.quiet):
+        with stage("checking the recipe and its teacher", self.quiet, told=False):
             self._check()
             self.given = None if impressions is None else self._given_store(impressions)
             self.identity = self._identity()

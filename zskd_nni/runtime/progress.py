@@ -39,8 +39,9 @@ class _Voice:
 
     def begin(self, name: str, told: bool) -> None:
         with self.lock:
-            if told:
+            if told or not self.stages:
                 self._spoken = time.monotonic()
+            if told:
                 print(name, file=sys.stderr, flush=True)
             self.stages.append((name, time.monotonic(), told))
             if self._thread is None:
