@@ -25,10 +25,17 @@ def benchmark_script(name="packaged_recipes"):
 
 
 def test_the_table_is_that_of_the_result_files():
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
-    names = list(dict.fromkeys(row.split("`")[1] for row in rows))  # one of two rows where a recipe quantizes
-    assert names, "the README has no table of results"
-    assert benchmark_script().table(names) in (ROOT / "README.md").read_text()
+    script, text = benchmark_script(), (ROOT / "README.md").read_text()
+    assert script.with_table(text) == text, "python benchmarks/packaged_recipes.py --readme writes the present table"
+    rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert rows[0].startswith("cifar10-") and rows[-1].startswith("digits-")
+    assert {row for row in rows if row.startswith("cifar10-")} == {
+        path.stem for path in script.recipe_results() if path.stem.startswith("cifar10-")
+    }
+    figure = next(line for line in text.splitlines() if line.startswith("| `")).split(" | ")[2]
+    assert script.with_table(text.replace(figure, "99.99")) == text  # what is wrong is written anew
+    with pytest.raises(SystemExit, match="end of the table"):
+        script.with_table("no table")
 
 
 def test_a_new_seed_joins_those_of_the_same_recipe_alone():

@@ -1,7 +1,8 @@
 """Pages and parts of pages that are made of other files, and a navigation without what does not exist.
 
 ``<!-- results: COLUMNS -->`` in a page becomes the table of all result files, ``COLUMNS`` (names, separated by
-semicolons) of it, or all. The changelog page is ``CHANGELOG.md``; the page of the packaged recipes' results is here.
+semicolons) of it, or all. ``<!-- smallest students: COLUMNS -->`` becomes a row for each data set. The changelog page
+is ``CHANGELOG.md``; the page of the packaged recipes' results is here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +23,7 @@ _SIDES = ("before", "after")
 OPTIONAL = ("benchmarks.md", "results.md")
 TUTORIALS = "tutorials"
 _RESULTS = re.compile(r"<!-- results:(?P<columns>[^>]*)-->")
+_SMALLEST = re.compile(r"<!-- smallest students:(?P<columns>[^>]*)-->")
 _BENCHMARKS = "<!-- benchmarks -->"
 _LADDER = "<!-- ladder -->"
 _EQUAL_FIT = "<!-- equal fit -->"
@@ -86,6 +89,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(_EQUAL_FIT, equal_fit_table())
     if _MANY_WORKERS in markdown:
         markdown = markdown.replace(_MANY_WORKERS, many_workers_table())
+    markdown = _SMALLEST.sub(lambda match: smallest_table(match["columns"]), markdown)
     return _RESULTS.sub(lambda match: results_table(match["columns"]), markdown)
 
 
@@ -206,17 +210,41 @@ def _largest(shares: dict[str, float]) -> list[tuple[str, float]]:
 
 def results_table(columns: str = "") -> str:
     """The Markdown table of ``results/*.json``, as ``benchmarks/packaged_recipes.py --table`` prints it."""
+    recipes = packaged_recipes()
+    return _typeset(recipes.table([entry.stem for entry in recipes.recipe_results()]), columns)
+
+
+def smallest_table(columns: str = "") -> str:
+    """Of each data set but the digits the recipe whose student's file is the smallest, and its row."""
+    recipes = packaged_recipes()
+    smallest: dict[str, tuple[int, bool, str, bool]] = {}
+    for path in recipes.recipe_results():
+        first = json.loads(path.read_text())[0]
+        sizes, data = first["bytes"]["student"], first["recipe"]["evaluation"]["data"]
+        quantized = sizes["onnx_int8"] is not None
+        # Of files of one size the one that has a twin on real data, then the first by name.
+        row = (sizes["onnx_int8"] or sizes["onnx"], "real_data" not in first, path.stem, quantized)
+        smallest[data] = min(row, smallest.get(data, row))
+    lines: list[str] = []
+    for data, (_, _, name, quantized) in smallest.items():
+        if data != "digits":
+            head, rule, *rows = recipes.table([name]).splitlines()
+            lines = [*(lines or [head, rule]), rows[-1] if quantized else rows[0]]
+    return _typeset("\n".join(lines), columns)
+
+
+def _typeset(lines: str, columns: str) -> str:
+    wanted = [name.strip() for name in columns.split(";") if name.strip()]
+    lines = packaged_recipes().chosen_columns(lines, wanted) if wanted else lines
+    return lines.replace(" +- ", "\u00a0±\u00a0").replace(" -> ", "\u00a0→\u00a0")
+
+
+@cache
+def packaged_recipes() -> Any:
+    """The script ``benchmarks/packaged_recipes.py``."""
     path = ROOT / "benchmarks" / "packaged_recipes.py"
     spec = importlib.util.spec_from_file_location("packaged_recipes", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    names = [entry.stem for entry in module.recipe_results()]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in module.table(names).splitlines()]
-    wanted = [name.strip() for name in columns.split(";") if name.strip()] or rows[0]
-    missing = [name for name in wanted if name not in rows[0]]
-    if missing:
-        raise ValueError(f"the table of results has no column {missing[0]!r}; it has {', '.join(rows[0])}")
-    places = [rows[0].index(name) for name in wanted]
-    lines = ["| " + " | ".join(row[place] for place in places) + " |" for row in rows]
-    return "\n".join(lines).replace(" +- ", "\u00a0±\u00a0").replace(" -> ", "\u00a0→\u00a0")
+    return module

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zskd_nni.research.reproduction.cells import Cell, resolve
+from zskd_nni.research.reproduction.charts import Row, dot_chart, rows_of, verdict
 from zskd_nni.research.reproduction.pairs import PAIRS
 from zskd_nni.research.reproduction.published import PUBLISHED, TARGETS, Published
 from zskd_nni.research.reproduction.records import Record, teacher_of
@@ -19,16 +20,18 @@ Groups = dict[tuple[str, str], Group]  # by name of the cell and scale
 
 # The text around the tables; the site replaces "results:" by the table of results/*.json.
 TEMPLATE = Path(__file__).parent / "templates" / "results.md"
-TITLES = {
-    "mnist": "MNIST, LeNet-5 to LeNet-5-Half",
-    "fashion-mnist": "Fashion-MNIST, LeNet-5 to LeNet-5-Half",
-    "digits": "Digits, LeNet-5 to LeNet-5-Half",
+TITLES = {  # in the order of the summary
     "cifar10-alexnet": "CIFAR-10, AlexNet to AlexNet-Half",
     "cifar10-wrn": "CIFAR-10, WRN-40-2 to WRN-16",
+    "fashion-mnist": "Fashion-MNIST, LeNet-5 to LeNet-5-Half",
+    "mnist": "MNIST, LeNet-5 to LeNet-5-Half",
+    "digits": "Digits, LeNet-5 to LeNet-5-Half",
 }
 COLUMNS = (
     "method | preset | variant | images | teacher | student | agreement | ECE | MTE | published | target | seeds | time"
 )
+# The tables that compare all methods, in the order of the charts.
+SUMMARIES = ("cifar10-alexnet", "cifar10-wrn", "main", "digits")
 BALANCE_COLUMNS = (
     "source | images | balanced | unbalanced | difference over paired seeds | by two deviations "
     "| own / repeats / nearest of the balanced set | seeds"
@@ -90,7 +93,49 @@ def render_page(records: Iterable[Record], teachers: Mapping[str, str] | None = 
     ):
         if names:
             parts.append(f"## {title}\n\n{text}: " + ", ".join(f"`{name}`" for name in names) + ".\n")
-    return TEMPLATE.read_text().replace("{{ tables }}", "\n".join(parts))
+    page = TEMPLATE.read_text().replace("{{ tables }}", "\n".join(parts))
+    return page.replace("{{ summary }}", "\n".join(map(str, summaries(groups))))
+
+
+def render_charts(records: Iterable[Record], teachers: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The page's charts as SVG by pair; the site puts them where the page says ``<!-- chart: PAIR -->``.
+
+    Args:
+        records: of any cells.
+        teachers: as :func:`render_page` takes them.
+    """
+    groups = group_records(records)
+    take_out_older(groups, teachers)
+    return {found.pair: dot_chart(TITLES[found.pair], found.rows, found.teacher) for found in summaries(groups)}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All methods of a pair at its largest scale that has records."""
+
+    pair: str
+    scale: str
+    rows: list[Row]
+    teacher: float
+
+    def __str__(self) -> str:
+        scale = "" if self.scale == "full" else f" At scale `{self.scale}`."
+        said = f"{verdict(self.rows, self.teacher)}{scale}"
+        return f"### {TITLES[self.pair]}: summary\n\n{said}\n\n<!-- chart: {self.pair} -->\n"
+
+
+def summaries(groups: Groups) -> Iterator[Summary]:
+    """Of each pair that has a student in a table of all methods; colour first, then the harder of the grey sets."""
+    found: dict[str, list[Cell]] = {}
+    for cell in (cell for name in SUMMARIES for cell in TABLES[name].cells):
+        found.setdefault(cell.pair, []).append(cell)
+    for pair in sorted(found, key=list(TITLES).index):
+        for scale in PAIRS[pair].scales:
+            rows = rows_of((cell, groups.get((cell.name, scale), [])) for cell in found[pair])
+            if rows:
+                first = next(groups[cell.name, scale][0] for cell in found[pair] if (cell.name, scale) in groups)
+                yield Summary(pair, scale, rows, first["accuracy"]["teacher"])
+                break
 
 
 def take_out_older(groups: dict[tuple[str, str], Group], now: Mapping[str, str] | None = None) -> list[str]:
@@ -147,7 +192,8 @@ class _Section:
             body = _markdown(BALANCE_COLUMNS, map(self.balance_row, dict.fromkeys(c.variant for c in self.rows)))
         else:
             body = _markdown(COLUMNS, map(self.row, self.rows)) + _sources(self.rows)
-        return f"{heading}\n\n{len(self.rows)} of {len(self.cells)} cells, {runs}.\n\n{body}\n"
+        told = f"{len(self.rows)} of {len(self.cells)} cells, {runs}."
+        return f"{heading}\n\n{told}\n\n{folded('The table', body)}\n"
 
     def row(self, cell: Cell) -> list[str]:
         group = self.group(cell)
@@ -226,6 +272,11 @@ class _Section:
             _counts(balanced),
             ", ".join(str(seed) for seed in sorted({record["seed"] for record in whole})),
         ]
+
+
+def folded(summary: str, body: str) -> str:
+    """Markdown that a click opens, on the site and on a code host."""
+    return f'<details markdown="1">\n<summary>{summary}</summary>\n\n{body}\n\n</details>\n'
 
 
 def _markdown(columns: str, rows: Iterable[Sequence[str]]) -> str:

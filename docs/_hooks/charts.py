@@ -1,0 +1,189 @@
+"""Charts that are drawn from the records when the site is built.
+
+``<!-- chart: accuracy and bytes -->`` becomes a plot of accuracy against the size of the ONNX file, one for each data
+set with real images, and ``<!-- chart: PAIR -->`` the chart of all methods of a pair of the papers' tables.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from generated_pages import packaged_recipes
+
+from zskd_nni.research.reproduction.charts import position, range_of, ticks_between
+from zskd_nni.research.reproduction.page import render_charts
+from zskd_nni.research.reproduction.records import read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+TITLES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "mnist": "MNIST"}
+KINDS = {"real": "same recipe on real images", "free": "student", "leaves": "on dead leaves", "noise": "on noise"}
+_MARK = re.compile(r"<!-- chart: (?P<what>[^>]*?) -->")
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 270, 40, 14, 34, 42
+_APART = 13  # recipes of about one size stand side by side
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the charts in."""
+    if not _MARK.search(markdown):
+        return markdown
+    drawn = render_charts(read_records(ROOT / "results" / "reproduce")) if "reproduce" in markdown else {}
+
+    def chart(match: re.Match[str]) -> str:
+        if match["what"] == "accuracy and bytes":
+            return accuracy_and_bytes()
+        return f'<div class="chart-of-methods">\n{drawn[match["what"]]}\n</div>'
+
+    return _MARK.sub(chart, markdown)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One recipe's student, and what it is compared with, in one precision.
+
+    Attributes:
+        label: recipe and precision.
+        size: bytes of the student's ONNX file.
+        accuracies: by kind, one a seed, in percent.
+    """
+
+    label: str
+    size: int
+    accuracies: dict[str, list[float]]
+
+    def mean(self, kind: str) -> float:
+        """Of a kind, over the seeds."""
+        return statistics.mean(self.accuracies[kind])
+
+
+def columns_of(name: str, records: list[dict[str, Any]]) -> Iterator[Column]:
+    """The rows that a recipe has in the table of results."""
+    first = records[0]
+    for precision, suffix in (("fp32", ""), ("int8", "_int8")):
+        if suffix and first["accuracy"].get("student_int8") is None:
+            continue
+        if not suffix and packaged_recipes().only_calibrates(first):
+            continue
+        found = {
+            "free": [record["accuracy"][f"student{suffix}"] for record in records],
+            "real": [
+                record["real_data"]["accuracy"][f"student{suffix}"] for record in records if "real_data" in record
+            ],
+        }
+        for kind in ("noise", "leaves"):
+            controls = [record["controls"][kind] for record in records if kind in record["controls"]]
+            found[kind] = [control[f"accuracy{suffix}"] for control in controls]
+        known = {kind: [value for value in values if value is not None] for kind, values in found.items()}
+        size = first["bytes"]["student"][f"onnx{suffix}"]
+        yield Column(f"{name}, {precision}", size, {kind: values for kind, values in known.items() if values})
+
+
+def accuracy_and_bytes() -> str:
+    """A panel for each data set, side by side where there is room, and what the marks mean."""
+    panels: dict[str, tuple[float, int, list[Column]]] = {}
+    for path in packaged_recipes().recipe_results():
+        records = json.loads(path.read_text())
+        data = records[0]["recipe"]["evaluation"]["data"]
+        if data in TITLES:
+            teacher = (records[0]["accuracy"]["teacher"], records[0]["bytes"]["teacher"]["onnx"])
+            panels.setdefault(data, (*teacher, []))[2].extend(columns_of(path.stem, records))
+    drawn = "\n".join(panel(data, *panels[data]) for data in TITLES if data in panels)
+    marks = " ".join(f'<span><svg viewBox="0 0 14 14">{mark(kind, 7, 7)}</svg>{said}</span>'
+                     for kind, said in {"teacher": "teacher", **KINDS}.items())  # fmt: skip
+    return f'<div class="charts">\n{drawn}\n</div>\n<p class="marks">{marks}</p>'
+
+
+def panel(data: str, teacher: float, size: int, columns: list[Column]) -> str:
+    """One data set: accuracy in percent (logarithmic in the error) against bytes (logarithmic)."""
+    columns = sorted(columns, key=lambda column: (column.size, column.label))
+    low, high = range_of([teacher, *(column.mean(kind) for column in columns for kind in column.accuracies)])
+    bounds = [math.log(f(size, *(c.size for c in columns)) * k) for f, k in ((min, 0.8), (max, 1.25))]
+    inner, floor = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
+
+    def across(count: float) -> float:
+        return _LEFT + inner * (math.log(count) - bounds[0]) / (bounds[1] - bounds[0])
+
+    def down(accuracy: float) -> float:
+        return floor - (floor - _TOP) * position(accuracy, low, high)
+
+    parts = [
+        f'<figure><figcaption>{TITLES[data]}</figcaption><svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'role="img" aria-label="{TITLES[data]}: test accuracy against bytes of the ONNX file">'
+    ]
+    for tick in ticks_between(low, high):
+        y = down(tick)
+        parts.append(f'<path class="grid" d="M{_LEFT},{y:.1f} H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{y + 4:.1f}">{tick:g}</text>')
+    for count in _sizes(math.exp(bounds[0]), math.exp(bounds[1])):
+        label = f"{count / 1e6:g} MB" if count >= 1e6 else f"{count / 1e3:g} kB"
+        parts.append(f'<path class="grid" d="M{across(count):.1f},{floor} v4"/>')
+        parts.append(f'<text class="tick" text-anchor="middle" x="{across(count):.1f}" y="{floor + 16}">{label}</text>')
+    parts.append(f'<text class="tick" text-anchor="middle" x="{_LEFT + inner / 2}" y="{floor + 34}">ONNX file</text>')
+    parts.append(f'<text class="tick" x="2" y="{_TOP - 22}">test accuracy, %</text>')
+    parts.append(f'<path class="teacher" d="M{_LEFT},{down(teacher):.1f} H{_WIDTH - _RIGHT}"/>')
+    parts.append(
+        f"<g><title>teacher: {teacher:.2f} %, {size:,} bytes</title>{mark('teacher', across(size), down(teacher))}</g>"
+    )
+    for number, (column, x) in enumerate(zip(columns, spread([across(c.size) for c in columns]), strict=True), start=1):
+        parts.append(_column(number, column, x, down))
+    items = "".join(f"<li>{html.escape(column.label)}</li>" for column in columns)
+    return "\n".join([*parts, f"</svg><ol>{items}</ol></figure>"])
+
+
+def _column(number: int, column: Column, x: float, down: Any) -> str:
+    heights = [down(column.mean(kind)) for kind in column.accuracies]
+    parts = [
+        f'<path class="stem" d="M{x:.1f},{_TOP - 2} V{max(heights):.1f}"/>',
+        f'<text class="tick number" text-anchor="middle" x="{x:.1f}" y="{_TOP - 6}">{number}</text>',
+    ]
+    for kind in reversed(KINDS):
+        if kind in column.accuracies:
+            values = column.accuracies[kind]
+            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            said = f"{column.label}, {KINDS[kind]}: {column.mean(kind):.2f}{deviation} %, {column.size:,} bytes"
+            parts.append(f"<g><title>{html.escape(said)}</title>{mark(kind, x, down(column.mean(kind)))}</g>")
+    return "\n".join(parts)
+
+
+def spread(places: list[float]) -> list[float]:
+    """Places in rising order, moved apart where they are closer than marks are wide; each group keeps its middle."""
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and _start(groups[-1]) - _start(groups[-2]) < _APART * len(groups[-2]):
+            last = groups.pop()
+            groups[-1] += last
+    return [
+        min(max(_start(group), _LEFT + 8), _WIDTH - _RIGHT - _APART * (len(group) - 1)) + _APART * index
+        for group in groups
+        for index in range(len(group))
+    ]
+
+
+def _start(group: list[float]) -> float:
+    return statistics.mean(group) - _APART * (len(group) - 1) / 2
+
+
+def _sizes(low: float, high: float) -> list[float]:
+    """Round numbers of bytes in a range; few enough that their labels do not touch."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 3, 4, 6) if high / low < 5 else (1, 2, 5) if high / low < 40 else (1, 3)
+    return [step * 10**power for power in powers for step in steps if low <= step * 10**power <= high]
+
+
+def mark(kind: str, x: float, y: float) -> str:
+    """The SVG of one mark."""
+    if kind == "teacher":
+        return f'<path class="mark teacher-mark" d="M{x:.1f},{y - 6:.1f} l6,6 l-6,6 l-6,-6 z"/>'
+    if kind == "noise":
+        return f'<path class="mark noise" d="M{x - 4:.1f},{y - 4:.1f} l8,8 m0,-8 l-8,8"/>'
+    if kind == "leaves":
+        return f'<path class="mark leaves" d="M{x:.1f},{y - 5:.1f} l5,9 h-10 z"/>'
+    return f'<circle class="mark {kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
