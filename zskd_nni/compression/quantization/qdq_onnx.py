@@ -79,7 +79,9 @@ def export_quantized_onnx(
         path: the ``.onnx`` file to write.
         images: ``(N, C, H, W)`` in the value range to compare the logits on, or a transfer source, of which the first
             500 are taken.
-        least_agreement: smallest share of images, in [0, 1], on which both must choose the same class.
+        least_agreement: smallest share of images, in [0, 1], on which both must choose the same class. With few bits
+            the last digit of a sum may decide on a level, and so on the class. Where the simulation agrees less with
+            itself in float64, the file only needs to agree as well as that.
 
     Raises:
         UserError: ONNX has no operators for the quantization, or onnxruntime's predictions differ.
@@ -99,19 +101,23 @@ def export_quantized_onnx(
     images = (images if isinstance(images, Tensor) else _first_images(images)).cpu()
     data = quantized_onnx_bytes(quantized, spec)
     simulation = simulated(quantized).cpu().float()
-    with torch.no_grad():
-        copies = images.clone()  # the network may change its input in place
-        parts = [first_tensor(simulation(spec.normalise(part))) for part in copies.split(checking_batch(images))]
-    expected, actual = torch.cat(parts), run_onnx(data, images)
+    expected, actual = _logits(simulation, images, spec), run_onnx(data, images)
     share = agreement(actual, expected)
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1))
-    if not share >= least_agreement:
+    if share < least_agreement and share < agreement(_logits(simulation.double(), images.double(), spec), expected):
         raise UserError(
             f"onnxruntime and NNI's simulation of the quantized network agree on {share:.1%} of {len(images)} images, "
             f"less than {least_agreement:.1%}; the file was not written."
         )
     write_atomic(path, data)
     return QuantizedExport(share, difference, len(data), (quantized.network, spec))
+
+
+def _logits(network: nn.Module, images: Tensor, spec: InputSpec) -> Tensor:
+    copies = images.clone()  # the network may change its input in place
+    with torch.no_grad():
+        parts = [first_tensor(network(spec.normalise(part))) for part in copies.split(checking_batch(images))]
+    return torch.cat(parts)
 
 
 def _first_images(source: TransferSource) -> Tensor:
