@@ -20,7 +20,7 @@ PYTHONS = nox.project.python_versions(PROJECT)  # of the classifiers
 PINNED_PYTHON = "3.11"  # has every version of constraints.txt
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # What PyTorch's own version decides, so that the oldest one brings what belongs to it.
-PYTORCH = ("torch", "torchvision", "triton", "nvidia-", "cuda-")
+PYTORCH = ("torch", "torchvision", "triton", "nvidia-", "cuda-", "setuptools")
 
 
 @nox.session(python=PYTHONS)

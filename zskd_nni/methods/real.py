@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from zskd_nni.data.datasets import NAMED_SETS, load_images
+from zskd_nni.data.datasets import NAMED_SETS, Fit, load_images
 from zskd_nni.data.sources import StoredSource
 from zskd_nni.methods.registry import TransferRequest
 from zskd_nni.models.teacher import Teacher
@@ -71,7 +71,7 @@ class Real:
             raise UserError(f"transfer.held_out: {name} has {len(data)} training images; leave some to learn on.")
         index = order[-size:] if request.held_out else order[:size]
         with error_context("evaluation.fit"):
-            images = replace(data, fit=request.fit).pixels(index, teacher.spec)
+            images = replace(data, fit=cast("Fit | None", request.fit)).pixels(index, teacher.spec)
         digest = sha256_of_bytes(data.images[index].numpy().tobytes())
         fingerprint = fingerprint_of(["real", name, digest, *([request.fit] if request.fit else [])])
         return StoredSource(images, request.batch_size, request.seed, fingerprint, teacher.device)

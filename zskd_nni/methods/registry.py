@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from zskd_nni.data.datasets import Fit
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
@@ -55,7 +54,7 @@ class TransferRequest:
     download: bool = False
     base: Path | None = None
     reserved: int = 0
-    fit: Fit | None = None
+    fit: str | None = None
 
     def set_arguments(self) -> dict[str, Any]:
         """The keyword arguments that functions take which make a fixed set of images in a folder."""
