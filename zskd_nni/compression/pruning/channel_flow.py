@@ -40,7 +40,7 @@ _ZERO_MODULES = (
 _ZERO_FUNCTIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish",
     "hardswish", "tanh", "tanh_", "softsign", "tanhshrink", "dropout", "dropout_", "dropout2d", "stochastic_depth",
-    "clone", "detach", "contiguous", "abs", "neg", "square", "float", "to", "type_as", "squeeze", "unsqueeze",
+    "clone", "detach", "data", "contiguous", "abs", "neg", "square", "float", "to", "type_as", "squeeze", "unsqueeze",
 }  # fmt: skip
 # element by element, but f(0) may be another constant
 _CONSTANT_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh)
