@@ -438,10 +438,11 @@ def train_teacher_command(
 ) -> None:
     """Train one of the zoo's teachers on real data.
 
-    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, vgg-cifar10 or
-    wrn-40-2-cifar10. The shipped teachers were made by it. Beside the baselines of reproduce it
-    is the one command that trains on real data. The same command again resumes a training that was stopped, and
-    leaves one that is finished in OUT as it is.
+    NAME is lenet5-digits, lenet5-mnist, lenet5-fashion-mnist, alexnet-cifar10, vgg-cifar10,
+    resnet20-cifar10, wrn-16-2-cifar10 or wrn-40-2-cifar10. The shipped teachers were made by it.
+    Beside the baselines of reproduce it is the one command that trains on real data. The same
+    command again resumes a training that was stopped, and leaves one that is finished in OUT
+    as it is.
     """
     from zskd_nni.models.zoo.trained import trained_names
     from zskd_nni.research.train_teacher import TeacherTraining, train_teacher
