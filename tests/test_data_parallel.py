@@ -217,7 +217,7 @@ def test_a_team_may_take_a_folder_again_at_once(tmp_path: Path) -> None:
 
 def near_chance(folder: str) -> None:
     run = Run(load_recipe("digits-prune50", [*TINY, "teacher.input.mean=[9]"]), Path(folder) / "out", quiet=True)
-    with pytest.raises(UserError, match="and chance is 10.00 %"):
+    with pytest.raises(UserError, match=r"and chance is 10\.00 %"):
         run.require_a_teacher()
 
 

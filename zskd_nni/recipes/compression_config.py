@@ -1,6 +1,6 @@
 """How a student is pruned and quantized: the configs of the Python API, and the sections of a recipe of those names."""
 
-from __future__ import annotations
+# No postponed annotations: under Python 3.10 pydantic cannot read KW_ONLY out of a string.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY
@@ -73,7 +73,7 @@ class PruningConfig:
         return value
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> PruningConfig:
+    def _schedule_fits(self) -> "PruningConfig":
         if self.schedule is not None and self.steps < self.schedule.interval * self.schedule.total_times:
             raise ValueError(
                 f"steps ({self.steps}) must be at least schedule.interval x schedule.total_times "
@@ -140,7 +140,7 @@ class QuantizationConfig:
         return (self.ranges, self.rounding, self.correct_biases) != ("extremes", "nearest", False)
 
     @model_validator(mode="after")
-    def _refines_what_is_only_calibrated(self) -> QuantizationConfig:
+    def _refines_what_is_only_calibrated(self) -> "QuantizationConfig":
         if self.refines and self.quantizer not in ("PtqQuantizer", "ptq"):
             raise ValueError(
                 f"ranges, rounding and correct_biases are for PtqQuantizer; {self.quantizer} learns while it quantizes"
@@ -167,7 +167,7 @@ class DistillerConfig(Section):
     config_list: list[dict[str, Any]] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _nnis_own_need_targets(self) -> DistillerConfig:
+    def _nnis_own_need_targets(self) -> "DistillerConfig":
         if self.name != "ZeroShotDistiller" and not self.config_list:
             raise ValueError(f"{self.name} needs a config_list that names what it matches")
         return self
