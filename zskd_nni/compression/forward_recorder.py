@@ -310,6 +310,10 @@ class Recorder(TorchFunctionMode):
         if name in _VALUES and any(self.depends(each) for each in _tensors((args, kwargs))):
             raise ValueNeededError(f"`{name.strip('_')}` asks for the value of a tensor that depends on the input")
         plain_args, plain_kwargs = _without_shapes(args), _without_shapes(kwargs)
+        if name in ("data", "detach") and first is not None:  # the same values; NNI asks for gradients behind them
+            result = func(*plain_args, **plain_kwargs)
+            self.nodes[result] = self.node(first)
+            return result
         if name == "__setitem__" and first is not None:
             node = self.call(assigned, args)
             func(*plain_args)
