@@ -30,6 +30,8 @@ NAMES = {
     "real": ("*ours on real images: the ceiling*", "the same recipe"),
     "real-options": ("*the same with the options*", "the same recipe"),
 }
+_FOR_HALF = ("nni", "torch-pruning", "bn-noise", "folding", "ours", "real")
+_FOR_BITS = tuple(key for key in NAMES if key in (*OURS, "real") or key not in _FOR_HALF)
 COLUMNS = {"half": "half of the channels", "W8A8": "W8A8", "W4A8": "W4A8", "W4A4": "W4A4"}
 
 
@@ -55,8 +57,8 @@ def table(rows: Rows, tasks: list[str]) -> str:
         f"| --- | --- |{' --- | --- |' * len(tasks)}",
     ]
     for key, (name, source) in NAMES.items():
-        cells = [cell for task in tasks for cell in _figures(_of(rows, key, task))]
-        if any(cells):
+        if key in (_FOR_HALF if tasks == ["half"] else _FOR_BITS):
+            cells = [cell for task in tasks for cell in _figures(_of(rows, key, task))]
             lines.append(f"| {name} | {source} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -68,7 +70,7 @@ def _of(rows: Rows, key: str, task: str) -> Rows:
 def _figures(rows: Rows) -> list[str]:
     measured = [row["accuracy"] for row in rows if "accuracy" in row]
     if not measured:
-        return ["does not run" if rows else "", ""]
+        return ["does not run" if rows else "not measured", ""]
     spread = f"\u00a0±\u00a0{stdev(measured):.2f}" if len(measured) > 1 else ""
     return [f"{mean(measured):.2f}{spread}", f"{mean(row['seconds'] for row in rows if 'accuracy' in row):.3g}"]
 
