@@ -97,6 +97,15 @@ def test_without_test_data_agreement_takes_the_place_of_accuracy() -> None:
     assert "accuracy" not in dict(tables(report)[0].rows)
 
 
+def test_accuracy_is_never_compared_with_agreement() -> None:
+    report = {**copy.deepcopy(REPORT), "quantization": None}
+    report["twin"] |= {"accuracy": None, "agreement": 0.5}  # the twin was measured without test data
+    assert not any("real images" in sentence for sentence in verdict(report))
+    report = {**copy.deepcopy(REPORT), "quantization": None, "evaluation": None, "agreements": AGREEMENTS}
+    report["accuracy"] = dict.fromkeys(report["accuracy"])  # now this run was, and the twin not
+    assert "The student is 30.00 points of agreement above the same recipe on real images (50.00 %)." in verdict(report)
+
+
 def test_what_agreement_is_worth_is_told_of_this_run() -> None:
     assert worth_of_agreement(REPORT) == []  # as of an earlier version
     said = " ".join(worth_of_agreement({**REPORT, "agreements": AGREEMENTS}))

@@ -43,11 +43,10 @@ class Network:
     bytes: int | None = None
     milliseconds: float | None = None
 
-    @property
-    def measure(self) -> float | None:
+    def measured(self, by_accuracy: bool) -> float | None:
         """By which it is compared, in percent: accuracy, or agreement on the neutral images without test data."""
         neutral = self.agreement.get("neutral")
-        return self.accuracy if self.accuracy is not None else None if neutral is None else 100 * neutral
+        return self.accuracy if by_accuracy else None if neutral is None else 100 * neutral
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 def _of_accuracy(report: dict[str, Any], who: str, teacher: Network, student: Network) -> str:
     if student.accuracy is None or teacher.accuracy is None:
-        share = f"{student.measure or 0:.1f} % of the procedural images"
+        share = f"{student.measured(by_accuracy=False) or 0:.1f} % of the procedural images"
         return f"{who} chooses the teacher's class for {share}; its accuracy is not known, as there was no test data."
     gap = student.accuracy - teacher.accuracy
     side = (
@@ -238,32 +237,33 @@ def _of_size(teacher: Network, student: Network) -> Iterator[str]:
 
 
 def _of_controls(report: dict[str, Any], student: Network, same_precision: list[Network]) -> Iterator[str]:
-    """How far the student is from the others of its precision."""
-    measured = student.measure
-    known = [each for each in same_precision if each.measure is not None]
+    """How far the student is from the others of its precision, all in accuracy or all in agreement."""
+    by_accuracy = student.accuracy is not None
+    measured = student.measured(by_accuracy)
     if measured is None:
         return
-    unit = "points" if student.accuracy is not None else "points of agreement"
+    unit = "points" if by_accuracy else "points of agreement"
+    others = [(each, value) for each in same_precision if (value := each.measured(by_accuracy)) is not None]
 
-    def compared(other: Network) -> str:
-        gap = measured - float(other.measure or 0)
-        side = "above" if gap > 0 else "below"
-        return f"{abs(gap):.2f} {unit} {side}" if abs(gap) >= 0.005 else "as good as"
+    def compared(value: float) -> str:
+        gap = measured - value
+        return f"{abs(gap):.2f} {unit} {'above' if gap > 0 else 'below'}" if abs(gap) >= 0.005 else "as good as"
 
-    for twin in (each for each in known if each.role == "twin"):
-        yield f"The student is {compared(twin)} the same recipe on real images ({twin.measure:.2f} %)."
-    controls = [each for each in known if each.role == "control"]
+    for twin, value in others:
+        if twin.role == "twin":
+            yield f"The student is {compared(value)} the same recipe on real images ({value:.2f} %)."
+    controls = [(each, value) for each, value in others if each.role == "control"]
     if not controls:
         return
-    best = max(controls, key=lambda each: float(each.measure or 0))
-    gap, doubt = measured - float(best.measure or 0), _doubt(report, student, best)
+    best, value = max(controls, key=lambda each: each[1])
+    gap, doubt = measured - value, _doubt(report, student, best)
     remark = ""
     if gap <= 0:
         remark = ", so that its images have not helped"
     elif doubt is not None and gap < doubt:
         remark = f"; {report['test_images']:,} test images hardly tell apart less than {doubt:.1f} points"
-    named = f"the best control of its precision, {best.label} ({best.measure:.2f} %)"
-    yield f"The student is {compared(best)} {named}{remark}."
+    named = f"the best control of its precision, {best.label} ({value:.2f} %)"
+    yield f"The student is {compared(value)} {named}{remark}."
 
 
 def _doubt(report: dict[str, Any], one: Network, other: Network) -> float | None:
