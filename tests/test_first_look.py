@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from zskd_nni.cli import app
 from zskd_nni.data.datasets import LabelledImages, describe_fit, fit_shape, load_images
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.teacher import Teacher, load_teacher
@@ -264,3 +266,9 @@ def test_a_dry_run_refuses_the_folder_of_another_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty"):
         Run(load_recipe("digits-prune50", [*DIGITS, "evaluation=null"]), tmp_path, quiet=True).require_own_folder()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_dry_run_looks_at_given_impressions(tmp_path: Path) -> None:
+    words = ["compress", "digits-prune50", "--out", str(tmp_path / "out"), "--dry-run", "--quiet"]
+    done = CliRunner().invoke(app, [*words, "--set", "evaluation=null", "--impressions", str(tmp_path)])
+    assert isinstance(done.exception, UserError) and "is not a store of impressions" in str(done.exception)

@@ -222,25 +222,26 @@ def compress(
     data is named.
     """
     if dry_run:
-        _try_out(options.load(), options, twin)
+        _try_out(options.load(), options, impressions, twin)
         return
     _work_through(options.load(), options, impressions, twin)
     out = options.out
     _echo(f"\nreport: {out / 'report.html'}\nnetwork: {out / 'student.onnx'}, {out / 'student.safetensors'}")
 
 
-def _try_out(loaded: LoadedRecipe, options: RunOptions, twin: Path | None) -> None:
+def _try_out(loaded: LoadedRecipe, options: RunOptions, impressions: Path | None, twin: Path | None) -> None:
     from zskd_nni.pipeline import Run
 
     options.prepare()
-    run = Run(loaded, options.out, device=options.device, quiet=options.quiet, twin=twin, **options.where)
+    given = {"impressions": impressions, "twin": twin, **options.where}
+    run = Run(loaded, options.out, device=options.device, quiet=options.quiet, **given)
     run.require_a_teacher()
     run.require_own_folder()
     transfer = loaded.recipe.transfer
-    _echo(
-        f"dry run: the recipe can be run; {transfer.size:,} images of {transfer.method} ({transfer.preset}) would be "
-        f"made, and {run.out} be written. Nothing was written."
-    )
+    images = f"{transfer.size:,} images of {transfer.method} ({transfer.preset}) would be made"
+    if run.given is not None:
+        images = f"the {len(run.given):,} impressions in {impressions} would be taken"
+    _echo(f"dry run: the recipe can be run; {images}, and {run.out} be written. Nothing was written.")
 
 
 def _work_through(
