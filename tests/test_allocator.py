@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from zskd_nni.runtime.allocator import _M_MMAP_THRESHOLD, _set
+
 PAGES = """
 import resource, torch
 from zskd_nni.runtime.allocator import keep_freed_memory
@@ -45,3 +47,17 @@ def test_blocks_of_16_mib_are_used_again():
 def test_a_users_own_choice_stays(choice):
     told, _ = new_pages(choice)
     assert told == "False"
+
+
+@pytest.mark.parametrize(("largest", "taken"), [(1 << 31, 1 << 30), (32 << 20, 32 << 20), (1 << 20, None)])
+def test_an_older_glibc_keeps_smaller_blocks_or_is_left_as_it_is(largest, taken):
+    kept = {}
+
+    def mallopt(parameter, value):  # refuses as glibc before 2.35 does
+        if parameter == _M_MMAP_THRESHOLD and value > largest:
+            return 0
+        kept[parameter] = value
+        return 1
+
+    assert _set(mallopt) == (taken is not None)
+    assert kept.get(_M_MMAP_THRESHOLD) == taken and len(kept) == (0 if taken is None else 3)

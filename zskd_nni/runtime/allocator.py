@@ -11,10 +11,12 @@ import ctypes
 import functools
 import os
 import platform
+from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+# Blocks up to this many bytes come from the heap, which is not given back; before glibc 2.35 at most 32 MiB.
+_FROM_THE_HEAP = (1 << 30, 32 << 20)
 _KEPT = {
-    _M_MMAP_THRESHOLD: 1 << 30,  # blocks up to this many bytes come from the heap, which is not given back
     _M_TRIM_THRESHOLD: (1 << 31) - 1,
     _M_TOP_PAD: 64 << 20,  # the heap grows by at least this much
 }
@@ -27,7 +29,7 @@ def keep_freed_memory() -> bool:
     A user's own ``MALLOC_*`` or ``GLIBC_TUNABLES`` in the environment stay as they are.
 
     Returns:
-        whether anything was set.
+        whether it is kept.
 
     Example:
         >>> keep_freed_memory() in (True, False)
@@ -36,6 +38,11 @@ def keep_freed_memory() -> bool:
     chosen = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     if chosen or platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    taken = [mallopt(parameter, value) == 1 for parameter, value in _KEPT.items()]
-    return all(taken)
+    return _set(ctypes.CDLL(None).mallopt)
+
+
+def _set(mallopt: Callable[[int, int], int]) -> bool:
+    """Set all by ``mallopt``, or nothing: with the heap's end kept alone, glibc gives back more blocks than before."""
+    if not any(mallopt(_M_MMAP_THRESHOLD, size) == 1 for size in _FROM_THE_HEAP):
+        return False
+    return all(mallopt(parameter, value) == 1 for parameter, value in _KEPT.items())
