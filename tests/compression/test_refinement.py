@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from zskd_nni import NoiseSource, QuantizationConfig, export_quantized_onnx, load_teacher, quantize
+from zskd_nni import InputSpec, NoiseSource, QuantizationConfig, Teacher, export_quantized_onnx, load_teacher, quantize
 from zskd_nni.compression.quantization.quantize import simulated
 from zskd_nni.compression.quantization.refinement import correct_biases, joint_rounding, narrow_ranges, rounded
 
@@ -86,6 +87,80 @@ def test_a_refined_network_is_nearer_to_the_original_and_can_be_exported(tmp_pat
             errors.append(float((logits - teacher(probe)).square().mean()))
     assert errors[1] < 0.7 * errors[0]
     export_quantized_onnx(quantized, teacher.spec, tmp_path / "int4.onnx", images, 0.95)
+
+
+@pytest.mark.parametrize(("quant_dtype", "zero_point"), [("uint8", 128.0), ("int8", 0.0)])
+def test_a_symmetric_range_reaches_both_ends(quant_dtype: str, zero_point: float) -> None:
+    """Of a uniform distribution no value is worth clipping."""
+    images = torch.linspace(-3, 3, 1600).view(1, 1, 40, 40)
+    entry = {"scale": torch.tensor(6 / 255), "zero_point": torch.tensor(zero_point), "quant_dtype": quant_dtype}
+    calibration = {"0": {"_input_0": {**entry, "quant_scheme": "symmetric"}}}
+    narrow_ranges(nn.Sequential(nn.Conv2d(1, 1, 1)).eval(), calibration, images)
+    new = calibration["0"]["_input_0"]
+    assert new["zero_point"] == zero_point
+    assert (rounded(images, new["scale"], new["zero_point"], quant_dtype) - images).abs().max() < 0.03
+
+
+class _CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+        self.norm = nn.BatchNorm2d(1)
+        self.up = nn.ConvTranspose2d(1, 3, 2)
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.up(self.norm(self.conv(0.01 * self.conv(x)))).mean((2, 3)))
+
+
+def _calibrated(network: nn.Module, quant_dtype: str = "int4", granularity: str = "default", **options: Any) -> Any:
+    layers = {
+        "op_types": ["Conv2d", "BatchNorm2d", "ConvTranspose2d", "Linear"],
+        "target_names": ["_input_", "weight"],
+        "quant_dtype": quant_dtype,
+        "target_settings": {"weight": {"quant_dtype": quant_dtype, "granularity": granularity}},
+    }
+    spec = InputSpec((1, 8, 8))
+    config = QuantizationConfig([layers], calibration_images=32, **options)
+    return quantize(network.eval(), config, Teacher(network, spec), NoiseSource(spec, 32))
+
+
+def test_a_layer_that_is_called_twice_keeps_a_range_for_both_calls() -> None:
+    torch.manual_seed(0)
+    network = _CalledTwice()
+    plain, narrowed = (_calibrated(network, ranges=ranges) for ranges in ("extremes", "least_error"))
+    before, after = (each.calibration["conv"]["_input_0"]["scale"] for each in (plain, narrowed))
+    assert 0.3 * before < after <= before
+
+
+def test_biases_of_a_layer_that_is_called_twice_move_once() -> None:
+    torch.manual_seed(0)
+    network = _CalledTwice()
+    corrected = _calibrated(network, **REFINED)
+    moved = [
+        float((corrected.network.get_parameter(name) - value).abs().max())
+        for name, value in network.named_parameters()
+        if name.endswith("bias")
+    ]
+    step = float(corrected.calibration["conv"]["_input_0"]["scale"])
+    assert 0 < moved[0] < step
+    assert moved[1] == 0 and moved[2] > 0  # of BatchNorm, of the transposed convolution
+
+
+@pytest.mark.parametrize("granularity", ["out_channel", "in_channel", "default", [2, 2], [1, -1]])
+def test_joint_rounding_stays_on_the_grid_of_the_scales(granularity: Any) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Linear(6, 6))
+    with torch.no_grad():
+        network[2].weight.mul_(torch.linspace(0.1, 2, 6))  # so that scales differ by input
+        quantized = _calibrated(network, granularity=granularity, rounding="joint")
+    weight = quantized.network[2].weight
+    simulation = simulated(quantized)
+    seen = []
+    simulation[2].register_forward_hook(lambda module, *_: seen.append(module.weight.detach().clone()))
+    simulation(torch.rand(2, 1, 8, 8))
+    assert torch.allclose(seen[0], weight, atol=1e-6)
+    assert not torch.allclose(weight, network[2].weight, atol=1e-3)
 
 
 @pytest.mark.parametrize(

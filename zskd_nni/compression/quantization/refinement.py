@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from zskd_nni.compression.quantization.calibration import Calibration
 from zskd_nni.models.hooks import hooked
-from zskd_nni.models.teacher import first_tensor
 
 _SAMPLE = 2**15  # values of a tensor that its range is chosen on
-_SHARES = [0.05 * share for share in range(2, 21)]  # of the calibrated range, on either side of zero
+_SHARES = [0.05 * share for share in range(2, 21)]  # of the sample's range, on either side of zero
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def levels(quant_dtype: str) -> tuple[int, int]:
@@ -45,21 +45,22 @@ def narrow_ranges(network: nn.Module, calibration: Calibration, images: Tensor) 
 
     Args:
         network: unwrapped, in ``eval()``.
-        calibration: changed in place. Scales that are not of a whole tensor stay.
+        calibration: changed in place. Scales that are not of a whole tensor stay. A layer that is called several times
+            has one range for all its inputs.
         images: ``(N, C, H, W)``, normalised: what the ranges were calibrated on.
     """
     paths = [path for path, targets in calibration.items() if "_input_0" in targets]
-    inputs: dict[str, Tensor] = {}
+    samples: dict[str, list[Tensor]] = {}
 
     def keep(path: str, value: Tensor) -> None:
-        inputs[path] = _sample(value)
+        samples.setdefault(path, []).append(_sample(value))
 
     with hooked(network, paths, before=keep):
         network(images.clone())
-    for path, values in inputs.items():
+    for path, parts in samples.items():
         entry = calibration[path]["_input_0"]
         if entry["scale"].numel() == 1 and entry["scale"] > 0:
-            entry.update(_best_range(values.cpu(), entry))
+            entry.update(_best_range(torch.cat(parts).cpu(), entry))
 
 
 def _sample(values: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def _best_range(values: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
             continue
         scale = ((high * above - low * below) / (most - least)).clamp_min(1e-12)
         if symmetric:
-            scale = torch.maximum(high, -low) * above / most
+            scale = torch.maximum(high, -low) * above / ((most - least) / 2)
         zero = entry["zero_point"] if symmetric else (least - (low * below / scale).round()).clamp(least, most)
         error = (rounded(values, scale, zero, entry["quant_dtype"]) - values).square().mean()
         if error < best:
@@ -98,18 +99,23 @@ def round_jointly(network: nn.Module, calibration: Calibration) -> None:
     within channels.
 
     Args:
-        network: its weights are replaced.
+        network: its weights are replaced, except those of normalisations and other layers that add nothing up.
         calibration: with the scales of the weights.
     """
     for path, targets in calibration.items():
         entry = targets.get("weight")
-        if entry is not None:
+        if entry is not None and isinstance(network.get_submodule(path), (nn.Linear, *_CONVOLUTIONS)):
             weight = network.get_parameter(f"{path}.weight")
-            scale, zero = (entry[key].to(weight) for key in ("scale", "zero_point"))
-            if scale.numel() == len(weight):
-                scale, zero = (value.expand_as(scale).reshape(-1, *[1] * (weight.ndim - 1)) for value in (scale, zero))
+            scale, zero = (_spread(entry[key].to(weight), weight) for key in ("scale", "zero_point"))
             whole = joint_rounding(zero + weight / scale, *levels(entry["quant_dtype"]))
             weight.copy_((whole - zero) * scale)
+
+
+def _spread(values: Tensor, weight: Tensor) -> Tensor:
+    """One value for each block of a weight, or one for all of it, repeated over the weight's shape."""
+    for dim in range(values.ndim):
+        values = values.repeat_interleave(weight.shape[dim] // values.shape[dim], dim)
+    return values
 
 
 def joint_rounding(values: Tensor, least: int, most: int) -> Tensor:
@@ -121,8 +127,7 @@ def joint_rounding(values: Tensor, least: int, most: int) -> Tensor:
     """
     kernels = values.flatten(2) if values.ndim > 2 else values[:, :, None]
     nearest = kernels.round().clamp(least, most)
-    inside = _flipped(kernels, nearest, (least, most), torch.ones_like(kernels, dtype=torch.bool))
-    first = inside if kernels.shape[2] > 1 else nearest
+    first = _flipped(kernels, nearest, (least, most), torch.ones_like(kernels, dtype=torch.bool))
     size = _flip_sizes(kernels, first, (least, most), (first - kernels).sum((1, 2), keepdim=True).sign())
     one_a_kernel = torch.zeros_like(size, dtype=torch.bool).scatter_(2, size.argmax(2, keepdim=True), True)
     rows, whole, allowed = (part.flatten(1)[:, None] for part in (kernels, first, one_a_kernel))
@@ -148,7 +153,8 @@ def _flipped(values: Tensor, whole: Tensor, limits: tuple[int, int], allowed: Te
 def correct_biases(network: nn.Module, original: nn.Module, simulation: nn.Module, images: Tensor) -> None:
     """Take from each bias by how much quantization moves the mean of its channel, layer after layer.
 
-    Nagel et al. 2019, section 4.2.2, on synthetic images. Layers without a bias stay as they are.
+    Nagel et al. 2019, section 4.2.2, on synthetic images. Only convolutions and linear layers with a bias are changed.
+    One that is called several times gets the mean of what its calls need.
 
     Args:
         network: unwrapped; its biases are changed.
@@ -156,28 +162,34 @@ def correct_biases(network: nn.Module, original: nn.Module, simulation: nn.Modul
         simulation: of the quantized network; its quantized layers are those that are corrected.
         images: ``(N, C, H, W)``, normalised.
     """
-    wrapped = [
-        path.removesuffix("._nni_wrapper") for path, _ in simulation.named_modules() if path.endswith("_nni_wrapper")
+    paths = [
+        path
+        for path, module in network.named_modules()
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and module.bias is not None and _is_wrapped(simulation, path)
     ]
-    paths = [path for path in wrapped if getattr(network.get_submodule(path), "bias", None) is not None]
-    means: dict[str, Tensor] = {}
+    means: dict[str, list[Tensor]] = {path: [] for path in paths}
+    shifts: dict[str, list[Tensor]] = {path: [] for path in paths}
 
-    def remember(path: str, output: Any) -> None:
-        means[path] = _channel_means(network.get_submodule(path), first_tensor(output))
+    def remember(path: str, output: Tensor) -> None:
+        means[path].append(_channel_means(network.get_submodule(path), output))
 
     def shift(path: str, output: Tensor) -> Tensor:
         module = network.get_submodule(path)
-        moved = means[path] - _channel_means(module, output)
-        network.get_parameter(f"{path}.bias").add_(moved)
+        moved = means[path][len(shifts[path])] - _channel_means(module, output)
+        shifts[path].append(moved)
         return output + moved.view(-1, *[1] * (output.ndim - 2) if isinstance(module, _CONVOLUTIONS) else [])
 
     with hooked(original, paths, after=remember):
         original(images.clone())
     with hooked(simulation, paths, after=shift):
         simulation(images.clone())
+    for path, moves in shifts.items():
+        if moves:
+            network.get_parameter(f"{path}.bias").add_(torch.stack(moves).mean(0))
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _is_wrapped(simulation: nn.Module, path: str) -> bool:
+    return hasattr(simulation.get_submodule(path), "_nni_wrapper")
 
 
 def _channel_means(module: nn.Module, output: Tensor) -> Tensor:
