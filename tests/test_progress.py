@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -50,6 +51,16 @@ def test_work_that_hangs_is_shown_with_its_rate_and_time_left(capsys: pytest.Cap
         said = said_within(capsys, "left, loss 0.5")
         assert "distillation: 40/100 steps, " in said and "/s, " in said
     assert "distillation: 30 more steps in " in capsys.readouterr().err
+
+
+def test_a_line_beside_a_bar_begins_at_the_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LONGEST_SILENCE", 3600.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("distillation", 100, "steps"):
+        progress.say("the teacher is right")
+    assert "\rthe teacher is right\n" in capsys.readouterr().err
 
 
 def test_a_quiet_stage_and_quiet_progress_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ class _Voice:
         with self.lock:
             self._spoken = time.monotonic()
             under_a_name = any(told for _, _, told in self.stages)
-            print(f"  {text}" if under_a_name else text, file=sys.stderr, flush=True)
+            _print(f"  {text}" if under_a_name else text)
 
     def is_due(self) -> bool:
         return time.monotonic() - self._spoken >= LONGEST_SILENCE
@@ -42,7 +42,7 @@ class _Voice:
             if told or not self.stages:
                 self._spoken = time.monotonic()
             if told:
-                print(name, file=sys.stderr, flush=True)
+                _print(name)
             self.stages.append((name, time.monotonic(), told))
             if self._thread is None:
                 self._stop.clear()
@@ -72,6 +72,12 @@ class _Voice:
         else:
             name, began, told = self.stages[-1]
             self.say(f"{'at work' if told else name}: {span(time.monotonic() - began)} so far")
+
+
+def _print(line: str) -> None:
+    """A line of its own on standard error; a bar that is shown goes on below it."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        print(line, file=sys.stderr, flush=True)
 
 
 _voice = _Voice()
