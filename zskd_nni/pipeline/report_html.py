@@ -112,7 +112,7 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"The test data ({report['evaluation']}) was read at the end, and no student was trained on these images."
         )
     if report["provenance"].get("selected_on"):
-        found.append(f"The settings were chosen on {report['provenance']['selected_on']}.")
+        found.append(f"Where the settings come from: {report['provenance']['selected_on']}.")
     return found
 
 
