@@ -228,7 +228,8 @@ class Reader:
                 app(arguments, standalone_mode=False)
             return
         if "--dry-run" in arguments:  # of seconds; the page's test images are black, and no teacher is right on them
-            app([*arguments, "--set", "evaluation.any_teacher=true"], standalone_mode=False)
+            measured = "evaluation" in " ".join(arguments) or load_recipe(arguments[1]).recipe.evaluation is not None
+            app([*arguments, *(["--set", "evaluation.any_teacher=true"] if measured else [])], standalone_mode=False)
             return
         if arguments[0] in ("compress", "distill"):
             own = not load_recipe(arguments[1]).recipe.teacher.model.startswith("zoo:")

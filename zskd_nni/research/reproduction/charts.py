@@ -17,8 +17,8 @@ from zskd_nni.research.reproduction.records import Record
 
 TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.9)
 LEAST_ERROR = 0.1  # percent; what is better is drawn there
-_LEFT, _RIGHT, _ROW, _TOP, _BOTTOM = 146, 86, 19, 26, 36
-_WIDTH = 450
+_LEFT, _RIGHT, _ROW, _TOP, _BOTTOM = 156, 94, 19, 26, 36
+_WIDTH = 466
 
 
 def position(accuracy: float, low: float, high: float) -> float:
