@@ -13,16 +13,19 @@ calibrates, it gets as many images as the recipe has impressions.
 With ``--also N`` a quarter of each batch is drawn from N images of the training split, as if they were a user's own.
 Such a student is not data-free; its row is ``RECIPE-SCALE-alsoN``.
 
-With ``--table`` nothing is run: the table of what is in ``results/`` is printed.
+With ``--table`` nothing is run: the table of what is in ``results/`` is printed. With ``--readme`` it is written into
+README.md: the rows that the comment above README's table names (``cifar10-*`` for all of a kind), and its columns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,10 @@ from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime.files import make_folder, write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+README = RESULTS.parent / "README.md"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
 OTHERS = ("shrinking", "bench-", "colour-parts", "rivals-")  # what results of other benchmarks begin with
+ORDER = ("cifar10-", "fashion-mnist-", "mnist-", "digits-")  # of a table's rows; others come after them
 KEPT = (
     "name",
     "accuracy",
@@ -142,8 +147,9 @@ def with_record(records: list[dict[str, Any]], record: dict[str, Any]) -> list[d
 
 
 def recipe_results() -> list[Path]:
-    """The result files of recipes, without those of other benchmarks."""
-    return sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(OTHERS))
+    """The result files of recipes, without those of other benchmarks: colour first, then by name."""
+    own = [path for path in RESULTS.glob("*.json") if not path.stem.startswith(OTHERS)]
+    return sorted(own, key=lambda path: (*(not path.stem.startswith(start) for start in ORDER), path.stem))
 
 
 CONTROLS = ("none", "noise", "leaves")
@@ -151,6 +157,20 @@ HEAD = (
     "| recipe | precision | teacher | student | with real data | not distilled | on noise | on leaves | parameters "
     "| ONNX bytes | impressions, per second | seconds per seed |"
 )
+
+
+def chosen_columns(lines: str, wanted: list[str]) -> str:
+    """Some columns of a Markdown table, in the order of ``wanted``.
+
+    Raises:
+        ValueError: the table has no column of that name.
+    """
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+    missing = [name for name in wanted if name not in rows[0]]
+    if missing:
+        raise ValueError(f"the table of results has no column {missing[0]!r}; it has {', '.join(rows[0])}")
+    places = [rows[0].index(name) for name in wanted]
+    return "\n".join("| " + " | ".join(row[place] for place in places) + " |" for row in rows)
 
 
 def table(names: list[str]) -> str:
@@ -169,6 +189,25 @@ def table(names: list[str]) -> str:
         if records[0]["accuracy"].get("student_int8") is not None:
             lines.append(row(name, records, "int8", "_int8"))
     return "\n".join(lines)
+
+
+_README_TABLE = re.compile(
+    r"(<!-- table: (?P<names>[^;]*); (?P<columns>.*?) -->\n).*?(\n<!-- end of the table -->)", re.DOTALL
+)
+
+
+def with_table(text: str) -> str:
+    """README.md with the table of the present records."""
+
+    def filled(match: re.Match[str]) -> str:
+        patterns = match["names"].split()
+        names = [path.stem for path in recipe_results() if any(fnmatch(path.stem, one) for one in patterns)]
+        return match[1] + "\n" + chosen_columns(table(names), match["columns"].split("; ")) + "\n" + match[4]
+
+    new, count = _README_TABLE.subn(filled, text)
+    if count != 1:
+        raise SystemExit("README.md has no '<!-- table: NAMES; COLUMNS -->' that '<!-- end of the table -->' closes.")
+    return new
 
 
 def only_calibrates(record: dict[str, Any]) -> bool:
@@ -232,9 +271,13 @@ def main() -> None:
     parser.add_argument("--scale", help="a scale of the recipes; results/RECIPE-SCALE.json")
     parser.add_argument("--also", type=int, metavar="N", help="N of a user's own images beside the synthetic ones")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(arguments.recipes or [path.stem for path in recipe_results()]))
+        return
+    if arguments.readme:
+        README.write_text(with_table(README.read_text()))
         return
     RESULTS.mkdir(exist_ok=True)
     options = ["--threads", str(arguments.threads)] if arguments.threads else []
