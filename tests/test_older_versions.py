@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import torch
 from helpers import is_one_sentence, run_cli
 from torch import nn
 
+from zskd_nni.pipeline import Run
+from zskd_nni.pipeline.twin import read_twin
+from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.runtime.files import sha256_of_file
+from zskd_nni.runtime.files import sha256_of_file, write_json
+from zskd_nni.runtime.run_identity import RUN_FORMAT
 from zskd_nni.synthesis import ImpressionStore
 from zskd_nni.training.loop import TrainingRun, cosine_schedule, fit
 
@@ -75,3 +80,29 @@ def test_a_checkpoint(old: Path, name: str) -> None:
             TrainingRun(4, checkpoint=old / name, quiet=True),
         )
     assert hashes(old) == before
+
+
+def test_a_run_that_was_begun_before_a_key_was_added_goes_on(tmp_path: Path) -> None:
+    recipe = load_recipe("digits-prune50", ["evaluation=null"])
+    run = Run(recipe, tmp_path, quiet=True)
+    begun = copy.deepcopy(run.identity)
+    del begun["recipe"]["distillation"]["dropout"]
+    write_json(tmp_path / "run.json", {"format": RUN_FORMAT, "identity": begun})
+    with run.owned():
+        assert run.identity == begun  # a finished report has the fingerprint of this one
+    other = Run(load_recipe("digits-prune50", ["evaluation=null", "distillation.dropout=false"]), tmp_path, quiet=True)
+    with pytest.raises(UserError, match=r"recipe\.distillation\.dropout is True there, False here"):
+        other.require_own_folder()
+
+
+def test_a_twin_may_be_of_before_a_key_was_added(tmp_path: Path) -> None:
+    mine = {"recipe": load_recipe("digits-prune50").recipe.described(), "teacher": "abc"}
+    before = copy.deepcopy(mine["recipe"])
+    del before["distillation"]["dropout"]
+    figures = dict.fromkeys(("accuracy", "agreement", "agreement_int8", "agreement_neutral", "learnt_on"))
+    figures["accuracy"] = {"student": 98.0, "student_int8": None}  # type: ignore[assignment]
+    write_json(
+        tmp_path / "report.json",
+        {**figures, "recipe": before, "data_free": False, "provenance": {"teacher": "abc"}},
+    )
+    assert read_twin(tmp_path, mine).figures()["accuracy"] == 98.0

@@ -27,10 +27,11 @@ from zskd_nni.pipeline.steps import EVALUATION, EXPORT, HELD_OUT, TRANSFER, head
 from zskd_nni.pipeline.students import StudentResult, Students
 from zskd_nni.pipeline.twin import Twin, read_twin
 from zskd_nni.recipes.load import LoadedRecipe
+from zskd_nni.recipes.schema import completed
 from zskd_nni.runtime import signals
 from zskd_nni.runtime.distributed import only_writers, team
 from zskd_nni.runtime.errors import UserError, error_context
-from zskd_nni.runtime.files import fingerprint_of, make_folder, plain, read_json, write_json
+from zskd_nni.runtime.files import fingerprint_of, make_folder, read_json, write_json
 from zskd_nni.runtime.progress import say, stage
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.run_identity import RUN_FORMAT, resume_or_refuse
@@ -101,7 +102,7 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What the run's results depend on."""
         identity = {
-            "recipe": plain(self.recipe.model_dump(mode="json", exclude={"scales", "search"})),
+            "recipe": self.recipe.described(),
             "teacher": self.teacher.fingerprint,
         }
         if self.recipe.student is not None:  # its weights, or what its factory makes of the seed
@@ -182,7 +183,11 @@ class Run:
             UserError: it is.
         """
         if self.out.is_dir():
-            resume_or_refuse(self.out, RUN, "run", self.identity)
+            self._known()
+
+    def _known(self) -> dict[str, Any]:
+        """What an earlier call wrote; empty in a new folder."""
+        return resume_or_refuse(self.out, RUN, "run", self.identity, _with_newer_keys)
 
     def _print(self, sentence: str) -> None:
         if self.team.leads:
@@ -204,7 +209,9 @@ class Run:
             yield
 
     def _resume(self) -> None:
-        known = resume_or_refuse(self.out, RUN, "run", self.identity)
+        known = self._known()
+        if known:
+            self.identity = known["identity"]  # as it was begun: a finished report is known by it
         seconds = known.get("seconds")
         entries = seconds.items() if isinstance(seconds, dict) else ()
         self.seconds = {stage: n for stage, n in entries if type(n) in (int, float) and math.isfinite(n)}
@@ -355,3 +362,8 @@ class Run:
         images, logits = some_of_each(((shard.images, shard.logits) for shard in shards), 60)
         title = "Data impressions, with the class and confidence the teacher sees"
         impressions_picture(images[:100], logits[:100], self.teacher.spec, self.out / "impressions.png", title=title)
+
+
+def _with_newer_keys(identity: dict[str, Any]) -> dict[str, Any]:
+    recipe = identity.get("recipe")
+    return {**identity, "recipe": completed(recipe)} if isinstance(recipe, dict) else identity

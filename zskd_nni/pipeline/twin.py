@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zskd_nni.recipes.schema import completed
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json
 
@@ -56,7 +57,7 @@ def read_twin(folder: Path, identity: dict[str, Any]) -> Twin:
         raise UserError(f"--twin: {path} is not the report of a run.")
     if report.get("data_free") is not False:
         raise UserError(f"--twin: the run in {folder} was trained without real images; a twin is trained on them.")
-    mine = identity["recipe"]
+    mine, recipe = completed(identity["recipe"]), completed(recipe)
     keys = [key for key in sorted({*mine, *recipe} - _MAY_DIFFER) if mine.get(key) != recipe.get(key)]
     if report["provenance"].get("teacher") != identity["teacher"]:
         keys.append("the teacher's weights")

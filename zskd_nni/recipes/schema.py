@@ -20,6 +20,7 @@ from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import DistillerConfig, PruningConfig, QuantizationConfig, Section
 from zskd_nni.recipes.search_space import check_space
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.files import plain
 from zskd_nni.runtime.validation import unknown_key
 from zskd_nni.training.distillation import DistillationSettings
 
@@ -275,9 +276,25 @@ class Recipe(Section):
             )
         return self
 
+    def described(self) -> dict[str, Any]:
+        """JSON-able, what a run is known by."""
+        content: dict[str, Any] = plain(self.model_dump(mode="json", exclude={"scales", "search"}))
+        return content
+
     @property
     def only_calibrates(self) -> bool:
         """Whether nothing is trained: the teacher itself is quantized by its ranges alone."""
         quantization = self.compression.quantization
         trained = self.student is not None or self.compression.pruning is not None
         return quantization is not None and quantization.quantizer in ("PtqQuantizer", "ptq") and not trained
+
+
+def completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as :meth:`Recipe.described` once gave it; a key that is newer than the record gets its default.
+
+    What is no recipe any more stays as it is.
+    """
+    try:
+        return Recipe.model_validate(recorded).described()
+    except (ValueError, TypeError, UserError):
+        return recorded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:20] + "..."
 
 
-def resume_or_refuse(folder: Path, name: str, kind: str, identity: dict[str, Any]) -> dict[str, Any]:
+def resume_or_refuse(
+    folder: Path,
+    name: str,
+    kind: str,
+    identity: dict[str, Any],
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """What an earlier call of the same run wrote into ``folder / name``; empty if the folder is new.
 
     Args:
@@ -77,6 +83,7 @@ def resume_or_refuse(folder: Path, name: str, kind: str, identity: dict[str, Any
         name: of the JSON file. It has :data:`RUN_FORMAT` under ``format`` and the run's identity under ``identity``.
         kind: what such a run is called, for messages.
         identity: of the run that asks.
+        complete: gives keys that are newer than a recorded identity their defaults, before the two are compared.
 
     Raises:
         UserError: the file is damaged or of another version, or the folder belongs to another run or holds something
@@ -93,7 +100,7 @@ def resume_or_refuse(folder: Path, name: str, kind: str, identity: dict[str, Any
             folder,
             f"The {kind} cannot be continued: run the same command with a new output folder, or remove this one first.",
         )
-        difference = describe_difference(known["identity"], identity)
+        difference = describe_difference(complete(known["identity"]), identity)
         if difference:
             raise UserError(f"{folder} belongs to another {kind} ({difference}). Use another output folder.")
         return known
