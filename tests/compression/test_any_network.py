@@ -578,6 +578,8 @@ def edges_halved(net: Any, x: Tensor) -> Tensor:
     [
         lambda net, x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
         lambda net, x: x.flatten(2).transpose(1, 2).tanh().movedim(2, 1).reshape(x.shape),
+        lambda net, x: x.movedim(destination=3, source=1).tanh().permute(0, 3, 1, 2),
+        lambda net, x: x + functional.dropout(x[:, :, 1:], training=False).mean((2, 3), keepdim=True),
         lambda net, x: sum(x.unbind(2)).unsqueeze(3),
         lambda net, x: torch.cat([part * 2 for part in x.chunk(2, dim=2)], 2),
         lambda net, x: torch.stack([x, x.tanh()], dim=1).sum(1),
@@ -603,10 +605,22 @@ def test_channels_are_followed_where_they_move(body: Callable[..., Tensor]) -> N
         lambda net, x: torch.softmax(x, 1),
         lambda net, x: x[..., ::2, :, :].repeat(1, 2, 1, 1),
         lambda net, x: functional.layer_norm(x.permute(0, 2, 3, 1), (16,)).permute(0, 3, 1, 2),
+        lambda net, x: functional.avg_pool2d(x.permute(0, 2, 3, 1), 3, 1, 1).permute(0, 3, 1, 2),
     ],
 )
 def test_what_cannot_be_followed_stays_and_is_computed_right(body: Callable[..., Tensor]) -> None:
     result = half(Net(body))
+    assert (widths(result)["a"], widths(result)["b"]) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [lambda net, x: torch.cat([x.sigmoid(), x], 2), lambda net, x: torch.stack([x.sigmoid(), x], 2).flatten(2, 3)],
+    ids=["cat", "stack"],
+)
+def test_different_constants_of_one_channel_keep_it(body: Callable[..., Tensor]) -> None:
+    """The bias of the next convolution could take one constant, but not two."""
+    result = half(Net(body, b=nn.Conv2d(16, 16, 3)))
     assert (widths(result)["a"], widths(result)["b"]) == (16, 8)
 
 

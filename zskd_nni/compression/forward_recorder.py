@@ -328,12 +328,13 @@ class Recorder(TorchFunctionMode):
             return result
         # Before it runs: what is changed in place is another node afterwards.
         given, named = self.argument(args), self.argument(kwargs)
+        version = None if first is None else first._version
         result = func(*plain_args, **plain_kwargs)
         if _tensors(result):
             kind, target, swapped = _target(func, name)
             depends = name not in _ONLY_THE_SHAPE and _depend((given, named))
             self.remember(self.add(kind, target, given[::-1] if swapped else given, named, depends), result)
-            if first is not None and result is first:
+            if first is not None and first._version != version:
                 self.write_back(first)
             elif name == "__getitem__" and first is not None and isinstance(result, Tensor) and result._is_view():
                 self.views[result] = (first, args[1])
@@ -409,14 +410,16 @@ class Recorder(TorchFunctionMode):
                 self.running.pop()
         args, kwargs = _positional(module, args, kwargs)
         arguments = self.argument(args), self.argument(kwargs)
+        changed = args[0] if args and isinstance(args[0], Tensor) else None
+        version = None if changed is None else changed._version
         self.inside += 1
         try:
             result = call(module, *_without_shapes(args), **_without_shapes(kwargs))
         finally:
             self.inside -= 1
         self.remember(self.add("call_module", path, *arguments, _depend(arguments)), result)
-        if args and result is args[0]:
-            self.write_back(result)
+        if changed is not None and changed._version != version:
+            self.write_back(changed)
         return result
 
     def script(self, call: Callable[..., Any], function: Any, args: Any, kwargs: Any) -> Any:

@@ -40,7 +40,7 @@ _ZERO_MODULES = (
 _ZERO_FUNCTIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish",
     "hardswish", "tanh", "tanh_", "softsign", "tanhshrink", "dropout", "dropout_", "dropout2d", "stochastic_depth",
-    "clone", "detach", "data", "contiguous", "abs", "neg", "square", "float", "to", "type_as", "squeeze", "unsqueeze",
+    "clone", "contiguous", "abs", "neg", "square", "float", "to", "type_as", "squeeze", "unsqueeze",
 }  # fmt: skip
 # element by element, but f(0) may be another constant
 _CONSTANT_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh)
@@ -305,7 +305,9 @@ class _Analysis:
             return self.kept(node, flow, flow.constant or not zero)
         if isinstance(module, _POOL_MODULES):
             padded = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and is_padded(module.padding)
-            return self.pool(node, flow, padded or getattr(module, "return_indices", False))
+            kind = next(each for each in _POOL_MODULES if isinstance(module, each)).__name__
+            uneven = padded or getattr(module, "return_indices", False)
+            return self.pool(node, flow, uneven, _pooled_dims(node, kind))
         if isinstance(module, _PAD_MODULES):
             sizes = [module.padding] if isinstance(module.padding, int) else module.padding
             constant = isinstance(module, nn.ConstantPad1d | nn.ConstantPad2d)
@@ -316,7 +318,7 @@ class _Analysis:
         if exact is nn.Softmax:
             return self.softmax(node, flow, module.dim)
         if exact is nn.LayerNorm:
-            return self.layer_norm(node)
+            return self.layer_norm(node, flow, module.normalized_shape)
         if exact is nn.Flatten:
             return self.flatten(node, flow, module.start_dim, module.end_dim)
         return self.stop(node, f"they enter {name}, and a {exact.__name__} cannot lose channels")
@@ -363,7 +365,10 @@ class _Analysis:
             self.note_raw(flow)
         return Flow(1, flow.labels, constant=not silent)
 
-    def pool(self, node: Node, flow: Flow, uneven: bool) -> Flow | None:
+    def pool(self, node: Node, flow: Flow, uneven: bool, dims: int = 0) -> Flow | None:
+        """``uneven``: a constant channel may not come out constant. ``dims``: how many of the last are pooled."""
+        if flow.dim >= len(node_shape(node) or ()) - dims:
+            return self.stop(node, f"they pass `{_label(node)}`, which mixes neighbouring ones")
         if uneven and flow.constant:
             self.stop(node, f"what a removed channel leaves behind would reach the padding of {_label(node)}")
         return self.kept(node, flow)
@@ -403,7 +408,7 @@ class _Analysis:
             return self.kept(node, flow, flow.constant or name in _CONSTANT_FUNCTIONS)
         if name in _POOL_FUNCTIONS:
             # An average over a padded border is not constant; reading the padding from the arguments is not worth it.
-            return self.pool(node, flow, name.startswith("avg_pool"))
+            return self.pool(node, flow, name.startswith("avg_pool"), _pooled_dims(node, name))
         if name in _REDUCTIONS:
             return self.reduction(node, flow)
         if name == "pad" and isinstance(sizes := _argument(node, 1, "pad", None), tuple | list):
@@ -422,7 +427,7 @@ class _Analysis:
         if name in ("softmax", "log_softmax"):
             return self.softmax(node, flow, _argument(node, 1, "dim", None))
         if name == "layer_norm":
-            return self.layer_norm(node)
+            return self.layer_norm(node, flow, _argument(node, 1, "normalized_shape", ()))
         if name in ("expand", "broadcast_to", "repeat"):
             return self.expand(node, flow, name)
         if name == "getitem":
@@ -457,7 +462,7 @@ class _Analysis:
         dim %= len(shape)
         known = [self.flows[part] for part in parts if part in self.flows]
         if len(known) == len(parts) and dim not in (0, known[0].dim) and self.tied_parts(known):
-            return replace(known[0], constant=any(flow.constant for flow in known), raw=any(flow.raw for flow in known))
+            return self.beside_one_another(node, known)
         flows = []
         for part in parts:
             flow, part_shape = self.flows.get(part), node_shape(part)
@@ -530,9 +535,11 @@ class _Analysis:
             return self.stop(node, f"they pass `{_label(node)}`, which makes each depend on all the others")
         return replace(flow, constant=True)
 
-    def layer_norm(self, node: Node) -> Flow | None:
+    def layer_norm(self, node: Node, flow: Flow, normalised: Any) -> Flow | None:
         """The mean of all channels changes with their number; those that are removed count as zeros in it."""
-        return self.stop(node, f"they enter {_label(node)}, whose mean and variance are over all of them")
+        within = flow.dim >= len(node_shape(node) or ()) - len(normalised)
+        why = "whose mean and variance are over all of them" if within else "a LayerNorm, which cannot lose channels"
+        return self.stop(node, f"they enter {_label(node)}, {why}")
 
     def stack(self, node: Node) -> Flow | None:
         """Tensors along a new dimension: all must lose the same channels."""
@@ -543,8 +550,14 @@ class _Analysis:
         followed = len(known) == len(flows) and isinstance(dim, int) and dim % rank != 0
         if not followed or not self.tied_parts(known):
             return self.stop(node, f"they pass `{_label(node)}` with tensors whose channels stay")
-        constant, raw = any(flow.constant for flow in known), any(flow.raw for flow in known)
-        return Flow(known[0].dim + (dim % rank <= known[0].dim), known[0].labels, constant, raw)
+        flow = self.beside_one_another(node, known)
+        return flow and replace(flow, dim=flow.dim + (dim % rank <= flow.dim))
+
+    def beside_one_another(self, node: Node, flows: list[Flow]) -> Flow | None:
+        """What tied tensors make along a dimension that does not hold their channels."""
+        if any(flow.constant for flow in flows):
+            return self.stop(node, f"a removed channel may leave several constants behind in `{_label(node)}`")
+        return replace(flows[0], raw=any(flow.raw for flow in flows))
 
     def tied_parts(self, flows: list[Flow]) -> bool:
         """Tie the channels of tensors that are put beside one another; False where they are laid out differently."""
@@ -716,6 +729,11 @@ def _name(node: Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     return "getitem" if node.target is operator.getitem else getattr(node.target, "__name__", str(node.target))
+
+
+def _pooled_dims(node: Node, name: str) -> int:
+    """Over how many of the last dimensions a pooling runs; resizing runs over all behind the second."""
+    return int(name[-2]) if name[-1] == "d" else len(node_shape(node) or ()) - 2
 
 
 def _label(node: Node) -> str:

@@ -33,7 +33,8 @@ def permuted(node: Node, name: str, dim: int) -> int | None:
 def _order(node: Node, name: str) -> list[int] | None:
     """Which dimension of the input each dimension of the output was."""
     dims = list(range(len(node_shape(node.all_input_nodes[0]) or ())))
-    given: list[Any] = [*node.args[1:], *node.kwargs.values()]
+    # By keyword the destination may come first.
+    given: list[Any] = [*node.args[1:], *(node.kwargs[key] for key in sorted(node.kwargs, key="destination".__eq__))]
     if name == "permute":
         order = list(given[0]) if given and isinstance(given[0], tuple | list) else given
         return [dims[each] for each in order] if all(isinstance(each, int) for each in order) else None
