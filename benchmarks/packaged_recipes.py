@@ -34,7 +34,8 @@ import torch
 
 from zskd_nni.data.datasets import load_images
 from zskd_nni.recipes.load import load_recipe
-from zskd_nni.runtime.files import make_folder, write_json
+from zskd_nni.recipes.schema import completed
+from zskd_nni.runtime.files import make_folder, write_atomic, write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 README = RESULTS.parent / "README.md"
@@ -136,7 +137,7 @@ def with_record(records: list[dict[str, Any]], record: dict[str, Any]) -> list[d
     """The records with this one added, by seed. It replaces that of its seed; those of another recipe are dropped."""
 
     def but_for_the_seed(one: dict[str, Any]) -> dict[str, Any]:
-        return {**one["recipe"], "seed": None}
+        return {**completed(one["recipe"]), "seed": None}  # a key that is newer than a record has its default there
 
     seeds = {one["recipe"]["seed"]: one for one in records if but_for_the_seed(one) == but_for_the_seed(record)}
     before = seeds.get(record["recipe"]["seed"], {})
@@ -254,8 +255,8 @@ def over_seeds(values: list[float | None]) -> str:
     return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.2f}"
 
 
-def main() -> None:
-    """Parse the arguments and run."""
+def parsed() -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -272,37 +273,48 @@ def main() -> None:
     parser.add_argument("--also", type=int, metavar="N", help="N of a user's own images beside the synthetic ones")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def run_seeds(recipe: str, arguments: argparse.Namespace) -> None:
+    """Run a recipe seed by seed, each time writing the records of its row."""
+    options = [
+        *(["--threads", str(arguments.threads)] if arguments.threads else []),
+        *(["--device", arguments.device] if arguments.device else []),
+        *(["--scale", arguments.scale] if arguments.scale else []),
+    ]
+    name = f"{recipe}-{arguments.scale}" if arguments.scale else recipe
+    if arguments.also is not None:
+        name = f"{name}-also{arguments.also}"
+        options += ["--set", "controls=[]"]  # they are those of the row without own images
+    path = RESULTS / f"{name}.json"
+    records = json.loads(path.read_text()) if path.exists() else []
+    for seed in arguments.seeds:
+        folder = arguments.runs / f"{name}-seed{seed}"
+        images = arguments.images_of and arguments.runs / f"{arguments.images_of}-seed{seed}" / "impressions"
+        own = []
+        if arguments.also is not None:
+            data = load_recipe(recipe).recipe.evaluation.data
+            also = own_images(data, arguments.also, seed, make_folder(arguments.runs))
+            own = ["--set", f"transfer.also={also.resolve()}"]
+        record = run(recipe, seed, folder, [*options, *own], arguments.real_data, images)
+        if arguments.also is not None:
+            record["recipe"]["transfer"]["also"] = f"{arguments.also} images of the training split"
+        records = with_record(records, record)
+        write_json(path, records)
+
+
+def main() -> None:
+    """Print or write the table, or run the recipes."""
+    arguments = parsed()
     if arguments.table:
         print(table(arguments.recipes or [path.stem for path in recipe_results()]))
-        return
-    if arguments.readme:
-        README.write_text(with_table(README.read_text()))
-        return
-    RESULTS.mkdir(exist_ok=True)
-    options = ["--threads", str(arguments.threads)] if arguments.threads else []
-    if arguments.device:
-        options += ["--device", arguments.device]
-    if arguments.scale:
-        options += ["--scale", arguments.scale]
-    for recipe in arguments.recipes:
-        name = f"{recipe}-{arguments.scale}" if arguments.scale else recipe
-        own = [] if arguments.also is None else ["--set", "controls=[]"]  # those of the row without own images
-        name = name if arguments.also is None else f"{name}-also{arguments.also}"
-        path = RESULTS / f"{name}.json"
-        records = json.loads(path.read_text()) if path.exists() else []
-        for seed in arguments.seeds:
-            folder = arguments.runs / f"{name}-seed{seed}"
-            images = arguments.images_of and arguments.runs / f"{arguments.images_of}-seed{seed}" / "impressions"
-            if arguments.also is not None:
-                data = load_recipe(recipe).recipe.evaluation.data
-                also = own_images(data, arguments.also, seed, make_folder(arguments.runs))
-                own[2:] = ["--set", f"transfer.also={also.resolve()}"]
-            record = run(recipe, seed, folder, [*options, *own], arguments.real_data, images)
-            if arguments.also is not None:
-                record["recipe"]["transfer"]["also"] = f"{arguments.also} images of the training split"
-            records = with_record(records, record)
-            write_json(path, records)
+    elif arguments.readme:
+        write_atomic(README, with_table(README.read_text()))
+    else:
+        RESULTS.mkdir(exist_ok=True)
+        for recipe in arguments.recipes:
+            run_seeds(recipe, arguments)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ data is not read. A finished run is not repeated.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import statistics
 from pathlib import Path
@@ -22,7 +23,7 @@ from zskd_nni.pipeline import Run
 from zskd_nni.recipes.load import load_recipe
 from zskd_nni.research.train_teacher import TEACHERS, TeacherTraining, hold_out, train_teacher
 from zskd_nni.runtime.errors import UserError
-from zskd_nni.runtime.files import fingerprint_of, make_folder
+from zskd_nni.runtime.files import fingerprint_of, make_folder, write_atomic
 from zskd_nni.runtime.provenance import version
 
 _SHIPPED = "zoo:"
@@ -34,7 +35,9 @@ def held_out_images(name: str, folder: Path, root: Path | None) -> Path:
     for path, part in zip(paths, hold_out(load_images(name, "train", root)), strict=True):
         if not path.exists():
             pixels = part.images[:, 0] if part.images.shape[1] == 1 else part.images.permute(0, 2, 3, 1)
-            np.savez(path, images=pixels.numpy(), labels=part.labels.numpy())
+            content = io.BytesIO()
+            np.savez(content, images=pixels.numpy(), labels=part.labels.numpy())
+            write_atomic(path, content.getvalue())
     return paths[1]
 
 

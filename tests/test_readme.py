@@ -12,6 +12,7 @@ import torch
 from zskd_nni.models.onnx_export import run_onnx
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.models.zoo import wrn
+from zskd_nni.recipes.load import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +48,9 @@ def test_a_new_seed_joins_those_of_the_same_recipe_alone():
     assert with_record([record(1, 10)], record(0, 10)) == [record(0, 10), record(1, 10)]
     assert with_record([record(0, 10), record(1, 10)], record(1, 10, 9)) == [record(0, 10), record(1, 10, 9)]
     assert with_record([record(0, 10), record(1, 20)], record(2, 10)) == [record(0, 10), record(2, 10)]
+    recipe = load_recipe("digits-prune50").recipe.described()
+    before = {**recipe, "distillation": {k: v for k, v in recipe["distillation"].items() if k != "dropout"}}
+    assert len(with_record([{"recipe": before}], {"recipe": {**recipe, "seed": 1}})) == 2  # dropout is a newer key
 
 
 @pytest.mark.parametrize("path", benchmark_script().recipe_results(), ids=lambda path: path.stem)
