@@ -150,6 +150,9 @@ def test_a_twin_differs_in_its_images_alone(tmp_path: Path) -> None:
         read_twin(tmp_path / "twin", {"recipe": {**mine["recipe"], "seed": 1}, "teacher": "other"})  # type: ignore[dict-item]
     with pytest.raises(UserError, match="was trained without real images"):
         read_twin(twin_folder(tmp_path / "free", data_free=True), mine)
+    own_images_beside = {"transfer": {"method": "zskd", "also": "mine.npz"}, "seed": 0, "controls": []}
+    with pytest.raises(UserError, match=r"has transfer\.method zskd; a twin has transfer\.method real"):
+        read_twin(twin_folder(tmp_path / "beside", recipe=own_images_beside), mine)
     with pytest.raises(UserError, match=r"has no report\.json"):
         read_twin(tmp_path / "nowhere", mine)
     (tmp_path / "twin" / "report.json").write_text("[]")

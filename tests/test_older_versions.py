@@ -99,6 +99,7 @@ def test_a_twin_may_be_of_before_a_key_was_added(tmp_path: Path) -> None:
     mine = {"recipe": load_recipe("digits-prune50").recipe.described(), "teacher": "abc"}
     before = copy.deepcopy(mine["recipe"])
     del before["distillation"]["dropout"]
+    before["transfer"] = {"method": "real", "data": "digits"}
     figures = dict.fromkeys(("accuracy", "agreement", "agreement_int8", "agreement_neutral", "learnt_on"))
     figures["accuracy"] = {"student": 98.0, "student_int8": None}  # type: ignore[assignment]
     write_json(

@@ -273,7 +273,8 @@ class Run:
         files = ("student.json", "student.safetensors", "student.onnx")
         if (report.get("accuracy") or {}).get("teacher") is None or not all((self.out / f).exists() for f in files):
             return None
-        self._print(f"{path} has the accuracies already, and is left as it is.")
+        without = "" if self.twin is None else "; to add the twin, name the folder of test data again"
+        self._print(f"{path} has the accuracies already, and is left as it is{without}.")
         return report
 
     def _finish(self, students: dict[str, StudentResult], held_out: Tensor) -> dict[str, Any]:

@@ -57,6 +57,10 @@ def read_twin(folder: Path, identity: dict[str, Any]) -> Twin:
         raise UserError(f"--twin: {path} is not the report of a run.")
     if report.get("data_free") is not False:
         raise UserError(f"--twin: the run in {folder} was trained without real images; a twin is trained on them.")
+    transfer = recipe.get("transfer")
+    method = transfer.get("method") if isinstance(transfer, dict) else None
+    if method != "real":  # ats, or own images beside synthetic ones, are not the upper limit
+        raise UserError(f"--twin: the run in {folder} has transfer.method {method}; a twin has transfer.method real.")
     mine, recipe = completed(identity["recipe"]), completed(recipe)
     keys = [key for key in sorted({*mine, *recipe} - _MAY_DIFFER) if mine.get(key) != recipe.get(key)]
     if report["provenance"].get("teacher") != identity["teacher"]:
