@@ -98,6 +98,8 @@ def notes(report: dict[str, Any]) -> list[str]:
             found.append(f"{other['label'].capitalize()}: {other['what']}.")
     if report.get("twin") is not None or report["controls"]:
         found.append("These have the student's architecture, and are not exported.")
+    if report.get("macs"):
+        found.append("MACs are multiply-accumulates.")
     found.append("Milliseconds are the median of one image on one CPU thread in onnxruntime.")
     if report["agreement_onnx"] is not None:
         found.append(

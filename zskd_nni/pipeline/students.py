@@ -6,7 +6,6 @@ Each stage leaves its network in the run's ``state/`` folder; a stage whose netw
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from zskd_nni.recipes.schema import NetworkSection
 from zskd_nni.runtime.distributed import team
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import make_folder, plain, read_json, remove_leftovers
+from zskd_nni.runtime.progress import say
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.tensors import load_sealed, save_sealed
 from zskd_nni.training.distillation import DistillationSettings, distill
@@ -296,7 +296,7 @@ class Students:
         except UserError as error:
             result = None
             if self.team.leads:
-                print(f"{error} That stage is run again.", file=sys.stderr)
+                say(f"{error} That stage is run again.")
         # All or none, so that nobody writes these files again while another process reads them.
         return result if all(self.team.collect(result is not None)) else None
 
