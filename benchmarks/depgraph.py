@@ -130,6 +130,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also those that are measured already")
     parser.add_argument("--limit", type=float, default=120, help="seconds for each network")
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.networks if name not in KNOWN]
+    if unknown:
+        parser.error(f"there is no network {unknown[0]} here; the names are those of known_networks.py")
     torch.set_num_threads(1)
     for package in ("torch_pruning", "timm", "transformers"):
         importlib.import_module(package)  # once, not in every process

@@ -79,6 +79,14 @@ def test_ranges_of_batch_norm_hold_its_outputs(pair, monkeypatch: pytest.MonkeyP
         assert inside.float().mean() > 0.98, name
 
 
+def test_rows_of_ours_have_options_or_not_whatever_the_recipe_has(pair) -> None:
+    recipes = module("rivals.recipes")
+    for task in pair.quantized:
+        assert not recipes.config_with(pair, task, recipes.PLAIN).refines
+        with_options = recipes.config_with(pair, task, recipes.OPTIONS)
+        assert (with_options.ranges, with_options.rounding) == ("least_error", "joint") and with_options.correct_biases
+
+
 def test_rows_are_kept_in_order_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = module("compare_rivals")
     monkeypatch.setattr(script, "RESULTS", tmp_path)
@@ -99,6 +107,6 @@ def test_the_page_says_when_a_rival_is_ahead() -> None:
         {"task": "W4A4", "rival": rival, "seed": 0, "accuracy": value, "seconds": 1.0}
         for rival, value in (("ours", 80.0), ("squant", 85.0), ("real", 99.0))
     ]
-    assert "our recipe as it is is **behind it** by 5.00" in page.standing(rows)
+    assert "ours is **behind it** by 5.00" in page.standing(rows)
     rows.append({"task": "W4A4", "rival": "ours-options", "seed": 0, "accuracy": 86.0, "seconds": 1.0})
-    assert "**behind it** by 5.00; our recipe with the options is ahead of it by 1.00" in page.standing(rows)
+    assert "**behind it** by 5.00; ours with the options is ahead of it by 1.00" in page.standing(rows)

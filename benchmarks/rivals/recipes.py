@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,17 +15,19 @@ from rivals.pairs import Pair, teacher_of
 from zskd_nni.compression.quantization.quantize import quantize, simulated
 from zskd_nni.data.sources import NoiseSource, TransferSource
 from zskd_nni.methods.registry import transfer_source
-from zskd_nni.recipes.compression_config import CompressionRun
+from zskd_nni.recipes.compression_config import CompressionRun, QuantizationConfig
 from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime.files import make_folder, write_json
 
 RUNS = Path("runs") / "rivals"
+# The packaged recipes of 4-bit weights have the options, the others have not: each row says for itself.
+PLAIN = {"ranges": "extremes", "rounding": "nearest", "correct_biases": False}
 OPTIONS = {"ranges": "least_error", "rounding": "joint", "correct_biases": True}
 Made = tuple[nn.Module, float]  # with the seconds that its images took, if they were made before
 
 
 def impressions(pair: Pair, task: str, seed: int) -> Made:
-    """Our recipe."""
+    """Our recipe, with NNI's own ranges and rounding."""
     return _quantized(pair, task, seed, *_impressions(pair, task, seed))
 
 
@@ -38,17 +42,18 @@ def noise(pair: Pair, task: str, seed: int) -> Made:
 
 
 def real_images(pair: Pair, task: str, seed: int) -> Made:
-    """Our recipe on as many real training images."""
-    size = load_recipe(*pair.quantized[task]).recipe.transfer.size
-    source = transfer_source(teacher_of(pair), RUNS / "real", size, method="real", seed=seed, data=pair.data)
-    return _quantized(pair, task, seed, source)
+    """The row of our recipe, on as many real training images."""
+    return _quantized(pair, task, seed, _real(pair, task, seed))
 
 
 def real_images_with_options(pair: Pair, task: str, seed: int) -> Made:
     """The same with the options."""
+    return _quantized(pair, task, seed, _real(pair, task, seed), options=OPTIONS)
+
+
+def _real(pair: Pair, task: str, seed: int) -> TransferSource:
     size = load_recipe(*pair.quantized[task]).recipe.transfer.size
-    source = transfer_source(teacher_of(pair), RUNS / "real", size, method="real", seed=seed, data=pair.data)
-    return _quantized(pair, task, seed, source, options=OPTIONS)
+    return transfer_source(teacher_of(pair), RUNS / "real", size, method="real", seed=seed, data=pair.data)
 
 
 def _impressions(pair: Pair, task: str, seed: int) -> tuple[TransferSource, float]:
@@ -63,9 +68,20 @@ def _impressions(pair: Pair, task: str, seed: int) -> tuple[TransferSource, floa
 
 
 def _quantized(
-    pair: Pair, task: str, seed: int, images: TransferSource, seconds: float = 0.0, options: dict | None = None
+    pair: Pair,
+    task: str,
+    seed: int,
+    images: TransferSource,
+    seconds: float = 0.0,
+    options: Mapping[str, Any] = PLAIN,
 ) -> Made:
+    teacher, run = teacher_of(pair), CompressionRun(seed=seed, quiet=True)
+    config = config_with(pair, task, options)
+    return simulated(quantize(teacher.student(), config, teacher, images, run=run)), seconds
+
+
+def config_with(pair: Pair, task: str, options: Mapping[str, Any]) -> QuantizationConfig:
+    """The recipe's section on quantization, with ``PLAIN`` or ``OPTIONS``."""
     config = load_recipe(*pair.quantized[task]).recipe.compression.quantization
     assert config is not None
-    teacher, run = teacher_of(pair), CompressionRun(seed=seed, quiet=True)
-    return simulated(quantize(teacher.student(), replace(config, **(options or {})), teacher, images, run=run)), seconds
+    return replace(config, **options)

@@ -11,7 +11,7 @@ Rows = list[dict[str, Any]]
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 _MARK = "<!-- rivals -->"
 TITLES = {"alexnet": "AlexNet, CIFAR-10", "lenet5": "LeNet-5, Fashion-MNIST"}
-_OURS = {"ours": "our recipe as it is", "ours-options": "our recipe with the options"}
+_OURS = {"ours": "ours", "ours-options": "ours with the options"}
 OURS = tuple(_OURS)
 NAMES = {
     "nni": ("magnitude (L1), no recovery", "NNI 3.0"),
@@ -22,7 +22,7 @@ NAMES = {
     "squant": ("SQuant's rounding", "written here from the paper"),
     "onnxruntime": ("static quantization, calibrated on noise", "onnxruntime"),
     "nni-noise": ("post-training quantization, calibrated on noise", "NNI 3.0"),
-    "ours": ("**ours**", "a packaged recipe"),
+    "ours": ("**ours**", "a packaged recipe without options"),
     "ours-options": (
         "**ours, with narrower ranges, joint rounding, corrected biases**",
         "a packaged recipe, options set",
@@ -76,7 +76,7 @@ def _figures(rows: Rows) -> list[str]:
 
 
 def standing(rows: Rows) -> str:
-    """One sentence a task: our recipe, as it is and with its options, against the most accurate data-free rival."""
+    """One sentence a task: our recipe, without options and with them, against the most accurate data-free rival."""
     said = []
     for task, column in COLUMNS.items():
         means = {}
