@@ -75,8 +75,9 @@ def test_ranges_of_batch_norm_hold_its_outputs(pair, monkeypatch: pytest.MonkeyP
     assert set(ranges) == set(pair.layers) and all(low < high for low, high in ranges.values())
     inputs = quantization._noise_inputs(network, pair, 0)
     for name, value in inputs.items():
-        inside = (value >= ranges[name][0] - 1e-4) & (value <= ranges[name][1] + 1e-4)
-        assert inside.float().mean() > 0.98, name
+        assert value.min() >= ranges[name][0] - 1e-4, name  # where a ReLU ends, whatever the images
+        # The upper end is that of the images of the training, and noise is none of them.
+        assert (value <= ranges[name][1] + 1e-4).float().mean() > 0.95, name
 
 
 def test_rows_of_ours_have_options_or_not_whatever_the_recipe_has(pair) -> None:

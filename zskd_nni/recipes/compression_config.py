@@ -106,8 +106,8 @@ class QuantizationConfig:
         calibration_images: number of images from which the ranges are read.
         fused: prune, quantize and distil in one training instead of one after the other. For recipes and
             :func:`~zskd_nni.compression.quantization.stage.compress_in_one_training`.
-        ranges: of activations under ``PtqQuantizer``: ``extremes`` as NNI finds them, or ``least_error``, narrower ones
-            that round with the least squared error.
+        ranges: of the inputs of layers under ``PtqQuantizer``: ``extremes`` as NNI finds them, or ``least_error``,
+            narrower ones that round with the least squared error.
         rounding: of weights under ``PtqQuantizer``: to the ``nearest`` level, or ``joint``, as in SQuant.
         correct_biases: under ``PtqQuantizer``, take from biases by how much quantization moves the means of channels.
 
