@@ -585,6 +585,7 @@ def edges_halved(net: Any, x: Tensor) -> Tensor:
         lambda net, x: torch.stack([x, x.tanh()], dim=1).sum(1),
         lambda net, x: torch.stack([x, x.tanh()], 4).amax(-1),
         lambda net, x: x[..., 1:-1],
+        lambda net, x: x[:, :, 1:].relu_(),
         lambda net, x: x[..., 0, :].unsqueeze(2),
         lambda net, x: compiled_swish(x),
         lambda net, x: x.data,

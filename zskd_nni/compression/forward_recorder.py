@@ -472,6 +472,9 @@ def record(model: nn.Module, arguments: Mapping[str, Any]) -> Recorder:
         result = model.forward(*positional)
         output = recorder.argument(result)
     recorder.graph.output(output)
+    for node in reversed(recorder.graph.nodes):  # a changed part, of whose tensor nothing else is read
+        if node.target is assigned and not node.users:
+            recorder.graph.erase_node(node)
     return recorder
 
 
