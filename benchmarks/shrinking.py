@@ -231,6 +231,10 @@ def _family_line(row: dict[str, Any], other: dict[str, Any] | None) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _times(count: int) -> str:
+    return {0: "never", 1: "once"}.get(count, f"{count} times")
+
+
 def _depgraph_section(record: dict[str, Any], others: dict[str, dict[str, Any]]) -> list[str]:
     """What the two columns add up to, and why our channel flow stays."""
     rows = record["families"]
@@ -252,7 +256,7 @@ def _depgraph_section(record: dict[str, Any], others: dict[str, dict[str, Any]])
         f"Both were given {len(both)} of these networks. Ours shrinks {len(ours)}, all exactly. DepGraph returns",
         f"{len(both) - failed}. Of these {len(right)} compute what the original does when the same channels are zero,",
         f"and {len(wrong)} differ from that by more than 1e-4; {failed} end in an exception or do not run afterwards.",
-        f"Where DepGraph is right, its network is smaller {further} times, and ours {less} times.{quick}",
+        f"Where DepGraph is right, its network is the smaller one {_times(further)}, and ours {_times(less)}.{quick}",
         "",
         *_lines_of_code(record.get("lines_of_code", {})),
         *WHY_OURS,
