@@ -409,12 +409,13 @@ def test_the_users_own_network_from_a_file(tmp_path):
     (tmp_path / "mine.yml").write_text(json.dumps(recipe))
     report = Run(load_recipe(str(tmp_path / "mine.yml")), tmp_path / "out", quiet=True).compress()
     assert report["classifier"] == "head"
-    (said,) = remarks(report)  # nothing of its BatchNorm, whose statistics are of no images
+    said, worth = remarks(report)  # nothing of its BatchNorm, whose statistics are of no images
     assert said.startswith("Agreement on procedural images")
+    assert worth.startswith("In ") and "below agreement on test data" in worth
     recipe["distillation"]["features"] = "auto"  # its one hidden layer is pruned: what is left of it is matched
     (tmp_path / "auto.yml").write_text(json.dumps(recipe))
     matched = Run(load_recipe(str(tmp_path / "auto.yml")), tmp_path / "auto", quiet=True).compress()
-    assert len(remarks(matched)) == 1 and matched["history"]["features"] == [["features.1", "features.1"]]
+    assert len(remarks(matched)) == 2 and matched["history"]["features"] == [["features.1", "features.1"]]
     with open(tmp_path / "mine.py", "a") as file:
         file.write("class Other(Net):\n    def __init__(self):\n        super().__init__()\n")
         file.write("        self.layers, self.features = self.features, nn.Identity()\n")
