@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from zskd_nni.data.datasets import load_images
+from zskd_nni.pipeline.comparison import bits_of
 from zskd_nni.recipes.load import load_recipe
 from zskd_nni.recipes.schema import completed
 from zskd_nni.runtime.files import make_folder, write_atomic, write_json
@@ -188,7 +189,8 @@ def table(names: list[str]) -> str:
         if not only_calibrates(records[0]):
             lines.append(row(name, records, "fp32", ""))
         if records[0]["accuracy"].get("student_int8") is not None:
-            lines.append(row(name, records, "int8", "_int8"))
+            precision = bits_of(records[0]["recipe"]["compression"]["quantization"])
+            lines.append(row(name, records, precision, "_int8"))
     return "\n".join(lines)
 
 

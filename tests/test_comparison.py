@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from zskd_nni.pipeline.comparison import networks, tables, verdict, worth_of_agreement
+from zskd_nni.pipeline.comparison import bits_of, networks, tables, verdict, worth_of_agreement
 from zskd_nni.pipeline.loss_chart import loss_chart
 from zskd_nni.pipeline.report_html import render_table
 from zskd_nni.pipeline.twin import read_twin
+from zskd_nni.recipes.load import load_recipe
 from zskd_nni.runtime.errors import UserError
 
 
@@ -44,7 +45,7 @@ REPORT: dict[str, Any] = {
     "evaluation": "digits", "test_images": 1000, "classifier": "fc3", "seconds": {"total": 1.0},
     "recipe": {
         "transfer": {"method": "zskd"}, "distillation": {"features": "none", "feature_weight": 0},
-        "compression": {"quantization": {"fuse_batch_norm": True}},
+        "compression": {"quantization": {"fuse_batch_norm": True, "config_list": [{"quant_dtype": "int8"}]}},
     },
 }  # fmt: skip
 KINDS = ("test", "held_out", "neutral")
@@ -53,6 +54,13 @@ AGREEMENTS = {
     **{f"none{end}": dict(zip(KINDS, (0.91, 0.5, 0.4), strict=True)) for end in ("", "_int8")},
     **{f"noise{end}": dict(zip(KINDS, (0.7, 0.6, 0.3), strict=True)) for end in ("", "_int8")},
 }
+
+
+def test_a_precision_of_few_bits_is_named() -> None:
+    recipe = load_recipe("cifar10-ptq-w4a4").recipe.compression.model_dump(mode="json")
+    report = {**REPORT, "recipe": {**REPORT["recipe"], "compression": recipe}}
+    assert tables(report)[1].columns[2] == "student, W4A4"
+    assert bits_of({"config_list": [{"target_names": ["weight"], "quant_dtype": "int4"}]}) == "W4A32"
 
 
 def test_each_table_has_one_precision() -> None:

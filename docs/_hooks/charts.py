@@ -18,6 +18,7 @@ from typing import Any
 
 from generated_pages import packaged_recipes
 
+from zskd_nni.pipeline.comparison import bits_of
 from zskd_nni.research.reproduction.charts import position, range_of, ticks_between
 from zskd_nni.research.reproduction.page import render_charts
 from zskd_nni.research.reproduction.records import read_records
@@ -66,11 +67,12 @@ class Column:
 def columns_of(name: str, records: list[dict[str, Any]]) -> Iterator[Column]:
     """The rows that a recipe has in the table of results."""
     first = records[0]
-    for precision, suffix in (("fp32", ""), ("int8", "_int8")):
+    for suffix in ("", "_int8"):
         if suffix and first["accuracy"].get("student_int8") is None:
             continue
         if not suffix and packaged_recipes().only_calibrates(first):
             continue
+        precision = bits_of(first["recipe"]["compression"]["quantization"]) if suffix else "fp32"
         found = {
             "free": [record["accuracy"][f"student{suffix}"] for record in records],
             "real": [

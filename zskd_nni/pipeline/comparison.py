@@ -7,7 +7,7 @@ where the recipe quantizes. A table has one column a network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,31 @@ class Table:
 
 def precision_of_integers(report: dict[str, Any]) -> str:
     """What the quantized student is called."""
-    return "int8" if report["quantization"] and report["quantization"]["exported"] else "quantized (simulated)"
+    exported = report["quantization"] and report["quantization"]["exported"]
+    return bits_of(report["recipe"]["compression"]["quantization"]) if exported else "quantized (simulated)"
+
+
+def bits_of(quantization: Mapping[str, Any]) -> str:
+    """The precision that a recipe's ``compression.quantization`` asks for.
+
+    Example:
+        >>> bits_of({"config_list": [{"target_names": ["_input_", "weight"], "quant_dtype": "int8"}]})
+        'int8'
+        >>> weight = {"weight": {"quant_dtype": "int4"}}
+        >>> bits_of({"config_list": [{"quant_dtype": "int8", "target_settings": weight}]})
+        'W4A8'
+    """
+    found: dict[bool, set[int]] = {True: set(), False: set()}  # of weights, of activations
+    for entry in quantization["config_list"]:
+        settings, names = entry.get("target_settings", {}), entry.get("target_names", ["_input_", "weight"])
+        for name in {*names, *settings}:
+            dtype = settings.get(name, {}).get("quant_dtype") or entry.get("quant_dtype") or "int8"
+            if name != "bias":
+                found[not name.startswith("_")].add(int(dtype.lstrip("uint")))
+    if found[True] | found[False] <= {8}:
+        return "int8"
+    weights, activations = ("/".join(map(str, sorted(found[of]))) or "32" for of in (True, False))
+    return f"W{weights}A{activations}"
 
 
 def networks(report: dict[str, Any]) -> list[Network]:
