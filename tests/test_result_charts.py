@@ -59,7 +59,8 @@ def test_every_measured_accuracy_is_a_mark_at_its_height(hooks: Any) -> None:
         records = json.loads(path.read_text())
         panel = panels[hooks.TITLES[records[0]["recipe"]["evaluation"]["data"]]]
         groups = {group[0].text: group for group in panel.iter("g")}
-        for precision, suffix in (("fp32", ""), ("int8", "_int8")):
+        few_bits = re.search(r"w\da\d", path.stem)
+        for precision, suffix in (("fp32", ""), (few_bits[0].upper() if few_bits else "int8", "_int8")):
             values = [record["accuracy"][f"student{suffix}"] for record in records]
             if values[0] is None or (not suffix and "-ptq" in path.stem):
                 continue
