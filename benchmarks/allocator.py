@@ -40,7 +40,7 @@ def measure() -> dict[str, float]:
         distill(alexnet_half(), teacher, source, DistillationSettings(steps=steps, batch=64), quiet=True)
         found["student"] = time.perf_counter() - start
     options = METHOD.options("best-colour", {})
-    plan = ZskdTargets(teacher, options)
+    plan = ZskdTargets(teacher, options.targets)
     start = time.perf_counter()
     synthesize(teacher, plan, options.synthesis, size=128, seed=0, folder=tempfile.mkdtemp(), quiet=True)
     found["images"] = time.perf_counter() - start
