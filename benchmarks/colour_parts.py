@@ -40,16 +40,16 @@ PARTS: dict[str, Part] = {
     "8 steps of synthesis": Part(("transfer.synthesis={max_steps: 8}",), True),
     "32 steps of synthesis": Part(("transfer.synthesis={max_steps: 32}",), True),
     "no synthesis: dead leaves": Part(("transfer={method: procedural, kind: leaves}",), True),
-    "starts of noise": Part(("transfer.synthesis={start: noise}",), True),
+    "starts of uniform noise": Part(("transfer.synthesis={start: uniform}",), True),
     "no BatchNorm statistics": Part(("transfer.synthesis={batch_statistics: 0}",), True),
-    "no total variation": Part(("transfer.synthesis={total_variation: 0}",), True),
+    "no total variation": Part(("transfer.synthesis={total_variation: [0, 0]}",), True),
     "one class a target (class impressions)": Part(("transfer.method=class-impressions",), True),
     "no fresh dead leaves": Part(("transfer.fresh=null",)),
     "half of each batch fresh dead leaves": Part(("transfer.fresh_share=0.5",)),
     "no hidden layers": Part(("distillation.features=none",)),
     "hidden layers at weight 1": Part(("distillation.feature_weight=1",)),
     "no CutMix, no mixup": Part(("distillation.augmentation.cutmix=0", "distillation.augmentation.mixup=0")),
-    "no augmentation at all": Part(("distillation.augmentation=null",)),
+    "no augmentation at all": Part(("distillation.augmentation={}",)),
     "temperature 20": Part(("distillation.temperature=20",)),
     "each view shown twice": Part(("distillation.repeats=2",)),
     "each view shown four times": Part(("distillation.repeats=4",)),
@@ -73,7 +73,7 @@ def run(part: str, seed: int, out: Path) -> dict[str, Any]:
         "agreement": report["agreement"],
         "seconds": report["seconds"],
         "impressions": report["impressions"] and report["impressions"]["impressions"],
-        "recipe": report["recipe"],
+        "changes": list(changes),  # the recipe itself names files of this machine
         "provenance": provenance("cpu", seed),
     }
 

@@ -16,6 +16,7 @@ from helpers import SMALL, small_network, small_teacher
 from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models.build import build_network
 from zskd_nni.pipeline.neutral import HELD_OUT_BELOW_TEST
+from zskd_nni.recipes.load import load_recipe
 from zskd_nni.research.reproduction.context import Workspace
 from zskd_nni.research.reproduction.records import read_records
 from zskd_nni.research.reproduction.session import Selection, run_table
@@ -160,6 +161,16 @@ def test_recipes_are_tried_on_a_slice(slice_folder: Path, real_data: bool) -> No
     report = json.loads((folder / "report.json").read_text())
     assert report["data_free"] is not real_data
     assert "143 images" in report["agreement_on"]
+
+
+def test_every_part_of_the_colour_recipe_that_is_left_out_gives_another_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    parts = script("colour_parts")
+    recipes = {
+        name: load_recipe(parts.RECIPE, [*parts.BASE, *part.changes], 0, "quick").recipe.model_dump_json()
+        for name, part in parts.PARTS.items()
+    }
+    assert len(set(recipes.values())) == len(recipes) >= 18
 
 
 def test_operations_are_counted_by_hand() -> None:
