@@ -173,6 +173,21 @@ def test_every_part_of_the_colour_recipe_that_is_left_out_gives_another_recipe(m
     assert len(set(recipes.values())) == len(recipes) >= 18
 
 
+@pytest.mark.parametrize("other", [None, "synthesis", "targets", "teacher", "size", "seed"])
+def test_given_images_are_those_that_the_recipe_would_make(tmp_path: Path, other: str | None) -> None:
+    identity = {"teacher": "a", "targets": {"method": "zskd"}, "synthesis": {"max_steps": 16}, "size": 500, "seed": 9}
+    (tmp_path / "impressions-held-out").mkdir()
+    (tmp_path / "impressions-held-out" / "manifest.json").write_text(json.dumps({"identity": identity}))
+    given = {**identity, "size": 4000, "seed": 0, **({} if other is None else {other: "another"})}
+    report = {"name": "r", "impressions": {"given": given}, "recipe": {"transfer": {"size": 4000}, "seed": 0}}
+    check = script("packaged_recipes").check_same_transfer
+    if other is None:
+        check(report, tmp_path)
+    else:
+        with pytest.raises(SystemExit, match=f"differ in {other} "):
+            check(report, tmp_path)
+
+
 def test_operations_are_counted_by_hand() -> None:
     module = script("matrix_peak")
     layer, images = torch.nn.Conv2d(3, 8, 3, bias=False).requires_grad_(False), torch.rand(5, 3, 10, 10)
