@@ -218,9 +218,9 @@ def test_a_report_tells_a_ceiling_from_images_of_something_else_and_what_was_mea
 
     sources = ["transfer.sources=[digits]", "transfer.split=test", "transfer.size=200", "transfer.held_out=20"]
     learnt, leak = report("a", *sources)[:2]
-    assert "real images (ats: digits)" in learnt and "ceiling" not in learnt
+    assert "real images (ats: digits)" in learnt and "upper limit" not in learnt
     assert "images that the student was trained on" in leak
-    assert "no student of this run was trained" not in (tmp_path / "a" / "report.html").read_text()
+    assert "No student was trained on these images" not in (tmp_path / "a" / "report.html").read_text()
 
 
 def test_best_stands_for_the_colour_preset_with_a_colour_teacher_that_has_batch_norm() -> None:

@@ -111,8 +111,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         found.append(f"{100 * zeros:.1f} % of the masked weights are zero.")
     if report["evaluation"] is not None and not report["learnt_on_what_is_measured"]:
         found.append(
-            f"The test data ({report['evaluation']}) was read to measure the teacher first and all networks at the end, "
-            "and no student was trained on these images."
+            f"The test data ({report['evaluation']}) was read to measure the teacher first, and all networks at the "
+            "end. No student was trained on these images."
         )
     if report["provenance"].get("selected_on"):
         found.append(f"Where the settings come from: {report['provenance']['selected_on']}.")
