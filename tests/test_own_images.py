@@ -56,7 +56,7 @@ def test_a_recipe_with_own_images_is_not_called_data_free(tmp_path: Path) -> Non
     assert report["learnt_on"] == f"{own}, 30% of each batch"
     assert not report["learnt_on_what_is_measured"]
     (sentence,) = [each for each in remarks(report) if "NOT data-free" in each]
-    assert str(own) in sentence and "ceiling" not in sentence
+    assert str(own) in sentence and "upper limit" not in sentence
     without = Run(load_recipe("digits-prune50", QUICK), tmp_path / "other", quiet=True).compress()
     assert without["data_free"] is True
     assert without["history"]["losses"] != report["history"]["losses"]
