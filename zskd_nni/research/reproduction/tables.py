@@ -178,6 +178,21 @@ def _zskt(pair: str) -> list[Cell]:
     return cells
 
 
+# What STS's paper leaves open: other settings than those of our `paper`, one at a time.
+STS_CHOICES: dict[str, dict[str, dict[str, Any]]] = {
+    "noise-start": {"synthesis": {"start": "uniform"}},
+    "temperature-20": {"targets": {"temperature": 20.0}, "synthesis": {"temperature": 20.0}},
+    "draws-cut": {"targets": {"clamp": "relu"}},
+    "outgoing-weights": {"targets": {"weights": "outgoing"}},
+    "no-activation-term": {"targets": {"activation_weight": 0.0}},
+}
+
+
+def _sts_choices(pair: str) -> list[Cell]:
+    changed = [_cell(pair, "sts", "paper", name, options=keys) for name, keys in STS_CHOICES.items()]
+    return [_cell(pair, "sts", "paper"), *changed, _cell(pair, "sts", "best")]
+
+
 # Ingredients of ZSKT's best by name: what its keys are without them. A generator that is not renewed also keeps its
 # learning rate.
 ZSKT_INGREDIENTS: dict[str, dict[str, Any]] = {
@@ -236,6 +251,7 @@ _CELLS: dict[str, tuple[Cell, ...]] = {
     "kd-at": _over(LENETS, lambda pair: [*(_kd_at(pair, shots) for shots in SHOTS), *_zskt(pair)]),
     "zskd-author-code": _over(LENETS, lambda pair: [_cell(pair, "zskd", "author-code")]),
     "digits": tuple(_methods("digits", author_code=False)),
+    "sts-choices": tuple(_sts_choices("digits")),
     "cifar10-alexnet": _students_of("cifar10-alexnet"),
     "cifar10-alexnet-sizes": tuple(_sizes("cifar10-alexnet")),
     "cifar10-alexnet-balance": tuple(_balance("cifar10-alexnet")),
