@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,27 @@ def test_without_ipywidgets_importing_works_and_showing_says_what_to_install() -
         "UserError The explorer needs ipywidgets: pip install '.[notebooks]'.",
         "False False False",
     ], run.stderr
+
+
+def test_digits_are_shown_first_classes_by_name_and_work_is_announced() -> None:
+    pytest.importorskip("ipywidgets", reason="the extra notebooks is not installed")
+    from zskd_nni.research.explorer.widget import Explorer
+
+    started = time.process_time()
+    explorer = Explorer()
+    assert bytes(explorer._picture.value).startswith(b"\x89PNG")
+    # Seconds of all cores: in a busy machine's clock it would fail, on two quiet cores the clock shows less.
+    assert time.process_time() - started < 5
+    assert explorer._teacher.value == "lenet5-digits"
+    assert explorer.class_names is None and explorer._class_name.value == "", "digits are their numbers"
+    explorer._teacher.value = "lenet5-fashion-mnist"
+    assert "T-shirt" in explorer._class_name.value
+    explorer._controls["label"].value = 9
+    assert "boot" in explorer._class_name.value
+    said = []
+    explorer._note.observe(lambda change: said.append(change["new"]), "value")
+    explorer._again.click()
+    assert len(said) == 2 and "making the impression" in said[0] and said[1] == ""
 
 
 def test_sliders_ask_and_the_gallery_keeps(tmp_path: Path) -> None:

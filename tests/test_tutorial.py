@@ -79,6 +79,34 @@ def test_every_picture_is_drawn_and_described(tmp_path: Path) -> None:
     assert "90.50" in pictures["bars"].alt and "unmeasured" not in pictures["bars"].alt
 
 
+def test_every_text_of_a_picture_has_at_least_nine_pixels_and_every_axis_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    kept, save = [], Figure.savefig
+
+    def saved(figure: Figure, *arguments: object, **options: object) -> None:
+        kept.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    for (name, picture), figure in zip(drawn().items(), kept, strict=True):
+        per_point = picture.width / figure.get_figwidth() / 72
+        texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+        small = {text.get_text(): text.get_fontsize() for text in texts if text.get_fontsize() * per_point < 9}
+        assert not small, (name, small)
+        titles = [figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]
+        assert any(titles), f"{name} has no title"
+        if name in ("gallery", "evolution"):  # pictures of images: labels of rows in the place of axes
+            continue
+        of_axes = [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes]
+        assert figure.get_supxlabel() or any(x for x, _ in of_axes), f"{name}: what runs along x?"
+        if name not in ("bars", "widths", "opinions"):  # names of the bars at y; the third says it in its x
+            assert figure.get_supylabel() or any(y for _, y in of_axes), f"{name}: what runs along y?"
+
+
 def test_what_cannot_be_drawn_is_said() -> None:
     with pytest.raises(UserError, match="2 names were given for 5 classes"):
         figures.similarity_picture(torch.eye(5), ["a", "b"])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI, _SCREEN = 120, 76  # pixels per inch: of the file, and on the screen
+SMALL, LABEL, TITLE = 9, 10, 11  # sizes of text in points; the smallest is over 9 pixels on the screen
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,25 @@ def new_grid(count: int, columns: int, width: float, height: float) -> tuple[Fig
     return figure, axes[:count]
 
 
-def style(axis: Any, title: str = "", *, x: str = "", y: str = "", size: int = 8, title_size: int = 10) -> None:
+def style(axis: Any, title: str = "", *, x: str = "", y: str = "", size: float = SMALL) -> None:
     """Small tick labels, no frame above and on the right, names of the axes, and a title."""
     axis.tick_params(labelsize=size)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel(x, fontsize=9)
-    axis.set_ylabel(y, fontsize=9)
-    axis.set_title(title, fontsize=title_size)
+    axis.set_xlabel(x, fontsize=LABEL)
+    axis.set_ylabel(y, fontsize=LABEL)
+    axis.set_title(title, fontsize=TITLE)
 
 
-def show_image(axis: Any, image: Tensor, spec: InputSpec, title: str = "", note: str = "", size: int = 8) -> None:
+def show_image(axis: Any, image: Tensor, spec: InputSpec, title: str = "", note: str = "", size: float = SMALL) -> None:
     """Draw an image ``(C, H, W)`` without ticks, with a title above and a note below."""
     axis.imshow(as_picture(image, spec), cmap="gray", vmin=0, vmax=1)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title(title, fontsize=size, pad=3)
-    axis.set_xlabel(note, fontsize=size - 1, labelpad=2)
+    axis.set_xlabel(note, fontsize=size, labelpad=2)
 
 
-def label_classes(axis: Any, names: Sequence[str], *, both: bool = False, size: int = 8) -> None:
+def label_classes(axis: Any, names: Sequence[str], *, both: bool = False, size: float = SMALL) -> None:
     """Names of classes at the x axis, or at both; of more than 20 classes about ten are named."""
     places = list(range(0, len(names), 1 if len(names) <= 20 else len(names) // 10))
     shown = [names[place] for place in places]

@@ -23,6 +23,7 @@ def impressions_picture(
     columns: int = 10,
     title: str = "",
     names: Sequence[str] | None = None,
+    rows: Sequence[str] = (),
 ) -> None:
     """Draw ``(N, C, H, W)`` images in a grid with the teacher's class and confidence above each.
 
@@ -34,22 +35,28 @@ def impressions_picture(
         columns: images in a row.
         title: above the grid.
         names: of the classes; their numbers where absent.
+        rows: a label at the left of each row of the grid.
     """
     from matplotlib.figure import Figure
 
     confidence, seen = torch.softmax(logits.float(), 1).max(1)
-    rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(columns * 0.95, rows * 1.15 + (0.45 if title else 0)), dpi=110)
-    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axis.axis("off")
+    lines, between = max(1, -(-len(images) // columns)), " " if names is None else "\n"
+    high = lines * (1.2 if names is None else 1.35) + (0.45 if title else 0)
+    figure = Figure(figsize=(columns * 0.95 + (0.3 if rows else 0), high), dpi=110)
+    for number, axis in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
         if number >= len(images):
+            axis.axis("off")
             continue
         axis.imshow(as_picture(images[number], spec), cmap="gray", vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
         label = int(seen[number])
         what = label if names is None else names[label]
-        axis.set_title(f"{what}  {100 * float(confidence[number]):.0f}%", fontsize=7, pad=2)
+        axis.set_title(f"{what}{between}{100 * float(confidence[number]):.0f} %", fontsize=9, pad=2)
+        if rows and number % columns == 0:
+            axis.set_ylabel(rows[number // columns], fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=9, y=0.998)
+        figure.suptitle(title, fontsize=10, y=0.998)
     figure.tight_layout(pad=0.4)
     signals.check()
     buffer = io.BytesIO() if isinstance(path, Path) else path

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from zskd_nni.data.datasets import CLASS_NAMES
 from zskd_nni.data.procedural import KINDS
 from zskd_nni.models.teacher import Teacher, load_teacher
 from zskd_nni.models.zoo.trained import trained_names
@@ -31,13 +32,15 @@ from zskd_nni.synthesis.image_grid import impressions_picture
 
 PRIORS = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MOST_STEPS = 300
+FIRST = "lenet5-digits"  # of the shipped teachers: its first picture is there in seconds
+_BUSY = '<span role="status">&#9203; making the impression ...</span>'
 
 
 class Explorer:
     """Widgets that make a new impression whenever one of them is changed.
 
     Args:
-        teachers: by name; by default the shipped ones.
+        teachers: by name; by default the shipped ones, that of digits first.
         question: the first question.
         gallery_size: impressions of a class that *add to the gallery* makes.
 
@@ -57,7 +60,7 @@ class Explorer:
             raise UserError("Explorer was given no teacher; leave teachers= out for the shipped ones.")
         self._widgets = _ipywidgets()
         self._loaded: dict[str, Teacher] = dict(teachers or {})
-        names = list(teachers) if teachers else trained_names()
+        names = list(teachers) if teachers else sorted(trained_names(), key=lambda name: name != FIRST)
         self.question = question or Question()
         self.question.settings()  # invalid values are reported before anything is drawn
         self.gallery_size = gallery_size
@@ -73,6 +76,13 @@ class Explorer:
         if name not in self._loaded:
             self._loaded[name] = load_teacher(name)
         return self._loaded[name]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the selected teacher's classes; None where they are numbers."""
+        _, _, data = self._teacher.value.partition("-")
+        names = CLASS_NAMES.get(data, ()) if self._teacher.value in trained_names() else ()
+        return list(names) if len(names) == self.teacher.num_classes else None
 
     def keep(self) -> Impressions:
         """Make ``gallery_size`` impressions of the selected class, and keep them in the gallery."""
@@ -116,7 +126,7 @@ class Explorer:
         auto, full = widgets.Layout(width="auto"), {"width": "100%", "max_width": "1000px"}
         self._again = widgets.Button(description="another draw", icon="random", layout=auto)
         self._keep = widgets.Button(description="add to the gallery", icon="th", button_style="primary", layout=auto)
-        self._note = widgets.HTML()
+        self._class_name, self._note = widgets.HTML(), widgets.HTML()
         self._picture = widgets.Image(format="png", layout=widgets.Layout(**full))
         self._gallery = widgets.Image(format="png", layout=widgets.Layout(display="none", **full))
         self._teacher.observe(self._teacher_changed, "value")
@@ -124,7 +134,9 @@ class Explorer:
             control.observe(self._control_changed, "value")
         self._again.on_click(lambda _: self._ask(replace(self.question, seed=self.question.seed + 1)))
         self._keep.on_click(lambda _: self._show_errors(self.keep))
-        controls = [self._teacher, *self._controls.values(), widgets.HBox([self._again, self._keep]), self._note]
+        label, *others = self._controls.values()
+        buttons = widgets.HBox([self._again, self._keep])
+        controls = [self._teacher, label, self._class_name, *others, buttons, self._note]
         shown = widgets.VBox([self._picture, self._gallery], layout=widgets.Layout(flex="1 1 30em"))
         left = widgets.VBox(controls, layout=widgets.Layout(flex="0 1 25em"))
         self.widget = widgets.HBox([left, shown], layout=widgets.Layout(flex_flow="row wrap"))
@@ -147,14 +159,17 @@ class Explorer:
 
     def _ask(self, question: Question) -> None:
         self.question = question
+        names = self.class_names
+        self._class_name.value = "" if names is None else f"class {question.label}: <b>{names[question.label]}</b>"
         self._show_errors(self._answer)
 
     def _answer(self) -> None:
         self.answer = explore_one(self.teacher, self.question)
-        self._picture.value = exploration_picture(self.answer, self.teacher.spec, self.question.label)
+        self._picture.value = exploration_picture(self.answer, self.teacher.spec, self.question.label, self.class_names)
 
     def _show_errors(self, action: Callable[[], Any]) -> None:
-        """Show a user's mistake below the sliders; an exception in a callback would be lost."""
+        """Say below the sliders that work goes on, and then a user's mistake: an exception in a callback is lost."""
+        self._note.value = _BUSY
         try:
             action()
             self._note.value = ""
@@ -166,12 +181,14 @@ class Explorer:
             raise UserError("The gallery is empty; add a class to it first.")
         kept = list(self.gallery.values())
         buffer = io.BytesIO()
+        names = self.class_names or [str(label) for label in range(self.teacher.num_classes)]
         impressions_picture(
             torch.cat([one.images for one in kept]),
             torch.cat([one.logits for one in kept]),
             self.teacher.spec,
             buffer,
-            title=f"Gallery of {self._teacher.value}: asked for {', '.join(map(str, self.gallery))}",
+            title=f"Gallery of {self._teacher.value}: asked for {', '.join(names[label] for label in self.gallery)}",
+            names=self.class_names,
         )
         return buffer.getvalue()
 
