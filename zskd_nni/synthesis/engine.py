@@ -186,10 +186,9 @@ class _Objective:
         compared = settings.batch_statistics and batch_norms(teacher.model)
         self.statistics = StatisticsTracker(teacher.model) if compared else None
 
-    def gradient(self, slots: _Slots) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient ``(n, C, H, W)`` of the images, their divergence ``(n,)`` and the teacher's logits ``(n, K)``."""
+    def value(self, slots: _Slots, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum over the images ``(n, C, H, W)``, their divergence ``(n,)`` and the teacher's logits ``(n, K)``."""
         settings, spec = self.settings, self.teacher.spec
-        images = slots.images.requires_grad_(True)
         features: list[Tensor] = []
         distances: list[Tensor] = []
         with ExitStack() as hooks:
@@ -211,11 +210,7 @@ class _Objective:
         total = (loss * slots.temperatures[:, 0]).sum() / REFERENCE_TEMPERATURE
         if settings.total_variation != (0.0, 0.0):
             total = total + (slots.prior * total_variation(images / (spec.high - spec.low))).sum()
-        (gradient,) = torch.autograd.grad(total, images)
-        if slots.free is not None:
-            gradient = gradient * slots.free
-        slots.images = images.detach()
-        return gradient, fit.detach(), logits.detach()
+        return total, fit.detach(), logits.detach()
 
 
 class _Results:
@@ -271,7 +266,10 @@ def synthesize_shard(
         # The authors' code leaves the rescaling out before the last step and the final logits.
         if settings.range == "rescale" and int(slots.due[0]) - turn > 1:
             slots.images = _rescaled(slots.images, spec.low, spec.high)
-        gradient, fit, logits = objective.gradient(slots)
+        with torch.set_grad_enabled(bool((slots.due > turn).any())):  # the last look at a batch needs no gradient
+            images = slots.images.requires_grad_(torch.is_grad_enabled())
+            total, fit, logits = objective.value(slots, images)
+        slots.images = images.detach()
         rows = slots.finished(fit, turn, settings)
         if len(rows):
             results.add(slots, rows, fit, logits)
@@ -279,7 +277,10 @@ def synthesize_shard(
                 results.require_finite(settings.learning_rate)
             if on_finished is not None:
                 on_finished(len(rows))
-        if not (settings.warm_start and len(rows)):  # the next batch of a warm start begins at the stored images
+        if len(rows) < len(slots):
+            (gradient,) = torch.autograd.grad(total, images)
+            if slots.free is not None:
+                gradient = gradient * slots.free
             slots.adam_update(gradient, settings.learning_rate * (spec.high - spec.low))
             if settings.range == "clamp":
                 slots.images.clamp_(spec.low, spec.high)
