@@ -3,11 +3,12 @@
     python notebooks/run.py --scale cpu               # all, what ``make notebooks SCALE=cpu`` does
     python notebooks/run.py                           # all in seconds, into out/notebooks/smoke: do they run?
     python notebooks/run.py 02 05 --scale full        # those whose names begin so
+    python notebooks/run.py 03 --scale full --resume  # takes up runs, images and students of an earlier execution
     python notebooks/run.py --prose                   # nothing is executed: changed prose goes into the copies
 
 The executed copy has the outputs, a last cell that says where they come from, and in its metadata the checksum of the
 notebook it was made of. A copy is written when its notebook has run to the end, whole or not at all. What notebooks
-make on the way lies in ``out/notebooks`` and is made anew by every run.
+make on the way lies in ``out/notebooks`` and is made anew by every run, but for ``--resume``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ SCALES = {
     "full": "the sizes of the table of results",
 }
 KEY = "zskd_nni"  # of the metadata of a copy
+TAKEN_UP = "runs, images and students that an earlier execution had finished; the time above is without theirs"
+# What JupyterLab folds: the code of a cell, its outputs, what is under a heading.
+FOLDS = ("jupyter", "jp-MarkdownHeadingCollapsed")
 # A notebook links to pages as seen from notebooks/; its copy lies beside the pages.
 _LINK = re.compile(r"\]\(\.\./docs/")
 
@@ -90,16 +94,17 @@ def write(notebook: Any, path: Path) -> None:
     write_atomic(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
 
 
-def execute(
-    source: Path, copy: Path, work: Path, scale: str, seed: int, device: str
-) -> None:
+def execute(source: Path, copy: Path, work: Path, arguments: argparse.Namespace) -> None:
     """Run one notebook in a kernel of its own."""
     import papermill
 
     from zskd_nni.runtime.files import make_folder
 
+    scale, seed, device = arguments.scale, arguments.seed, arguments.device
     folder = work / f"{source.stem}-{scale}"
-    shutil.rmtree(folder, ignore_errors=True)
+    resumed = arguments.resume and folder.is_dir()
+    if not resumed:
+        shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)
     inside = folder.is_relative_to(ROOT)
     parameters = {
@@ -123,6 +128,8 @@ def execute(
         )
     notebook = cleaned(read(so_far))
     about = described(source, scale, seed, device, time.monotonic() - started)
+    if resumed:
+        about["resumed"] = True
     notebook.metadata[KEY] = about
     notebook.cells.append(provenance_cell(about))
     write(notebook, copy)
@@ -176,6 +183,7 @@ def provenance_cell(about: dict[str, Any]) -> Any:
         "notebook": f"`{about['source']}`",
         "scale": f"`{about['scale']}` ({SCALES[about['scale']]})",
         "executed": f"{about['executed']}, in {minutes} min {seconds} s",
+        **({"taken up": TAKEN_UP} if about.get("resumed") else {}),
         "commit": f"`{about['commit']}`",
         "device": f"{about['device']}, {about['threads']} thread{'' if about['threads'] == 1 else 's'}",
         "seed": str(about["seed"]),
@@ -193,7 +201,11 @@ def cleaned(notebook: Any) -> Any:
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        cell.metadata = {
+            key: cell.metadata[key] for key in ("tags", *FOLDS) if cell.metadata.get(key)
+        }
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata["jupyter"] = {"source_hidden": True}
         if cell.cell_type == "markdown":
             cell.source = _LINK.sub("](../", cell.source)
     return notebook
@@ -245,6 +257,11 @@ def main() -> int:
     )
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "notebooks")
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="take up what an earlier execution at this scale has made",
+    )
+    parser.add_argument(
         "--prose", action="store_true", help="take over changed prose, execute nothing"
     )
     arguments = parser.parse_args()
@@ -281,14 +298,7 @@ def one(source: Path, arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     work = arguments.work.resolve()
     try:
-        execute(
-            source,
-            arguments.to / source.name,
-            work,
-            arguments.scale,
-            arguments.seed,
-            arguments.device,
-        )
+        execute(source, arguments.to / source.name, work, arguments)
     except PapermillExecutionError as error:
         print(
             f"{source.stem} failed in cell {error.exec_count}:\n{error.source}\n",

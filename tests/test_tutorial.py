@@ -201,6 +201,48 @@ def test_figures_of_recipes_are_those_of_the_files() -> None:
     assert table.rows[1] == ["never-run", *["-"] * 6] and "Not run yet: never-run" in table.caption
 
 
+def test_a_run_stands_beside_the_record_of_its_seed() -> None:
+    records = json.loads((RESULTS / "mnist-half.json").read_text())
+    record = next(one for one in records if one["recipe"]["seed"] == 1)
+    report = {**record, "accuracy": {**record["accuracy"], "student": record["accuracy"]["student"] - 1}}
+    table = results.beside_record(report, "mnist-half", RESULTS)
+    rows = {row[0]: row[1:] for row in table.rows}
+    students = [one["accuracy"]["student"] for one in records]
+    there = record["accuracy"]["student"]
+    assert rows["student"] == (
+        f"{there - 1:.2f}",
+        f"{there:.2f}",
+        "-1.00",
+        f"{min(students):.2f} to {max(students):.2f}",
+    )
+    assert rows["control: distilled on noise"][2] == "+0.00"
+    assert f"seed 1, commit {record['provenance']['commit'][:8]}" in table.caption
+    assert "The recipe is the same" in table.caption
+    shorter = {**record["recipe"], "distillation": {**record["recipe"]["distillation"], "steps": 7}}
+    table = results.beside_record({**report, "recipe": shorter}, "mnist-half", RESULTS)
+    assert "distillation.steps 7 in the place of 12000" in table.caption
+    other = {**report, "recipe": {**record["recipe"], "seed": 99}}
+    assert "There is no record of seed 99" in results.beside_record(other, "mnist-half", RESULTS).caption
+    assert "There is no record" in results.beside_record(report, "never-run", RESULTS).caption
+
+
+def test_students_stand_beside_the_records_of_their_cells() -> None:
+    table = results.beside_reproduction({"digits-zskd-best": 98.0, "none-such": None}, "full", 0, RESULTS / "reproduce")
+    record = json.loads((RESULTS / "reproduce" / "digits-zskd-best-seed0.json").read_text())
+    student = record["accuracy"]["student"]
+    assert table.rows[0][1:4] == ("98.00", f"{student:.2f}", f"{98 - student:+.2f}")
+    assert table.rows[1] == ("none-such", "-", "-", "-", "-")
+    assert record["provenance"]["commit"][:8] in table.caption
+
+
+def test_losses_of_a_run_are_read_from_its_state(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    losses = {"steps": [50, 100], "losses": [2.0, 1.0]}
+    for name, record in (("student", {"distillation": losses}), ("control-noise", {})):
+        (tmp_path / "state" / f"{name}.json").write_text(json.dumps({"record": record}))
+    assert results.histories_of(tmp_path) == {"student": History([50, 100], [2.0, 1.0])}
+
+
 def test_a_file_of_something_else_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "it.json").write_text('[{"accuracy": 1}]')
     with pytest.raises(UserError, match="holds no runs of a recipe"):

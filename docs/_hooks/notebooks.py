@@ -1,8 +1,9 @@
-"""Notebook pages: links to other pages, and what there is to see in their pictures.
+"""Notebook pages: links to other pages, what there is to see in their pictures, and what is folded.
 
-The plugin that draws notebooks leaves links as they were typed, and knows no text for a picture. A link to the source
-of a page, as it works in JupyterLab and on a code host, becomes a link to the page; a dead one is a warning, which
-``--strict`` turns into an error.
+The plugin that draws notebooks leaves links as they were typed, knows no text for a picture, and folds nothing. A link
+to the source of a page, as it works in JupyterLab and on a code host, becomes a link to the page; a dead one is a
+warning, which ``--strict`` turns into an error. The code of cells tagged ``hide-input`` and the parameters are folded,
+and so are cells tagged ``answer``, with all that is in them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bs4 import BeautifulSoup, Tag
+
 _LINK = re.compile(r'(?P<before><a [^>]*?href=")(?P<to>[^":#]+\.(?:md|ipynb))(?P<anchor>#[^"]*)?"')
 _PICTURE = re.compile(r'<img(?P<attributes>[^>]*\bsrc="data:image/png;base64,[^>]*)>')
 _ALTERNATIVE = re.compile(r'\salt="[^"]*"')  # the plugin's own says that there is none
+_PLUMBING = {"hide-input", "parameters", "injected-parameters"}
 _log = logging.getLogger("mkdocs.hooks.notebooks")
 
 
-def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
+def on_page_content(html: str, page: Any, files: Any, config: Any = None, **_: Any) -> str:
     """Mend links and pictures of a page that is a notebook."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
@@ -41,8 +45,9 @@ def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
         return f'<img alt="{words}"{_ALTERNATIVE.sub("", match["attributes"])}>'
 
     html = _PICTURE.sub(picture, html)
-    html = html.replace("</h1>", f"</h1>{dated(page, files)}", 1)
-    return _LINK.sub(link, html)
+    html = _LINK.sub(link, html)
+    html = html.replace("</h1>", f"</h1>{dated(page, files)}{sources(page, config)}", 1)
+    return folded(html, tags_of(Path(page.file.abs_src_path)))
 
 
 def dated(page: Any, files: Any) -> str:
@@ -56,6 +61,50 @@ def dated(page: Any, files: Any) -> str:
         f"<code>{entities.escape(about['scale'])}</code>. Recipes may have changed since; the figures that hold today "
         f'are on the page of <a href="{link}">results</a>.</em></p>'
     )
+
+
+def sources(page: Any, config: Any) -> str:
+    """Where the notebook of a page is: to download, and in the repository."""
+    name = posixpath.basename(page.file.src_uri)
+    place = f"notebooks/{name}"
+    repository = getattr(config, "repo_url", None)
+    there = f"<code>{place}</code>"
+    if repository:
+        there = f'<a href="{repository.rstrip("/")}/blob/main/{place}">{there}</a>'
+    return f'<p class="sources"><a href="{name}" download>Download this notebook</a>, in the repository: {there}</p>'
+
+
+def tags_of(notebook: Path) -> dict[str, set[str]]:
+    """The tags of a notebook's cells, by the names of the cells."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return {cell["id"]: set(cell.get("metadata", {}).get("tags", ())) for cell in cells if "id" in cell}
+
+
+def folded(html: str, tags: dict[str, set[str]]) -> str:
+    """Fold the code of plumbing cells, and answers as a whole; neighbours share a fold."""
+    page = BeautifulSoup(html, "html.parser")
+    cells = page.select(".jp-Notebook > .jp-Cell")
+    open_fold: Tag | None = None  # into which the cell before went as a whole
+    for cell in cells:
+        named = cell if cell.get("id") else cell.find(id=re.compile("^cell-id="))
+        of = tags.get(str(named["id"]).removeprefix("cell-id="), set()) if isinstance(named, Tag) else set()
+        summary, what = ("Answer", cell) if "answer" in of else ("Code", None)
+        if what is None and of & _PLUMBING:
+            code = cell.select_one(".jp-Cell-inputWrapper")
+            what = code if cell.select_one(".jp-Cell-outputWrapper") else cell
+            summary = "Code" if what is code else "Parameters and preparation"
+        fold = None
+        if what is cell and open_fold is not None and open_fold["data-fold"] == summary:
+            fold = open_fold
+            fold.append(cell.extract())
+        elif what is not None:
+            fold = page.new_tag("details", attrs={"class": "fold", "data-fold": summary})
+            what.wrap(fold)
+            heading = page.new_tag("summary")
+            heading.string = summary
+            fold.insert(0, heading)
+        open_fold = fold if what is cell else None
+    return str(page)
 
 
 def alternatives(notebook: Path) -> list[str]:

@@ -210,7 +210,11 @@ def test_notebook_pages_show_their_pictures(browser: Any, address: str) -> None:
             assert complete and natural > 400 and wide > 300, notebook.name
             assert words == output["metadata"]["image/png"]["alt"]
         assert "How this page was made" in page.inner_text(".md-content")
-        assert page.locator(".md-content a[href$='.ipynb'], .md-content a[href$='.md']").count() == 0
+        assert page.locator(".md-content a[href$='.md']").count() == 0
+        assert page.locator(f".md-content a[href='{notebook.name}'][download]").count() == 1
+        assert page.locator(".md-content a[href$='.ipynb']").count() == 1
+        assert page.locator(".md-content details.fold > summary", has_text="Answer").count() == 3
+        assert page.locator(".md-content details.fold[open]").count() == 0
     page.close()
     assert not wrong, wrong[:10]
 

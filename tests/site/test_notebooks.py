@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import importlib.util
 import io
 import json
 import os
+import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,14 +82,15 @@ def test_every_notebook_runs(name: str, executed: tuple[Path, str]) -> None:
 def test_no_data_is_said_and_nothing_is_measured_on_it(executed: tuple[Path, str]) -> None:
     text = (executed[0] / "03_fashion_mnist.ipynb").read_text()
     assert "There is no fashion-mnist here" in text
-    assert "no test data here" in text
+    assert "procedural images" in text and "test data (fashion-mnist" not in text
+    assert "no test data here" in (executed[0] / "05_prune_quantize_with_nni.ipynb").read_text()
 
 
 @pytest.mark.real_data
 def test_real_data_is_measured_on_where_it_is(executed: tuple[Path, str]) -> None:
     if not os.environ.get("ZSKD_NNI_DATA"):
         pytest.skip("ZSKD_NNI_DATA names no folder of real data")
-    assert "10,000 test images of mnist, opened to measure" in (executed[0] / "02_mnist.ipynb").read_text()
+    assert "measured on test data (mnist, 10000 images" in (executed[0] / "02_mnist.ipynb").read_text()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -104,6 +108,74 @@ def test_sources_carry_no_outputs(path: Path) -> None:
     assert {"seed", "device"} <= set(given)
     first = notebook["cells"][0]
     assert first["cell_type"] == "markdown" and first["source"][0].startswith("# ")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_a_notebook_says_what_is_learnt_folds_plumbing_and_has_three_exercises(path: Path) -> None:
+    cells = read(path)["cells"]
+    first = "".join(cells[0]["source"])
+    assert "**What you will learn**" in first and "**Time and hardware:**" in first
+    for cell in cells:
+        tags = set(cell["metadata"].get("tags", ()))
+        if cell["cell_type"] == "code" and tags & {"parameters", "hide-input", "answer"}:
+            assert cell["metadata"]["jupyter"]["source_hidden"], cell["id"]
+    shape = [(cell["cell_type"], "answer" in cell["metadata"].get("tags", ())) for cell in cells]
+    titles = ["".join(cell["source"]).split("\n")[0] for cell in cells]
+    for number in (1, 2, 3):
+        question = titles.index(f"### Exercise {number}")
+        assert titles[question + 1] == f"#### Answer {number}"
+        assert shape[question : question + 3] == [("markdown", False), ("markdown", True), ("code", True)]
+        assert cells[question + 1]["metadata"]["jp-MarkdownHeadingCollapsed"]
+    assert "### Exercise 4" not in titles
+
+
+def shown_beside(copy: Path) -> list[tuple[str, str]]:
+    """The tables of an executed notebook that set a run beside a record: the record's name, and the table as text."""
+    texts = ["".join(output.get("data", {}).get("text/plain", "")) for output in outputs(read(copy))]
+    return [(found[1], text) for text in texts if (found := re.search(r"Record: results/([\w-]+)\.json", text))]
+
+
+def test_what_stands_beside_a_record_is_that_record() -> None:
+    seen = set()
+    for copy in COPIES:
+        about = read(copy)["metadata"]["zskd_nni"]
+        for name, text in shown_beside(copy):
+            seen.add(name)
+            records = json.loads((ROOT / "results" / f"{name}.json").read_text())
+            (record,) = (one for one in records if one["recipe"]["seed"] == about["seed"])
+            assert f"seed {about['seed']}, commit {record['provenance']['commit'][:8]}" in text, copy
+            (student,) = (line for line in text.splitlines() if line.startswith("student "))
+            here, there = map(float, student.split()[1:3])
+            assert there == pytest.approx(record["accuracy"]["student"], abs=0.006), copy
+            if "The recipe is the same" in text:
+                every = [one["accuracy"]["student"] for one in records]
+                assert min(every) - 1 < here < max(every) + 1, f"{copy}: {here} for a recipe of {every}"
+            made = record_date(name)
+            assert made is None or about["executed"][:10] >= made, f"{copy} is older than results/{name}.json"
+    assert {"digits-prune50", "mnist-half", "fashion-mnist-half", "cifar10-prune50-quick"} <= seen
+
+
+def record_date(name: str) -> str | None:
+    """The day on which a record was committed; None where there is no history to ask."""
+    command = ["git", "log", "-1", "--format=%cs", "--", f"results/{name}.json"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or None
+
+
+@pytest.mark.parametrize("copy", COPIES, ids=NAMES)
+def test_tables_of_records_are_those_of_the_files(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    notebook = read(copy)
+    for cell in notebook["cells"]:
+        if "records" not in cell["metadata"].get("tags", ()):
+            continue
+        known: dict[str, Any] = {"scale": notebook["metadata"]["zskd_nni"]["scale"]}
+        tree = ast.parse("".join(cell["source"]))
+        last = ast.Expression(tree.body.pop().value)
+        exec(compile(tree, str(copy), "exec"), known)
+        table = eval(compile(last, str(copy), "eval"), known)
+        (output,) = cell["outputs"]
+        assert "".join(output["data"]["text/plain"]) == repr(table), "the records have changed since; --resume it"
 
 
 def test_notebooks_are_there() -> None:
@@ -173,7 +245,9 @@ def test_a_notebook_that_fails_leaves_the_copy_as_it_was(
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python"}}), source)
     copy.parent.mkdir()
     copy.write_text("as it was")
-    given = argparse.Namespace(scale="smoke", seed=0, device="cpu", to=copy.parent, work=tmp_path / "work")
+    given = argparse.Namespace(
+        scale="smoke", seed=0, device="cpu", to=copy.parent, work=tmp_path / "work", resume=False
+    )
     assert RUNNER.one(source, given) == 1
     assert "no good" in capsys.readouterr().err
     assert copy.read_text() == "as it was"
@@ -200,10 +274,37 @@ def test_links_of_notebooks_lead_to_pages_and_pictures_have_words(tmp_path: Path
     html = hook.on_page_content(given, page=page, files=SimpleNamespace(get_file_from_path=pages.get))
     assert 'href="../../methods/zskd/#a"' in html and 'href="../02/"' in html
     assert 'href="https://x.org/y.md"' in html and 'href="none.md"' in html
-    assert '<img alt="a &quot;heat&quot; map" src="data:image/png;base64,AAAA" width=3>' in html
+    assert """<img alt='a "heat" map' src="data:image/png;base64,AAAA" width="3"/>""" in html
     assert '<img alt="A picture" src="data:image/png;base64,BBBB"/>' in html
     other = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
     assert hook.on_page_content(given, page=other, files=None) == given
+
+
+def test_plumbing_and_answers_are_folded_on_the_page(tmp_path: Path) -> None:
+    need("bs4")
+    from bs4 import BeautifulSoup
+
+    hook = load(ROOT / "docs" / "_hooks" / "notebooks.py")
+    cells = {"a": "parameters", "b": "injected-parameters", "c": "", "d": "hide-input", "e": "answer", "f": "answer"}
+    output = '<div class="jp-Cell-outputWrapper">seen</div>'
+    html = '<h1>It</h1><div class="jp-Notebook">' + "".join(
+        f'<div class="jp-Cell"><div class="jp-Cell" id="cell-id={name}"><div class="jp-Cell-inputWrapper">code {name}'
+        f"</div>{output if name in 'cdf' else ''}</div></div>"
+        for name in cells
+    )
+    page = BeautifulSoup(hook.folded(html + "</div>", {name: {tag} for name, tag in cells.items()}), "html.parser")
+    folds = {fold.summary.text + " " + re.sub(r"\W+", " ", fold.text): fold for fold in page.select("details")}
+    assert [(fold.summary.text, re.findall("code (.)", fold.text)) for fold in folds.values()] == [
+        ("Parameters and preparation", ["a", "b"]), ("Code", ["d"]), ("Answer", ["e", "f"])
+    ]  # fmt: skip
+    assert [bool(fold.select(".jp-Cell-outputWrapper")) for fold in folds.values()] == [False, False, True]
+
+    about = SimpleNamespace(file=SimpleNamespace(src_uri="tutorials/01.ipynb"))
+    assert hook.sources(about, None).count("<a ") == 1 and "<code>notebooks/01.ipynb</code>" in hook.sources(
+        about, None
+    )
+    there = hook.sources(about, SimpleNamespace(repo_url="https://x.org/y/"))
+    assert 'href="https://x.org/y/blob/main/notebooks/01.ipynb"' in there
 
 
 def test_names_are_understood_by_their_beginnings() -> None:

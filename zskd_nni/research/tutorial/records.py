@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zskd_nni.recipes.schema import completed
 from zskd_nni.research.display import Table
 from zskd_nni.research.reproduction.page import (
     group_records,
@@ -18,6 +19,7 @@ from zskd_nni.research.reproduction.records import read_records
 from zskd_nni.research.reproduction.tables import TABLES
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json
+from zskd_nni.training.checkpoint import History
 
 RESULTS = Path("results")
 
@@ -86,6 +88,86 @@ def _recipe_row(name: str, records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def histories_of(folder: str | Path) -> dict[str, History]:
+    """The losses of all trainings of a finished run, by whom they taught."""
+    found = {}
+    for file, label in (
+        ("student", "student"),
+        ("control-noise", "control on noise"),
+        ("control-leaves", "control on leaves"),
+    ):
+        path = Path(folder, "state", f"{file}.json")
+        losses = read_json(path)["record"].get("distillation") if path.exists() else None
+        if losses:
+            found[label] = History(losses["steps"], losses["losses"])
+    return found
+
+
+def beside_record(report: Mapping[str, Any], name: str, folder: Path = RESULTS) -> Table:
+    """A run of a packaged recipe beside the committed record of its seed, and in what the two differ.
+
+    Args:
+        report: of the run, :meth:`zskd_nni.pipeline.Run.compress`.
+        name: of the record: ``results/NAME.json``.
+        folder: of the records.
+    """
+    records = recipe_records(name, folder)
+    record = next((one for one in records if one["recipe"]["seed"] == report["recipe"]["seed"]), None)
+    here, there = _accuracies(report), _accuracies(record or {})
+    columns = ("test accuracy, %", "this run", "record of this seed", "difference, points", "records, all seeds")
+    if record is None:
+        rows = [(what, _figure(value), "-", "-", "-") for what, value in here.items()]
+        return Table(columns, rows, f"There is no record of seed {report['recipe']['seed']} in {folder / name}.json.")
+    rows = []
+    for what, value in here.items():
+        known = [one for one in (_accuracies(record).get(what) for record in records) if one is not None]
+        gap = None if value is None or there.get(what) is None else value - there[what]
+        spread = f"{min(known):.2f} to {max(known):.2f}" if known else "-"
+        rows.append((what, _figure(value), _figure(there.get(what)), "-" if gap is None else f"{gap:+.2f}", spread))
+    made, now = record["provenance"], report["provenance"]
+    caption = (
+        f"Record: {folder / name}.json, seed {made['seed']}, commit {made['commit'][:8]}, "
+        f"zskd_nni {made['versions']['zskd_nni']}. This run: seed {now['seed']}, commit {(now['commit'] or '-')[:8]}, "
+        f"zskd_nni {now['versions']['zskd_nni']}. {_differences(record['recipe'], report['recipe'])}"
+    )
+    return Table(columns, rows, caption)
+
+
+def _accuracies(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """Accuracies of a record or report by what was measured."""
+    known, controls = record.get("accuracy") or {}, record.get("controls") or {}
+    found = {"teacher": known.get("teacher"), "student": known.get("student")}
+    if known.get("student_int8") is not None:
+        found["student, int8"] = known["student_int8"]
+    for kind, label in (("none", "not distilled"), ("noise", "distilled on noise"), ("leaves", "distilled on leaves")):
+        if kind in controls:
+            found[f"control: {label}"] = controls[kind].get("accuracy")
+    return found
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _differences(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """In which settings two recipes differ, as a sentence."""
+    old, new = _flat(completed(record)), _flat(completed(recipe))
+    words = ("name", "description", "selected_on", "scale")
+    other = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in words]
+    if not other:
+        return "The recipe is the same, to the last key."
+    told = ", ".join(f"{key} {new.get(key)} in the place of {old.get(key)}" for key in other)
+    return f"The recipe differs from the record's: {told}."
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """A nested mapping with key paths as keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return found
+
+
 def reproduction_table(pair: str, folder: Path = RESULTS / "reproduce") -> Table:
     """What ``zskd-nni reproduce`` has measured for a pair: a row for each cell of its table of all methods.
 
@@ -122,3 +204,29 @@ def reproduction_table(pair: str, folder: Path = RESULTS / "reproduce") -> Table
         rows = [["none yet", *["-"] * 6]]
         caption = f"There is no {folder / pair}-*.json yet; zskd-nni reproduce {name} writes such records."
     return Table(columns, rows, caption)
+
+
+def beside_reproduction(
+    accuracies: Mapping[str, float | None], scale: str, seed: int, folder: Path = RESULTS / "reproduce"
+) -> Table:
+    """Students beside the records that ``zskd-nni reproduce`` left of the same cells and seed.
+
+    Args:
+        accuracies: test accuracy in percent by name of the cell; None where it was not measured.
+        scale: of the records.
+        seed: of the records.
+        folder: of the records.
+    """
+    records = [one for one in read_records(folder) if one["cell"] in accuracies and one["scale"] == scale]
+    rows, commits = [], set()
+    for cell, value in accuracies.items():
+        of_cell = {one["seed"]: one for one in records if one["cell"] == cell}
+        known = of_cell.get(seed, {}).get("accuracy", {}).get("student")
+        commits |= {of_cell[seed]["provenance"]["commit"][:8]} if seed in of_cell else set()
+        all_seeds = [one["accuracy"]["student"] for one in of_cell.values() if one["accuracy"]["student"] is not None]
+        spread = f"{min(all_seeds):.2f} to {max(all_seeds):.2f}" if all_seeds else "-"
+        gap = "-" if value is None or known is None else f"{value - known:+.2f}"
+        rows.append((cell, _figure(value), _figure(known), gap, spread))
+    columns = ("test accuracy, %", "this run", "record of this seed", "difference, points", "records, all seeds")
+    made = ", ".join(sorted(commits)) or "-"
+    return Table(columns, rows, f"Records: {folder}/CELL-seed{seed}.json, seed {seed}, scale {scale}, commits {made}.")
