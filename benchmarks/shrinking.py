@@ -97,7 +97,9 @@ def _shrunken(network: nn.Module, spec: InputSpec, linear: bool) -> ShrinkResult
     from nni.compression.pruning import L1NormPruner
 
     images = spec.midpoint(2)
-    config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}] if linear else CONFIG
+    # NNI asks for the very name of a class, so that derived ones are named too.
+    convolutions = {type(module).__name__ for module in network.modules() if isinstance(module, nn.Conv2d)}
+    config = [{"op_types": [*sorted(convolutions), *["Linear"] * linear], "sparse_ratio": 0.5}]
     plan = plan_pruning(network, config, images)
     pruner = L1NormPruner(network, plan.config_list)
     _, masks = pruner.compress()
@@ -174,8 +176,8 @@ def families_section(record: dict[str, Any]) -> list[str]:
         "",
         "A name begins with the package or the public repository that has the network. Networks have random weights",
         "from one seed and 10 classes, or as many as the repository gives them; those of transformers are small ones.",
-        "A + stands for a config that names Linear beside Conv2d: what the convolutions make is normalised over the",
-        "channels there, so that they stay.",
+        "The config names Conv2d, and the classes derived from it that the network has. A + stands for one that names",
+        "Linear beside it: what the convolutions make is normalised over the channels there, so that they stay.",
         "*Left* is the share of the parameters. The difference is the largest between the logits of the masked and the",
         "shrunken network, relative to the largest logit. The columns of ONNX are onnxruntime's differences on the",
         "shrunken network: in floating point from PyTorch, in int8 (`PtqQuantizer`, inputs and weights of convolutions",

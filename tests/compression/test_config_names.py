@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 pytest.importorskip("nni")
 
@@ -96,6 +97,31 @@ def test_a_type_of_pytorch_that_the_network_has_none_of_is_warned_about(caplog: 
         plan = plan_pruning(Net(), [{"op_types": ["Conv2d", "Conv3d"], "sparse_ratio": 0.5}], IMAGE)
     assert plan.config_list == plan_pruning(Net(), [HALF], IMAGE).config_list
     assert "'Conv3d' in op_types, which the model has not got; the nearest is 'Conv2d'" in caplog.text
+
+
+class StandardConv2d(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class NormedLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, functional.normalize(self.weight, dim=1), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("base", "network", "shape"),
+    [
+        ("Conv2d", nn.Sequential(StandardConv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 2)), (2, 1, 8, 8)),
+        ("Linear", nn.Sequential(NormedLinear(4, 6), nn.ReLU(), NormedLinear(6, 2)), (2, 4)),
+    ],
+)
+def test_classes_that_are_derived_from_a_type_are_named(base: str, network: nn.Module, shape: tuple[int, ...]) -> None:
+    derived, images = type(network[0]).__name__, torch.zeros(shape)
+    with pytest.raises(UserError, match=f"'{base}' in op_types; the model has only .* derived from it: {derived}$"):
+        plan_pruning(network, [{"op_types": [base], "sparse_ratio": 0.5}], images)
+    with pytest.raises(UserError, match="0: forward computes with its weight in a way of its own"):
+        plan_pruning(network, [{"op_types": [derived], "sparse_ratio": 0.5}], images)
 
 
 def test_a_head_that_was_removed_may_still_be_excluded() -> None:

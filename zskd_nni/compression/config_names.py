@@ -83,7 +83,7 @@ def check_module_names(network: nn.Module, config_list: list[dict[str, Any]], ki
         for child, value in module._modules.items()
         if value is None
     ]
-    types = sorted({type(module).__name__ for module in network.modules()})
+    types = {type(module).__name__: type(module) for module in network.modules()}
     for number, entry in enumerate(config_list):
         where = f"entry {number} of the {kind} config"
         for key, name in _words(entry, _OF_NAMES):
@@ -141,9 +141,13 @@ def _unknown(where: str, key: str, name: str, known: Iterable[str]) -> str:
     return f"{where} names {name!r} in {key}, which the model has not got{hint}"
 
 
-def _check_type(where: str, key: str, name: str, types: list[str], entry: dict[str, Any]) -> None:
-    message = _unknown(where, key, name, types)
+def _check_type(where: str, key: str, name: str, types: dict[str, type], entry: dict[str, Any]) -> None:
     real = inspect.isclass(found := getattr(nn, name, None)) and issubclass(found, nn.Module)
+    # NNI asks for the very name of a class: a Conv2d does not stand for those that are derived from it.
+    derived = sorted(each for each, kind in types.items() if real and issubclass(kind, found))
+    message = _unknown(where, key, name, sorted(types))
+    if derived:
+        message = f"{where} names {name!r} in {key}; the model has only classes derived from it: {', '.join(derived)}"
     others = [each for _, each in _words(entry, (key,)) if each in types]
     if not real or (not others and key == "op_types"):
         raise UserError(message)

@@ -237,6 +237,8 @@ class _Analysis:
             if node.op == "get_attr" and node not in self.unread:
                 owner, _, parameter = str(node.target).rpartition(".")
                 readers.setdefault((owner, parameter), f"forward also reads its {parameter} by itself")
+                if owner not in self.entering:
+                    self.raw.unfollowed.setdefault(owner, f"forward computes with its {parameter} in a way of its own")
         owners: dict[int, tuple[str, str]] = {}
         for name in self.entering:
             for parameter, value in graph.get_submodule(name).named_parameters(recurse=False):
