@@ -13,6 +13,14 @@ from typing import Any
 
 import pytest
 
+from zskd_nni.research.reproduction.ablation_charts import (
+    Ablation,
+    accuracy_axis,
+    balance_chart,
+    difference_axis,
+    parts_chart,
+    sizes_chart,
+)
 from zskd_nni.research.reproduction.cells import Cell
 from zskd_nni.research.reproduction.charts import Row, dot_chart, position, range_of, rows_of, ticks_between, verdict
 from zskd_nni.research.reproduction.page import render_charts, render_page
@@ -30,7 +38,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
     import charts
 
     yield charts
-    for name in ("charts", "generated_pages"):
+    for name in ("charts", "generated_pages", "rivals_page"):
         sys.modules.pop(name, None)
 
 
@@ -77,6 +85,22 @@ def test_every_measured_accuracy_is_a_mark_at_its_height(hooks: Any) -> None:
     assert sum(len(list(panel.iter("circle"))) for panel in panels.values()) >= seen
 
 
+def test_rivals_stand_in_the_column_of_the_same_shape_and_precision(hooks: Any) -> None:
+    def rivals(name: str) -> dict[str, dict[str, float]]:
+        records = json.loads((ROOT / "results" / f"{name}.json").read_text())
+        return {column.label.split(", ")[1]: column.rivals for column in hooks.columns_of(name, records)}
+
+    rows = json.loads((ROOT / "results" / "rivals-alexnet.json").read_text())
+    half = {row["accuracy"] for row in rows if row["task"] == "half" and row["rival"] in ("nni", "folding")}
+    assert half <= set(rivals("cifar10-prune50-quick")["fp32"].values())
+    bits = {row["accuracy"] for row in rows if row["task"] == "W8A8" and row["rival"] in ("squant", "onnxruntime")}
+    assert bits <= set(rivals("cifar10-ptq8")["int8"].values())
+    assert rivals("cifar10-prune50-int8-quick") == {"fp32": {}, "int8": {}}  # fewer channels than any rival of 8 bits
+    assert rivals("mnist-ptq8") == {"int8": {}}
+    assert len(rivals("fashion-mnist-taylor50")["fp32"]) == 4
+    assert hooks.accuracy_and_bytes().count('class="mark rival"') > 10
+
+
 def test_recipes_of_one_size_stand_side_by_side(hooks: Any) -> None:
     apart = hooks._APART
     assert hooks.spread([100.0, 200.0]) == [100.0, 200.0]
@@ -102,7 +126,19 @@ def test_the_home_page_has_a_row_for_each_data_set_colour_first(hooks: Any) -> N
 def test_each_data_set_has_its_chart_with_every_method() -> None:
     records = read_records(RECORDS)
     charts, page = render_charts(records), render_page(records)
-    assert set(re.findall(r"<!-- chart: (\S+) -->", page)) == set(charts) >= {"mnist", "fashion-mnist", "digits"}
+    shown = re.findall(r"<!-- charts?: ([^>]+) -->", page)
+    keys = {key for keys in shown for key in keys.split()}
+    assert keys >= {"mnist", "fashion-mnist", "digits", "best-ablation-mnist", "ats-balance-fashion-mnist"}
+    of_pages = {
+        key
+        for path in (ROOT / "docs").rglob("*.md")
+        for keys in re.findall(r"<!-- charts?: ([^>]+) -->", path.read_text())
+        for key in keys.split()
+        if keys != "accuracy and bytes"
+    }
+    assert keys <= of_pages <= set(charts)
+    for chart in charts.values():
+        assert list(ElementTree.fromstring(chart).iter("circle"))
     values = [record["accuracy"]["student"] for record in records
               if record["cell"] == "fashion-mnist-zskd-best" and record["scale"] == "full"]  # fmt: skip
     said = f"zskd best: {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
@@ -134,3 +170,53 @@ def test_rows_verdicts_and_kinds() -> None:
     circles = [float(circle.get("cx", "")) for circle in drawn.iter("circle")]
     assert circles == sorted(circles) and len(set(circles)) == 4
     assert Row("a", [50.0], "free").deviation == 0
+
+
+def an_ablation(values: dict[Cell, list[float]]) -> Ablation:
+    def records(cell: Cell) -> list[dict[str, Any]]:
+        return [{"seed": seed, "accuracy": {"student": value}} for seed, value in enumerate(values[cell])]
+
+    return Ablation("mnist", "cpu", list(values), {(cell.name, "cpu"): records(cell) for cell in values})
+
+
+def marks_of(drawn: str) -> dict[str, float]:
+    """The position of each mark by what it says."""
+    groups = [group for group in ElementTree.fromstring(drawn).iter("g") if group.find("title") is not None]
+    return {group.find("title").text: float(group.find("circle").get("cx")) for group in groups}  # type: ignore[union-attr,arg-type]
+
+
+def test_parts_are_drawn_alone_and_left_out() -> None:
+    marks = marks_of(parts_chart(an_ablation({
+        Cell("mnist", "zskd", "paper", "base"): [60.0, 62.0],
+        Cell("mnist", "zskd", "paper", "only-features"): [70.0, 74.0],
+        Cell("mnist", "zskd", "best"): [98.0],
+        Cell("mnist", "zskd", "best", "without-features"): [95.0, 96.0],
+        Cell("mnist", "zskd", "best", "without-odd"): [97.0],
+    })))  # fmt: skip
+    assert list(marks) == [
+        "hidden layers matched, this part alone: 72.00 ± 2.83",
+        "hidden layers matched, best without it: 95.50 ± 0.71",
+        "odd, best without it: 97.00",
+    ]
+    assert list(marks.values()) == sorted(marks.values())
+
+
+def test_balance_is_the_difference_of_paired_seeds() -> None:
+    cells = {preset: Cell("mnist", "ats", preset, "uniform-logits") for preset in ("paper", "unbalanced")}
+    drawn = balance_chart(an_ablation({cells["paper"]: [50.0, 70.0, 60.0], cells["unbalanced"]: [40.0, 40.0]}))
+    assert list(marks_of(drawn)) == ["uniform noise, logits alone: 20.00 ± 14.14"]  # the third seed has no other
+
+
+def test_sizes_are_curves_and_axes_hold_all_bars() -> None:
+    drawn = sizes_chart(an_ablation({
+        Cell("mnist", "zskd", "paper", "1-percent"): [60.0, 70.0],
+        Cell("mnist", "zskd", "paper", "10-percent"): [80.0, 81.0],
+        Cell("mnist", "class-impressions", "paper", "10-percent-not-augmented"): [30.0],
+    }))  # fmt: skip
+    marks = marks_of(drawn)
+    assert list(marks) == ["ZSKD, 1: 65.00 ± 7.07", "ZSKD, 10: 80.50 ± 0.71",
+                           "class impressions, not augmented, 10: 30.00"]  # fmt: skip
+    assert marks["ZSKD, 1: 65.00 ± 7.07"] < marks["ZSKD, 10: 80.50 ± 0.71"]
+    axis = accuracy_axis([Row("a", [65.0, 75.0], "free"), Row("b", [98.3], "free")])
+    assert (axis.low, axis.high) == (60, 99)
+    assert difference_axis([Row("a", [4.0, 6.0], "free")]).ticks == (0.0, 5.0, 10.0)

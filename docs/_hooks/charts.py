@@ -1,7 +1,8 @@
 """Charts that are drawn from the records when the site is built.
 
 ``<!-- chart: accuracy and bytes -->`` becomes a plot of accuracy against the size of the ONNX file, one for each data
-set with real images, and ``<!-- chart: PAIR -->`` the chart of all methods of a pair of the papers' tables.
+set with real images. ``<!-- chart: KEY -->`` is a chart of the papers' tables, ``<!-- charts: KEY KEY -->`` several
+side by side; the keys are those of ``render_charts``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import math
 import re
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from generated_pages import packaged_recipes
+from rivals_page import NAMES
 
 from zskd_nni.pipeline.comparison import bits_of
 from zskd_nni.research.reproduction.charts import position, range_of, ticks_between
@@ -26,23 +29,31 @@ from zskd_nni.research.reproduction.records import read_records
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "mnist": "MNIST"}
 KINDS = {"real": "same recipe on real images", "free": "student", "leaves": "on dead leaves", "noise": "on noise"}
-_MARK = re.compile(r"<!-- chart: (?P<what>[^>]*?) -->")
+RIVAL = "another tool or method without data"
+RIVALS_OF = {"alexnet": "cifar10-prune50-quick", "lenet5": "fashion-mnist-taylor50"}  # and our recipe of their half
+_MARK = re.compile(r"<!-- chart(?P<several>s?): (?P<what>[^>]*?) -->")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 270, 40, 14, 34, 42
 _APART = 13  # recipes of about one size stand side by side
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the charts in."""
-    if not _MARK.search(markdown):
-        return markdown
-    drawn = render_charts(read_records(ROOT / "results" / "reproduce")) if "reproduce" in markdown else {}
 
     def chart(match: re.Match[str]) -> str:
         if match["what"] == "accuracy and bytes":
             return accuracy_and_bytes()
-        return f'<div class="chart-of-methods">\n{drawn[match["what"]]}\n</div>'
+        if match["several"]:
+            figures = "\n".join(charts_of_tables()[key] for key in match["what"].split())
+            return f'<div class="charts">\n{figures}\n</div>'
+        return f'<div class="chart-of-methods">\n{charts_of_tables()[match["what"]]}\n</div>'
 
     return _MARK.sub(chart, markdown)
+
+
+@cache
+def charts_of_tables() -> dict[str, str]:
+    """Of the papers' tables, by key."""
+    return render_charts(read_records(ROOT / "results" / "reproduce"))
 
 
 @dataclass(frozen=True)
@@ -53,11 +64,13 @@ class Column:
         label: recipe and precision.
         size: bytes of the student's ONNX file.
         accuracies: by kind, one a seed, in percent.
+        rivals: by name, of networks of the same shape and precision.
     """
 
     label: str
     size: int
     accuracies: dict[str, list[float]]
+    rivals: dict[str, float] = field(default_factory=dict)
 
     def mean(self, kind: str) -> float:
         """Of a kind, over the seeds."""
@@ -84,7 +97,20 @@ def columns_of(name: str, records: list[dict[str, Any]]) -> Iterator[Column]:
             found[kind] = [control[f"accuracy{suffix}"] for control in controls]
         known = {kind: [value for value in values if value is not None] for kind, values in found.items()}
         size = first["bytes"]["student"][f"onnx{suffix}"]
-        yield Column(f"{name}, {precision}", size, {kind: values for kind, values in known.items() if values})
+        accuracies = {kind: values for kind, values in known.items() if values}
+        yield Column(f"{name}, {precision}", size, accuracies, rivals_of(name, precision, first))
+
+
+def rivals_of(name: str, precision: str, record: dict[str, Any]) -> dict[str, float]:
+    """By name the accuracies of other tools for our recipe's shape and precision, seed 0."""
+    network = next((key for key, half in RIVALS_OF.items() if half.split("-")[0] == name.split("-")[0]), "")
+    path = ROOT / "results" / f"rivals-{network}.json"
+    task = "half" if name == RIVALS_OF.get(network) else {"int8": "W8A8"}.get(precision, precision)
+    rows = [row for row in json.loads(path.read_text()) if row["task"] == task] if path.exists() else []
+    if {row.get("parameters", record["parameters"]["student"]) for row in rows} != {record["parameters"]["student"]}:
+        return {}
+    others = (row for row in rows if not row["rival"].startswith(("ours", "real")) and row["seed"] == 0)
+    return {", ".join(NAMES[row["rival"]]): row["accuracy"] for row in others if "accuracy" in row}
 
 
 def accuracy_and_bytes() -> str:
@@ -98,14 +124,15 @@ def accuracy_and_bytes() -> str:
             panels.setdefault(data, (*teacher, []))[2].extend(columns_of(path.stem, records))
     drawn = "\n".join(panel(data, *panels[data]) for data in TITLES if data in panels)
     marks = " ".join(f'<span><svg viewBox="0 0 14 14">{mark(kind, 7, 7)}</svg>{said}</span>'
-                     for kind, said in {"teacher": "teacher", **KINDS}.items())  # fmt: skip
+                     for kind, said in {"teacher": "teacher", **KINDS, "rival": RIVAL}.items())  # fmt: skip
     return f'<div class="charts">\n{drawn}\n</div>\n<p class="marks">{marks}</p>'
 
 
 def panel(data: str, teacher: float, size: int, columns: list[Column]) -> str:
     """One data set: accuracy in percent (logarithmic in the error) against bytes (logarithmic)."""
     columns = sorted(columns, key=lambda column: (column.size, column.label))
-    low, high = range_of([teacher, *(column.mean(kind) for column in columns for kind in column.accuracies)])
+    drawn = [value for c in columns for value in (*map(c.mean, c.accuracies), *c.rivals.values())]
+    low, high = range_of([teacher, *drawn])
     bounds = [math.log(f(size, *(c.size for c in columns)) * k) for f, k in ((min, 0.8), (max, 1.25))]
     inner, floor = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
 
@@ -140,11 +167,14 @@ def panel(data: str, teacher: float, size: int, columns: list[Column]) -> str:
 
 
 def _column(number: int, column: Column, x: float, down: Any) -> str:
-    heights = [down(column.mean(kind)) for kind in column.accuracies]
+    heights = [down(value) for value in (*map(column.mean, column.accuracies), *column.rivals.values())]
     parts = [
         f'<path class="stem" d="M{x:.1f},{_TOP - 2} V{max(heights):.1f}"/>',
         f'<text class="tick number" text-anchor="middle" x="{x:.1f}" y="{_TOP - 6}">{number}</text>',
     ]
+    for name, accuracy in column.rivals.items():
+        said = f"{column.label}, instead of ours {name}: {accuracy:.2f} %"
+        parts.append(f"<g><title>{html.escape(said)}</title>{mark('rival', x, down(accuracy))}</g>")
     for kind in reversed(KINDS):
         if kind in column.accuracies:
             values = column.accuracies[kind]
@@ -186,6 +216,8 @@ def mark(kind: str, x: float, y: float) -> str:
         return f'<path class="mark teacher-mark" d="M{x:.1f},{y - 6:.1f} l6,6 l-6,6 l-6,-6 z"/>'
     if kind == "noise":
         return f'<path class="mark noise" d="M{x - 4:.1f},{y - 4:.1f} l8,8 m0,-8 l-8,8"/>'
+    if kind == "rival":
+        return f'<rect class="mark rival" x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7"/>'
     if kind == "leaves":
         return f'<path class="mark leaves" d="M{x:.1f},{y - 5:.1f} l5,9 h-10 z"/>'
     return f'<circle class="mark {kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'

@@ -214,13 +214,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 0.05,
             "max_steps": (10, 60),
             "total_variation": (3e-5, 3e-3),
-            # Only for a teacher with BatchNorm; docs/methods/zskd.md has the measurement.
+            # Only for a teacher with BatchNorm; docs/methods/zskd-trials.md has the measurement.
             "batch_statistics": 0.1,
         },
     },
     # A few small steps from images that fill the frame, led by the teacher's BatchNorm statistics: what `best` means
     # with colour images and a teacher that has such layers. Larger steps lead away from what makes the starts good:
-    # docs/methods/zskd.md has the measurement, on CIFAR-10's validation slice.
+    # docs/methods/zskd-trials.md has the measurement, on CIFAR-10's validation slice.
     "best-colour": {
         "targets": {"betas": (1.0, 0.1)},
         "synthesis": {

@@ -63,8 +63,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # New latents for each student step: one to three points better in a reproduction. Generator and teacher then run
     # once a student step instead of once a round.
     "fresh": {"latents": "fresh"},
-    # Equation 4. Chosen on the validation slice with LeNet-5, which has no BatchNorm; docs/methods/zskt.md has the
-    # measurements.
+    # Equation 4. Chosen on the validation slice with LeNet-5, which has no BatchNorm; docs/methods/zskt-trials.md
+    # has the measurements.
     "best": {
         "generator_range": "bounded",
         "divergence": "images",

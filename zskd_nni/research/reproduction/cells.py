@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from zskd_nni.methods.registry import find_method, preset_for_kind
@@ -20,6 +21,7 @@ from zskd_nni.training.distillation import DistillationSettings
 SOURCES = {"zskd": "zskd", "sts": "sts", "class-impressions": "class-impressions", "ats": "ats", "real-kd": "real"}
 IMPRESSIONS = ("zskd", "sts", "class-impressions")
 METHODS = (*SOURCES, "zskt", "real-labels", "kd-at", "none", "noise")
+_method = cache(find_method)  # looking one up reads the metadata of every installed package
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,9 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
         given.update(cell.options)
         if not pair.teacher_has_batch_norm:
             given["batch_statistics"] = 0.0
-        return find_method("zskt").options(cell.preset, given)
+        return _method("zskt").options(cell.preset, given)
     if cell.method == "real-kd":
-        return find_method("real").options("best", {"data": pair.recipe.data})
+        return _method("real").options("best", {"data": pair.recipe.data})
     if cell.method not in SOURCES:
         return None
     given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in cell.options.items()}
@@ -214,6 +216,6 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
             given["synthesis"]["batch_statistics"] = 0.0
         if cell.method == "sts":
             given["targets"] = {**pair.sts, **given.get("targets", {})}
-    method = find_method(SOURCES[cell.method])
+    method = _method(SOURCES[cell.method])
     preset = preset_for_kind(method, cell.preset, pair.recipe.spec.shape[0], pair.teacher_has_batch_norm)
     return method.options(preset, given)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zskd_nni.research.reproduction.ablation_charts import Ablation, ablation_charts, ablations
 from zskd_nni.research.reproduction.cells import Cell, resolve
 from zskd_nni.research.reproduction.charts import Row, dot_chart, rows_of, verdict
 from zskd_nni.research.reproduction.pairs import PAIRS
@@ -27,6 +28,7 @@ TITLES = {  # in the order of the summary
     "mnist": "MNIST, LeNet-5 to LeNet-5-Half",
     "digits": "Digits, LeNet-5 to LeNet-5-Half",
 }
+DATA = {pair: title.split(" to ")[0] for pair, title in TITLES.items()}
 COLUMNS = (
     "method | preset | variant | images | teacher | student | agreement | ECE | MTE | published | target | seeds | time"
 )
@@ -75,16 +77,23 @@ def render_page(records: Iterable[Record], teachers: Mapping[str, str] | None = 
     """
     groups = group_records(records)
     older = take_out_older(groups, teachers)
-    parts = []
+    parts, missing, drawn = [], [], list(_ablations(groups))
     for name, table in TABLES.items():
-        parts.append(f"## {table.title}\n\n{table.text}\n")
         found = [
             str(section)
             for pair in dict.fromkeys(cell.pair for cell in table.cells)
             for scale in PAIRS[pair].scales
             if (section := _Section(name, pair, scale, groups)).rows
         ]
-        parts.extend(found or [f"No runs yet: `zskd-nni reproduce {name}`.\n"])
+        if not found:
+            missing.append(f"- {table.title}. No runs yet: `zskd-nni reproduce {name}`.")
+            continue
+        charts = [key for key in drawn if key in {f"{name}-{pair}" for pair in PAIRS}]
+        parts.append(f"## {table.title}\n\n{table.text}\n")
+        parts += [f"<!-- charts: {' '.join(charts)} -->\n"] if charts else []
+        parts.extend(found)
+    if missing:
+        parts += ["## Tables without runs\n", *missing, ""]
     known = {cell.name for table in TABLES.values() for cell in table.cells}
     others = sorted({cell for cell, _ in groups if cell not in known})
     for title, text, names in (
@@ -98,7 +107,9 @@ def render_page(records: Iterable[Record], teachers: Mapping[str, str] | None = 
 
 
 def render_charts(records: Iterable[Record], teachers: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The page's charts as SVG by pair; the site puts them where the page says ``<!-- chart: PAIR -->``.
+    """The page's charts as SVG: those of all methods by pair, and those of one table by ``TABLE-PAIR``.
+
+    The site puts them where the page says ``<!-- chart: KEY -->`` or, side by side, ``<!-- charts: KEY KEY -->``.
 
     Args:
         records: of any cells.
@@ -106,7 +117,13 @@ def render_charts(records: Iterable[Record], teachers: Mapping[str, str] | None 
     """
     groups = group_records(records)
     take_out_older(groups, teachers)
-    return {found.pair: dot_chart(TITLES[found.pair], found.rows, found.teacher) for found in summaries(groups)}
+    charts = {found.pair: dot_chart(TITLES[found.pair], found.rows, found.teacher) for found in summaries(groups)}
+    return {**charts, **ablation_charts(_ablations(groups), DATA)}
+
+
+def _ablations(groups: Groups) -> dict[str, Ablation]:
+    tables = {name: table.cells for name, table in TABLES.items()}
+    return ablations(tables, lambda pair: PAIRS[pair].scales, groups)
 
 
 @dataclass(frozen=True)
@@ -185,15 +202,14 @@ class _Section:
         return [cell for cell in self.cells if self.group(cell)]
 
     def __str__(self) -> str:
-        heading = f"### {TITLES[self.pair]}" + ("" if self.scale == "full" else f", scale `{self.scale}`")
+        heading = TITLES[self.pair] + ("" if self.scale == "full" else f", scale <code>{self.scale}</code>")
         planned = len(self.cells) * len(TABLES[self.table].seeds)
         runs = f"{sum(len(self.group(cell)) for cell in self.rows)} of {planned} runs"
         if self.table == "ats-balance":
             body = _markdown(BALANCE_COLUMNS, map(self.balance_row, dict.fromkeys(c.variant for c in self.rows)))
         else:
             body = _markdown(COLUMNS, map(self.row, self.rows)) + _sources(self.rows)
-        told = f"{len(self.rows)} of {len(self.cells)} cells, {runs}."
-        return f"{heading}\n\n{told}\n\n{folded('The table', body)}\n"
+        return folded(f"{heading}: {len(self.rows)} of {len(self.cells)} cells, {runs}.", body)
 
     def row(self, cell: Cell) -> list[str]:
         group = self.group(cell)
