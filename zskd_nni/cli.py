@@ -207,7 +207,7 @@ def demo(
 def compress(
     options: RunOptions,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Check everything and measure the teacher, in seconds; write nothing.")
+        bool, Option("--dry-run", help="Check everything, measure the teacher, forecast the time; write nothing.")
     ] = False,
     impressions: Annotated[
         Path | None, Option(help="The impressions of another run or of synthesize, instead of making them.")
@@ -237,6 +237,7 @@ def _try_out(loaded: LoadedRecipe, options: RunOptions, impressions: Path | None
     run = Run(loaded, options.out, device=options.device, quiet=options.quiet, **given)
     run.require_a_teacher()
     run.require_own_folder()
+    _echo(run.foresee().line())
     transfer = loaded.recipe.transfer
     images = f"{transfer.size:,} images of {transfer.method} ({transfer.preset}) would be made"
     if run.given is not None:

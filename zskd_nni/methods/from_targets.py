@@ -34,10 +34,10 @@ class ImpressionMethod(PresetMethod):
         entries = [(key, kind, field(default_factory=kind)) for key, kind in keys.items()]
         options = make_dataclass(f"{targets.__name__}AndSynthesis", entries, bases=(Settings,), frozen=True)
         super().__init__(name, options, presets)
-        self._plan = plan
+        self.plan = plan
 
     def source(self, teacher: Teacher, request: TransferRequest) -> StoredSource:
         """Synthesise the impressions that ``request.folder`` lacks, and draw batches from all of them."""
-        plan = self._plan(teacher, request.options.targets)
+        plan = self.plan(teacher, request.options.targets)
         store = synthesize(teacher, plan, request.options.synthesis, **request.set_arguments())
         return store.source(request.batch_size, request.seed, teacher.device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zskd_nni.pipeline.comparison import Table, tables, verdict, worth_of_agreement
+from zskd_nni.pipeline.forecast import compared
 from zskd_nni.pipeline.loss_chart import loss_chart
 from zskd_nni.pipeline.neutral import HELD_OUT_BELOW_TEST, WORTH
 from zskd_nni.runtime.files import write_atomic, write_json
@@ -114,6 +115,8 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"The test data ({report['evaluation']}) was read to measure the teacher first, and all networks at the "
             "end. No student was trained on these images."
         )
+    if (sentence := compared(report)) is not None:
+        found.append(sentence)
     if report["provenance"].get("selected_on"):
         found.append(f"Where the settings come from: {report['provenance']['selected_on']}.")
     return found
@@ -125,6 +128,8 @@ def render_table(report: dict[str, Any]) -> str:
     for table in tables(report):
         lines += [*_table_lines(table), ""]
     lines += [f"{work:<45}{seconds:>8.1f} s" for work, seconds in report["seconds"].items()]
+    if (sentence := compared(report)) is not None:
+        lines += _wrapped(sentence)
     lines += ["", *_wrapped(f"Agreement, {_agreement_on(report)}")]
     lines += _wrapped(f"The teacher's classifier is {report['classifier']}.")
     for remark in remarks(report):

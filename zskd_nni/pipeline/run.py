@@ -19,7 +19,9 @@ from zskd_nni.data.sources import ProceduralSource, TransferSource
 from zskd_nni.models.build import code_fingerprint, network_fingerprint
 from zskd_nni.pipeline.export import export_student
 from zskd_nni.pipeline.first_look import FirstLook, look_at, near_chance
+from zskd_nni.pipeline.forecast import Forecast
 from zskd_nni.pipeline.preflight import check_work
+from zskd_nni.pipeline.rehearsal import forecast_run
 from zskd_nni.pipeline.report import CONTROL_IMAGES, build_report, measure
 from zskd_nni.pipeline.report_html import write_report
 from zskd_nni.pipeline.resumed import taken_up
@@ -32,6 +34,7 @@ from zskd_nni.runtime import signals
 from zskd_nni.runtime.distributed import only_writers, team
 from zskd_nni.runtime.errors import UserError, error_context
 from zskd_nni.runtime.files import fingerprint_of, make_folder, read_json, write_json
+from zskd_nni.runtime.memory import peak_memory
 from zskd_nni.runtime.progress import say, stage
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.run_identity import RUN_FORMAT, resume_or_refuse
@@ -58,7 +61,8 @@ class Run:
         twin: folder of a finished run of the same recipe on real images, to stand beside this one in the report.
 
     Attributes:
-        looks: whether the teacher is measured first; the trials of a search do without.
+        looks: whether the teacher is measured and time and memory forecast first; the trials of a search do without.
+        forecast: of time and memory, where :meth:`compress` or :meth:`foresee` has made one.
 
     Raises:
         UserError: the recipe cannot be run as it is.
@@ -85,6 +89,7 @@ class Run:
         self.out = Path(out)
         self.teacher = loaded.teacher()
         self.look: FirstLook | None = None
+        self.forecast: Forecast | None = None
         self.real_images: int | None = None
         self.students = Students(loaded, self.teacher, self.out / "state", self._timed, device=device, quiet=self.quiet)
         with stage("checking the recipe and its teacher", self.quiet, told=False):
@@ -212,6 +217,7 @@ class Run:
         known = self._known()
         if known:
             self.identity = known["identity"]  # as it was begun: a finished report is known by it
+        self.forecast = Forecast.read(known.get("forecast"))
         seconds = known.get("seconds")
         entries = seconds.items() if isinstance(seconds, dict) else ()
         self.seconds = {stage: n for stage, n in entries if type(n) in (int, float) and math.isfinite(n)}
@@ -222,7 +228,10 @@ class Run:
 
     def _write_run(self) -> None:
         if self.team.leads:
-            write_json(self.out / RUN, {"format": RUN_FORMAT, "identity": self.identity, "seconds": self.seconds})
+            content = {"format": RUN_FORMAT, "identity": self.identity, "seconds": self.seconds}
+            if self.forecast is not None:
+                content["forecast"] = self.forecast.described()
+            write_json(self.out / RUN, content)
 
     @contextmanager
     def _timed(self, work: str, resumed: bool = True, step: str | None = None) -> Iterator[None]:
@@ -253,6 +262,7 @@ class Run:
         with self.owned():
             if (finished := self._finished_report()) is not None:
                 return finished
+            self._tell_forecast()
             held_out = self.held_out()  # first: a wrong size is refused before the long work
             source = self.transfer()
             students = {}
@@ -260,6 +270,25 @@ class Run:
                 images = self._procedural(name) if name in CONTROL_IMAGES else source
                 students[name] = self.students.make(files, images, train=name != "none")
             return self.team.first(lambda: self._finish(students, held_out))
+
+    def foresee(self) -> Forecast:
+        """Forecast time and memory of the whole run, from a few real steps of each stage; writes nothing."""
+        with stage("forecasting time and memory", self.quiet, told=False):
+            self.forecast = forecast_run(self.students, self._test_data(), self.given is not None)
+        return self.forecast
+
+    def _tell_forecast(self) -> None:
+        """Say how long the run takes, or what is left of it.
+
+        A quiet run has nobody to tell; processes that share the work each do another part of it.
+        """
+        if self.quiet or not self.looks or not self.team.alone:
+            return
+        if self.forecast is None:
+            self.foresee()
+            self._write_run()
+        assert self.forecast is not None
+        self._print(self.forecast.line(self.seconds))
 
     def _procedural(self, control: str) -> TransferSource:
         return ProceduralSource(CONTROL_IMAGES[control][0], self.teacher.spec, self.recipe.distillation.batch)
@@ -292,6 +321,8 @@ class Run:
                 self._draw(store)
             report = build_report(self, students, figures, exported, test, store)
         report["seconds"] = {**self.seconds, "total": round(sum(self.seconds.values()), 2)}
+        report["forecast"] = None if self.forecast is None else self.forecast.described()
+        report["peak_memory"] = peak_memory(self.device)
         write_report(self.out, report)
         return report
 
