@@ -142,7 +142,8 @@ def _unknown(where: str, key: str, name: str, known: Iterable[str]) -> str:
 
 
 def _check_type(where: str, key: str, name: str, types: dict[str, type], entry: dict[str, Any]) -> None:
-    real = inspect.isclass(found := getattr(nn, name, None)) and issubclass(found, nn.Module)
+    found: Any = getattr(nn, name, None)
+    real = inspect.isclass(found) and issubclass(found, nn.Module)
     # NNI asks for the very name of a class: a Conv2d does not stand for those that are derived from it.
     derived = sorted(each for each, kind in types.items() if real and issubclass(kind, found))
     message = _unknown(where, key, name, sorted(types))
