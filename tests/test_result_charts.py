@@ -172,11 +172,12 @@ def test_rows_verdicts_and_kinds() -> None:
     assert Row("a", [50.0], "free").deviation == 0
 
 
-def an_ablation(values: dict[Cell, list[float]]) -> Ablation:
-    def records(cell: Cell) -> list[dict[str, Any]]:
-        return [{"seed": seed, "accuracy": {"student": value}} for seed, value in enumerate(values[cell])]
+def an_ablation(*runs: tuple[Cell, list[float]]) -> Ablation:
+    def records(values: list[float]) -> list[dict[str, Any]]:
+        return [{"seed": seed, "accuracy": {"student": value}} for seed, value in enumerate(values)]
 
-    return Ablation("mnist", "cpu", list(values), {(cell.name, "cpu"): records(cell) for cell in values})
+    groups = {(cell.name, "cpu"): records(values) for cell, values in runs}
+    return Ablation("mnist", "cpu", [cell for cell, _ in runs], groups)
 
 
 def marks_of(drawn: str) -> dict[str, float]:
@@ -186,13 +187,13 @@ def marks_of(drawn: str) -> dict[str, float]:
 
 
 def test_parts_are_drawn_alone_and_left_out() -> None:
-    marks = marks_of(parts_chart(an_ablation({
-        Cell("mnist", "zskd", "paper", "base"): [60.0, 62.0],
-        Cell("mnist", "zskd", "paper", "only-features"): [70.0, 74.0],
-        Cell("mnist", "zskd", "best"): [98.0],
-        Cell("mnist", "zskd", "best", "without-features"): [95.0, 96.0],
-        Cell("mnist", "zskd", "best", "without-odd"): [97.0],
-    })))  # fmt: skip
+    marks = marks_of(parts_chart(an_ablation(
+        (Cell("mnist", "zskd", "paper", "base"), [60.0, 62.0]),
+        (Cell("mnist", "zskd", "paper", "only-features"), [70.0, 74.0]),
+        (Cell("mnist", "zskd", "best"), [98.0]),
+        (Cell("mnist", "zskd", "best", "without-features"), [95.0, 96.0]),
+        (Cell("mnist", "zskd", "best", "without-odd"), [97.0]),
+    )))  # fmt: skip
     assert list(marks) == [
         "hidden layers matched, this part alone: 72.00 ± 2.83",
         "hidden layers matched, best without it: 95.50 ± 0.71",
@@ -203,16 +204,16 @@ def test_parts_are_drawn_alone_and_left_out() -> None:
 
 def test_balance_is_the_difference_of_paired_seeds() -> None:
     cells = {preset: Cell("mnist", "ats", preset, "uniform-logits") for preset in ("paper", "unbalanced")}
-    drawn = balance_chart(an_ablation({cells["paper"]: [50.0, 70.0, 60.0], cells["unbalanced"]: [40.0, 40.0]}))
+    drawn = balance_chart(an_ablation((cells["paper"], [50.0, 70.0, 60.0]), (cells["unbalanced"], [40.0, 40.0])))
     assert list(marks_of(drawn)) == ["uniform noise, logits alone: 20.00 ± 14.14"]  # the third seed has no other
 
 
 def test_sizes_are_curves_and_axes_hold_all_bars() -> None:
-    drawn = sizes_chart(an_ablation({
-        Cell("mnist", "zskd", "paper", "1-percent"): [60.0, 70.0],
-        Cell("mnist", "zskd", "paper", "10-percent"): [80.0, 81.0],
-        Cell("mnist", "class-impressions", "paper", "10-percent-not-augmented"): [30.0],
-    }))  # fmt: skip
+    drawn = sizes_chart(an_ablation(
+        (Cell("mnist", "zskd", "paper", "1-percent"), [60.0, 70.0]),
+        (Cell("mnist", "zskd", "paper", "10-percent"), [80.0, 81.0]),
+        (Cell("mnist", "class-impressions", "paper", "10-percent-not-augmented"), [30.0]),
+    ))  # fmt: skip
     marks = marks_of(drawn)
     assert list(marks) == ["ZSKD, 1: 65.00 ± 7.07", "ZSKD, 10: 80.50 ± 0.71",
                            "class impressions, not augmented, 10: 30.00"]  # fmt: skip

@@ -195,7 +195,7 @@ def _opening(title: str, rows: Iterable[tuple[str, Iterable[Row]]], height: floa
 
 
 def _mark(row: Row, name: str, x: float, y: float, ends: tuple[float, float], upright: bool = False) -> str:
-    said = html.escape(f"{name}, {row.label}: {row}" if row.label != name else f"{name}: {row}")
+    said = html.escape(f"{name}, {row.label}: {row}" if row.label not in name else f"{name}: {row}")
     bar = f"M{x:.1f},{ends[0]:.1f} V{ends[1]:.1f}" if upright else f"M{ends[0]:.1f},{y:.1f} H{ends[1]:.1f}"
     return (
         f'<g class="{row.kind}"><title>{said}</title><path class="spread" d="{bar}"/>'
