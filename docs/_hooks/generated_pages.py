@@ -120,10 +120,10 @@ def many_workers_table() -> str:
 
 def benchmarks_table() -> str:
     """The Markdown table of ``results/bench-cpu.json``, ``bench-cuda.json`` and ``bench-memory.json``."""
-    devices = ("cpu", "cuda")
+    titles = {"cpu": "CPU", "cuda": "CUDA"}
     found: dict[str, dict[str, Any]] = {}
     sources = []
-    for device in devices:
+    for device in titles:
         names = (device, "memory") if device == "cpu" else (device,)
         paths = [ROOT / "results" / f"bench-{name}.json" for name in names]
         for record in [record for path in paths if path.exists() for record in json.loads(path.read_text())]:
@@ -132,10 +132,9 @@ def benchmarks_table() -> str:
             sources.append(f"{source['device']}, {source['threads']} threads, torch {source['versions']['torch']}")
     if not found:
         return "No result is recorded yet; `make bench` makes one."
-    lines = [
-        "| what | CPU: ratio | target | ours and theirs | CUDA: ratio | target | ours and theirs |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    devices = [device for device in titles if any(device in records for records in found.values())]
+    heads = " | ".join(f"{titles[device]}: ratio | target | ours and theirs" for device in devices)
+    lines = [f"| what | {heads} |", f"| --- |{' --- | --- | --- |' * len(devices)}"]
     for name, records in found.items():
         cells = [name]
         for device in devices:
