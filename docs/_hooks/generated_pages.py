@@ -104,7 +104,7 @@ def many_workers_table() -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        cells = [f"{100 * row[name]:.1f} %" for name in shares]
+        cells = [f"{round(100 * row[name], 1) + 0.0:.1f} %" for name in shares]  # no -0.0
         told = (row["failures"], str(row["workers"]), f"{row['hours']:,.2f}", f"{row['restarts']:,.1f}", *cells)
         lines.append(f"| {' | '.join(told)} |")
     quickest, median, slowest = seconds[0], seconds[len(seconds) // 2], seconds[-1]
