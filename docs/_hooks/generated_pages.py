@@ -35,11 +35,18 @@ hide: [toc]
 
 # Results of the packaged recipes
 
-Test accuracy in percent, mean and standard deviation over seeds 0, 1 and 2, last step. Students are trained from the
-teacher's weights alone. The column *with real data* is the exception: the same recipe on training images, which
-serves as the upper limit. The controls are the same student without distillation, distilled on uniform noise, and
-distilled on dead leaves. A recipe that does not distil is calibrated on them. A recipe that quantizes has two rows;
-all students of a row have the same precision.
+<!-- chart: accuracy and bytes -->
+
+The plots show mean test accuracy against the size of the ONNX file; each number is a recipe in one precision, listed below
+its plot. [The home page](index.md#what-it-gains) says what they show. The table has all figures: test accuracy in percent,
+mean and standard deviation over seeds 0, 1 and 2, after the last step.
+
+- *student* was trained from the teacher's weights alone.
+- *with real data* is the same recipe on the training images, the upper limit.
+- The controls are the same student without distillation, distilled on uniform noise, and distilled on dead leaves
+  (procedural images that fill the frame). A recipe that does not distil is calibrated on them.
+
+A recipe that quantizes has two rows. All students of a row have the same precision.
 
 <!-- results: -->
 
