@@ -37,9 +37,9 @@ hide: [toc]
 
 <!-- chart: accuracy and bytes -->
 
-The plots show mean test accuracy against the size of the ONNX file; each number is a recipe in one precision, listed below
-its plot. [The home page](index.md#what-it-gains) says what they show. The table has all figures: test accuracy in percent,
-mean and standard deviation over seeds 0, 1 and 2, after the last step.
+The plots show mean test accuracy against the size of the ONNX file. Each number is a recipe in one precision, listed
+below its plot. [The home page](index.md#what-it-gains) says what they show. The table has all figures: test accuracy in
+percent, mean and standard deviation over seeds 0, 1 and 2, after the last step.
 
 - *student* was trained from the teacher's weights alone.
 - *with real data* is the same recipe on the training images, the upper limit.
