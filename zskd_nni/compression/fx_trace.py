@@ -23,6 +23,7 @@ from zskd_nni.models.hooks import evaluating
 from zskd_nni.models.network_kinds import check_kind
 from zskd_nni.models.shared_modules import check_not_wrapped, set_module
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.gradients import with_gradients
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FILES = (__file__, forward_recorder.__file__)
@@ -31,6 +32,7 @@ _FIXED = "zskd_nni_fixed_dims"
 _OWN_LAYERS = "zskd_nni_own_layers"
 
 
+@with_gradients()
 def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
     """The model's evaluation graph, with the shape of every tensor attached.
 

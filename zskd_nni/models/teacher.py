@@ -29,6 +29,7 @@ from zskd_nni.models.network_kinds import check_answers, check_copyable, check_k
 from zskd_nni.models.shared_modules import check_not_wrapped
 from zskd_nni.models.zoo.trained import training_record
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.gradients import with_gradients
 from zskd_nni.runtime.validation import build_settings
 
 OutputAdapter = Callable[[Any], Tensor]
@@ -84,6 +85,7 @@ class Teacher:
         ('1', torch.Size([2, 10]))
     """
 
+    @with_gradients()
     def __init__(
         self,
         model: nn.Module,

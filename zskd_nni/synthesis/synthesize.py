@@ -21,6 +21,7 @@ from zskd_nni.runtime.allocator import keep_freed_memory
 from zskd_nni.runtime.distributed import only_writers
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import make_folder, plain
+from zskd_nni.runtime.gradients import with_gradients
 from zskd_nni.runtime.progress import Progress
 from zskd_nni.runtime.rng import derive_seed, generator
 from zskd_nni.synthesis.batch_norm_statistics import batch_norms
@@ -45,6 +46,7 @@ class TargetPlan(Protocol):
         """``(count, K)`` soft targets of impressions ``first`` to ``first + count`` out of ``total``."""
 
 
+@with_gradients()
 def synthesize(
     teacher: Teacher,
     plan: TargetPlan,

@@ -21,6 +21,7 @@ from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.runtime.device import has_fast_bfloat16, to_device
 from zskd_nni.runtime.distributed import team
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.gradients import with_gradients
 from zskd_nni.runtime.rng import derive_seed
 from zskd_nni.runtime.validation import Count, CountOrZero, NotNegative, Positive, check_bounds
 from zskd_nni.training.checkpoint import History
@@ -137,6 +138,7 @@ def student_schedule(student: nn.Module, settings: DistillationSettings) -> tupl
     return optimizer, cosine_schedule(optimizer, settings.steps, min(settings.warmup, settings.steps // 2))
 
 
+@with_gradients()
 def distill(
     student: nn.Module,
     teacher: Teacher,

@@ -25,6 +25,7 @@ from zskd_nni.runtime import signals
 from zskd_nni.runtime.allocator import keep_freed_memory
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import fingerprint_of, remove_leftovers
+from zskd_nni.runtime.gradients import with_gradients
 from zskd_nni.runtime.progress import Progress
 from zskd_nni.runtime.rng import derive_seed, generator
 from zskd_nni.training.checkpoint import Checkpoint, History, Stateful, TrainingState
@@ -97,6 +98,7 @@ def cosine_schedule(optimizer: Optimizer, steps: int, warmup: int = 0) -> LRSche
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+@with_gradients()
 def fit(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, loss: Loss, run: TrainingRun) -> History:
     """Take ``run.steps`` optimiser steps; the last state is the result, not the best one.
 

@@ -35,34 +35,47 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ZERO_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.RReLU,
     nn.Tanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Softsign, nn.PReLU,
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
 _ZERO_FUNCTIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish",
-    "hardswish", "tanh", "tanh_", "softsign", "tanhshrink", "dropout", "dropout_", "dropout2d", "stochastic_depth",
-    "clone", "contiguous", "abs", "neg", "square", "float", "to", "type_as", "squeeze", "unsqueeze",
+    "hardswish", "tanh", "tanh_", "softsign", "tanhshrink", "hardshrink", "softshrink", "rrelu", "rrelu_", "dropout",
+    "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "stochastic_depth",
+    "clone", "contiguous", "abs", "neg", "square", "sqrt", "sin", "erf", "atan", "log1p", "expm1", "float", "to",
+    "type_as", "squeeze", "unsqueeze",
 }  # fmt: skip
 # element by element, but f(0) may be another constant
 _CONSTANT_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh)
 _CONSTANT_FUNCTIONS = {
-    "sigmoid", "sigmoid_", "hardsigmoid", "softplus", "logsigmoid", "exp", "hardtanh", "hardtanh_", "clamp", "clamp_",
+    "sigmoid", "sigmoid_", "hardsigmoid", "softplus", "logsigmoid", "log_sigmoid", "exp", "cos",
+}  # fmt: skip
+# element by element, and f(0) depends on the numbers that are given
+_NUMBERED_FUNCTIONS = {
+    "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "clamp_min", "clamp_max", "threshold", "_threshold", "pow",
 }  # fmt: skip
 _POOL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Upsample,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.LPPool1d, nn.LPPool2d, nn.Upsample,
 )  # fmt: skip
 _PAD_MODULES = (
     nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d,
     nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d,
 )  # fmt: skip
-_POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
+_POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
 _POOL_FUNCTIONS = {"interpolate", *(f"{name}{dims}d" for name in _POOLS for dims in (1, 2))}
 _SIZED = {"view", "reshape", "expand", "broadcast_to", "repeat"}
-_ADDITIONS = {"add", "add_", "iadd", "sub", "sub_", "isub", "subtract"}
+_ADDITIONS = {"add", "add_", "iadd", "sub", "sub_", "isub", "subtract", "maximum", "minimum"}
 _PRODUCTS = {"mul", "mul_", "imul", "multiply"}
 _QUOTIENTS = {"div", "div_", "truediv", "itruediv", "divide"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin"}
 _CONCATENATIONS = {"cat", "concat", "concatenate"}
+_ALONG = {
+    "flip": 1,
+    "roll": 2,
+    "narrow": 1,
+    "index_select": 1,
+    "cumsum": 1,
+}  # where the dimension is among the arguments
 _PARTS = {"chunk", "split", "unbind", "tensor_split"}
 _QUESTIONS = {"size", "dim", "numel", "ndimension", "getattr", "len", "is_floating_point"}
 
@@ -321,8 +334,16 @@ class _Analysis:
             return self.softmax(node, flow, module.dim)
         if exact is nn.LayerNorm:
             return self.layer_norm(node, flow, module.normalized_shape)
+        if exact in (nn.InstanceNorm1d, nn.InstanceNorm2d):
+            return self.instance_norm(node, flow, module.weight is not None or module.track_running_stats)
+        if exact is nn.GroupNorm:
+            return self.group_norm(node)
+        if isinstance(module, nn.Threshold):
+            return self.kept(node, flow, flow.constant or not (module.value == 0 or module.threshold < 0))
         if exact is nn.Flatten:
             return self.flatten(node, flow, module.start_dim, module.end_dim)
+        if exact is nn.Unflatten:
+            return self.unflatten(node, flow, module.dim, module.unflattened_size)
         return self.stop(node, f"they enter {name}, and a {exact.__name__} cannot lose channels")
 
     def convolution(self, node: Node, module: Any, flow: Flow | None) -> Flow | None:
@@ -387,9 +408,20 @@ class _Analysis:
         start, end = start % len(shape), end % len(shape)
         if start > flow.dim:
             return self.kept(node, flow)
-        if start < flow.dim or end < flow.dim:
-            return self.stop(node, f"they pass `{_label(node)}`, which mixes them with another dimension")
-        return replace(flow, dim=start, labels=np.repeat(flow.labels, math.prod(shape[start + 1 : end + 1])))
+        if end < flow.dim:
+            return replace(flow, dim=flow.dim - (end - start))
+        if start == 0:
+            return self.stop(node, f"they pass `{_label(node)}`, which mixes them with the batch")
+        labels = np.repeat(flow.labels, math.prod(shape[flow.dim + 1 : end + 1]))
+        return replace(flow, dim=start, labels=np.tile(labels, math.prod(shape[start : flow.dim])))
+
+    def unflatten(self, node: Node, flow: Flow, dim: Any, sizes: Any) -> Flow | None:
+        """Another dimension as several."""
+        rank = len(node_shape(_first(node)) or ())
+        if not isinstance(dim, int) or dim % rank == flow.dim:
+            return self.stop(node, f"they pass `{_label(node)}`, which regroups them or names their number")
+        added = len(node_shape(node) or ()) - rank
+        return replace(flow, dim=flow.dim + added * (dim % rank < flow.dim))
 
     def operation(self, node: Node) -> Flow | None:
         name, inputs = _name(node), self.inputs(node)
@@ -403,11 +435,17 @@ class _Analysis:
             return self.arithmetic(node, name)
         if name == "expand_as" and len(node.all_input_nodes) == 2:
             return self.expand_as(node)
+        if name in ("view_as", "reshape_as"):
+            return self.view_as(node)
         if len(inputs) > 1 or _first(node) not in self.flows:
             return self.stop(node, f"they enter `{_label(node)}` beside other tensors")
         flow = inputs[0]
         if name in _ZERO_FUNCTIONS | _CONSTANT_FUNCTIONS:
             return self.kept(node, flow, flow.constant or name in _CONSTANT_FUNCTIONS)
+        if name in _NUMBERED_FUNCTIONS:
+            return self.kept(node, flow, flow.constant or not _is_zero_at_zero(node, name))
+        if name == "prelu" and math.prod(node_shape(node.all_input_nodes[1]) or (0,)) == 1:
+            return self.kept(node, flow)
         if name in _POOL_FUNCTIONS:
             # An average over a padded border is not constant; reading the padding from the arguments is not worth it.
             return self.pool(node, flow, name.startswith("avg_pool"), _pooled_dims(node, name))
@@ -420,6 +458,18 @@ class _Analysis:
             return self.pad(node, flow, len(sizes), value)
         if name == "flatten":
             return self.flatten(node, flow, _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
+        if name == "unflatten":
+            return self.unflatten(node, flow, _argument(node, 1, "dim", None), _argument(node, 2, "sizes", ()))
+        if name in _ALONG:
+            return self.along(
+                node, flow, _argument(node, _ALONG[name], "dim", _argument(node, _ALONG[name], "dims", None))
+            )
+        if name == "normalize":
+            return self.normalised(node, flow)
+        if name == "instance_norm":
+            return self.instance_norm(node, flow, len(node.all_input_nodes) > 1)
+        if name == "group_norm":
+            return self.group_norm(node)
         if name in ("view", "reshape"):
             return self.view(node, flow)
         if name in PERMUTATIONS:
@@ -435,6 +485,45 @@ class _Analysis:
         if name == "getitem":
             return self.getitem(node, flow)
         return self.stop(node, f"they pass `{_label(node)}`")
+
+    def along(self, node: Node, flow: Flow, dims: Any) -> Flow | None:
+        """What moves, picks or adds up along other dimensions."""
+        rank, dims = len(node_shape(node) or ()), [dims] if isinstance(dims, int) else dims
+        named = isinstance(dims, tuple | list) and dims and all(isinstance(dim, int) for dim in dims)
+        if not named or {0, flow.dim} & {dim % rank for dim in dims}:
+            return self.stop(node, f"they pass `{_label(node)}`, which moves the batch or picks some of them")
+        return replace(flow)
+
+    def normalised(self, node: Node, flow: Flow) -> Flow | None:
+        """Divided by a length, in which a channel of zeros does not count."""
+        dim = _argument(node, 2, "dim", 1)
+        if flow.constant or not isinstance(dim, int) or dim % len(node_shape(node) or ()) == 0:
+            return self.stop(node, f"they pass `{_label(node)}`")
+        return self.kept(node, flow)
+
+    def instance_norm(self, node: Node, flow: Flow, constant: bool) -> Flow | None:
+        """Each channel of each image by itself; nothing is left of a constant but what is added at the end."""
+        if flow.dim != 1:
+            return self.stop(node, f"they enter {_label(node)} as something else than channels")
+        self.note_raw(flow)
+        return self.kept(node, flow, constant)
+
+    def group_norm(self, node: Node) -> Flow | None:
+        """Those that are removed count as zeros in the mean of their group."""
+        return self.stop(
+            node, f"they enter {_label(node)}, a GroupNorm, whose mean and variance are over groups of them"
+        )
+
+    def view_as(self, node: Node) -> Flow | None:
+        """In the shape of another tensor: the channels of both must stay the same number."""
+        flow, other = (self.flows.get(each) for each in (*node.all_input_nodes, *node.all_input_nodes)[:2])
+        before, after = node_shape(_first(node)) or (), node_shape(node) or ()
+        if flow is None or other is None or len(flow.labels) != len(other.labels):
+            return self.stop(node, f"they enter `{_label(node)}` with a tensor of another layout")
+        if math.prod(before[: flow.dim]) != math.prod(after[: other.dim]):
+            return self.stop(node, f"they enter `{_label(node)}` with a tensor of another layout")
+        self.tie(flow.labels, other.labels)
+        return replace(flow, dim=other.dim)
 
     def expand(self, node: Node, flow: Flow, name: str) -> Flow | None:
         """Copies along other dimensions, if the number of channels is not written down as a number."""
@@ -583,8 +672,10 @@ class _Analysis:
         """Channels that stay a dimension, are cut into rows of equal length, or are merged with other dimensions."""
         sizes: Any = _sizes(node)
         before, after = node_shape(_first(node)) or (), node_shape(node) or ()
-        if len(sizes) == len(after) and before[:1] == after[:1]:
-            for way in (self.unmoved, self.rows, self.merged):
+        if len(sizes) == len(after):
+            # The batch may be merged with dimensions in front of the channels, or be cut into several.
+            same_batch = before[:1] == after[:1]
+            for way in (self.unmoved, self.rows, self.merged) if same_batch else (self.unmoved,):
                 for place in range(1, len(after)):
                     if (seen := way(sizes, before, after, place, flow)) is not None:
                         return seen
@@ -721,6 +812,24 @@ def _sizes(node: Node) -> Any:
     """The sizes in ``x.view(sizes)`` or ``x.view(*sizes)``."""
     sizes = node.args[1:]
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+
+
+def _is_zero_at_zero(node: Node, name: str) -> bool:
+    """Whether ``f(0) = 0`` with the numbers that a function is given; False where they are not known."""
+    if name == "pow":
+        exponent = _argument(node, 1, "exponent", None)
+        return isinstance(exponent, int | float) and exponent > 0
+    if name.endswith("threshold"):
+        threshold, value = _argument(node, 1, "threshold", None), _argument(node, 2, "value", None)
+        return value == 0 or (isinstance(threshold, int | float) and threshold < 0)
+    hard = name.startswith("hardtanh")
+    low_name, high_name = ("min_val", "max_val") if hard else ("min", "max")
+    low = None if name == "clamp_max" else _argument(node, 1, low_name, -1.0 if hard else None)
+    high = (
+        _argument(node, 1, "max", None) if name == "clamp_max" else _argument(node, 2, high_name, 1.0 if hard else None)
+    )
+    numbers = all(each is None or isinstance(each, int | float) for each in (low, high))
+    return numbers and (low is None or low <= 0) and (high is None or high >= 0)
 
 
 def _argument(node: Node, position: int, name: str, default: Any) -> Any:

@@ -31,7 +31,12 @@ class RobustModelSpeedup(ModelSpeedup):
     """NNI's own, for tensors of any scale, for sums that are constant, and for layers with one channel a group."""
 
     def direct_calc_mask(self, output: Any, output_mask: Tensor | None = None, batch_dim: int | None = None) -> Any:
-        """NNI takes a channel that varies by less than 1e-6 for a constant; here that is relative to its tensor."""
+        """NNI takes a channel that varies by less than 1e-6 for a constant; here that is relative to its tensor.
+
+        Whole numbers and truth values lose nothing: NNI draws positive values, whose comparison with 0 is constant.
+        """
+        if isinstance(output, Tensor) and not output.is_floating_point() and self.tensor_propagate_check(output):
+            return torch.ones(1, *output.shape[1:]) if output_mask is None else output_mask
         if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
             self.STD_DELTA = max(ModelSpeedup.STD_DELTA * output.abs().max().item(), 1e-30)
         return super().direct_calc_mask(output, output_mask, batch_dim)

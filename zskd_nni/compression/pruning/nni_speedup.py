@@ -18,8 +18,17 @@ from zskd_nni.compression.fx_trace import copied
 from zskd_nni.compression.nni_messages import quiet
 from zskd_nni.compression.pruning.masks import kept_channels
 from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
+from zskd_nni.runtime.gradients import with_gradients
+
+# Layers without a size of their own that NNI does not know.
+_UNCHANGED = (
+    "Identity", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveAvgPool1d", "AvgPool1d", "MaxPool1d", "LPPool1d",
+    "LPPool2d", "Softmax2d", "Dropout1d", "AlphaDropout", "FeatureAlphaDropout", "Hardshrink", "Softsign", "Threshold",
+    "Unflatten",
+)  # fmt: skip
 
 
+@with_gradients()
 def run_speedup(
     model: nn.Module, graph_module: GraphModule, masks: dict[str, dict[str, Tensor]], arguments: tuple[Any, ...]
 ) -> Any:
@@ -55,7 +64,7 @@ def _model_speedup(
 
         from zskd_nni.compression.pruning import mask_updaters
 
-    unchanged = dict.fromkeys(("Identity", "AdaptiveMaxPool2d", "Softmax2d", "Dropout1d"), lambda module, _: module)
+    unchanged = dict.fromkeys(_UNCHANGED, lambda module, _: module)
     speedup = mask_updaters.RobustModelSpeedup(
         model,
         copied(arguments),

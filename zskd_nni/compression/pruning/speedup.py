@@ -34,14 +34,18 @@ from zskd_nni.runtime.errors import UserError
 
 _CHECK_BATCH_SIZE = 4
 _ADVICE = "prune with a config from complete_config_list, which keeps the masks of connected layers consistent"
+_FURTHER_ADVICE = (
+    "the masks of connected layers agree already, so that complete_config_list has no more to say: leave layers out of "
+    "the config (exclude_op_names) until the rest shrinks, or keep the masked network as large as it is"
+)
 _ParameterMasks = dict[str, dict[str, Tensor]]
 
 
 class CannotShrinkError(UserError):
     """The masks do not fit the network's graph; ``reason`` is the sentence without the advice at its end."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason}; {_ADVICE}")
+    def __init__(self, reason: str, advice: str = _ADVICE) -> None:
+        super().__init__(f"{reason}; {advice}")
         self.reason = reason
 
 
@@ -152,6 +156,8 @@ def shrink(
     channel_masks = {name: _channel_masks(targets) for name, targets in parameter_masks.items()}
     if not any(map(_removes_channels, channel_masks.values())):
         note = f"the masks zero {sparsity:.1%} of what they cover but no whole channel, so there is nothing to remove"
+        if not sparsity:
+            note = "the masks zero nothing, so there is nothing to remove; is the config's sparse_ratio above 0?"
         return _result(model, masked, sparsity, note)
     try:
         candidate, kept, notes = _remove(masked, channel_masks, arguments, graph)
@@ -162,9 +168,11 @@ def shrink(
                 f"largest logit, more than the tolerance {tolerance:g}, so it is refused"
                 + (f" ({'; '.join(notes)})" if notes else "")
             )
-    except UserError:
+    except UserError as error:
         weights = [targets["weight"] for targets in parameter_masks.values() if "weight" in targets]
         if not all(is_fine_grained(mask) for mask in weights if not mask.all()):
+            if isinstance(error, CannotShrinkError) and _agree(channel_masks, graph or trace(masked, arguments)):
+                raise CannotShrinkError(error.reason, _FURTHER_ADVICE) from error
             raise
         # Masks of single weights: nobody asked to remove channels, and those that are empty by chance may stay.
         note = f"the masks zero {sparsity:.1%} of single weights, and the channels they empty by chance stay"
@@ -347,6 +355,25 @@ def _channel_masks(targets: dict[str, Tensor]) -> dict[str, Tensor]:
 def _removes_channels(targets: dict[str, Tensor]) -> bool:
     weight = targets.get("weight")
     return weight is not None and not all(bool(is_kept(weight, dim).all()) for dim in range(min(weight.dim(), 2)))
+
+
+def _agree(masks: _ParameterMasks, graph: GraphModule) -> bool:
+    """Whether masks zero only channels that may go, and the same ones in layers that share them."""
+    flow = channel_flow(graph)
+    removed = {
+        name: ~is_kept(targets["weight"], 0) if targets["weight"].dim() > 1 else targets["weight"] == 0
+        for name, targets in masks.items()
+        if "weight" in targets
+    }
+    for name, gone in removed.items():
+        if not bool(gone.any()):
+            continue
+        if (name not in flow.sources and name not in flow.followers) or flow.reason(name):
+            return False
+        others = [removed.get(other) for other in flow.tied(name)]
+        if any(other is None or not torch.equal(other, gone) for other in others):
+            return False
+    return True
 
 
 # ---- removing the channels
