@@ -247,6 +247,8 @@ def curves_picture(
         title: above them.
         ylabel: what is drawn.
     """
+    from matplotlib.ticker import LogFormatter
+
     figure = new_figure(7.6, 3.4)
     axis = figure.subplots()
     for (name, history), colour in zip(histories.items(), SERIES * len(histories), strict=False):
@@ -255,6 +257,8 @@ def curves_picture(
     axis.set_yscale("log")
     axis.grid(alpha=0.25, which="both")
     axis.tick_params(which="minor", labelsize=SMALL)
+    axis.yaxis.set_major_formatter("{x:g}")  # 0.1 in the place of a power with a tiny exponent
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     style(axis, title, x="training step", y=f"{ylabel} (log scale)")
     axis.legend(fontsize=SMALL, frameon=False)
     return finish(figure, f"Curves of the {ylabel}: {', '.join(histories)}.")
