@@ -146,6 +146,8 @@ def measure_families(
     """Measure what the record lacks of the networks of the second table, and write it after each."""
     for package in ("timm", "transformers", "nni.compression.pruning", "onnxscript"):
         importlib.import_module(package)  # once, not in every process
+    if with_exports:
+        onnx_bytes(nn.Conv2d(3, 1, 1), InputSpec((3, 2, 2)))  # the exporter lists its operators, once too
     for name in names or KNOWN:
         record = json.loads(RESULTS.read_text())  # the other command writes it too
         rows = {row["network"]: row for row in record.get("families", [])}
