@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import onnx
 import pytest
@@ -349,6 +350,24 @@ def test_onnxruntime_answers_as_nnis_simulation(teacher, tmp_path, name, config_
     if bits == "int4":
         values = onnx.numpy_helper.to_array(max(weights, key=lambda entry: entry.dims[-1]))
         assert values.min() >= -7 and values.max() <= 7
+
+
+@pytest.mark.parametrize("widths", [(16, 10), (16, 16, 10), (16, 16, 16, 10)])
+@pytest.mark.parametrize("targets", [["_input_", "weight"], ["_input_", "weight", "_output_"]])
+def test_large_products_of_integers_are_added_exactly(tmp_path, widths, targets):
+    """On processors without VNNI, onnxruntime by itself cuts sums off at 16 bits."""
+    layers = [nn.Linear(before, after, bias=False) for before, after in pairwise(widths)]
+    for layer in layers:
+        nn.init.constant_(layer.weight, 1.0)
+    spec = InputSpec((1, 4, 4))
+    teacher = Teacher(nn.Sequential(nn.Flatten(), *layers), spec)
+    images = 0.8 + 0.2 * torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    config = QuantizationConfig(
+        [{"op_types": ["Linear"], "target_names": targets, "quant_dtype": "int8", "quant_scheme": "symmetric"}]
+    )
+    result = quantize(teacher.student(), config, teacher, StoredSource(images, 32, 0, "bright"), SETTINGS)
+    export = export_quantized_onnx(result, spec, tmp_path / "network.onnx", images, 0.0)
+    assert export.max_logit_difference < 0.01
 
 
 @pytest.mark.parametrize("name", ["ptq", "qat"])
