@@ -55,23 +55,27 @@ def grid(teacher: Teacher, names: tuple[str, ...], rows: list[Row], alt: str) ->
     axes = figure.subplots(len(rows), len(names), squeeze=False)
     for row, line in zip(rows, axes, strict=True):
         confidence, chosen = teacher(row.images).softmax(1).max(1)
-        for label, axis in enumerate(line):
-            found = (chosen == label).nonzero().flatten()
+        for label, (axis, first) in enumerate(zip(line, first_of_each(chosen, len(names)), strict=True)):
             title = names[label] if row is rows[0] else ""
-            if len(found):
-                first = int(found[0])
-                note = f"{100 * float(confidence[first]):.0f} %"
-                if row.shares:
-                    note += f"\n({100 * len(found) / len(row.images):.2g} %)"
-                show_image(axis, row.images[first], teacher.spec, title, note, size=8)
-            else:
+            if first is None:
                 axis.set_xticks([])
                 axis.set_yticks([])
                 axis.spines[:].set_visible(False)
                 axis.text(0.5, 0.5, "none", ha="center", va="center", fontsize=8, transform=axis.transAxes)
                 axis.set_title(title, fontsize=8, pad=3)
+                continue
+            note = f"{100 * float(confidence[first]):.0f} %"
+            if row.shares:
+                note += f"\n({100 * float((chosen == label).float().mean()):.2g} %)"
+            show_image(axis, row.images[first], teacher.spec, title, note, size=8)
         line[0].set_ylabel(row.name, rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
     return finish(figure, alt)
+
+
+def first_of_each(chosen: Tensor, classes: int) -> list[int | None]:
+    """For every class the first image that the teacher puts into it; None where there is none."""
+    found = [(chosen == label).nonzero().flatten().tolist() for label in range(classes)]
+    return [rows[0] if rows else None for rows in found]
 
 
 def impressions(teacher: Teacher, method: str, preset: str, size: int) -> Tensor:
