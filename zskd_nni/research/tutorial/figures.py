@@ -247,7 +247,7 @@ def curves_picture(
         title: above them.
         ylabel: what is drawn.
     """
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = new_figure(7.6, 3.4)
     axis = figure.subplots()
@@ -256,9 +256,9 @@ def curves_picture(
         axis.plot(history.steps, losses, color=colour, label=name, marker="o" if len(losses) < 3 else None)
     axis.set_yscale("log")
     axis.grid(alpha=0.25, which="both")
-    axis.tick_params(which="minor", labelsize=SMALL)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")  # 0.1 in the place of a power with a tiny exponent
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     style(axis, title, x="training step", y=f"{ylabel} (log scale)")
     axis.legend(fontsize=SMALL, frameon=False)
     return finish(figure, f"Curves of the {ylabel}: {', '.join(histories)}.")

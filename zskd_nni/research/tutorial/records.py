@@ -134,14 +134,16 @@ def beside_record(report: Mapping[str, Any], name: str, folder: Path = RESULTS) 
 
 
 def _accuracies(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """Accuracies of a record or report by what was measured."""
+    """Accuracies of a record or report by what was measured: in floating point, then in integers if there are any."""
     known, controls = record.get("accuracy") or {}, record.get("controls") or {}
-    found = {"teacher": known.get("teacher"), "student": known.get("student")}
-    if known.get("student_int8") is not None:
-        found["student, int8"] = known["student_int8"]
-    for kind, label in (("none", "not distilled"), ("noise", "distilled on noise"), ("leaves", "distilled on leaves")):
-        if kind in controls:
-            found[f"control: {label}"] = controls[kind].get("accuracy")
+    labels = {"none": "not distilled", "noise": "distilled on noise", "leaves": "distilled on leaves"}
+    found = {"teacher": known.get("teacher")}
+    for suffix, precision in (("", ""), ("_int8", ", int8")):
+        if suffix and known.get("student_int8") is None:
+            continue
+        found[f"student{precision}"] = known.get(f"student{suffix}")
+        for kind in (kind for kind in labels if kind in controls):
+            found[f"control: {labels[kind]}{precision}"] = controls[kind].get(f"accuracy{suffix}")
     return found
 
 
