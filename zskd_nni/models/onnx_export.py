@@ -175,7 +175,8 @@ def checking_batch(images: Tensor) -> int:
 
 # On processors with AVX2 or AVX-512 but without VNNI, onnxruntime by itself adds products of eight-bit integers in 16
 # bits, where large sums are cut off. The first setting makes them exact. It fails where layers share a zero point
-# (onnxruntime 1.31); with the second, layers compute in floating point between the operators that round.
+# (onnxruntime 1.31), and older ones cannot convolve with a zero point for each channel (1.23). With the second, layers
+# compute in floating point between the operators that round.
 _EXACT = ("session.x64quantprecision", "session.disable_quant_qdq")
 
 
@@ -184,34 +185,32 @@ def onnx_session(model: bytes | str | Path, options: Any = None) -> Any:
 
     Args:
         model: the file, or its bytes.
-        options: an ``onnxruntime.SessionOptions``; it is made to tell errors only. By default, one with which quantized
-            layers compute exactly on every processor.
+        options: an ``onnxruntime.SessionOptions``; it is made to tell errors only.
 
     Raises:
         UserError: onnxruntime refuses the model.
     """
     import onnxruntime
 
-    choices = [options] if options is not None else [onnxruntime.SessionOptions() for _ in _EXACT]
-    for setting, choice in zip(_EXACT, choices, strict=False):
-        choice.log_severity_level = 3  # of this session, and not of the caller's own
-        if options is None:
-            choice.add_session_config_entry(setting, "1")
-        try:
-            source = model if isinstance(model, bytes) else str(model)
-            return onnxruntime.InferenceSession(source, choice, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has exceptions of its own
-            refusal = error
-    named = "The exported network" if isinstance(model, bytes) else model
-    raise UserError(f"{named} cannot be run by onnxruntime ({refusal}).") from refusal
+    options = options or onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # of this session, and not of the caller's own
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has exceptions of its own
+        named = "The exported network" if isinstance(model, bytes) else model
+        raise UserError(f"{named} cannot be run by onnxruntime ({error}).") from error
 
 
 def run_onnx(model: bytes | str | Path, images: Tensor) -> Tensor:
-    """Logits ``(N, K)`` of an ONNX model in onnxruntime on the CPU.
+    """Logits ``(N, K)`` of an ONNX model in onnxruntime on the CPU, quantized layers exact on every processor.
 
     Args:
         model: the file, or its bytes.
         images: ``(N, C, H, W)`` in the value range.
+
+    Raises:
+        UserError: onnxruntime refuses the model.
 
     Example:
         >>> from zskd_nni import load_teacher
@@ -219,12 +218,21 @@ def run_onnx(model: bytes | str | Path, images: Tensor) -> Tensor:
         >>> run_onnx(onnx_bytes(teacher.model, teacher.spec), torch.zeros(3, 1, 32, 32)).shape
         torch.Size([3, 10])
     """
-    session = onnx_session(model)
-    parts = [
-        session.run(["logits"], {"images": part.numpy().astype(np.float32)})[0]
-        for part in images.split(checking_batch(images))
-    ]
-    return torch.from_numpy(np.concatenate(parts))
+    import onnxruntime
+
+    for setting in _EXACT:
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry(setting, "1")
+        try:
+            session = onnx_session(model, options)
+            parts = [
+                session.run(["logits"], {"images": part.numpy().astype(np.float32)})[0]
+                for part in images.split(checking_batch(images))
+            ]
+            return torch.from_numpy(np.concatenate(parts))
+        except Exception as error:  # onnxruntime has exceptions of its own
+            refusal = error
+    raise refusal
 
 
 class ImageSource(Protocol):
