@@ -689,3 +689,20 @@ def test_channels_that_are_normalised_together_stay_and_the_advice_can_be_follow
     linear = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["fc"], "sparse_ratio": 0.5}]
     sizes = widths(half(NormsOverChannels(), linear))
     assert (sizes["stem"], sizes["wide"], sizes["narrow"]) == (16, 32, 16)
+
+
+def attention_to_one_token(net: Any, x: Tensor) -> Tensor:
+    query, key, value = net.qkv(x.mean((2, 3))[:, None]).chunk(3, -1)
+    weights = torch.softmax(query @ key.transpose(1, 2), -1)
+    return (weights @ value).transpose(1, 2).unsqueeze(3).expand(-1, -1, 4, 4)
+
+
+def softmax_of_one_channel(net: Any, x: Tensor) -> Tensor:
+    weights, value = net.qkv(x.mean((2, 3))).split([1, 47], 1)
+    return (functional.softmax(weights, 1) * value)[:, :16, None, None].expand(-1, -1, 4, 4)
+
+
+@pytest.mark.parametrize("body", [attention_to_one_token, softmax_of_one_channel])
+def test_what_is_constant_by_itself_is_no_removed_channel(body: Callable[[Any, Tensor], Tensor]) -> None:
+    result = half(Net(body, qkv=nn.Linear(16, 48)))
+    assert widths(result)["a"] == widths(result)["b"] == 8 and widths(result)["qkv"] == 48

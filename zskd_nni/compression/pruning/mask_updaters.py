@@ -176,6 +176,20 @@ class BesideConstantsMaskUpdater(DefaultMaskUpdater):
             speedup.indirect_pass_grad(source, value)
 
 
+class FunctionMaskUpdater(DefaultMaskUpdater):
+    """A function of what loses nothing loses nothing, though it may be constant: the softmax of one number is one."""
+
+    def direct_update_process(self, model_speedup: Any, node: Node) -> None:
+        """As NNI's, if anything that the function reads loses something."""
+        super().direct_update_process(model_speedup, node)
+        infos = model_speedup.node_infos
+        read = [mask for source in node.all_input_nodes for mask in tree_leaves(infos[source].output_masks)]
+        if all(bool(mask.all()) for mask in read if isinstance(mask, Tensor)):
+            infos[node].output_masks = tree_map(
+                lambda mask: torch.ones_like(mask) if isinstance(mask, Tensor) else mask, infos[node].output_masks
+            )
+
+
 class LayerMaskUpdater(LeafModuleMaskUpdater):
     """As NNI's, also for layers whose weights are all equal, or whose output nothing depends on."""
 

@@ -59,7 +59,7 @@ def _model_speedup(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", ".*already registered as pytree node", UserWarning)
-        from nni.compression.speedup.mask_updater import DefaultMaskUpdater, NoChangeMaskUpdater
+        from nni.compression.speedup.mask_updater import NoChangeMaskUpdater
         from nni.compression.speedup.replacer import DefaultReplacer
 
         from zskd_nni.compression.pruning import mask_updaters
@@ -76,7 +76,7 @@ def _model_speedup(
             mask_updaters.SelectionMaskUpdater(),
             mask_updaters.BesideConstantsMaskUpdater(),
             mask_updaters.LayerMaskUpdater(),
-            DefaultMaskUpdater(),
+            mask_updaters.FunctionMaskUpdater(),
         ],
         customized_replacers=[DefaultReplacer({"LocalResponseNorm": _replace_response_norm, **unchanged})],
         graph_module=graph_module,
