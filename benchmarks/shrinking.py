@@ -246,7 +246,7 @@ def _depgraph_section(record: dict[str, Any], others: dict[str, dict[str, Any]])
     if not both:
         return []
     right = [(row, other) for row, other in both if other.get("max_logit_difference", 1.0) <= 1e-4]
-    further = sum("after" not in row or row["after"] > 1.02 * other["after"] for row, other in right)
+    further = sum(min(row.get("after", row["before"]), other["before"]) > 1.02 * other["after"] for row, other in right)
     ours = [row for row, _ in both if "after" in row]
     less = sum(row["after"] * 1.02 < other["after"] for row, other in right if "after" in row)
     wrong = [other for _, other in both if other.get("max_logit_difference", 0.0) > 1e-4]
