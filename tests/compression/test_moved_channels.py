@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.nn import functional
 from zskd_nni import NoiseSource, PruningConfig, distill, load_teacher, prune
 from zskd_nni.compression.pruning import speedup
 from zskd_nni.compression.pruning.dependency_config import plan_pruning
-from zskd_nni.compression.pruning.speedup import CannotShrinkError, ShrinkResult, shrink
+from zskd_nni.compression.pruning.masks import multiply_in
+from zskd_nni.compression.pruning.speedup import CannotShrinkError, ShrinkResult, as_parameter_masks, shrink
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.recipes.compression_config import CompressionRun
 from zskd_nni.runtime.errors import UserError
@@ -398,3 +400,54 @@ def test_masks_that_zero_nothing_say_so() -> None:
     network = Between(lambda n, x: x).eval()
     assert "zero nothing" in shrink(network, {"a": {"weight": torch.ones(16, 3, 3, 3)}}, IMAGES).note
     assert "zero nothing" in shrink(network, {}, IMAGES).note
+
+
+# Channels that are silent for the dummy input alone.
+
+
+class Tokens(nn.Module):
+    """Features as ``(1, N, C)``: the first dimension is not the batch, and there is a ReLU behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.hidden, self.fc = nn.Linear(32, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.b(functional.relu(self.a(x)))).mean((2, 3)).reshape(-1, len(x), 32)
+        return self.fc(functional.relu(self.hidden(x)).squeeze(0))
+
+
+class Pairs(nn.Module):
+    """Pairs of features ``(32 N, 2)`` through layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc = nn.Linear(768, 64), nn.Linear(64, 10)
+        self.own = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.own(self.first(x.flatten(1)).reshape(-1, 2)).reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("make", [Tokens, Pairs, lambda: Patches(4), lambda: Between(of_halves)])
+@pytest.mark.parametrize("seed", range(3))
+def test_channels_that_are_silent_for_the_dummy_input_alone_stay(make: Callable[[], nn.Module], seed: int) -> None:
+    torch.manual_seed(seed)
+    network = make().eval()
+    plan = plan_pruning(network, LAYERS, IMAGES)
+    pruner = pruning.L1NormPruner(network, plan.config_list)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    result = shrink(network, masks, IMAGES)
+    masked = copy.deepcopy(network)
+    multiply_in(masked, as_parameter_masks(masked, masks))
+    for scale in (1.0, -10.0, 100.0):
+        images = scale * torch.randn(32, *IMAGES.shape[1:])
+        with torch.no_grad():
+            expected, found = masked(images), result.model(images)
+        assert (expected - found).abs().max() <= 1e-4 * expected.abs().max()
+    whole = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    for name, width in widths(result).items():
+        if name not in masks:
+            assert width == len(whole[name].weight)  # type: ignore[arg-type]

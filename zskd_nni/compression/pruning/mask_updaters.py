@@ -7,17 +7,23 @@ which the sum of the outputs does not depend. Importing this module imports NNI'
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from nni.compression.speedup import ModelSpeedup
+from nni.compression.speedup import ModelSpeedup, mask_updater
 from nni.compression.speedup.mask_conflict import (
     fix_channel_mask_conflict,
     fix_group_mask_conflict,
     fix_weight_sharing_mask_conflict,
 )
 from nni.compression.speedup.mask_updater import DefaultMaskUpdater, LeafModuleMaskUpdater, NoMaskUpdater
-from nni.compression.speedup.utils import randomize_if_tensor, torch_float_dtype, tree_map_zip
+from nni.compression.speedup.utils import (
+    randomize_if_tensor,
+    randomize_tensor_inplace,
+    torch_float_dtype,
+    tree_map_zip,
+)
 from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
@@ -27,15 +33,46 @@ from zskd_nni.compression.fx_trace import depends_on_input
 _SELECTIONS = {"getitem", "chunk", "split", "narrow", "unbind", "select", "index_select"}
 
 
+def drawn(value: Any, batch_dim: int, batch_size: int) -> Any:
+    """Random numbers in a tensor's place, as NNI draws them, whatever its first dimension holds.
+
+    NNI keeps a tensor whose first dimension is not the batch, such as one of all patches of all images. A channel that
+    a ReLU happens to cut off for the dummy input would then count as removed, although it answers to other images.
+    """
+    if isinstance(value, Tensor) and value.dtype in torch_float_dtype and value.numel() > 1:
+        value = value.clone().detach().contiguous()
+        randomize_tensor_inplace(value, 0.1, 8.0)
+        return value
+    return randomize_if_tensor(value, batch_dim, batch_size)
+
+
+@contextlib.contextmanager
+def all_drawn() -> Iterator[None]:
+    """Within the block NNI draws the numbers of all tensors."""
+    theirs = mask_updater.randomize_if_tensor
+    mask_updater.randomize_if_tensor = drawn
+    try:
+        yield
+    finally:
+        mask_updater.randomize_if_tensor = theirs
+
+
 class RobustModelSpeedup(ModelSpeedup):
-    """NNI's own, for tensors of any scale, for sums that are constant, and for layers with one channel a group."""
+    """NNI's own, for tensors of any scale and layout, for constant sums, and for layers with one channel a group."""
+
+    def speedup_model(self) -> Any:
+        """As NNI's."""
+        with all_drawn():
+            return super().speedup_model()
 
     def direct_calc_mask(self, output: Any, output_mask: Tensor | None = None, batch_dim: int | None = None) -> Any:
         """NNI takes a channel that varies by less than 1e-6 for a constant; here that is relative to its tensor.
 
-        Whole numbers and truth values lose nothing: NNI draws positive values, whose comparison with 0 is constant.
+        Whole numbers and truth values lose nothing: NNI draws positive values, whose comparison with 0 is constant. Nor
+        does what has a first dimension of one, where nothing can vary.
         """
-        if isinstance(output, Tensor) and not output.is_floating_point() and self.tensor_propagate_check(output):
+        followed = isinstance(output, Tensor) and self.tensor_propagate_check(output)
+        if followed and (len(output) == 1 or not output.is_floating_point()):
             return torch.ones(1, *output.shape[1:]) if output_mask is None else output_mask
         if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
             self.STD_DELTA = max(ModelSpeedup.STD_DELTA * output.abs().max().item(), 1e-30)
@@ -151,7 +188,7 @@ class BesideConstantsMaskUpdater(DefaultMaskUpdater):
         given: list[tuple[Node, Any]] = []
 
         def prepared(source: Node, mask: Any, value: Any) -> Any:
-            value = randomize_if_tensor(value, speedup.batch_dim, speedup.batch_size)
+            value = drawn(value, speedup.batch_dim, speedup.batch_size)
             if not isinstance(value, Tensor):
                 return value
             if mask is not None:
