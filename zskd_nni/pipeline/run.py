@@ -339,12 +339,21 @@ class Run:
         """The transfer source of the recipe's method, made or resumed in ``impressions/``."""
         if self.given is None:
             source = self._source("impressions", TRANSFER, reserved=self.recipe.transfer.held_out)
+            self._tell_divergence()
         else:
             given = self.given.source(self.recipe.distillation.batch, self.recipe.seed, self.device)
             source = self.loaded.with_further_images(given, self.teacher)
         self.team.first(lambda: self._require_same_images(source))
         self._count_real_images(source)
         return source
+
+    def _tell_divergence(self) -> None:
+        """Say how near the impressions came to their targets."""
+        store = self._store()
+        if store is not None and not self.quiet:
+            summary = store.summary()
+            fit, steps = summary["mean_fit"], summary["mean_steps"]
+            self._print(f"impressions: mean divergence {fit:.4f} from their targets after {steps:.1f} steps")
 
     def _count_real_images(self, source: TransferSource) -> None:
         """Note and say how many real images the student is trained on, where they are counted."""
