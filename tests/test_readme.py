@@ -54,9 +54,10 @@ def test_a_new_seed_joins_those_of_the_same_recipe_alone():
 
 
 @pytest.mark.parametrize("path", benchmark_script().recipe_results(), ids=lambda path: path.stem)
-def test_results_have_three_seeds_controls_and_provenance(path):
+def test_results_have_their_seeds_controls_and_provenance(path):
     records, only_calibrates = json.loads(path.read_text()), benchmark_script().only_calibrates
-    assert [record["provenance"]["seed"] for record in records] == [0, 1, 2]
+    # One seed alone has no deviation in the tables; the pages say what that means.
+    assert [record["provenance"]["seed"] for record in records] in ([0, 1, 2], [0])
     for record in records:
         assert set(record["controls"]) == set(record["recipe"]["controls"])
         # Where nothing is distilled there is nothing to leave out.
