@@ -339,16 +339,13 @@ def embedding_picture(
         if behind is not None and name != behind:
             axis.scatter(*points[behind].T.numpy(), s=5, color=BEFORE, linewidths=0)
         axis.scatter(*at.T.numpy(), s=9, color=colours(labels[name].numpy()), linewidths=0)
-        axis.set_title(name, fontsize=TITLE)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        style(axis, name, x="first t-SNE axis (no unit)", y="second t-SNE axis (no unit)")
+        axis.set(xticks=[], yticks=[])
     dots = [(colours(k), name) for k, name in enumerate(_names(names, classes))]
     dots += [] if behind is None else [(BEFORE, behind)]
     handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for colour, name in dots]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=SMALL, frameon=False,
                   title="class that the teacher predicts", title_fontsize=SMALL)  # fmt: skip
-    figure.supxlabel("first t-SNE axis (no unit)", fontsize=LABEL)
-    figure.supylabel("second t-SNE axis (no unit)", fontsize=LABEL)
     beside = "" if behind is None else f", with {behind} in grey behind"
     return finish(figure, f"Embedding of {', '.join(points)}{beside}.")
 
