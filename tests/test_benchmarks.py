@@ -242,3 +242,14 @@ def test_what_agreement_is_worth_is_said_as_recorded(monkeypatch: pytest.MonkeyP
     below = [-error for error in worth.off_by(data_free, "agreement_held_out")]
     runs, least, most = HELD_OUT_BELOW_TEST
     assert len(below) >= runs and all(least - 0.5 <= each <= most + 0.5 for each in below)
+
+
+def test_the_cost_of_a_larger_task_is_calculated_from_units_of_each_stage(tmp_path: Path) -> None:
+    out = tmp_path / "larger-task.json"
+    command = [sys.executable, "larger_task.py", "--only", "leaves", "--threads", "1", "--out", str(out)]
+    subprocess.run(command, cwd=BENCHMARKS, check=True, timeout=300, capture_output=True)
+    (record,) = json.loads(out.read_text())
+    assert record["minutes"] == pytest.approx(record["seconds_a_unit"] * record["units"] / 60, rel=0.5)
+    assert 100 < record["peak_mib"] < 8000
+    recorded = json.loads((BENCHMARKS.parent / "results" / "bench-larger-task.json").read_text())
+    assert {one["name"] for one in recorded} == set(script("larger_task").STAGES)

@@ -28,6 +28,7 @@ _BENCHMARKS = "<!-- benchmarks -->"
 _LADDER = "<!-- ladder -->"
 _EQUAL_FIT = "<!-- equal fit -->"
 _MANY_WORKERS = "<!-- many workers -->"
+_LARGER_TASK = "<!-- larger task -->"
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<to>[^)#]+)[^)]*\)")  # one to no page of the site stays as its text
 _RESULTS_PAGE = """---
 hide: [toc]
@@ -39,7 +40,8 @@ hide: [toc]
 
 The plots show mean test accuracy against the size of the ONNX file. Each number is a recipe in one precision, listed
 below its plot. [The home page](index.md#what-it-gains) says what they show. The table has all figures: test accuracy in
-percent, mean and standard deviation over seeds 0, 1 and 2, after the last step.
+percent after the last step, mean and standard deviation over seeds 0, 1 and 2. A figure without a deviation is that of
+seed 0.
 
 - *student* was trained from the teacher's weights alone.
 - *with real data* is the same recipe on the training images, the upper limit.
@@ -93,7 +95,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables in."""
     if _BENCHMARKS in markdown:
         markdown = markdown.replace(_BENCHMARKS, benchmarks_table()).replace(_LADDER, ladder_table())
-        markdown = markdown.replace(_EQUAL_FIT, equal_fit_table())
+        markdown = markdown.replace(_EQUAL_FIT, equal_fit_table()).replace(_LARGER_TASK, larger_task_table())
     if _MANY_WORKERS in markdown:
         markdown = markdown.replace(_MANY_WORKERS, many_workers_table())
     markdown = _SMALLEST.sub(lambda match: smallest_table(match["columns"]), markdown)
@@ -207,6 +209,17 @@ def ladder_table() -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     return "\n".join([*head, *lines])
+
+
+def larger_task_table() -> str:
+    """The Markdown table of ``results/bench-larger-task.json``."""
+    path = ROOT / "results" / "bench-larger-task.json"
+    lines = ["| stage | of | seconds each | minutes | peak memory |", "| --- | --- | --- | --- | --- |"]
+    for record in json.loads(path.read_text()):
+        amount = f"{record['units']:,} {record['unit']}s" if record["unit"] == "image" else f"{record['units']} steps"
+        seconds, minutes = f"{record['seconds_a_unit']:.2g}", f"{record['minutes']:.2g}"
+        lines.append(f"| {record['name']} | {amount} | {seconds} | {minutes} | {record['peak_mib'] / 1024:.1f} GiB |")
+    return "\n".join(lines)
 
 
 def _largest(shares: dict[str, float]) -> list[tuple[str, float]]:
