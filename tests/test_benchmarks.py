@@ -252,4 +252,4 @@ def test_the_cost_of_a_larger_task_is_calculated_from_units_of_each_stage(tmp_pa
     assert record["minutes"] == pytest.approx(record["seconds_a_unit"] * record["units"] / 60, rel=0.5)
     assert 100 < record["peak_mib"] < 8000
     recorded = json.loads((BENCHMARKS.parent / "results" / "bench-larger-task.json").read_text())
-    assert {one["name"] for one in recorded} == set(script("larger_task").STAGES)
+    assert [one["name"] for one in recorded] == ["leaves", "impressions", "calibration", "distillation"]
