@@ -191,7 +191,9 @@ def alone(measure: Callable[[str, Path | None], dict[str, Any]], name: str, clon
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
-        process = multiprocessing.get_context("fork").Process(target=_run, args=(measure, name, clones, file, limit))
+        # Not a fork: PyTorch's threads do not survive one.
+        given = (measure, name, clones, file, limit, torch.get_num_threads())
+        process = multiprocessing.get_context("spawn").Process(target=_run, args=given)
         process.start()
         process.join(30 * limit)
         if process.is_alive():
@@ -205,8 +207,14 @@ def alone(measure: Callable[[str, Path | None], dict[str, Any]], name: str, clon
 
 
 def _run(
-    measure: Callable[[str, Path | None], dict[str, Any]], name: str, clones: Path | None, file: Path, limit: float
+    measure: Callable[[str, Path | None], dict[str, Any]],
+    name: str,
+    clones: Path | None,
+    file: Path,
+    limit: float,
+    threads: int,
 ) -> None:
+    torch.set_num_threads(threads)
     resource.setrlimit(resource.RLIMIT_CPU, (round(limit), round(limit) + 5))
     with redirect_stdout(sys.stderr):
         try:

@@ -185,7 +185,7 @@ def onnx_session(model: bytes | str | Path, options: Any = None) -> Any:
 
     Args:
         model: the file, or its bytes.
-        options: an ``onnxruntime.SessionOptions``; it is made to tell errors only.
+        options: an ``onnxruntime.SessionOptions``; it writes nothing but fatal errors to the console.
 
     Raises:
         UserError: onnxruntime refuses the model.
@@ -193,7 +193,7 @@ def onnx_session(model: bytes | str | Path, options: Any = None) -> Any:
     import onnxruntime
 
     options = options or onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # of this session, and not of the caller's own
+    options.log_severity_level = 4  # an error is raised, and told in a sentence
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -166,7 +166,7 @@ class _Rehearsal:
         self.method = find_method(self.section.method)
         batch = self.spec.uniform_noise(self.recipe.distillation.batch).to(self.device)
         with torch.no_grad():
-            self.teacher(batch[:2])
+            self.teacher(batch)
             self.of_teacher = self._seconds_of(lambda: self.teacher(batch))  # a batch of the distillation
         self.short = _shortened(self.students.loaded, 4 * self.of_teacher)
 
@@ -217,7 +217,7 @@ class _Rehearsal:
 
     def _impressions(self, method: ImpressionMethod, settings: SynthesisSettings, size: int) -> float:
         """Seconds of ``size`` impressions, from a batch of them with few steps."""
-        few = 3 if 4 * self.of_teacher * settings.slots / self.recipe.distillation.batch < 1 else 1
+        few = 3 if 4 * self.of_teacher * settings.slots / self.recipe.distillation.batch < 1 else 2
         count = min(settings.slots, size)
         short = dataclasses.replace(settings, max_steps=few, tolerance=None, patience=0)
         plan = method.plan(self.teacher, self.options.targets)
@@ -352,7 +352,7 @@ class _Rehearsal:
         count = self.spec.inference_batch_on("cpu")
         images = self.spec.uniform_noise(count)
         with torch.no_grad():
-            network(images[: min(2, count)])
+            network(images)  # the first pass sets things up
             return self._seconds_of(lambda: network(images)) / count
 
     def _further_bytes(self) -> int:
