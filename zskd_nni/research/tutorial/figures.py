@@ -341,7 +341,7 @@ def embedding_picture(
         axis.scatter(*at.T.numpy(), s=9, color=colours(labels[name].numpy()), linewidths=0)
         style(axis, name, x="first t-SNE axis (no unit)", y="second t-SNE axis (no unit)")
         axis.set(xticks=[], yticks=[])
-    dots = [(colours(k), name) for k, name in enumerate(_names(names, classes))]
+    dots: list[tuple[Any, str]] = [(colours(k), name) for k, name in enumerate(_names(names, classes))]
     dots += [] if behind is None else [(BEFORE, behind)]
     handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for colour, name in dots]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=SMALL, frameon=False,

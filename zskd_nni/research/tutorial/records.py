@@ -121,9 +121,10 @@ def beside_record(report: Mapping[str, Any], name: str, folder: Path = RESULTS) 
     rows = []
     for what, value in here.items():
         known = [one for one in (_accuracies(record).get(what) for record in records) if one is not None]
-        gap = None if value is None or there.get(what) is None else value - there[what]
+        then = there.get(what)
+        gap = None if value is None or then is None else value - then
         spread = f"{min(known):.2f} to {max(known):.2f}" if known else "-"
-        rows.append((what, _figure(value), _figure(there.get(what)), "-" if gap is None else f"{gap:+.2f}", spread))
+        rows.append((what, _figure(value), _figure(then), "-" if gap is None else f"{gap:+.2f}", spread))
     made, now = record["provenance"], report["provenance"]
     caption = (
         f"Record: {folder / name}.json, seed {made['seed']}, commit {made['commit'][:8]}, "
@@ -153,7 +154,7 @@ def _figure(value: float | None) -> str:
 
 def _differences(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """In which settings two recipes differ, as a sentence."""
-    old, new = _flat(completed(record)), _flat(completed(recipe))
+    old, new = _flat(completed(dict(record))), _flat(completed(dict(recipe)))
     words = ("name", "description", "selected_on", "scale")
     other = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in words]
     if not other:
