@@ -1,8 +1,9 @@
 """Charts that are drawn from the records when the site is built.
 
 ``<!-- chart: accuracy and bytes -->`` becomes a plot of accuracy against the size of the ONNX file, one for each data
-set with real images. ``<!-- chart: KEY -->`` is a chart of the papers' tables, ``<!-- charts: KEY KEY -->`` several
-side by side; the keys are those of ``render_charts``.
+set with real images, and ``<!-- chart: time to accuracy -->`` one of accuracy against minutes. ``<!-- chart: KEY -->``
+is a chart of the papers' tables, ``<!-- charts: KEY KEY -->`` several side by side; the keys are those of
+``render_charts``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from generated_pages import packaged_recipes
 from rivals_page import NAMES
 
 from zskd_nni.pipeline.comparison import bits_of
-from zskd_nni.research.reproduction.charts import position, range_of, ticks_between
+from zskd_nni.research.reproduction.ablation_charts import accuracy_axis, curves_chart
+from zskd_nni.research.reproduction.charts import Row, position, range_of, ticks_between
 from zskd_nni.research.reproduction.page import render_charts
 from zskd_nni.research.reproduction.records import read_records
 
@@ -31,6 +33,13 @@ TITLES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "mnist": "MNI
 KINDS = {"real": "same recipe on real images", "free": "student", "leaves": "on dead leaves", "noise": "on noise"}
 RIVAL = "another tool or method without data"
 RIVALS_OF = {"alexnet": "cifar10-prune50-quick", "lenet5": "fashion-mnist-taylor50"}  # and our recipe of their half
+WAYS = {  # of time-to-accuracy.json: name and style
+    "ours": ("ours", "free best"),
+    "published": ("ZSKD's published schedule", "free"),
+    "fast-datafree": ("Fast-Datafree", "other"),
+    "real": ("the same distillation on real images", "real"),
+}
+_MINUTES = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 _MARK = re.compile(r"<!-- chart(?P<several>s?): (?P<what>[^>]*?) -->")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 270, 40, 14, 34, 42
 _APART = 13  # recipes of about one size stand side by side
@@ -42,6 +51,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     def chart(match: re.Match[str]) -> str:
         if match["what"] == "accuracy and bytes":
             return accuracy_and_bytes()
+        if match["what"] == "time to accuracy":
+            return f'<div class="chart-of-methods">\n{time_to_accuracy()}\n</div>'
         if match["several"]:
             figures = "\n".join(charts_of_tables()[key] for key in match["what"].split())
             return f'<div class="charts">\n{figures}\n</div>'
@@ -126,6 +137,26 @@ def accuracy_and_bytes() -> str:
     marks = " ".join(f'<span><svg viewBox="0 0 14 14">{mark(kind, 7, 7)}</svg>{said}</span>'
                      for kind, said in {"teacher": "teacher", **KINDS, "rival": RIVAL}.items())  # fmt: skip
     return f'<div class="charts">\n{drawn}\n</div>\n<p class="marks">{marks}</p>'
+
+
+def time_to_accuracy() -> str:
+    """A curve for each way of training one pruned network: test accuracy against minutes of one core."""
+    curves: dict[str, dict[float, Row]] = {}
+    points = json.loads((ROOT / "results" / "time-to-accuracy.json").read_text())
+    for way, (name, kind) in WAYS.items():
+        budgets: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+        for point in points:
+            if point["way"] == way:
+                budgets.setdefault((point["impressions"], point["steps"]), []).append(point)
+        for runs in budgets.values():
+            minutes = round(statistics.mean(run["seconds"] for run in runs) / 60, 1)
+            curves.setdefault(name, {})[minutes] = Row(name, [run["accuracy"] for run in runs], kind)
+    drawn = [row for rows in curves.values() for row in rows.values()]
+    times = [minutes for rows in curves.values() for minutes in rows]
+    ticks = [tick for tick in _MINUTES if tick <= max(times)]
+    ticks = [*[tick for tick in ticks if tick < min(times)][-1:], *[tick for tick in ticks if tick >= min(times)]]
+    ticks.append(_MINUTES[_MINUTES.index(ticks[-1]) + 1])
+    return curves_chart("Time to accuracy", curves, accuracy_axis(drawn), "minutes of one core", ticks=ticks)
 
 
 def panel(data: str, teacher: float, size: int, columns: list[Column]) -> str:

@@ -29,6 +29,7 @@ _LADDER = "<!-- ladder -->"
 _EQUAL_FIT = "<!-- equal fit -->"
 _MANY_WORKERS = "<!-- many workers -->"
 _LARGER_TASK = "<!-- larger task -->"
+_COSTS = "<!-- costs -->"
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<to>[^)#]+)[^)]*\)")  # one to no page of the site stays as its text
 _RESULTS_PAGE = """---
 hide: [toc]
@@ -96,6 +97,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     if _BENCHMARKS in markdown:
         markdown = markdown.replace(_BENCHMARKS, benchmarks_table()).replace(_LADDER, ladder_table())
         markdown = markdown.replace(_EQUAL_FIT, equal_fit_table()).replace(_LARGER_TASK, larger_task_table())
+        markdown = markdown.replace(_COSTS, costs_table())
     if _MANY_WORKERS in markdown:
         markdown = markdown.replace(_MANY_WORKERS, many_workers_table())
     markdown = _SMALLEST.sub(lambda match: smallest_table(match["columns"]), markdown)
@@ -219,6 +221,18 @@ def larger_task_table() -> str:
         amount = f"{record['units']:,} {record['unit']}s" if record["unit"] == "image" else f"{record['units']} steps"
         seconds, minutes = f"{record['seconds_a_unit']:.2g}", f"{record['minutes']:.2g}"
         lines.append(f"| {record['name']} | {amount} | {seconds} | {minutes} | {record['peak_mib'] / 1024:.1f} GiB |")
+    return "\n".join(lines)
+
+
+def costs_table() -> str:
+    """The Markdown table of ``results/bench-costs.json``."""
+    path = ROOT / "results" / "bench-costs.json"
+    lines = ["| what | measured | limit |", "| --- | --- | --- |"]
+    for row in json.loads(path.read_text()) if path.exists() else []:
+        limit = f"at most {row['most']:g}" if "most" in row else f"at least {row['least']:,}"
+        kept = row["value"] <= row["most"] if "most" in row else row["value"] >= row["least"]
+        value = f"{row['value']:,.3g}" if row["value"] < 1000 else f"{row['value']:,.0f}"
+        lines.append(f"| {row['what']} | {value if kept else f'**{value}**'} {row['unit']} | {limit} |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ differences of paired seeds. Bars are one standard deviation over the seeds to e
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -138,9 +139,14 @@ def marks_chart(
 
 
 def curves_chart(
-    title: str, curves: Mapping[str, Mapping[float, Row]], axis: Axis, across: str, levels: Iterable[Row] = ()
+    title: str,
+    curves: Mapping[str, Mapping[float, Row]],
+    axis: Axis,
+    across: str,
+    levels: Iterable[Row] = (),
+    ticks: Sequence[float] = (),
 ) -> str:
-    """An SVG of accuracies over sizes, which stand at equal distances: a curve for each entry, with bars.
+    """An SVG of accuracies over sizes: a curve for each entry, with bars.
 
     Args:
         title: what is drawn, for readers who cannot see it.
@@ -148,13 +154,18 @@ def curves_chart(
         axis: of the accuracies.
         across: name of the sizes.
         levels: drawn as lines from left to right.
+        ticks: of a logarithmic axis of the sizes, from end to end; they stand at equal distances where absent.
     """
     places = sorted({place for rows in curves.values() for place in rows})
     head = 26 + 18 * _legend_lines(curves)
     floor, inner = head + _CURVES_HEIGHT, _WIDTH - _CURVES_LEFT - 2 * _SIDE
 
     def x(place: float) -> float:
-        return _CURVES_LEFT + _SIDE + inner * places.index(place) / max(1, len(places) - 1)
+        if ticks:
+            share = math.log(place / ticks[0]) / math.log(ticks[-1] / ticks[0])
+        else:
+            share = places.index(place) / max(1, len(places) - 1)
+        return _CURVES_LEFT + _SIDE + inner * share
 
     def y(value: float) -> float:
         return floor - _CURVES_HEIGHT * axis.share(value)
@@ -167,7 +178,7 @@ def curves_chart(
         parts.append(
             f'<text class="tick" text-anchor="end" x="{_CURVES_LEFT - 6}" y="{y(tick) + 4:.1f}">{tick:g}</text>'
         )
-    for place in places:
+    for place in ticks or places:
         parts.append(f'<text class="tick" text-anchor="middle" x="{x(place):.1f}" y="{floor + 15}">{place:g}</text>')
     middle = _CURVES_LEFT + _SIDE + inner / 2
     parts.append(f'<text class="tick" text-anchor="middle" x="{middle:.0f}" y="{floor + 32}">{across}</text>')
