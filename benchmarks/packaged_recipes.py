@@ -41,7 +41,8 @@ from zskd_nni.runtime.files import make_folder, write_atomic, write_json
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 README = RESULTS.parent / "README.md"
 TRAINING_IMAGES = {"digits": 1437, "mnist": 60000, "fashion-mnist": 60000, "cifar10": 50000}
-OTHERS = ("shrinking", "bench-", "colour-parts", "rivals-", "time-to-accuracy")  # what results of other benchmarks begin with
+# What results of other benchmarks begin with.
+OTHERS = ("shrinking", "bench-", "colour-parts", "rivals-", "time-to-accuracy")
 ORDER = ("cifar10-", "fashion-mnist-", "mnist-", "digits-")  # of a table's rows; others come after them
 KEPT = (
     "name",
