@@ -31,11 +31,13 @@ _MANY_WORKERS = "<!-- many workers -->"
 _LARGER_TASK = "<!-- larger task -->"
 _COSTS = "<!-- costs -->"
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<to>[^)#]+)[^)]*\)")  # one to no page of the site stays as its text
-_RESULTS_PAGE = """---
-hide: [toc]
----
-
-# Results of the packaged recipes
+_WIDE = {  # pages whose tables or pictures need the place of the links beside them
+    "howto/explorer.md": ["toc"],
+    "recipe-results.md": ["navigation", "toc"],
+    "reliability.md": ["toc"],
+    "shrinking.md": ["navigation", "toc"],
+}
+_RESULTS_PAGE = """# Results of the packaged recipes
 
 <!-- chart: accuracy and bytes -->
 
@@ -47,7 +49,7 @@ seed 0.
 - *student* was trained from the teacher's weights alone.
 - *with real data* is the same recipe on the training images, the upper limit.
 - The controls are the same student without distillation, distilled on uniform noise, and distilled on dead leaves
-  (procedural images that fill the frame). A recipe that does not distil is calibrated on them.
+  (procedural images that fill the frame). Recipes without distillation are calibrated on such images instead.
 
 A recipe that quantizes has two rows. All students of a row have the same precision.
 
@@ -92,8 +94,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
     """Put the tables in."""
+    if page is not None and page.file.src_uri in _WIDE:
+        page.meta.setdefault("hide", _WIDE[page.file.src_uri])
     if _BENCHMARKS in markdown:
         markdown = markdown.replace(_BENCHMARKS, benchmarks_table()).replace(_LADDER, ladder_table())
         markdown = markdown.replace(_EQUAL_FIT, equal_fit_table()).replace(_LARGER_TASK, larger_task_table())

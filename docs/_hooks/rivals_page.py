@@ -27,7 +27,7 @@ NAMES = {
         "**ours, with narrower ranges, joint rounding, corrected biases**",
         "a packaged recipe, options set",
     ),
-    "real": ("*ours on real images: the ceiling*", "the same recipe"),
+    "real": ("*ours on real images: the upper limit*", "the same recipe"),
     "real-options": ("*the same with the options*", "the same recipe"),
 }
 _FOR_HALF = ("nni", "torch-pruning", "bn-noise", "folding", "ours", "real")

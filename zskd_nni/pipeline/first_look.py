@@ -67,17 +67,16 @@ def look_at(teacher: Teacher, test: LabelledImages | None) -> FirstLook:
         )
     spread = first_spread(teacher)
     if spread is not None:
-        factor = float(torch.tensor(abs(spread)).exp())
+        ratio = float(torch.tensor(spread).exp())
         far = not RIGHT[0] <= spread <= RIGHT[1]
         lines.append(
-            f"teacher: its first BatchNorm sees procedural images {factor:,.1f} times as "
-            f"{'much' if spread > 0 else 'little'} spread as its training images"
-            + ("" if far else ", as with a right input")
+            f"teacher: at its first BatchNorm, procedural images spread {ratio:,.2f} times as much as its training "
+            "images did" + ("" if far else ", which is usual for a right input")
         )
         if far:
             warnings.append(
-                "warning: that is too far for the input that it was trained with, and teacher.input (low, high, mean, "
-                f"std) is probably another: pixels come {factor:,.1f} times too {'large' if spread > 0 else 'small'}"
+                "warning: that is far from 1. So teacher.input (low, high, mean, std) is probably another than in its "
+                f"training: pixels are some {max(ratio, 1 / ratio):,.1f} times too {'large' if ratio > 1 else 'small'}"
             )
     if measured is not None and measured < 100 * least_accuracy(teacher.num_classes):
         warnings.append(f"warning: chance is {100 / teacher.num_classes:.2f} %, and the teacher is hardly better")

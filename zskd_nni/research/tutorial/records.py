@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zskd_nni.pipeline.comparison import bits_of
 from zskd_nni.recipes.schema import completed
 from zskd_nni.research.display import Table
 from zskd_nni.research.reproduction.page import (
@@ -81,7 +82,7 @@ def _recipe_row(name: str, records: list[dict[str, Any]]) -> list[str]:
     return [
         name,
         f"{first['accuracy']['teacher']:.2f}",
-        student + (" (int8)" if suffix else ""),
+        student + (f" ({bits_of(first['recipe']['compression']['quantization'])})" if suffix else ""),
         mean_and_deviation(real),
         *controls,
         f"{first['parameters']['teacher']:,} to {first['parameters']['student']:,}",
