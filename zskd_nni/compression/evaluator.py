@@ -308,6 +308,9 @@ class DataFreeEvaluator(TorchEvaluator):
         with warnings.catch_warnings():
             # NNI replaces the optimiser's step, which PyTorch takes for a mistake in the order of the user's calls.
             warnings.filterwarnings("ignore", "Seems like `optimizer.step\\(\\)` has been overridden")
+            # DoReFa rounds gradients in hooks that run before a layer's own. PyTorch 2.11 warns of them where a layer's
+            # input needs no gradient, as at the first layer; what they do there is right.
+            warnings.filterwarnings("ignore", "Full backward hook is firing")
             self.histories.append(fit(model, optimizer, schedule, loss, run))
 
     def _show(self, model: nn.Module, steps: int) -> None:
