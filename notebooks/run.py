@@ -4,7 +4,9 @@
     python notebooks/run.py                           # all in seconds, into out/notebooks/smoke: do they run?
     python notebooks/run.py 02 05 --scale full        # those whose names begin so
     python notebooks/run.py 03 --scale full --resume  # takes up runs, images and students of an earlier execution
-    python notebooks/run.py --prose                   # nothing is executed: changed prose goes into the copies
+    python notebooks/run.py --prose                   # changed prose goes into the copies, and records are read again
+
+With ``--prose`` only cells tagged ``records`` are executed. They show what is in ``results/`` and use no other cell.
 
 The executed copy has the outputs, a last cell that says where they come from, and in its metadata the checksum of the
 notebook it was made of. A copy is written when its notebook has run to the end, whole or not at all. What notebooks
@@ -14,6 +16,7 @@ make on the way lies in ``out/notebooks`` and is made anew by every run, but for
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime
 import hashlib
 import os
@@ -211,8 +214,26 @@ def cleaned(notebook: Any) -> Any:
     return notebook
 
 
+def read_again(cell: Any, scale: str) -> bool:
+    """Execute a cell that shows records, in the repository's folder; whether it shows others than before."""
+    import nbformat
+
+    known: dict[str, Any] = {"scale": scale}
+    tree = ast.parse(cell.source)
+    last = ast.Expression(tree.body.pop().value)  # type: ignore[attr-defined]
+    exec(compile(tree, cell.id, "exec"), known)
+    table = eval(compile(last, cell.id, "eval"), known)
+    data = {"text/html": table._repr_html_(), "text/plain": repr(table)}
+    shown = nbformat.v4.new_output(
+        "execute_result", data, execution_count=cell.execution_count
+    )
+    changed = "".join(cell.outputs[0]["data"]["text/plain"]) != data["text/plain"]
+    cell.outputs = [shown]
+    return changed
+
+
 def refresh_prose(source: Path, copy: Path) -> None:
-    """Take over the prose of a notebook whose code is still that of its copy, and the outputs with it."""
+    """Take over the prose of a notebook whose code is still that of its copy; the outputs stay, but for records."""
     fresh, old = cleaned(read(source)), read(copy)
     ran = [cell for cell in old.cells if cell.cell_type == "code"]
     injected = [
@@ -230,8 +251,19 @@ def refresh_prose(source: Path, copy: Path) -> None:
         cells.append(ran.pop(0) if cell.cell_type == "code" else cell)
         if "parameters" in cell.metadata.get("tags", []):
             cells += injected
-    old.cells = [*cells, old.cells[-1]]
-    old.metadata[KEY]["source_sha256"] = checksum(source)
+    about = old.metadata[KEY]
+    about["source_sha256"] = checksum(source)
+    records = [cell for cell in cells if "records" in cell.metadata.get("tags", [])]
+    last = old.cells[-1]
+    if True in [read_again(cell, about["scale"]) for cell in records]:
+        today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+        lines = [
+            line for line in last.source.splitlines() if not line.startswith("| records |")
+        ]
+        last.source = "\n".join(
+            [*lines, f"| records | tables of earlier results read again on {today} |"]
+        )
+    old.cells = [*cells, last]
     write(old, copy)
 
 
@@ -262,7 +294,9 @@ def main() -> int:
         help="take up what an earlier execution at this scale has made",
     )
     parser.add_argument(
-        "--prose", action="store_true", help="take over changed prose, execute nothing"
+        "--prose",
+        action="store_true",
+        help="take over changed prose, execute only tables of records",
     )
     arguments = parser.parse_args()
     if arguments.jobs < 1:
@@ -273,6 +307,7 @@ def main() -> int:
         smoke = arguments.scale == "smoke" and not arguments.prose
         arguments.to = arguments.work / "smoke" if smoke else TUTORIALS
     if arguments.prose:
+        os.chdir(ROOT)  # records are found from there
         for source in found:
             if (arguments.to / source.name).exists():
                 refresh_prose(source, arguments.to / source.name)

@@ -197,6 +197,8 @@ def test_figures_of_recipes_are_those_of_the_files() -> None:
     assert row["student"].startswith(f"{mean:.2f} ± ") and row["student"].endswith("(int8)")
     assert row["teacher"] == f"{records[0]['accuracy']['teacher']:.2f}"
     assert row["on noise"].startswith(f"{sum(r['controls']['noise']['accuracy_int8'] for r in records) / 3:.2f}")
+    (fewer,) = results.recipes_table(["cifar10-ptq-w4a8"], RESULTS).rows
+    assert fewer[2].endswith("(W4A8)")
     assert "seeds 0, 1, 2" in table.caption and "mnist-prune50-int8.json" in table.caption
     assert table.rows[1] == ["never-run", *["-"] * 6] and "Not run yet: never-run" in table.caption
 

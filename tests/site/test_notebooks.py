@@ -232,6 +232,24 @@ def test_changed_prose_goes_into_the_copy_and_changed_code_does_not(moved: tuple
         RUNNER.refresh_prose(source, copy)
 
 
+def test_tables_of_records_are_read_again_with_the_prose(moved: tuple[Path, Path], monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    source, copy = moved
+    before = copy.read_text()
+    (record,) = json.loads((ROOT / "results" / "digits-prune50.json").read_text())[:1]
+    teacher = f"{record['accuracy']['teacher']:.2f}"
+    notebook = read(copy)
+    (cell,) = (cell for cell in notebook["cells"] if "records" in cell["metadata"].get("tags", ()))
+    cell["outputs"] = json.loads(json.dumps(cell["outputs"]).replace(teacher, "12.34"))
+    copy.write_text(json.dumps(notebook))
+    RUNNER.refresh_prose(source, copy)
+    assert outputs(read(copy)) == outputs(json.loads(before))
+    assert "tables of earlier results read again on 20" in "".join(read(copy)["cells"][-1]["source"])
+    once = copy.read_text()
+    RUNNER.refresh_prose(source, copy)
+    assert copy.read_text() == once
+
+
 @pytest.mark.slow
 def test_a_notebook_that_fails_leaves_the_copy_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
