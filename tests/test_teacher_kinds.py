@@ -182,6 +182,52 @@ def test_the_module_at_the_end_is_named() -> None:
         Teacher(net(nn.Softmax(1)), SPEC)
 
 
+class Attention(nn.Module):
+    """A softmax in the middle, a function at the end."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.attend, self.softmax, self.net, self.end = nn.Conv2d(3, 1, 1), nn.Softmax(2), net(), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.softmax(self.attend(x).flatten(1).unsqueeze(1)).view(len(x), 1, *x.shape[2:])
+        return self.end(self.net(x * weights))
+
+
+def test_a_softmax_that_is_not_at_the_end_is_not_named() -> None:
+    assert Teacher(Attention(lambda z: z), SPEC).num_classes == 10
+    with pytest.raises(UserError, match=r"ends in a softmax: its answers"):
+        Teacher(Attention(lambda z: z.softmax(1)), SPEC)
+    with pytest.raises(UserError, match=r"ends in a softmax \('5'\)"):
+        Teacher(net(nn.Softmax(1), nn.Identity()), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("end", "sentence"),
+    [
+        (lambda z: z.double(), "answers in torch.float64 though its weights are float32; return logits.float()"),
+        (lambda z: z.half(), "answers in torch.float16 though"),
+        (lambda z: z.argmax(1), "answers in whole numbers (torch.int64), such as the chosen classes"),
+        (lambda z: functional.one_hot(z.argmax(1), 10), "answers in whole numbers"),
+        (lambda z: functional.one_hot(z.argmax(1), 10).float(), "answers with 1 for one class and 0 for the others"),
+        (lambda z: functional.gumbel_softmax(z, hard=True), "answers with 1 for one class and 0 for the others"),
+        (lambda z: z.softmax(0), "a softmax over the images of a batch (dim=0)"),
+        (lambda z: z[:, :, None, None], "of shape [2, 10, 1, 1]; a classifier returns (N, classes). Let forward"),
+        (lambda z: z.unsqueeze(-1), "of shape [2, 10, 1]; a classifier returns (N, classes). Let forward"),
+        (lambda z: z[:, 0], "a tensor of shape [2], one number an image: a binary classifier"),
+        (lambda z: z[:, 0].sigmoid(), "one number an image, between 0 and 1 as after a sigmoid: a binary classifier"),
+        (lambda z: z.sum(), "returns a tensor of shape [] for 2 images"),
+    ],
+)
+def test_what_answers_are_is_told(end: Callable[[Tensor], Tensor], sentence: str) -> None:
+    torch.manual_seed(0)
+    network = Ending(end)
+    nn.init.constant_(network.net[4].bias, -9.0)
+    with pytest.raises(UserError) as refusal:
+        Teacher(network, SPEC)
+    assert str(refusal.value).startswith("The teacher ") and sentence in str(refusal.value)
+
+
 @pytest.mark.parametrize("make", SIGMOIDS)
 def test_one_probability_a_class_is_no_logit(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(UserError, match=r"ends in a sigmoid.*one probability a class"):

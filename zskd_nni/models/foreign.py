@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zskd_nni.models.onnx_export import onnx_session
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import is_file
 
@@ -139,14 +140,7 @@ def network_of_onnx(file: Path) -> nn.Module:
 
 def _check_answers(file: Path, network: nn.Module) -> None:
     """Compare a converted network with the file in onnxruntime, where the file says how large its images are."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has exceptions of its own
-        raise UserError(f"{file} cannot be run by onnxruntime ({error}).") from error
+    session = onnx_session(file)
     given = session.get_inputs()[0]
     shape = [size if isinstance(size, int) else 2 if axis == 0 else None for axis, size in enumerate(given.shape)]
     if None in shape or given.type != "tensor(float)":

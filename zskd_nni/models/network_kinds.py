@@ -132,38 +132,80 @@ def _check_tensors(module: nn.Module, where: str, what: str) -> None:
             )
 
 
-def check_answers(answers: Tensor, network: nn.Module, before: Tensor | None, what: str = "The teacher") -> None:
-    """Refuse a network that gives probabilities in the place of logits.
+def check_answers(
+    answers: Tensor, count: int, before: Tensor | None = None, last: str | None = None, what: str = "The teacher"
+) -> None:
+    """Refuse a network whose answers are no logits of at least two classes.
 
     A log-softmax is no matter: it adds one number to all logits of an image, which a softmax takes off again.
 
     Args:
-        answers: ``(N, classes)``.
-        network: gave them.
+        answers: what the network gave.
+        count: how many images it saw.
         before: what its classifier gave, ``(N, classes)``; None where that is unknown.
+        last: path of the module that gave the answers; None where ``forward`` itself computed them.
         what: the subject of the sentence.
 
     Raises:
-        UserError: names what the network ends in.
+        UserError: says what the answers are and what would be right.
     """
-    if answers.shape[1] == 1:
-        after = ", between 0 and 1 as after a sigmoid" if bool(((answers >= 0) & (answers <= 1)).all()) else ""
+    shape = list(answers.shape)
+    if not answers.is_floating_point():
         raise UserError(
-            f"{what} answers {len(answers)} images with a tensor of shape {list(answers.shape)}, one number an "
-            f"image{after}: a binary classifier of one output, and at least 2 classes with a logit each are needed. "
-            f"Give its last layer two outputs, with the weights and bias of the one behind a row of zeros, and return "
-            f"them without a sigmoid."
+            f"{what} answers in whole numbers ({answers.dtype}), such as the chosen classes after argmax; return the "
+            f"logits that it chooses from."
         )
-    probabilities = bool((answers >= 0).all()) and bool((answers.sum(1) - 1).abs().max() < 1e-3)
-    if probabilities:
+    if shape in ([count], [count, 1]):
+        _refuse_one_output(answers, what)
+    if len(shape) > 2 and shape[0] == count and answers.numel() == count * shape[1]:
+        raise UserError(
+            f"{what} answers {count} images with a tensor of shape {shape}; a classifier returns (N, classes). Let "
+            f"forward end in .flatten(1), or put nn.Flatten(1) behind the network."
+        )
+    if len(shape) != 2 or shape[0] != count:
+        raise UserError(
+            f"{what} returns a tensor of shape {shape} for {count} images; a classifier returns "
+            f"({count}, classes) with at least 2 classes. Pass output= to pick the logits."
+        )
+    if answers.dtype != torch.float32:
+        raise UserError(
+            f"{what} answers in {answers.dtype} though its weights are float32; return logits.float() from forward."
+        )
+    if bool((answers >= 0).all()):
+        _refuse_probabilities(answers, before, last, what)
+
+
+def _refuse_one_output(answers: Tensor, what: str) -> None:
+    after = ", between 0 and 1 as after a sigmoid" if bool(((answers >= 0) & (answers <= 1)).all()) else ""
+    raise UserError(
+        f"{what} answers {len(answers)} images with a tensor of shape {list(answers.shape)}, one number an "
+        f"image{after}: a binary classifier of one output, and at least 2 classes with a logit each are needed. "
+        f"Give its last layer two outputs, with the weights and bias of the one behind a row of zeros, and return "
+        f"them without a sigmoid."
+    )
+
+
+def _refuse_probabilities(answers: Tensor, before: Tensor | None, last: str | None, what: str) -> None:
+    """Of answers that are not negative: a softmax's, a sigmoid's, or zeros and a one."""
+    sums = {dim: bool((answers.sum(dim) - 1).abs().max() < 1e-3) for dim in (0, 1)}
+    if sums[1] and bool(((answers == 0) | (answers == 1)).all()):
+        raise UserError(
+            f"{what} answers with 1 for one class and 0 for the others, which has no gradient; return the logits that "
+            f"it chooses from."
+        )
+    if sums[0] and not sums[1]:
+        raise UserError(
+            f"{what} ends in a softmax over the images of a batch (dim=0): its answers of each class sum to 1. Return "
+            f"the logits in front of it; the loss computes the softmax itself, over the classes."
+        )
+    if sums[1]:
         ending, told = "softmax", "probabilities that sum to 1"
     elif before is not None and before.shape == answers.shape and torch.allclose(before.sigmoid(), answers, atol=1e-6):
         ending, told = "sigmoid", "one probability a class"
     else:
         return
-    modules = [path for path, module in network.named_modules() if type(module).__name__.lower() == ending]
-    named = f" ({modules[-1]!r})" if modules else ""
+    named, place = ("", "") if last is None else (f" ({last!r})", ", or put nn.Identity() in its place")
     raise UserError(
-        f"{what} ends in a {ending}{named}: its answers are {told}, and the logits in front of it are needed. Return "
-        f"those from forward, or put nn.Identity() in its place; the loss computes the {ending} itself."
+        f"{what} ends in a {ending}{named}: its answers are {told}, and the logits in front of it are needed. "
+        f"Return those from forward{place}; the loss computes the {ending} itself."
     )

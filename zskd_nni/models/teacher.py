@@ -167,8 +167,19 @@ class Teacher:
                 f"The teacher has no linear layer or 1x1 convolution at {given!r} (classifier); its last ones: {known}."
             )
         calls: list[tuple[str, Tensor]] = []
+        ends: list[tuple[str, Any]] = []  # what layers without weights gave, of the size of answers
+        activations = [path for path, module in self.model.named_modules() if path and not list(module.parameters())]
+
+        def note_end(path: str, out: Any) -> None:
+            if isinstance(out, Tensor) and out.dim() == 2:
+                ends.append((path, out))
+
         try:
-            with torch.no_grad(), hooked(self.model, candidates, after=lambda *call: calls.append(call)):
+            with (
+                torch.no_grad(),
+                hooked(self.model, candidates, after=lambda *call: calls.append(call)),
+                hooked(self.model, activations, after=note_end),
+            ):
                 logits = self(self.spec.uniform_noise(2).to(self.device))
         except UserError:
             raise
@@ -177,15 +188,10 @@ class Teacher:
                 f"The teacher cannot take an input of shape {list(self.spec.shape)} ({error}); "
                 "set teacher.input.shape to what it was trained on."
             ) from error
-        classes = logits.shape[-1]
         widths = [out for path, out in calls if isinstance(out, Tensor) and out.numel() == logits.numel()]
-        if logits.ndim == 2 and len(logits) == 2:
-            check_answers(logits, self.model, widths[-1].flatten(1) if widths else None)
-        if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
-            raise UserError(
-                f"The teacher returns a tensor of shape {list(logits.shape)} for 2 images; a classifier returns "
-                "(2, classes) with at least 2 classes. Pass output= to pick the logits."
-            )
+        last = next((path for path, out in ends if out is logits), None)
+        check_answers(logits, 2, widths[-1].flatten(1) if widths else None, last)
+        classes = logits.shape[1]
         if not torch.isfinite(logits).all():
             raise UserError("The teacher's logits are not finite on a random image; its weights overflow.")
         if given is not None:
