@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path, PosixPath
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from zskd_nni.models.build import load_into, load_named_weights
 from zskd_nni.models.state_dicts import fit
@@ -64,6 +66,8 @@ PLAIN: dict[str, Callable[[State], Any]] = {
     "a profiler": with_counts,
     "several levels": lambda w: {"trainer": {"model": {"state_dict": under("module.backbone.", w)}}},
     "without counters": lambda w: {k: v for k, v in w.items() if not k.endswith("num_batches_tracked")},
+    "a list": lambda w: [{"epoch": 3}, under("module.", w)],
+    "a tuple in a dict": lambda w: {"saved": (3, {"model": w})},
     "a number among the weights": lambda w: {**w, "epoch": 3},
 }
 AVERAGED: dict[str, Callable[[State], Any]] = {
@@ -130,6 +134,10 @@ def test_what_was_found_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
         ({"epoch": 3, "optimizer": {"lr": 0.1}}, "holds no state dict .* but epoch, optimizer; save"),
         ({"optimizer": {"state": {"exp_avg": torch.zeros(3)}}}, "holds no state dict"),
         (np.arange(3.0), "holds no state dict .* but ndarray; save"),
+        ({}, "holds nothing; save model"),
+        ([], "holds nothing; save model"),
+        ([3, "a"], "holds no state dict .* but list; save"),
+        ({"fc.weight": np.zeros((10, 8))}, "holds arrays of NumPy in the place of tensors"),
         (Net(), r"an object of \w*test_checkpoints_of_others\.Net"),
         ({"state_dict": {**Net().state_dict(), "extra.weight": torch.zeros(1)}}, r"extra\.weight not of this network"),
     ],
@@ -138,6 +146,27 @@ def test_what_does_not_fit_is_named(content: Any, message: str, tmp_path: Path) 
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(UserError, match=message):
         load_named_weights(Net(), "w.pt", tmp_path, allow_pt=True)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "sentence"),
+    [
+        (nn.utils.parametrizations.weight_norm, "belongs to a parametrisation: .*remove_parametrizations"),
+        (nn.utils.parametrizations.spectral_norm, "belongs to a parametrisation: .*remove_parametrizations"),
+        (nn.utils.weight_norm, r"fc\.weight_g belongs to weight_norm: .*remove_weight_norm"),
+        (nn.utils.spectral_norm, r"belongs to spectral_norm: .*remove_spectral_norm"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"belongs to a mask of .*prune\.remove"),
+    ],
+)  # fmt: skip
+def test_weights_in_parts_are_told_with_what_makes_them_plain(
+    wrap: Callable[[nn.Module], nn.Module], sentence: str
+) -> None:
+    saved = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        wrap(saved.fc)
+    with pytest.raises(UserError, match=sentence):
+        load_into(Net(), saved.state_dict(), "w.pt")
 
 
 class Called:

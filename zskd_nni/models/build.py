@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import re
 import sys
 import sysconfig
 from collections import OrderedDict
@@ -261,7 +262,8 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     given = ((found.missing, " missing"), (found.left_over, " not of this network"), (found.shapes, ""))
     problems = [_first_few(names) + what for names, what in given if names]
     if problems:
-        raise UserError(f"The weights in {source} do not fit the network: {'; '.join(problems)}.")
+        advice = _about_parametrised(found.left_over)
+        raise UserError(f"The weights in {source} do not fit the network: {'; '.join(problems)}.{advice}")
     state = OrderedDict(found.weights)
     # Modules that have changed their layout ask for the version that they were saved with.
     state._metadata = _versions(network, weights, found)  # type: ignore[attr-defined]
@@ -270,6 +272,27 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     except Exception as error:  # a module may refuse what it is given
         raise UserError(f"The weights in {source} cannot be loaded into {type(network).__name__}: {error}") from error
     return found
+
+
+# What the names of a weight that is computed from others end in, and what makes it a plain one again.
+_PARAMETRISED = (
+    (r"\.parametrizations\.", "a parametrisation", "torch.nn.utils.parametrize.remove_parametrizations(layer, ...)"),
+    (r"_(?:orig|mask)$", "a mask of torch.nn.utils.prune", "torch.nn.utils.prune.remove(layer, 'weight')"),
+    (r"_[gv]$", "weight_norm", "torch.nn.utils.remove_weight_norm(layer)"),
+    (r"_[uv]$|_orig$", "spectral_norm", "torch.nn.utils.remove_spectral_norm(layer)"),
+)
+
+
+def _about_parametrised(left_over: list[str]) -> str:
+    """What to do about weights that were saved in the parts that they are computed from; empty for others."""
+    for pattern, kind, remedy in _PARAMETRISED:
+        named = [name for name in left_over if re.search(pattern, name)]
+        if named and len(named) == len(left_over):
+            return (
+                f" {named[0]} belongs to {kind}: before the network is saved, make its weights plain ones, "
+                f"{remedy}; or give the network of the recipe the same."
+            )
+    return ""
 
 
 def _versions(network: nn.Module, weights: Mapping[str, Tensor], found: Fit) -> dict[str, Any]:

@@ -161,9 +161,19 @@ def load_state_dicts(path: str | Path, allow_pt: bool = False) -> dict[str, dict
         ) from error
     found = dict(sorted(_state_dicts(content), key=lambda item: not is_averaged(item[0])))
     if not found:
-        inside = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds no state dict (names and tensors) but {inside}; save model.state_dict().")
+        raise UserError(f"{path} holds {_no_state_dict(content)}; save model.state_dict().")
     return found
+
+
+def _no_state_dict(content: Any) -> str:
+    """What stands in a file in the place of a state dict, for a message."""
+    if isinstance(content, Mapping | list | tuple) and not content:
+        return "nothing"
+    if not isinstance(content, Mapping):
+        return f"no state dict (names and tensors) but {type(content).__name__}"
+    if any(type(value).__name__ == "ndarray" for value in content.values()):
+        return "arrays of NumPy in the place of tensors, which are not read"
+    return f"no state dict (names and tensors) but {', '.join(map(str, list(content)[:8]))}"
 
 
 _FOREIGN_SUFFIXES = {
@@ -199,7 +209,9 @@ def is_averaged(name: str) -> bool:
 
 
 def _state_dicts(content: Any, place: str = "", depth: int = 5) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The state dicts of nested dicts, without those of optimisers."""
+    """The state dicts of nested dicts and lists, without those of optimisers."""
+    if isinstance(content, list | tuple):
+        content = {str(position): value for position, value in enumerate(content) if isinstance(value, Mapping)}
     if not isinstance(content, Mapping) or not depth or re.search("optim|sched|scaler", place.lower()):
         return
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
