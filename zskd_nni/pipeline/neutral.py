@@ -25,11 +25,11 @@ _SEED = 0  # of every run: the same teacher has the same images
 WORTH = (
     "Agreement on procedural images orders students of one teacher that were trained alike, and is lower than "
     "accuracy: with LeNet-5 on MNIST, 85 % agreement went with 99.1 % accuracy, 53 % with 97.9 %, 29 % with 74 %; with "
-    "AlexNet on CIFAR-10, 54 % with 81 %"
+    "AlexNet on CIFAR-10, 54 % with 81 % in a pruned network, and with 72 % in a new one"
 )
 # Of the recorded data-free runs with test data: how many, and by how many points agreement on held-out images was below
 # agreement on test data, at least and at most.
-HELD_OUT_BELOW_TEST = (33, 4, 14)
+HELD_OUT_BELOW_TEST = (36, 4, 16)
 
 
 def neutral_images(teacher: Teacher, count: int = COUNT) -> Tensor:
