@@ -61,6 +61,8 @@ INT8: dict[str, Any] = {"op_types": ["Conv2d"], "target_names": ["weight"], "qua
         ([{**HALF, "granularity": [1, -1, -1, -1, -1]}], "5 sizes for 4 dimensions; .1, -1, -1, -1. would"),
         ([{**HALF, "granularity": "per_channel"}], "'per_channel'; it may be out_channel, in_channel, default"),
         ([{"op_types": "Conv2d", "sparse_ratio": 0.5}], "op_types must be a list of words, not 'Conv2d'"),
+        ([{"op_types": ["default"], "sparse_ratio": 0.5}], "'default' in op_types, which NNI 3 .*: Conv2d, Linear"),
+        ([{**HALF, "exclude_op_name": ["conv1"]}], "'exclude_op_name'; did you mean 'exclude_op_names'"),
     ],
 )  # fmt: skip
 def test_what_the_network_has_not_got_is_refused_in_pruning(config_list: list[dict[str, Any]], message: str) -> None:
@@ -84,12 +86,20 @@ def test_what_the_network_has_not_got_is_refused_in_pruning(config_list: list[di
         ({**INT8, "target_names": ["_input_"], "granularity": [2, 1, 1, 1]}, "blocks along the batch"),
         ({**INT8, "granularity": [0, -1]}, "neither a word nor a list of block sizes"),
         ({**INT8, "fuse_names": [("conv1", "bn")]}, "'bn' in fuse_names.* nearest is 'bn1'"),
+        ({**INT8, "quant_dtype": "int"}, "quant_dtype is int or uint with a number of bits, such as int8, not 'int'"),
+        ({**INT8, "target_settings": {"weight": {"quant_dtype": "fp8"}}}, "number of bits, such as int8, not 'fp8'"),
     ],
 )  # fmt: skip
 def test_what_the_network_has_not_got_is_refused_in_quantization(config: dict[str, Any], message: str) -> None:
     teacher = Teacher(Net(), (1, 8, 8))
     with pytest.raises(UserError, match=f"entry 0 of the quantization config.*{message}"):
         quantize(teacher.student(), QuantizationConfig([config]), teacher, NoiseSource(teacher.spec, 8))
+
+
+@pytest.mark.parametrize("entry", [{"op_types": ["Conv2d"]}, {"op_names": ["conv1", "conv2"], "max_sparse_ratio": 0.5}])
+def test_an_entry_without_a_sparsity_says_so(entry: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"gives conv1, conv2 no sparsity; add sparse_ratio"):
+        plan_pruning(Net(), [entry], IMAGE)
 
 
 def test_a_type_of_pytorch_that_the_network_has_none_of_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:

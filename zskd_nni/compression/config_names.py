@@ -147,6 +147,9 @@ def _check_type(where: str, key: str, name: str, types: dict[str, type], entry: 
     # NNI asks for the very name of a class: a Conv2d does not stand for those that are derived from it.
     derived = sorted(each for each, kind in types.items() if real and issubclass(kind, found))
     message = _unknown(where, key, name, sorted(types))
+    if name == "default":  # of NNI 2
+        kinds = sorted(each for each, kind in types.items() if issubclass(kind, nn.Linear | nn.Conv1d | nn.Conv2d))
+        message = f"{where} names 'default' in {key}, which NNI 3 does not know; name the types: {', '.join(kinds)}"
     if derived:
         message = f"{where} names {name!r} in {key}; the model has only classes derived from it: {', '.join(derived)}"
     others = [each for _, each in _words(entry, (key,)) if each in types]
@@ -174,6 +177,10 @@ def _check_fuse_names(where: str, folds: Any, names: list[str]) -> None:
 def _check_targets(network: nn.Module, modern: dict[str, Any], kind: Kind, where: str, names: list[str]) -> None:
     """The targets of one entry, for every module that it selects."""
     settings = modern.get("target_settings") or {}
+    for setting in (modern, *settings.values()) if kind == "quantization" else ():
+        dtype = setting.get("quant_dtype")
+        if isinstance(dtype, str) and not re.fullmatch(r"u?int[1-9]\d?", dtype):
+            raise UserError(f"{where}: quant_dtype is int or uint with a number of bits, such as int8, not {dtype!r}")
     targets = [name for _, name in _words(modern, ("target_names",))]
     selected = select_modules_by_config(network, modern)[0]
     if not selected:

@@ -84,7 +84,8 @@ def describe_validation(error: ValidationError, kind: Any, where: str = "") -> s
 
 def unknown_key(path: str, key: str, known: Sequence[str]) -> str:
     """One sentence about an unknown key."""
-    near = difflib.get_close_matches(key, known, 1, 0.5)
+    near = difflib.get_close_matches(key, known, 3, 0.5)
+    near.sort(key=lambda each: not each.startswith(key))  # what goes on like it comes first
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
     return f"unknown key {path!r}; {hint}"
 

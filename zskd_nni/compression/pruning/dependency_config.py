@@ -118,6 +118,9 @@ def plan_pruning(model: nn.Module, config_list: list[dict[str, Any]], dummy_inpu
 
 def _nothing_to_prune(left_out: dict[str, str], planner: _Planner) -> str:
     """Three of the reasons, each once, and what else could be named."""
+    if planner.entries and not left_out:
+        named = ", ".join(list(planner.entries)[:3])
+        return f"the pruning config gives {named} no sparsity; add sparse_ratio, such as 'sparse_ratio': 0.5"
     first: dict[str, str] = {}
     for name, reason in left_out.items():
         first.setdefault(reason, name)
