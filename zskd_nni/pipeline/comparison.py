@@ -307,16 +307,16 @@ def worth_of_agreement(report: dict[str, Any]) -> list[str]:
     if report["data_free"]:
         runs, least, most = HELD_OUT_BELOW_TEST
         said = [
-            f"Held-out images are made as those that the student was {learnt} on, with another seed. It knows their "
-            "kind and the controls do not: agreement on them is not its accuracy, and favours it over the controls."
+            f"Held-out images are made like those that the student was {learnt} on, with another seed. The controls "
+            "were not, so agreement on such images favours the student. It is not accuracy."
         ]
         if kinds["test"] is not None:  # a remark says it where there is none
             said.append(f"In {runs} recorded runs it was {least} to {most} points below agreement on test images.")
     else:
         said = [f"Held-out images are of the kind that the student was {learnt} on, and were kept from it."]
     said.append(
-        "Procedural images are the same for every method. Agreement on them is lower still, and compares students that "
-        "were trained alike."
+        "Procedural images are the same for every method. Agreement on them is lower still, and can compare students "
+        "that were trained alike."
     )
     if kinds["test"] is not None:
         said.append(
@@ -340,6 +340,6 @@ def _order(report: dict[str, Any]) -> Iterator[str]:
     for kind, name in (("held_out", "held-out"), ("neutral", "procedural")):
         if sorted(by_accuracy, key=lambda each: float(each.agreement.get(kind) or 0)) == by_accuracy:
             right.append(name)
-    what = f"student and controls ({precision}) as accuracy does"
+    what = f"student and controls ({precision}) in the same order as accuracy"
     where = {2: "Agreement on either kind", 1: f"Agreement on {right[0]} images alone"} if right else {}
-    yield f"{where.get(len(right), 'Agreement on neither kind')} orders {what}."
+    yield f"{where.get(len(right), 'Agreement on neither kind')} puts {what}."
