@@ -42,7 +42,7 @@ _RESULTS_PAGE = """# Results of the packaged recipes
 <!-- chart: accuracy and bytes -->
 
 The plots show mean test accuracy against the size of the ONNX file. Each number is a recipe in one precision, listed
-below its plot. [The home page](index.md#what-it-gains) says what they show. The table has all figures: test accuracy in
+below its plot. [The home page](index.md#what-it-gains) says what they show. The table has the figures: test accuracy in
 percent after the last step, mean and standard deviation over seeds 0, 1 and 2.
 
 - *student* was trained from the teacher's weights alone.
@@ -50,9 +50,14 @@ percent after the last step, mean and standard deviation over seeds 0, 1 and 2.
 - The controls are the same student without distillation, distilled on uniform noise, and distilled on dead leaves
   (procedural images that fill the frame). Recipes without distillation are calibrated on such images instead.
 
-A recipe that quantizes has two rows. All students of a row have the same precision.
+A recipe that trains and quantizes has two rows. All students of a row have the same precision.
 
-<!-- results: -->
+<div class="dense" markdown>
+
+<!-- results: recipe; precision; teacher; student; with real data; not distilled; on noise; on leaves; parameters;
+ONNX bytes; seconds per seed -->
+
+</div>
 
 The settings of the CIFAR-10 recipes were chosen on the last 5,000 training images, with a teacher that was trained on
 the other 45,000. Those of the other recipes were chosen on a validation slice of Fashion-MNIST's training split. The
