@@ -28,6 +28,7 @@ from zskd_nni.runtime.gradients import with_gradients
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FILES = (__file__, forward_recorder.__file__)
 _SHAPE = "zskd_nni_shape"
+_DTYPE = "zskd_nni_dtype"
 _FIXED = "zskd_nni_fixed_dims"
 _OWN_LAYERS = "zskd_nni_own_layers"
 
@@ -275,6 +276,11 @@ def node_shape(node: Node) -> tuple[int, ...] | None:
     return node.meta.get(_SHAPE)
 
 
+def node_dtype(node: Node) -> torch.dtype | None:
+    """The type of a node's tensor, None where the node holds no single tensor."""
+    return node.meta.get(_DTYPE)
+
+
 def unread_nodes(graph_module: GraphModule) -> list[Node]:
     """The nodes that forward computes although its output does not depend on them, last first."""
     read: set[Node] = set()
@@ -293,6 +299,7 @@ class _ShapePropagation(Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         n.meta[_SHAPE] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        n.meta[_DTYPE] = result.dtype if isinstance(result, torch.Tensor) else None
         return result
 
 

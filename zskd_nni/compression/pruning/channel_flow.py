@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 
 from zskd_nni.compression.fx_trace import fixed_dims, node_shape, own_layers, unread_nodes
 from zskd_nni.compression.pruning.moved_dims import PERMUTATIONS, dropped, indexed, permuted
+from zskd_nni.compression.pruning.tried_functions import channels_apart, mark_apart
 
 Labels = np.ndarray
 _Shape = tuple[int, ...]
@@ -438,11 +439,12 @@ class _Analysis:
         if name in ("view_as", "reshape_as"):
             return self.view_as(node)
         if len(inputs) > 1 or _first(node) not in self.flows:
-            return self.stop(node, f"they enter `{_label(node)}` beside other tensors")
+            return self.tried(node, f"they enter `{_label(node)}` beside other tensors")
         flow = inputs[0]
         if name in _ZERO_FUNCTIONS | _CONSTANT_FUNCTIONS:
             return self.kept(node, flow, flow.constant or name in _CONSTANT_FUNCTIONS)
         if name in _NUMBERED_FUNCTIONS:
+            mark_apart(node)  # numbers such as clamp's may cut off all that NNI draws
             return self.kept(node, flow, flow.constant or not _is_zero_at_zero(node, name))
         if name == "prelu" and math.prod(node_shape(node.all_input_nodes[1]) or (0,)) == 1:
             return self.kept(node, flow)
@@ -484,7 +486,23 @@ class _Analysis:
             return self.expand(node, flow, name)
         if name == "getitem":
             return self.getitem(node, flow)
-        return self.stop(node, f"they pass `{_label(node)}`")
+        return self.tried(node, f"they pass `{_label(node)}`")
+
+    def tried(self, node: Node, reason: str) -> Flow | None:
+        """A function that no list names; ``reason`` is why channels stay if it mixes them."""
+        read = [each for each in node.all_input_nodes if each in self.flows]
+        flows = [self.flows[each] for each in read]
+        first = flows[0]
+        alike = all(flow.dim == first.dim and len(flow.labels) == len(first.labels) for flow in flows)
+        trial = channels_apart(node, self.graph_module, read, first.dim) if alike else None
+        constant = any(flow.constant for flow in flows)
+        # Where a constant comes in, zeros do not; only that the result is constant too must hold.
+        if trial is None or (not trial.even and (constant or not trial.silent)):
+            return self.stop(node, reason)
+        for flow in flows:
+            self.tie(first.labels, flow.labels)
+            self.read_labels.update(flow.labels.tolist())
+        return Flow(first.dim, first.labels, constant or not trial.silent, any(flow.raw for flow in flows))
 
     def along(self, node: Node, flow: Flow, dims: Any) -> Flow | None:
         """What moves, picks or adds up along other dimensions."""
@@ -577,7 +595,7 @@ class _Analysis:
             number = next((argument for argument in node.args if argument is not tensors[0]), None)
             scaled = name in _PRODUCTS or (name in _QUOTIENTS and node.args[0] is tensors[0])
             if name in _QUOTIENTS and not scaled:
-                return self.stop(node, f"they are a divisor in `{_label(node)}`")
+                return self.tried(node, f"they are a divisor in `{_label(node)}`")
             return self.kept(node, flows[0], flows[0].constant or not (scaled or number == 0), tensors[0])
         if len(tensors) != 2 or len(flows) != 2 or name in _QUOTIENTS:
             return self.stop(node, f"they enter `{_label(node)}` with a tensor whose channels stay")
@@ -592,11 +610,12 @@ class _Analysis:
             if name in _ADDITIONS:
                 self.raw.freeze(wide.labels, f"something else is added to all of them by `{_label(node)}`")
             return wide
+        itself = np.array_equal(first.labels, second.labels)  # a tensor times what was computed from it
         self.tie(first.labels, second.labels)
         if name in _ADDITIONS:
             self.read_labels.update(first.labels.tolist(), second.labels.tolist())
             return Flow(first.dim, first.labels, first.constant or second.constant, first.raw or second.raw)
-        if first.constant != second.constant:
+        if first.constant != second.constant and not itself:
             self.gate_labels.update((first if first.constant else second).labels.tolist())
         value = second if first.constant else first
         return Flow(first.dim, value.labels, first.constant and second.constant, first.raw and second.raw)

@@ -7,7 +7,7 @@ which the sum of the outputs does not depend. Importing this module imports NNI'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from zskd_nni.compression.fx_trace import depends_on_input
+from zskd_nni.compression.pruning.tried_functions import is_apart
 
 _SELECTIONS = {"getitem", "chunk", "split", "narrow", "unbind", "select", "index_select"}
 
@@ -43,6 +44,8 @@ def drawn(value: Any, batch_dim: int, batch_size: int) -> Any:
         value = value.clone().detach().contiguous()
         randomize_tensor_inplace(value, 0.1, 8.0)
         return value
+    if isinstance(value, Tensor) and value.is_complex():
+        return torch.randn_like(value)
     return randomize_if_tensor(value, batch_dim, batch_size)
 
 
@@ -72,7 +75,7 @@ class RobustModelSpeedup(ModelSpeedup):
         does what has a first dimension of one, where nothing can vary.
         """
         followed = isinstance(output, Tensor) and self.tensor_propagate_check(output)
-        if followed and (len(output) == 1 or not output.is_floating_point()):
+        if followed and (len(output) == 1 or not (output.is_floating_point() or output.is_complex())):
             return torch.ones(1, *output.shape[1:]) if output_mask is None else output_mask
         if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
             self.STD_DELTA = max(ModelSpeedup.STD_DELTA * output.abs().max().item(), 1e-30)
@@ -182,35 +185,87 @@ class BesideConstantsMaskUpdater(DefaultMaskUpdater):
 
     def indirect_update_process(self, model_speedup: Any, node: Node) -> None:
         """As NNI's, with gradients of what depends on the input."""
-        speedup, infos = model_speedup, model_speedup.node_infos
-        info = infos[node]
-        info.output_masks = tree_map_zip(speedup.indirect_calc_mask, info.output_grad, info.output_masks)
-        given: list[tuple[Node, Any]] = []
+        pass_gradients(model_speedup, node, self.is_constant)
 
-        def prepared(source: Node, mask: Any, value: Any) -> Any:
-            value = drawn(value, speedup.batch_dim, speedup.batch_size)
-            if not isinstance(value, Tensor):
-                return value
-            if mask is not None:
-                value = (value * mask).type_as(value)
-            if speedup.tensor_propagate_check(value) and value.dtype in torch_float_dtype:
-                value.requires_grad_(True)
+
+def pass_gradients(model_speedup: Any, node: Node, is_constant: Callable[[Node], bool]) -> None:
+    """NNI's way back through a function, from the gradients of its output to those of its arguments.
+
+    A function of steps, such as a rounding or a sign, has no gradient, although its result depends on all that it
+    reads: an argument without one is needed as it is.
+
+    Args:
+        model_speedup: NNI's.
+        node: a function or a method.
+        is_constant: whether an argument gets no gradient.
+    """
+    speedup, infos = model_speedup, model_speedup.node_infos
+    info = infos[node]
+    info.output_masks = tree_map_zip(speedup.indirect_calc_mask, info.output_grad, info.output_masks)
+    given: list[tuple[Node, Any]] = []
+
+    def prepared(mask: Any, value: Any) -> Any:
+        value = drawn(value, speedup.batch_dim, speedup.batch_size)
+        if not isinstance(value, Tensor):
             return value
+        if mask is not None:
+            value = (value * mask).type_as(value)
+        if speedup.tensor_propagate_check(value) and value.dtype in torch_float_dtype:
+            value.requires_grad_(True)
+        return value
 
-        def argument(source: Node) -> Any:
-            if self.is_constant(source):
-                return tree_map(lambda value: value, infos[source].output_origin)
-            value = tree_map_zip(
-                lambda part, mask: prepared(source, mask, part), infos[source].output_origin, infos[source].output_masks
-            )
-            given.append((source, value))
-            return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
+    def argument(source: Node) -> Any:
+        if is_constant(source):
+            return tree_map(lambda value: value, infos[source].output_origin)
+        value = tree_map_zip(
+            lambda part, mask: prepared(mask, part), infos[source].output_origin, infos[source].output_masks
+        )
+        given.append((source, value))
+        return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
 
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), argument)
-        output = getattr(speedup, node.op)(node.target, args, kwargs)
-        tree_map_zip(speedup.indirect_backward, output, info.output_masks)
-        for source, value in given:
-            speedup.indirect_pass_grad(source, value)
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), argument)
+    output = getattr(speedup, node.op)(node.target, args, kwargs)
+    tree_map_zip(speedup.indirect_backward, output, info.output_masks)
+    read = any(bool(mask.any()) for mask in tree_leaves(info.output_masks) if isinstance(mask, Tensor))
+    for source, value in given:
+        for part in tree_leaves(value) if read else ():
+            flat = isinstance(part, Tensor) and part.requires_grad and (part.grad is None or not bool(part.grad.any()))
+            if flat:
+                part.grad = torch.ones_like(part)
+        speedup.indirect_pass_grad(source, value)
+
+
+class ApartMaskUpdater(DefaultMaskUpdater):
+    """A function that was found to treat each channel by itself: its masks are those of what it reads.
+
+    NNI draws positive numbers, of which a comparison or a sign is constant.
+    """
+
+    def detect(self, model_speedup: Any, node: Node) -> bool:
+        """Whether it is one."""
+        return is_apart(node)
+
+    def direct_update_process(self, model_speedup: Any, node: Node) -> None:
+        """Constant where all that it reads is."""
+        infos = model_speedup.node_infos
+        masks = [infos[source].output_masks for source in node.all_input_nodes if not _is_number(infos[source])]
+        infos[node].output_masks = torch.stack(list(torch.broadcast_tensors(*masks))).amax(0)
+        _free(model_speedup, node)
+
+    def indirect_update_process(self, model_speedup: Any, node: Node) -> None:
+        """All that is needed of the result is needed of each argument."""
+        infos = model_speedup.node_infos
+        info = infos[node]
+        info.output_masks = model_speedup.indirect_calc_mask(info.output_grad, info.output_masks)
+        for source in node.all_input_nodes:
+            if not _is_number(infos[source]):
+                needed = torch.zeros(infos[source].output_origin.shape)
+                needed.grad = info.output_masks.expand_as(needed).clone()
+                model_speedup.indirect_pass_grad(source, needed)
+
+
+def _is_number(info: Any) -> bool:
+    return not isinstance(info.output_origin, Tensor) or info.output_origin.numel() == 1
 
 
 class FunctionMaskUpdater(DefaultMaskUpdater):
@@ -225,6 +280,13 @@ class FunctionMaskUpdater(DefaultMaskUpdater):
             infos[node].output_masks = tree_map(
                 lambda mask: torch.ones_like(mask) if isinstance(mask, Tensor) else mask, infos[node].output_masks
             )
+
+    def indirect_update_process(self, model_speedup: Any, node: Node) -> None:
+        """As NNI's; what has no gradient is needed."""
+        if node.op in ("call_function", "call_method"):
+            pass_gradients(model_speedup, node, lambda _: False)
+        else:
+            super().indirect_update_process(model_speedup, node)
 
 
 class LayerMaskUpdater(LeafModuleMaskUpdater):

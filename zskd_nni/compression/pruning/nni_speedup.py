@@ -70,6 +70,7 @@ def _model_speedup(
         copied(arguments),
         masks,
         customized_mask_updaters=[
+            mask_updaters.ApartMaskUpdater(),
             mask_updaters.ConstantMaskUpdater(),
             NoChangeMaskUpdater((nn.LocalResponseNorm, nn.Dropout, nn.Dropout2d, nn.Identity)),
             mask_updaters.SizeMaskUpdater(),

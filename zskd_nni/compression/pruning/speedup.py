@@ -395,7 +395,10 @@ def _remove(
     """A copy of the masked network without the channels that are zero, the channels that are left, and notes."""
     candidate = deepcopy(masked)
     notes: list[str] = []
-    graph_module = trace(candidate, arguments) if graph is None else retrace(graph, candidate)
+    if graph is None:
+        graph = trace(candidate, arguments)
+        channel_flow(graph)  # tries the functions that no list names
+    graph_module = retrace(graph, candidate)
     for node in unread_nodes(graph_module):  # NNI fails on nodes without a gradient
         graph_module.graph.erase_node(node)
     graph_module.recompile()
