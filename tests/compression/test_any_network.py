@@ -271,6 +271,41 @@ def test_all_that_forward_returns_is_compared(kind: Callable[..., Any]) -> None:
     assert compare(network, other, (IMAGES,))[0] > 0.1
 
 
+@pytest.mark.parametrize("form", [lambda z, x: (z, x), lambda z, x: {"features": x, "logits": z}])
+def test_what_stands_beside_the_logits_is_told_from_them(form: Callable[..., Any]) -> None:
+    class Beside(Net):
+        def forward(self, x: Tensor) -> Any:
+            x = functional.relu(self.b(functional.relu(self.a(x))))
+            return form(self.fc(x.mean((2, 3))), x)
+
+    plan = plan_pruning(Beside(lambda net, x: x), [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}], IMAGES)
+    assert plan.left_out["b"] == "forward returns them beside the logits"
+    assert plan.left_out["fc"] == "they are the network's output"
+
+
+def in_a_block(net: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = functional.relu(net.c(x))
+    return x.float()
+
+
+class UnderAutocast(Net):
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "network", [lambda: Net(in_a_block, c=nn.Conv2d(16, 16, 3)), lambda: UnderAutocast(lambda net, x: x * 2)]
+)
+def test_a_forward_with_autocast_is_followed_in_its_own_precision(network: Callable[[], nn.Module]) -> None:
+    enter = torch.autocast.__enter__
+    result = half(network())
+    assert widths(result)["b"] == 8 and result.max_logit_difference < 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.autocast.__enter__ is enter and torch.is_autocast_enabled("cpu")
+
+
 def test_an_answer_without_tensors_is_refused() -> None:
     network = Answers(SimpleNamespace).eval()
     with pytest.raises(UserError, match="cannot trace Answers: no tensor is found in what forward returns"):

@@ -61,7 +61,7 @@ def trace(model: nn.Module, dummy_input: Any) -> GraphModule:
     check_kind(model, "The network")
     name = type(model).__name__
     arguments = input_arguments(dummy_input, model)
-    with evaluating(model), _own_random_numbers(model) as seed:
+    with evaluating(model), _own_random_numbers(model) as seed, without_autocast():
         try:
             seed(0)
             recorder = record(model, _named(model, copied(arguments)))
@@ -117,6 +117,21 @@ def _named(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Any]:
         elif rest and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             named[parameter.name] = rest.pop(0)
     return named | {f"further_{position}": value for position, value in enumerate(rest)}
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within the block a network computes in its own precision, also where its forward asks for another.
+
+    A graph has no such blocks, and what two networks compute is not compared in half the digits.
+    """
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    torch.autocast.__enter__ = lambda self: self  # type: ignore[method-assign]
+    torch.autocast.__exit__ = lambda self, *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 @contextmanager

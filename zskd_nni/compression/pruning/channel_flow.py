@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -209,7 +210,7 @@ class _Analysis:
         for node in self.graph_module.graph.nodes:
             flow = None
             if node.op == "output":
-                self.stop(node, "they are the network's output")
+                self.output(node)
             elif node.op == "call_module":
                 flow = self.module(node, self.graph_module.get_submodule(node.target))
             elif node.op in ("call_function", "call_method"):
@@ -221,6 +222,16 @@ class _Analysis:
         self.keep_channels_whose_number_is_computed_with()
         self.keep_layers_whose_weights_are_read_elsewhere()
         return self.settle()
+
+    def output(self, node: Node) -> None:
+        """What forward returns keeps its channels: the logits, and what stands beside them."""
+        logits = _logits(node.args[0])
+        for returned in node.all_input_nodes:
+            if returned in self.flows:
+                beside = logits is not None and returned is not logits
+                why = "forward returns them beside the logits" if beside else "they are the network's output"
+                self.raw.freeze(self.flows[returned].labels, why)
+                self.read_labels.update(self.flows[returned].labels.tolist())
 
     def keep_channels_whose_number_is_computed_with(self) -> None:
         """A tensor that is divided by the number of its channels, for one, would change with that number."""
@@ -301,8 +312,9 @@ class _Analysis:
         if len(node.all_input_nodes) != 1:
             return self.stop(node, f"they enter {name} ({type(module).__name__}) beside other tensors")
         if isinstance(module, (nn.Linear, *CONVOLUTIONS, *NORMS)) and "weight" not in module._parameters:
-            self.raw.unfollowed[name] = "its weight is computed anew at every call"
-            return self.stop(node, f"they enter {name}, whose weight is computed anew at every call")
+            remedy = "such as by a weight norm; a plain weight can be pruned"
+            self.raw.unfollowed[name] = f"its weight is computed anew at every call, {remedy}"
+            return self.stop(node, f"they enter {name}, whose weight is computed anew at every call, {remedy}")
         flow = self.flows.get(_first(node))
         # NNI chooses its replacement by the class name: a subclass would be replaced by its parent.
         exact = type(module)
@@ -821,6 +833,16 @@ def _freeze_partial_ties(flow: ChannelFlow) -> None:
         for name, labels in flow.sources.items():
             if reason := flow.reason(name):
                 flow.freeze(labels, reason)
+
+
+def _logits(returned: Any) -> Node | None:
+    """The node of the logits in what forward returns, as ``models.teacher.first_tensor`` finds them."""
+    if isinstance(returned, Node):
+        return returned
+    if isinstance(returned, Mapping):
+        return _logits(returned["logits"]) if "logits" in returned else _logits(list(returned.values()))
+    parts = returned if isinstance(returned, tuple | list) else ()
+    return next((each for each in parts if isinstance(each, Node)), None)
 
 
 def _first(node: Node) -> Node:

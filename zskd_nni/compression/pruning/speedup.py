@@ -22,6 +22,7 @@ from zskd_nni.compression.fx_trace import (
     retrace,
     trace,
     unread_nodes,
+    without_autocast,
 )
 from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, NORMS, channel_flow
 from zskd_nni.compression.pruning.constant_folding import bias_of_constants, constants_in, input_ranges
@@ -221,7 +222,7 @@ def compare(masked: nn.Module, shrunken: nn.Module, arguments: tuple[Any, ...]) 
     generator = torch.Generator().manual_seed(0)
     drawn = [random_like(arguments, generator, uniform, _CHECK_BATCH_SIZE) for uniform in (False, False, True)]
     for given in (arguments, *drawn, tree_map(_tenfold, drawn[0])):
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             expected = output_leaves(masked(*copied(given)))
             if given is not arguments and not all(map(_is_finite, expected)):
                 continue  # the network overflows, whatever is removed
