@@ -34,6 +34,7 @@ install: $(VENV)/installed
 install-all: $(VENV)/installed-all
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing PyTorch, NNI and the rest into $(VENV): this takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
