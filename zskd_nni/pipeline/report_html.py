@@ -50,7 +50,8 @@ def remarks(report: dict[str, Any]) -> list[str]:
             "logits alone were matched."
         )
     if report["evaluation"] is None and "agreement_neutral" in report:
-        found.append(f"{WORTH}. On held-out images of the student's own kind it is {100 * report['agreement_held_out']:.2f} %.")
+        held_out = 100 * report["agreement_held_out"]
+        found.append(f"{WORTH}. On held-out images of the student's own kind it is {held_out:.2f} %.")
         if report["data_free"]:
             runs, least, most = HELD_OUT_BELOW_TEST
             found.append(
