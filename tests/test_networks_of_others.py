@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from zskd_nni.models.foreign import network_of_onnx
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.onnx_export import onnx_bytes
 from zskd_nni.models.serialization import load_network, save_network
-from zskd_nni.models.teacher import Teacher
+from zskd_nni.models.teacher import Teacher, first_tensor
 from zskd_nni.recipes.compression_config import CompressionRun
 from zskd_nni.runtime.errors import UserError
 
@@ -105,6 +106,97 @@ def test_onnx_files_that_are_no_classifier(tmp_path: Path) -> None:
             build_network(name, base=tmp_path)
     with pytest.raises(UserError, match="ends in a softmax"):
         Teacher(network_of_onnx(saved(nn.Sequential(block(), nn.Softmax(1)), COLOUR, tmp_path)), COLOUR)
+
+
+def legacy(network: nn.Module, folder: Path, side: int = 16, **options: Any) -> Path:
+    """As PyTorch's earlier exporter writes it, of which most files are."""
+    path = folder / "legacy.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(network.eval(), (torch.rand(1, 3, side, side),), str(path), dynamo=False, **options)
+    return path
+
+
+class Body(nn.Module):
+    def __init__(self, body: Any, **modules: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+        self.body = body
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+def shuffled(net: Any, x: Tensor) -> Tensor:
+    count, channels, height, width = x.size()
+    x = x.view(count, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(count, -1, height, width)
+    return net.fc(x.mean((2, 3)))
+
+
+def excited(net: Any, x: Tensor) -> Tensor:
+    weights = net.gate(x.mean((2, 3))).sigmoid().view(x.size(0), x.size(1), 1, 1)
+    return net.fc((x * weights).mean((2, 3)))
+
+
+BODIES: dict[str, Any] = {
+    "Gelu of version 20": lambda: Body(lambda net, x: net.fc(functional.gelu(x).mean((2, 3)))),
+    "its approximation": lambda: Body(lambda net, x: net.fc(functional.gelu(x, approximate="tanh").mean((2, 3)))),
+    "Mish": lambda: Body(lambda net, x: net.fc(functional.mish(x).mean((2, 3)))),
+    "sizes that are computed": lambda: Body(shuffled),
+    "sizes in a gate": lambda: Body(excited, gate=nn.Linear(8, 8)),
+    "groups of channels": lambda: Body(lambda net, x: net.fc(net.norm(x).mean((2, 3))), norm=nn.GroupNorm(2, 8)),
+    "a view of the features": lambda: Body(lambda net, x: net.fc(functional.avg_pool2d(x, 16).view(-1, 8))),
+    "an average with dilations": lambda: Body(lambda net, x: net.fc(functional.avg_pool2d(x, 2).mean((2, 3)))),
+    "two answers": lambda: Body(lambda net, x: (net.fc(x.mean((2, 3))), x.mean((1, 2, 3)))),
+}
+
+
+@needs("onnx2torch")
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", BODIES)
+def test_files_of_the_earlier_exporter(name: str, fixed: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, spec = BODIES[name]().eval(), InputSpec((3, 16, 16))
+    options = {} if fixed else {"input_names": ["x"], "dynamic_axes": {"x": {0: "N"}}}
+    path = legacy(network, tmp_path, opset_version=20, **options)
+    teacher = load_teacher(str(path), spec)
+    images = spec.uniform_noise(5)  # another number than in the file
+    torch.testing.assert_close(teacher(images), first_tensor(network(images)), rtol=1e-3, atol=1e-5)
+    pruned = prune(teacher.student(), HALF, teacher, None)
+    assert pruned.record["parameters_after"] < 0.7 * pruned.record["parameters_before"]
+
+
+@needs("onnx2torch")
+def test_weights_that_are_equal_and_stored_once(tmp_path: Path) -> None:
+    """Batch normalisations that are folded leave equal biases, of which one is stored."""
+    import onnx
+
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(3)]
+    network = Body(lambda net, x: net.fc(net.more(x).mean((2, 3))), more=nn.Sequential(*layers))
+    path = legacy(network, tmp_path)
+    assert "Identity" in {node.op_type for node in onnx.load(str(path)).graph.node}
+    images = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(network_of_onnx(path)(images), network(images), rtol=1e-3, atol=1e-5)
+
+
+@needs("onnx2torch")
+def test_weights_in_constants(tmp_path: Path) -> None:
+    import onnx
+
+    network = Body(lambda net, x: net.fc(x.mean((2, 3))))
+    path = legacy(network, tmp_path)
+    model = onnx.load(str(path))
+    constants = [onnx.helper.make_node("Constant", [], [each.name], value=each) for each in model.graph.initializer]
+    nodes = [*constants, *model.graph.node]
+    nodes = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, str(path))
+    images = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(network_of_onnx(path)(images), network(images), rtol=1e-3, atol=1e-5)
 
 
 @needs("timm")

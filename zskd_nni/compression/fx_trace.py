@@ -24,6 +24,7 @@ from zskd_nni.models.network_kinds import check_kind
 from zskd_nni.models.shared_modules import check_not_wrapped, set_module
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.gradients import with_gradients
+from zskd_nni.runtime.precision import without_autocast
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FILES = (__file__, forward_recorder.__file__)
@@ -117,21 +118,6 @@ def _named(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Any]:
         elif rest and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             named[parameter.name] = rest.pop(0)
     return named | {f"further_{position}": value for position, value in enumerate(rest)}
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Within the block a network computes in its own precision, also where its forward asks for another.
-
-    A graph has no such blocks, and what two networks compute is not compared in half the digits.
-    """
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
-    torch.autocast.__enter__ = lambda self: self  # type: ignore[method-assign]
-    torch.autocast.__exit__ = lambda self, *_: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +125,7 @@ def network_of_onnx(file: Path) -> nn.Module:
     inputs = [each.name for each in model.graph.input if each.name not in weights]
     if len(inputs) != 1:
         raise UserError(f"{file} has the inputs {', '.join(inputs) or 'none'}; a classifier takes one, the images.")
-    _simplify(model)
+    known = _simplify(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -133,7 +135,7 @@ def network_of_onnx(file: Path) -> nn.Module:
     except Exception as error:  # a converter may raise anything
         raise UserError(f"{file} cannot be converted by onnx2torch: {error}.") from error
     network = network.eval()
-    _with_plain_layers(network)
+    _with_plain_layers(network, known)
     _check_answers(file, network)
     return network.requires_grad_(True)
 
@@ -149,6 +151,7 @@ def _check_answers(file: Path, network: nn.Module) -> None:
     expected = torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
     with torch.no_grad():
         answers = network(images)
+    answers = answers[0] if isinstance(answers, list | tuple) else answers  # onnxruntime's first is the first
     if answers.shape != expected.shape or not torch.allclose(answers, expected, 1e-3, 1e-4):
         raise UserError(f"{file} answers differently in onnxruntime and when onnx2torch has converted it.")
 
@@ -159,10 +162,17 @@ _REDUCTIONS |= {"ReduceSumSquare", "ReduceLogSum"}
 _NEWEST = 17
 
 
-def _simplify(model: Any) -> None:
-    """Write what onnx2torch does not know, of newer versions of ONNX, in words that it knows."""
+def _simplify(model: Any) -> bool:
+    """Write what onnx2torch does not know, of newer versions of ONNX, in words that it knows.
+
+    Returns:
+        Whether the batch is a 0 in the sizes of every Reshape that keeps it.
+    """
     import onnx
 
+    _with_weights_of_their_own(model)
+    _without_newer_activations(model)
+    known = _with_known_sizes(model)
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -174,6 +184,8 @@ def _simplify(model: Any) -> None:
             left_out.add("allowzero")
         elif node.op_type == "Split" and newer:
             left_out.add("num_outputs")
+        elif node.op_type == "AveragePool":
+            left_out.update(each.name for each in node.attribute if each.name == "dilations" and set(each.ints) <= {1})
         elif node.op_type in _REDUCTIONS and newer and len(node.input) > 1 and node.input[1] in values:
             axes = values[node.input[1]].tolist()
             del node.input[1:]
@@ -186,17 +198,159 @@ def _simplify(model: Any) -> None:
     for each in model.opset_import:
         if each.domain in ("", "ai.onnx") and newer:
             each.version = _NEWEST
+    return known
 
 
-def _with_plain_layers(network: nn.Module) -> None:
-    """Layers of ``torch.nn`` in the place of those of onnx2torch that do the same for a classifier."""
+def _with_weights_of_their_own(model: Any) -> None:
+    """Weights that are equal are stored once by some exporters, and those of other layers name them by an Identity.
+
+    Weights may also stand in Constant nodes; onnx2torch looks for them among the initializers.
+    """
+    stored, same, kept = {tensor.name for tensor in model.graph.initializer}, dict[str, str](), []
+    of_layers = {
+        name
+        for node in model.graph.node
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "BatchNormalization", "LayerNormalization", "PRelu")
+        for name in node.input[1:]
+    }
+    outputs = {each.name for each in model.graph.output}
+    for node in model.graph.node:
+        if node.op_type == "Identity" and same.get(node.input[0], node.input[0]) in stored - outputs:
+            same[node.output[0]] = same.get(node.input[0], node.input[0])
+        elif node.op_type == "Constant" and node.output[0] in of_layers and node.attribute[0].name == "value":
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            stored.add(tensor.name)
+        else:
+            kept.append(node)
+    if len(kept) < len(model.graph.node):
+        for node in kept:
+            node.input[:] = [same.get(name, name) for name in node.input]
+        kept = [type(node).FromString(node.SerializeToString()) for node in kept]
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
+
+
+def _with_known_sizes(model: Any) -> bool:
+    """Sizes that a Reshape computes are written down, all but that of the batch; False where they cannot be known.
+
+    They are asked of onnxruntime, for two and for three images. A file of one image alone has its sizes written down
+    for that one; where the batch stands first, it may be any number afterwards.
+    """
+    import onnx
+
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    given = next(each for each in model.graph.input if each.name not in weights)
+    shape: list[Any] = [dim.dim_value or None for dim in given.type.tensor_type.shape.dim]
+    reshapes = [node for node in model.graph.node if node.op_type == "Reshape"]
+    counts = (2, 3) if shape and shape[0] is None else (shape[0],) if shape else ()
+    if not reshapes or not counts or None in shape[1:]:
+        return False
+    asked = copy.deepcopy(model)
+    known = {each.name for each in asked.graph.output}
+    for name in dict.fromkeys(name for node in reshapes for name in (node.input[0], node.output[0])):
+        if name not in known and name not in weights and name != given.name:
+            asked.graph.output.append(onnx.ValueInfoProto(name=name))
+    try:
+        session = onnx_session(asked.SerializeToString())
+        seen = []
+        for count in counts:
+            images = torch.rand(count, *shape[1:]).numpy()
+            names = [each.name for each in session.get_outputs()]
+            seen.append({given.name: images, **dict(zip(names, session.run(names, {given.name: images}), strict=True))})
+    except Exception:  # the comparison of the whole network tells
+        return False
+    for node in reshapes:
+        values = [list(each[node.output[0]].shape) for each in seen]
+        batch = [next(iter(each[node.input[0]].shape), None) if node.input[0] in each else None for each in seen]
+        sizes = _sizes_of_any_batch(values, batch)
+        if sizes is not None and node.input[0] not in weights:
+            node.input[1] = f"{node.output[0]}_sizes"
+            sizes_tensor = onnx.numpy_helper.from_array(torch.tensor(sizes, dtype=torch.int64).numpy(), node.input[1])
+            model.graph.initializer.append(sizes_tensor)
+    if counts != (2, 3):
+        given.type.tensor_type.shape.dim[0].ClearField("dim_value")
+    return True
+
+
+def _sizes_of_any_batch(values: list[list[int]], batch: list[int | None]) -> list[int] | None:
+    """One list of sizes for any number of images, 0 for that of the tensor itself; None where there is none.
+
+    Example:
+        >>> _sizes_of_any_batch([[2, 4, 8], [3, 4, 8]], [2, 3]), _sizes_of_any_batch([[8, 16], [12, 16]], [2, 3])
+        ([0, 4, 8], [-1, 16])
+    """
+    sizes: list[int] = []
+    for place, found in enumerate(zip(*values, strict=True)):
+        if place == 0 and list(found) == batch:
+            sizes.append(0)
+        else:
+            sizes.append(found[0] if len(set(found)) == 1 else -1)
+    return sizes if sizes.count(-1) < 2 else None
+
+
+def _without_newer_activations(model: Any) -> None:
+    """Gelu, Mish and Swish, which later versions of ONNX have as operators, in operators of earlier ones."""
+    import numpy as np
+    import onnx
+
+    number = 0
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type not in ("Gelu", "Mish", "Swish") or node.domain not in ("", "ai.onnx"):
+            nodes.append(node)
+            continue
+        given = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        place, x = f"{node.name or node.op_type}_{number}", node.input[0]
+        number += 1
+
+        def value(wanted: float, place: str = place) -> str:
+            name = f"{place}_value_{wanted}"
+            if name not in {tensor.name for tensor in model.graph.initializer}:
+                model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(wanted).reshape(()), name))
+            return name
+
+        steps: list[tuple[str, list[str | int]]]  # a number: the result of that step
+        if node.op_type == "Mish":
+            steps = [("Softplus", [x]), ("Tanh", [0])]
+        elif node.op_type == "Swish":
+            steps = [("Mul", [x, value(given.get("alpha", 1.0))]), ("Sigmoid", [0])]
+        elif given.get("approximate") == b"tanh":
+            steps = [
+                ("Mul", [x, x]), ("Mul", [0, value(0.044715)]), ("Add", [1, value(1.0)]), ("Mul", [2, x]),
+                ("Mul", [3, value(math.sqrt(2 / math.pi))]), ("Tanh", [4]), ("Add", [5, value(1.0)]),
+                ("Mul", [6, value(0.5)]),
+            ]  # fmt: skip
+        else:
+            steps = [
+                ("Mul", [x, value(math.sqrt(0.5))]), ("Erf", [0]), ("Add", [1, value(1.0)]),
+                ("Mul", [2, value(0.5)]),
+            ]  # fmt: skip
+        for at, (operator, read) in enumerate([*steps, ("Mul", [x, len(steps) - 1])]):
+            inputs = [f"{place}_step_{each}" if isinstance(each, int) else each for each in read]
+            output = node.output[0] if at == len(steps) else f"{place}_step_{at}"
+            nodes.append(onnx.helper.make_node(operator, inputs, [output], f"{place}_{operator}_{at}"))
+    if number:
+        nodes = [type(node).FromString(node.SerializeToString()) for node in nodes]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+
+
+def _with_plain_layers(network: nn.Module, known: bool) -> None:
+    """Layers of ``torch.nn`` in the place of those of onnx2torch that do the same for a classifier.
+
+    Args:
+        network: of onnx2torch.
+        known: whether the batch is a 0 in the sizes of every Reshape that keeps it.
+    """
     for node in list(network.graph.nodes):  # type: ignore[union-attr, arg-type]
         if node.op != "call_module":
             continue
         module = network.get_submodule(str(node.target))
         kind = type(module).__name__
         plain: nn.Module | None = None
-        if (kind == "OnnxReshape" and len(node.args) == 2 and _flattens(network, node.args[1])) or (
+        if (kind == "OnnxReshape" and len(node.args) == 2 and _flattens(network, node.args[1], known)) or (
             kind == "OnnxFlatten" and getattr(module, "axis", None) == 1
         ):
             plain = nn.Flatten()
@@ -208,11 +362,13 @@ def _with_plain_layers(network: nn.Module) -> None:
     network.recompile()  # type: ignore[operator]
 
 
-def _flattens(network: nn.Module, shape: Any) -> bool:
+def _flattens(network: nn.Module, shape: Any, known: bool) -> bool:
     """Whether a shape of an ONNX Reshape keeps the batch and makes the rest one dimension."""
     if getattr(shape, "op", "") != "get_attr":
         return False
     value: Any = network
     for part in str(shape.target).split("."):
         value = getattr(value, part)
-    return isinstance(value, Tensor) and value.numel() == 2 and bool(torch.any(value == -1) or value[0] == 0)
+    if not isinstance(value, Tensor) or value.numel() != 2:
+        return False
+    return bool(value[0] == 0) or (not known and bool(torch.any(value == -1)))

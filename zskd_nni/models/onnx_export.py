@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from zskd_nni.models.input_spec import InputSpec, inference_batch
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import write_atomic
+from zskd_nni.runtime.precision import without_autocast
 
 OPSET = 18
 
@@ -161,7 +162,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), without_autocast():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -280,7 +281,7 @@ def export_onnx(
     images = images.cpu()
     data = onnx_bytes(network, spec)
     exported = _exported_network(network, spec)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast():
         # Copies: the network may change its input in place, and onnxruntime gets the same images.
         expected = torch.cat([exported(part.clone()) for part in images.split(checking_batch(images))])
     difference = float((run_onnx(data, images) - expected).abs().max() / expected.abs().max().clamp_min(1))

@@ -22,7 +22,6 @@ from zskd_nni.compression.fx_trace import (
     retrace,
     trace,
     unread_nodes,
-    without_autocast,
 )
 from zskd_nni.compression.pruning.channel_flow import CONVOLUTIONS, NORMS, channel_flow
 from zskd_nni.compression.pruning.constant_folding import bias_of_constants, constants_in, input_ranges
@@ -32,6 +31,7 @@ from zskd_nni.models.local_response_norm import PrunedLocalResponseNorm
 from zskd_nni.models.serialization import SIZES, drop_modules
 from zskd_nni.models.shared_modules import check_not_wrapped, replace_everywhere, set_module, shared_layers
 from zskd_nni.runtime.errors import UserError
+from zskd_nni.runtime.precision import without_autocast
 
 _CHECK_BATCH_SIZE = 4
 _ADVICE = "prune with a config from complete_config_list, which keeps the masks of connected layers consistent"
