@@ -21,7 +21,8 @@ from zskd_nni.methods.zskd import ZskdSettings, ZskdTargets
 from zskd_nni.models import onnx_export, zoo
 from zskd_nni.models.hooks import recording_outputs
 from zskd_nni.models.input_spec import InputSpec
-from zskd_nni.models.onnx_export import export_onnx, onnx_bytes, onnx_session, run_onnx
+from zskd_nni.models.onnx_export import export_onnx, onnx_bytes, run_onnx
+from zskd_nni.models.onnx_session import onnx_session
 from zskd_nni.models.teacher import Teacher, classifier_candidates, first_tensor, load_teacher
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.synthesis import SynthesisSettings, synthesize

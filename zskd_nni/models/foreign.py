@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zskd_nni.models.onnx_export import onnx_session
+from zskd_nni.models.onnx_session import onnx_session
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import is_file
 

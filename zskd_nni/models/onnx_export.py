@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zskd_nni.models.input_spec import InputSpec, inference_batch
+from zskd_nni.models.onnx_session import onnx_session
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import write_atomic
 from zskd_nni.runtime.precision import without_autocast
@@ -179,28 +180,6 @@ def checking_batch(images: Tensor) -> int:
 # (onnxruntime 1.31), and older ones cannot convolve with a zero point for each channel (1.23). With the second, layers
 # compute in floating point between the operators that round.
 _EXACT = ("session.x64quantprecision", "session.disable_quant_qdq")
-
-
-def onnx_session(model: bytes | str | Path, options: Any = None) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU.
-
-    Args:
-        model: the file, or its bytes.
-        options: an ``onnxruntime.SessionOptions``; it writes nothing but fatal errors to the console.
-
-    Raises:
-        UserError: onnxruntime refuses the model.
-    """
-    import onnxruntime
-
-    options = options or onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # an error is raised, and told in a sentence
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has exceptions of its own
-        named = "The exported network" if isinstance(model, bytes) else model
-        raise UserError(f"{named} cannot be run by onnxruntime ({error}).") from error
 
 
 def run_onnx(model: bytes | str | Path, images: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from zskd_nni.data.datasets import Fit, LabelledImages, describe_fit, fitted
 from zskd_nni.models.input_spec import InputSpec
 from zskd_nni.models.memory_format import use_channels_last
-from zskd_nni.models.onnx_export import onnx_session, run_onnx
+from zskd_nni.models.onnx_export import run_onnx
+from zskd_nni.models.onnx_session import onnx_session
 from zskd_nni.models.serialization import load_network
 from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import read_json

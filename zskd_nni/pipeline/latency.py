@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from zskd_nni.models.onnx_export import onnx_session
+from zskd_nni.models.onnx_session import onnx_session
 
 _WARM_UP = 10
 
