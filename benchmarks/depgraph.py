@@ -99,7 +99,7 @@ def measure(name: str, clones: Path | None) -> dict[str, Any]:
 
 
 # What finds the channels that belong together, and what removes them.
-OUR_FLOW = ("channel_flow.py", "moved_dims.py", "dependency_config.py")
+OUR_FLOW = ("channel_flow.py", "moved_dims.py", "tried_functions.py", "dependency_config.py")
 OUR_REMOVAL = ("speedup.py", "nni_speedup.py", "mask_updaters.py", "constant_folding.py")
 
 

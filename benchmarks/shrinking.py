@@ -184,8 +184,7 @@ def families_section(record: dict[str, Any]) -> list[str]:
         "shrunken network, relative to the largest logit. The columns of ONNX are onnxruntime's differences on the",
         "shrunken network: in floating point from PyTorch, in int8 (`PtqQuantizer`, inputs and weights of convolutions",
         "and linear layers) from NNI's simulation. A step at which a value is rounded the other way shows there.",
-        "Seconds are those of one CPU core, for planning, pruning, shrinking and checking; in rows without DepGraph's",
-        "columns they may be those of the clock on a busy machine. A dash: not measured yet.",
+        *_about_seconds(rows),
         "",
         "| network | side | parameters | after | left | difference | ONNX | int8 | s "
         "| DepGraph: left | difference | s |",
@@ -198,6 +197,17 @@ def families_section(record: dict[str, Any]) -> list[str]:
         "`python benchmarks/depgraph.py --clones CLONES` makes the last columns.",
         "",
     ]
+
+
+def _about_seconds(rows: list[dict[str, Any]]) -> list[str]:
+    """What the seconds are, and whether some are still the clock's."""
+    lines = ["Seconds are those of one CPU core, for planning, pruning, shrinking and checking."]
+    clock = [f"`{row['network']}`" for row in rows if "cpu" not in row]
+    if clock:
+        lines.append(f"Those of {', '.join(clock)} are the clock's on a busy machine.")
+    if not all(is_measured(row, with_exports=True) for row in rows):
+        lines.append("A dash: not measured yet.")
+    return lines
 
 
 def _family_counts(rows: list[dict[str, Any]]) -> list[str]:
