@@ -26,7 +26,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-@pytest.fixture(params=["alexnet", "lenet5"])
+@pytest.fixture(params=["alexnet", "lenet5", "resnet20"])
 def pair(request: pytest.FixtureRequest):
     return module("rivals.pairs").PAIRS[request.param]
 
@@ -41,10 +41,13 @@ def test_equalisation_keeps_what_the_network_computes_and_equalises(pair) -> Non
     teacher = module("rivals.pairs").teacher_of(pair)
     network = teacher.student().requires_grad_(False)
     before = logits(network, pair)
-    for link in pair.links:
+    equalised = [link.only for link in pair.links if link.only]
+    for link in equalised:
         module("rivals.quantization").equalise(network, *link)
     assert torch.allclose(logits(network, pair), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
-    assert not torch.equal(network.conv2.weight, teacher.model.conv2.weight)
+    for _, _, reader in equalised:
+        changed, weight = network.get_submodule(reader).weight, teacher.model.get_submodule(reader).weight
+        assert not torch.equal(changed, weight)
 
 
 def test_folding_of_equal_channels_changes_nothing(pair) -> None:
@@ -52,14 +55,12 @@ def test_folding_of_equal_channels_changes_nothing(pair) -> None:
     pruning, pairs = module("rivals.pruning"), module("rivals.pairs")
     wide = copy.deepcopy(pairs.teacher_of(pair).model).requires_grad_(False)
     widths = [len(wide.get_submodule(name).weight) for name in pair.convolutions]
-    for before, norm, _after in pair.links:
-        if before in pair.convolutions:
-            for value in (
-                *wide.get_submodule(before).parameters(),
-                *(wide.get_submodule(norm).state_dict().values() if norm else ()),
-            ):
-                if value.ndim:
-                    value[1::2] = value[0::2]
+    makers = [maker for link in pair.links for maker in link.makers if maker[0] in pair.convolutions]
+    for layer, norm in makers:
+        statistics = wide.get_submodule(norm).state_dict().values() if norm else ()
+        for value in (*wide.get_submodule(layer).parameters(), *statistics):
+            if value.ndim:
+                value[1::2] = value[0::2]
     expected = logits(wide, pair)
     small = pruning.folded(pair, wide, 0)
     assert [len(small.get_submodule(name).weight) for name in pair.convolutions] == [width // 2 for width in widths]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rivals.pairs import Pair, teacher_of
+from rivals.pairs import Maker, Pair, teacher_of
 from zskd_nni.compression.pruning.prune import prune
 from zskd_nni.data.sources import NoiseSource
 from zskd_nni.models.local_response_norm import fast_response_norms
@@ -75,39 +75,60 @@ def model_folding(pair: Pair, seed: int) -> nn.Module:
 def folded(pair: Pair, wide: nn.Module, seed: int) -> nn.Module:
     """The half network with the folded channels of ``wide``, which is changed."""
     small = pair.half().eval()
-    for before, norm, after in pair.links:
-        if before in pair.convolutions:
-            _read(wide, _fold(wide, small, before, norm, seed), after)
+    for link in pair.links:
+        if link.makers[0][0] in pair.convolutions:
+            members = _fold(wide, small, link.makers, pair.norm_first, seed)
+            for reader in link.readers:
+                _read(wide, members, reader)
     small.load_state_dict(wide.state_dict())
     return small
 
 
-def _fold(wide: nn.Module, small: nn.Module, layer: str, norm: str | None, seed: int) -> Tensor:
-    """Merge the outputs of one layer in place; returns which channels went into which, ``(merged, channels)``."""
-    module = wide.get_submodule(layer)
-    rows = torch.cat([module.weight.flatten(1), module.bias[:, None]], 1)
-    statistics = wide.get_submodule(norm) if norm else None
-    scale = statistics.weight / (statistics.running_var + statistics.eps).sqrt() if norm else torch.ones(len(rows))
-    if (scale < 0).any():
-        raise ValueError(f"{norm} has negative scales, which cannot move to before the ReLU")
-    effective = rows * scale[:, None]
-    count = small.get_submodule(layer).weight.shape[0]
-    found = KMeans(count, n_init=10, random_state=seed).fit_predict(effective.numpy())
+def _fold(wide: nn.Module, small: nn.Module, makers: tuple[Maker, ...], norm_first: bool, seed: int) -> Tensor:
+    """Merge the channels that layers make together, in place; returns which went into which, ``(merged, channels)``."""
+    rows = [_effective(wide, layer, norm, norm_first) for layer, norm in makers]
+    count = small.get_submodule(makers[0][0]).weight.shape[0]
+    found = KMeans(count, n_init=10, random_state=seed).fit_predict(torch.cat(rows, 1).numpy())
     members = functional.one_hot(torch.as_tensor(found).long(), count).T.float()  # (clusters, channels)
+    for (layer, norm), of_layer in zip(makers, rows, strict=True):
+        _merge(wide.get_submodule(layer), wide.get_submodule(norm) if norm else None, of_layer, members)
+    return members
+
+
+def _scale(statistics: nn.Module) -> Tensor:
+    return statistics.weight / (statistics.running_var + statistics.eps).sqrt()
+
+
+def _effective(wide: nn.Module, layer: str, norm: str | None, norm_first: bool) -> Tensor:
+    """A layer's weights and biases, one channel a row, scaled as its BatchNorm scales them."""
+    module = wide.get_submodule(layer)
+    rows = module.weight.flatten(1)
+    if module.bias is not None:
+        rows = torch.cat([rows, module.bias[:, None]], 1)
+    if norm is None:
+        return rows
+    scale = _scale(wide.get_submodule(norm))
+    if not norm_first and (scale < 0).any():
+        raise ValueError(f"{norm} has negative scales, which cannot move to before the ReLU")
+    return rows * scale[:, None]
+
+
+def _merge(module: nn.Module, statistics: nn.Module | None, rows: Tensor, members: Tensor) -> None:
+    """Give a layer, and its BatchNorm, the mean of each cluster's channels."""
     mean = members / members.sum(1, keepdim=True)
-    merged = mean @ effective
-    repair = _lost_spread(effective, members)
-    module.weight = nn.Parameter(merged[:, :-1].view(count, *module.weight.shape[1:]))
-    module.bias = nn.Parameter(merged[:, -1])
-    if statistics is not None:  # y = repair * (relu(merged) - mean) + shift, with all scales in the merged rows
-        centre = mean @ (scale * statistics.running_mean)
+    merged, repair, shape = mean @ rows, _lost_spread(rows, members), module.weight.shape
+    if statistics is not None:  # repair * (merged - mean) + shift, with all scales in the merged rows
+        centre = mean @ (_scale(statistics) * statistics.running_mean)
         statistics.weight = nn.Parameter(repair)
         statistics.bias = nn.Parameter(mean @ statistics.bias)
-        statistics.running_mean, statistics.running_var = centre, torch.full((count,), 1 - statistics.eps)
+        statistics.running_mean = centre
+        statistics.running_var = torch.full((len(members),), 1 - statistics.eps)
     else:
-        module.weight.mul_(repair.view(-1, *[1] * (module.weight.ndim - 1)))
-        module.bias.mul_(repair)
-    return members
+        merged *= repair[:, None]
+    if module.bias is not None:
+        module.bias = nn.Parameter(merged[:, -1])
+        merged = merged[:, :-1]
+    module.weight = nn.Parameter(merged.reshape(len(members), *shape[1:]))
 
 
 def _lost_spread(rows: Tensor, members: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,15 @@ def bits_of(task: str) -> tuple[int, int]:
 def equalisation_and_bias_correction(pair: Pair, task: str, seed: int) -> nn.Module:
     """Data-free quantization (Nagel et al. 2019): equalised channels, corrected biases, ranges from BatchNorm."""
     network, (weight_bits, _) = teacher_of(pair).student(), bits_of(task)
-    for before, norm, after in pair.links:
-        equalise(network, before, norm, after)
+    for link in pair.links:
+        if link.only:  # what residual sums make has several makers, whose scales would all have to change
+            equalise(network, *link.only)
     means = expected_inputs(network, pair, seed)
     ranges = input_ranges(network, pair, task, seed)
     for name in pair.layers:
         module = network.get_submodule(name)
         rounded = quantized_weight(module.weight, weight_bits)
-        module.bias -= (rounded - module.weight).flatten(1) @ means[name]
+        correct(network, name, -(rounded - module.weight).flatten(1) @ means[name], pair)
         module.weight.copy_(rounded)
     return with_quantized_inputs(network, ranges, bits_of(task)[1])
 
@@ -75,17 +77,98 @@ def equalise(network: nn.Module, before: str, norm: str | None, after: str) -> N
     scale = (made / read.clamp_min(1e-12)).sqrt().clamp(1e-3, 1e3)
     scale[(made == 0) | (read == 0)] = 1.0
     maker.weight.div_(scale.view(-1, *[1] * (maker.weight.ndim - 1)))
-    maker.bias.div_(scale)
+    if maker.bias is not None:
+        maker.bias.div_(scale)
     weight.mul_(scale[:, None])
 
 
-def expected_inputs(network: nn.Module, pair: Pair, seed: int) -> dict[str, Tensor]:
-    """The mean of what each weight of a layer reads: a BatchNorm's shift, else the mean over noise."""
-    found = {name: _per_weight(network, name, mean) for name, mean in _noise_means(network, pair, seed).items()}
-    for _, norm, after in pair.links:
-        if norm:
-            found[after] = _per_weight(network, after, network.get_submodule(norm).bias)
+def correct(network: nn.Module, layer: str, error: Tensor, pair: Pair) -> None:
+    """Add to the mean of a layer's outputs: to its bias, or to the BatchNorm that stands directly behind it."""
+    module = network.get_submodule(layer)
+    if module.bias is not None:
+        module.bias += error
+    else:
+        norm = next(norm for link in pair.links for maker, norm in link.makers if maker == layer)
+        network.get_submodule(norm).running_mean -= error
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer reads, channel by channel, as BatchNorms tell it: a normal distribution, cut where a ReLU ends.
+
+    Attributes:
+        mean: with the cut.
+        centre: without it.
+        spread: one deviation, without the cut.
+        lowest: where it is cut.
+        highest: likewise.
+    """
+
+    mean: Tensor
+    centre: Tensor
+    spread: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def range(self, reach: float) -> Range:
+        """From the lowest to the highest value within so many deviations."""
+        low = torch.maximum(self.centre - reach * self.spread, self.lowest)
+        high = torch.minimum(self.centre + reach * self.spread, self.highest)
+        return float(low.min()), float(high.max())
+
+
+def normalised_inputs(network: nn.Module, pair: Pair) -> dict[str, Inputs]:
+    """Of each layer that reads what went through BatchNorms."""
+    found, order = {}, {name: number for number, name in enumerate(pair.layers)}
+    for link in pair.links:
+        if link.makers[0][1] is None:
+            continue
+        if not pair.norm_first:
+            found.update(dict.fromkeys(link.readers, _behind_the_relu(network.get_submodule(link.makers[0][1]))))
+            continue
+        before: Inputs | None = None
+        for added in link.sums:
+            before = _rectified_sum([network.get_submodule(norm) for _, norm in added], before)
+            last = max(order[layer] for layer, _ in added)
+            found.update(dict.fromkeys([name for name in link.readers if order[name] > last], before))
     return found
+
+
+def _behind_the_relu(norm: nn.Module) -> Inputs:
+    """Outputs of a BatchNorm that reads what a ReLU gives."""
+    nowhere = torch.full_like(norm.bias, math.inf)
+    at_zero = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
+    lowest = torch.where(norm.weight > 0, at_zero, -nowhere)
+    highest = torch.where(norm.weight < 0, at_zero, nowhere)
+    return Inputs(norm.bias, norm.bias, norm.weight.abs(), lowest, highest)
+
+
+def _rectified_sum(norms: list[nn.Module], before: Inputs | None) -> Inputs:
+    """The ReLU of the outputs of BatchNorms and of what came before, all taken for independent and normal."""
+    centre = sum(norm.bias for norm in norms)
+    variance = sum(norm.weight.square() for norm in norms)
+    if before is not None:
+        centre, variance = centre + before.mean, variance + _rectified(before.centre, before.spread)[1]
+    spread = variance.sqrt()
+    zero = torch.zeros_like(centre)
+    return Inputs(_rectified(centre, spread)[0], centre, spread, zero, zero + math.inf)
+
+
+def _rectified(centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the ReLU of a normal distribution (Nagel et al., appendix C)."""
+    normal, spread = torch.distributions.Normal(0.0, 1.0), spread.clamp_min(1e-12)
+    at = centre / spread
+    below, density = normal.cdf(at), normal.log_prob(at).exp()
+    mean = centre * below + spread * density
+    square = (centre.square() + spread.square()) * below + centre * spread * density
+    return mean, (square - mean.square()).clamp_min(0)
+
+
+def expected_inputs(network: nn.Module, pair: Pair, seed: int) -> dict[str, Tensor]:
+    """The mean of what each weight of a layer reads: that of BatchNorms, else the mean over noise."""
+    found = _noise_means(network, pair, seed)
+    found.update({name: inputs.mean for name, inputs in normalised_inputs(network, pair).items()})
+    return {name: _per_weight(network, name, mean) for name, mean in found.items()}
 
 
 def _per_weight(network: nn.Module, name: str, channels: Tensor) -> Tensor:
@@ -120,15 +203,8 @@ def input_ranges(network: nn.Module, pair: Pair, task: str, seed: int) -> dict[s
     low, high = teacher_of(pair).spec.normalised_range()
     ranges[pair.layers[0]] = (float(low.min()), float(high.max()))
     reach = REACH[bits_of(task)[1]]
-    for _, name, after in pair.links:
-        if name:
-            norm = network.get_submodule(name)
-            spread = norm.weight.abs() * reach
-            # A ReLU stands before: no output lies below (or, with a negative scale, above) that of 0.
-            at_zero = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
-            lowest = torch.where(norm.weight > 0, torch.maximum(norm.bias - spread, at_zero), norm.bias - spread)
-            highest = torch.where(norm.weight < 0, torch.minimum(norm.bias + spread, at_zero), norm.bias + spread)
-            ranges[after] = (float(lowest.min()), float(highest.max()))
+    for name, inputs in normalised_inputs(network, pair).items():
+        ranges[name] = inputs.range(reach)
     return ranges
 
 

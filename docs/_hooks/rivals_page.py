@@ -10,7 +10,11 @@ from typing import Any
 Rows = list[dict[str, Any]]
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 _MARK = "<!-- rivals -->"
-TITLES = {"alexnet": "AlexNet, CIFAR-10", "lenet5": "LeNet-5, Fashion-MNIST"}
+TITLES = {
+    "alexnet": "AlexNet, CIFAR-10",
+    "resnet20": "ResNet-20, CIFAR-10",
+    "lenet5": "LeNet-5, Fashion-MNIST",
+}
 _OURS = {"ours": "ours", "ours-options": "ours with the options"}
 OURS = tuple(_OURS)
 NAMES = {
@@ -43,9 +47,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def rivals() -> str:
     """All tables: one a network for half of the channels, one for bits, and how each row was made."""
     parts = []
-    for path in sorted(RESULTS.glob("rivals-*.json")):
-        rows, network = json.loads(path.read_text()), path.stem.removeprefix("rivals-")
-        parts += [f"## {TITLES.get(network, network)}", table(rows, ["half"]), table(rows, ["W8A8", "W4A8", "W4A4"])]
+    for network in TITLES:
+        path = RESULTS / f"rivals-{network}.json"
+        if not path.exists():
+            continue
+        rows = json.loads(path.read_text())
+        parts += [f"## {TITLES[network]}", table(rows, ["half"]), table(rows, ["W8A8", "W4A8", "W4A4"])]
         parts += [standing(rows), made_by(rows)]
     return "\n\n".join(parts) if parts else "No row is recorded yet; `make rivals` makes them."
 

@@ -34,28 +34,36 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 3x3 convolution, three groups of ``blocks`` blocks with 16, 32 and 64 channels, pooling, one linear layer.
+    """A 3x3 convolution, three groups of ``blocks`` blocks, pooling, one linear layer.
 
     Args:
         blocks: of each group, n; the depth is ``6 n + 2``.
         num_classes: number of logits.
         in_channels: channels of the input image.
+        widths: channels of each group.
 
     Shape:
         input ``(N, in_channels, 32, 32)``, output logits ``(N, num_classes)``.
     """
 
-    def __init__(self, blocks: int = 3, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        blocks: int = 3,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        widths: tuple[int, int, int] = (16, 32, 64),
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        first, second, third = widths
+        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU()
-        self.group1 = self._group(16, 16, blocks, 1)
-        self.group2 = self._group(16, 32, blocks, 2)
-        self.group3 = self._group(32, 64, blocks, 2)
+        self.group1 = self._group(first, first, blocks, 1)
+        self.group2 = self._group(first, second, blocks, 2)
+        self.group3 = self._group(second, third, blocks, 2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(third, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -66,8 +74,8 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))  # (N, 16, 32, 32)
-        x = self.group3(self.group2(self.group1(x)))  # (N, 64, 8, 8)
+        x = self.relu(self.bn1(self.conv1(x)))  # (N, widths[0], 32, 32)
+        x = self.group3(self.group2(self.group1(x)))  # (N, widths[2], 8, 8)
         return self.fc(self.flatten(self.pool(x)))
 
 
