@@ -109,6 +109,49 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def with_order(order: list[int]) -> Teacher:
+    """The digits' teacher with its classes in another order."""
+    teacher = load_teacher("lenet5-digits")
+    with torch.no_grad():
+        for values in (teacher.classifier.weight, teacher.classifier.bias):
+            values.copy_(values[order])
+    return teacher
+
+
+def test_classes_in_another_order_are_told() -> None:
+    test = load_images("digits", "test")
+    for order, told in (
+        ([0, 1, 2, 5, 4, 3, 6, 7, 8, 9], "the teacher's class 3 is 5, 5 is 3 of the test data. In that order"),
+        (
+            [1, 2, 3, 4, 5, 6, 7, 8, 9, 0],
+            "the teacher's class 0 is 1, 1 is 2, 2 is 3, 3 is 4 of the test data and so on",
+        ),
+    ):
+        look = look_at(with_order(order), test)
+        assert look.warnings and any(told in line for line in look.lines[-look.warnings :])
+    assert look_at(with_order(list(range(10))), test).warnings == 0
+
+
+def test_a_weak_teacher_is_no_order_of_classes() -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), (1, 32, 32))
+    assert not any("order of the classes is probably" in line for line in look_at(teacher, load_images("digits")).lines)
+
+
+def test_colours_in_another_order_are_told() -> None:
+    """A teacher that tells red from blue images."""
+    images = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.arange(60) % 2
+    images[labels == 0, 0], images[labels == 1, 2] = 255, 255
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    for weight, warned in ((torch.eye(3)[[0, 2, 1]], False), (torch.eye(3)[[2, 0, 1]], True)):
+        with torch.no_grad():
+            network[2].weight.copy_(weight)
+            network[2].bias.zero_()
+        look = look_at(Teacher(network, (3, 8, 8)), LabelledImages(images, labels, "colours"))
+        assert any("in the order blue, green, red" in line for line in look.lines) is warned
+
+
 def test_a_dry_run_measures_the_teacher_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     sets = [word for change in DIGITS for word in ("--set", change)]

@@ -1,6 +1,7 @@
 """The teacher, looked at before the long work: a wrong input is seen in seconds.
 
-On test data its accuracy is measured: near chance, nothing can be learnt from it. And its first BatchNorm tells how
+On test data its accuracy is measured: near chance, nothing can be learnt from it. Classes in another order, and colours
+in the order blue, green, red, show there too. And its first BatchNorm tells how
 much the inputs of that layer were spread in training. Dead leaves have about the contrast of photographs and of
 drawings: if they are spread otherwise there, the teacher was trained on images in other units.
 """
@@ -22,6 +23,8 @@ from zskd_nni.training.inference import logits_on
 from zskd_nni.training.metrics import accuracy
 
 MOST_IMAGES = 2000
+_COLOURED = 500  # images that are also looked at with their colours reversed, at most
+_CLEARLY = 5.0  # points of accuracy that another order must gain to be told
 _LEAVES = 128
 # Least and largest ln(spread seen / spread trained) of the first BatchNorm that a right input has. Figures of right and
 # wrong teachers: docs/howto/own-teacher.md.
@@ -65,6 +68,7 @@ def look_at(teacher: Teacher, test: LabelledImages | None) -> FirstLook:
             f"teacher: accuracy {measured:.2f} % on {count:,}{f' of {len(test):,}' if count < len(test) else ''} test "
             f"images of {test.name}" + (f" ({fit})" if fit else "")
         )
+        warnings += [each for each in (_classes(logits, part.labels), _colours(teacher, part, logits)) if each]
     spread = first_spread(teacher)
     if spread is not None:
         ratio = float(torch.tensor(spread).exp())
@@ -81,6 +85,43 @@ def look_at(teacher: Teacher, test: LabelledImages | None) -> FirstLook:
     if measured is not None and measured < 100 * least_accuracy(teacher.num_classes):
         warnings.append(f"warning: chance is {100 / teacher.num_classes:.2f} %, and the teacher is hardly better")
     return FirstLook(measured, count, spread, [*lines, *warnings], len(warnings))
+
+
+def _classes(logits: Tensor, labels: Tensor) -> str | None:
+    """What to say where the test data have some of the teacher's classes in another order; None where they have not."""
+    count = logits.shape[1]
+    pairs = torch.bincount(logits.argmax(1) * count + labels, minlength=count * count).view(count, count).float()
+    own, most = pairs.diag(), pairs.max(1)
+    clearly = most.values > own + 3 * (most.values + own).sqrt()
+    moved = {int(each): int(most.indices[each]) for each in clearly.nonzero()}
+    gained = 100 * float((most.values - own)[clearly].sum()) / len(labels)
+    if set(moved) != set(moved.values()) or gained < _CLEARLY:
+        return None  # a weak teacher takes some classes for others, but not one for each
+    told = ", ".join(f"{theirs} is {ours}" for theirs, ours in list(moved.items())[:4])
+    more = " and so on" if len(moved) > 4 else ""
+    right = 100 * float(own.sum()) / len(labels) + gained
+    return (
+        f"warning: the order of the classes is probably another: the teacher's class {told} of the test data{more}. "
+        f"In that order its accuracy is {right:.2f} %"
+    )
+
+
+def _colours(teacher: Teacher, test: LabelledImages, logits: Tensor) -> str | None:
+    """What to say where the teacher is clearly better with blue, green, red; None where it is not."""
+    if teacher.spec.shape[0] != 3:
+        return None
+    few = test.subset(slice(0, _COLOURED))
+    turned = accuracy(
+        logits_on(lambda images: teacher(images.flip(1)), few, teacher.spec, str(teacher.device)), few.labels
+    )
+    seen = accuracy(logits[: len(few)], few.labels)
+    if turned < seen + _CLEARLY:
+        return None
+    return (
+        f"warning: with the colours of {len(few):,} test images in the order blue, green, red the teacher's accuracy "
+        f"is {turned:.2f} % in the place of {seen:.2f} %. It was probably trained on such images: let its forward begin "
+        f"with x = x.flip(1), and give mean and std as red, green, blue"
+    )
 
 
 def near_chance(look: FirstLook, classes: int) -> str | None:
