@@ -119,7 +119,7 @@ def _colours(teacher: Teacher, test: LabelledImages, logits: Tensor) -> str | No
         return None
     return (
         f"warning: with the colours of {len(few):,} test images in the order blue, green, red the teacher's accuracy "
-        f"is {turned:.2f} % in the place of {seen:.2f} %. It was probably trained on such images: let its forward begin "
+        f"is {turned:.2f} % in the place of {seen:.2f} %. It was probably trained on such images: let forward begin "
         f"with x = x.flip(1), and give mean and std as red, green, blue"
     )
 
