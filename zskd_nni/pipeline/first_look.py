@@ -1,9 +1,9 @@
 """The teacher, looked at before the long work: a wrong input is seen in seconds.
 
 On test data its accuracy is measured: near chance, nothing can be learnt from it. Classes in another order, and colours
-in the order blue, green, red, show there too. And its first BatchNorm tells how
-much the inputs of that layer were spread in training. Dead leaves have about the contrast of photographs and of
-drawings: if they are spread otherwise there, the teacher was trained on images in other units.
+in the order blue, green, red, show there too. And its first BatchNorm tells how much the inputs of that layer were
+spread in training. Dead leaves have about the contrast of photographs and of drawings: if they are spread otherwise
+there, the teacher was trained on images in other units.
 """
 
 from __future__ import annotations
