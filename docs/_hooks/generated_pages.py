@@ -43,7 +43,8 @@ _RESULTS_PAGE = """# Results of the packaged recipes
 
 The plots show mean test accuracy against the size of the ONNX file. Each number is a recipe in one precision, listed
 below its plot. [The home page](index.md#what-it-gains) says what they show. The table has the figures: test accuracy in
-percent after the last step, mean and standard deviation over seeds 0, 1 and 2.
+percent after the last step, mean and standard deviation over seeds 0, 1 and 2. A figure without a deviation is that of
+seed 0, and the figures of `cifar10-half-quick` with real data are those of seeds 1 and 2.
 
 - *student* was trained from the teacher's weights alone.
 - *with real data* is the same recipe on the training images, the upper limit.
