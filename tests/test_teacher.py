@@ -365,6 +365,12 @@ def test_images_get_gradients_and_weights_do_not() -> None:
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
+def test_predict_takes_images_in_half_precision_as_stores_have_them() -> None:
+    teacher = small_teacher()
+    images = torch.rand(5, *teacher.spec.shape, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(teacher.predict(images), teacher.predict(images.float()))
+
+
 def test_predict_in_batches() -> None:
     teacher = small_teacher()
     images = torch.rand(23, 1, 8, 8, generator=random(0))

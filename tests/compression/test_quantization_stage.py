@@ -235,8 +235,9 @@ def test_pruned_quantized_and_distilled_in_one_training(teacher, source, tmp_pat
         ({"config_list": [{**INT8[0], "granularity": [1]}]}, "granularity|scales of shape|refuses the config"),
         *(
             ({"config_list": [{**INT8[0], "quant_dtype": name}]}, "ONNX files are written with 2 to 8")
-            for name in ("int16", "int1", "int0")
+            for name in ("int16", "int1")
         ),
+        ({"config_list": [{**INT8[0], "quant_dtype": "int0"}]}, "with a number of bits, such as int8, not 'int0'"),
     ],
 )
 def test_mistakes_are_told_before_the_work(teacher, changes, message):

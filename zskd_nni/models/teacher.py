@@ -150,10 +150,10 @@ class Teacher:
             return self.output(self.model(self.spec.normalise(images)))
 
     def predict(self, images: Tensor, batch: int | None = None) -> Tensor:
-        """Logits ``(N, classes)`` on the CPU, without gradients, in batches."""
+        """Logits ``(N, classes)`` on the CPU, without gradients, in batches; half precision, as stores have it, is fine."""
         with torch.no_grad():
             parts = images.split(batch or self.spec.inference_batch_on(self.device))
-            return torch.cat([self(part.to(self.device)).cpu() for part in parts])
+            return torch.cat([self(_whole(part).to(self.device)).cpu() for part in parts])
 
     def _find_classifier(self, given: str | None) -> tuple[str, int]:
         """Path of the classifier and number of classes, from a forward pass on noise.
@@ -304,3 +304,7 @@ def _check_answers_do_not_depend_on_the_batch(model: nn.Module) -> None:
                 "output for an image depends on the other images of the batch. A teacher's output must not; give the "
                 "layer running statistics."
             )
+
+
+def _whole(images: Tensor) -> Tensor:
+    return images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
