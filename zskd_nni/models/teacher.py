@@ -150,7 +150,7 @@ class Teacher:
             return self.output(self.model(self.spec.normalise(images)))
 
     def predict(self, images: Tensor, batch: int | None = None) -> Tensor:
-        """Logits ``(N, classes)`` on the CPU, without gradients, in batches; half precision, as stores have it, is fine."""
+        """Logits ``(N, classes)`` on the CPU, without gradients, in batches; of images in half precision too."""
         with torch.no_grad():
             parts = images.split(batch or self.spec.inference_batch_on(self.device))
             return torch.cat([self(_whole(part).to(self.device)).cpu() for part in parts])
