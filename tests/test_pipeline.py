@@ -225,7 +225,9 @@ def test_without_a_quantizer_its_figures_are_null(tmp_path):
 
 
 def test_a_quantizer_that_nni_refuses_is_told_before_any_work(tmp_path):
-    with pytest.raises(UserError, match="not 'float7'"):
+    with pytest.raises(UserError, match="refuses the config"):
+        run(tmp_path / "out", "compression.quantization.config_list.0.quant_scheme=wrong")
+    with pytest.raises(UserError, match="with a number of bits, such as int8, not 'float7'"):
         run(tmp_path / "out", "compression.quantization.config_list.0.quant_dtype=float7")
     assert not (tmp_path / "out").exists()
 
