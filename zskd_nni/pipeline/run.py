@@ -146,11 +146,10 @@ class Run:
         if name in NAMED_SETS[1:] and data_root(self.root) is None:
             # A user without data has no test data either; the recipe names where ours were measured.
             self.measured = False
-            if not self.quiet:  # the report says what was measured on what
-                self._print(
-                    f"No folder of test data was named (--data-root, {DATA_VARIABLE}): accuracy on {name} is left out, "
-                    "agreement is measured on procedural images."
-                )
+            self._print(
+                f"No folder of test data was named (--data-root, {DATA_VARIABLE}): accuracy on {name} is left out, "
+                "agreement is measured on procedural images."
+            )
         test = self._test_data() if self.team.leads else None
         check_work(self.students)
         if self.team.leads:
