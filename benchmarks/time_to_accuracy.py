@@ -99,15 +99,13 @@ def main() -> None:
     key = ("way", "impressions", "steps", "seed")
     for one in [*(json.loads(RECORD.read_text()) if RECORD.exists() else []), *of_the_recipe()]:
         points[tuple(one[name] for name in key)] = one
+    budgets = [(way, *budget) for way in given.ways for budget in WAYS[way].budgets]
     for seed in given.seeds:
-        for way in given.ways:
-            for size, steps in WAYS[way].budgets:
-                if (way, size, steps, seed) not in points:
-                    points[way, size, steps, seed] = measure(way, size, steps, seed, runs)
-                    print(
-                        {name: value for name, value in points[way, size, steps, seed].items() if name != "provenance"}
-                    )
-                write_json(RECORD, sorted(points.values(), key=lambda one: (one["way"], one["steps"], one["seed"])))
+        for way, size, steps in sorted(budgets, key=lambda budget: budget[2]):  # the short ones first
+            if (way, size, steps, seed) not in points:
+                found = points[way, size, steps, seed] = measure(way, size, steps, seed, runs)
+                print({name: value for name, value in found.items() if name != "provenance"}, flush=True)
+            write_json(RECORD, sorted(points.values(), key=lambda one: (one["way"], one["steps"], one["seed"])))
 
 
 if __name__ == "__main__":
