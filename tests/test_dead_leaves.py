@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zskd_nni.data.dead_leaves import dead_leaves, spectral_noise
+from zskd_nni.data.procedural import start_images
 from zskd_nni.models.input_spec import InputSpec
 
 
@@ -65,3 +66,14 @@ def test_the_spectrum_falls_as_asked(exponent: float) -> None:
     assert float(slope) == pytest.approx(-exponent, abs=0.05)
     assert noise.mean((1, 2, 3)).abs().max() < 1e-4
     assert noise.std((1, 2, 3)).sub(1).abs().max() < 1e-3
+
+
+def test_cutouts_are_leaves_inside_and_empty_outside() -> None:
+    spec = InputSpec((1, 32, 32), low=-1.0, high=1.0)
+    images, inside = start_images("cutouts", 300, spec, random(), hold=1.0)
+    assert inside is not None
+    empty = inside.expand_as(images) == 0
+    assert float(images[empty].max()) < -0.9, "the background is the lowest value, but for its soft edge"
+    assert 0.1 < float(inside.mean()) < 0.9
+    filled = [image[inside[number].bool()] for number, image in enumerate(images) if inside[number].sum() > 200]
+    assert float(torch.stack([part.std() for part in filled]).median()) > 0.15, "parts and textures, not one tone"

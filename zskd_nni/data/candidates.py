@@ -1,7 +1,7 @@
 """Candidates of arbitrary transfer sets: procedural images, and real ones by name or path.
 
-``noise-uniform``, ``noise-gaussian``, ``structured`` (smooth noise of random coarseness), ``shapes``, ``mixed`` and
-``leaves`` (:mod:`zskd_nni.data.procedural`) read no image. Everything else is read by
+``noise-uniform``, ``noise-gaussian``, ``structured`` (smooth noise of random coarseness), ``shapes``, ``mixed``,
+``leaves`` and ``cutouts`` (:mod:`zskd_nni.data.procedural`) read no image. Everything else is read by
 :func:`zskd_nni.data.datasets.load_images`.
 """
 
@@ -21,7 +21,7 @@ from zskd_nni.runtime.errors import UserError
 from zskd_nni.runtime.files import sha256_of_bytes
 from zskd_nni.runtime.rng import generator
 
-PROCEDURAL = ("noise-uniform", "noise-gaussian", "structured", "shapes", "mixed", "leaves")
+PROCEDURAL = ("noise-uniform", "noise-gaussian", "structured", "shapes", "mixed", "leaves", "cutouts")
 _BLOCK = 1000
 
 
