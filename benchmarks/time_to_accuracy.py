@@ -4,8 +4,8 @@
     python benchmarks/time_to_accuracy.py --ways ours --seeds 1 2
 
 All ways are the recipe ``cifar10-prune50`` with another budget or other images: the same pruned network, trained by the
-same distillation. Each point is a run of its own, and test data is read once at its end. The points of the scale
-``quick`` come from ``results/cifar10-prune50-quick.json``. A finished run is not repeated, a stopped one continues.
+same distillation. Each point is a run of its own, and test data is read once at its end. The points at the recipe's own
+scales come from its records in ``results/``. A finished run is not repeated, a stopped one continues.
 """
 
 from __future__ import annotations
@@ -77,12 +77,15 @@ def point(way: str, size: int | None, steps: int, report: dict[str, Any]) -> dic
 
 
 def of_the_recipe() -> list[dict[str, Any]]:
-    """The points of the scale ``quick`` and of its twins."""
+    """The points of the recipe's records at its two scales, and of their twins on real images."""
     points = []
-    for record in json.loads((RESULTS / f"{RECIPE}-quick.json").read_text()):
-        size, steps = record["recipe"]["transfer"]["size"], record["recipe"]["distillation"]["steps"]
-        points.append(point("ours", size, steps, record))
-        points.append(point("real", None, steps, {**record, **record["real_data"], "recipe": record["recipe"]}))
+    for path in (RESULTS / f"{RECIPE}-quick.json", RESULTS / f"{RECIPE}.json"):
+        for record in json.loads(path.read_text()) if path.exists() else []:
+            size, steps = record["recipe"]["transfer"]["size"], record["recipe"]["distillation"]["steps"]
+            points.append(point("ours", size, steps, record))
+            if "real_data" in record:
+                twin = {**record, **record["real_data"], "recipe": record["recipe"]}
+                points.append(point("real", None, steps, twin))
     return points
 
 
