@@ -146,6 +146,14 @@ def test_formulas_of_notebooks_are_drawn_and_code_is_left_alone() -> None:
         maths.on_page_content(r"<p>$\nosuchthing x$</p>", page=notebook)
 
 
+def test_names_in_tables_break_after_their_signs_alone(built: Path) -> None:
+    page = (built / "howto/own-teacher/index.html").read_text()
+    assert "<code>transfer.<wbr>synthesis.<wbr>learning_<wbr>rate</code>" in page  # in a cell
+    assert "<code>evaluation: {data: my-test.npz}</code>" in page  # in a sentence
+    for path in built.rglob("index.html"):
+        assert not re.search(r"\d\.<wbr>\d|<wbr>[^\w]", path.read_text()), path
+
+
 def watched(browser: Any, address: str, **options: Any) -> tuple[Any, list[str]]:
     """A page, and what went wrong in it."""
     page = browser.new_page(**options)
