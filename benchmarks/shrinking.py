@@ -170,7 +170,8 @@ def families_section(record: dict[str, Any]) -> list[str]:
     if not rows:
         return []
     others = {row["network"]: row for row in record.get("depgraph", [])}
-    table = [_family_line(row, others.get(row["network"])) for row in rows]
+    reasons: dict[str, int] = {}
+    table = [_family_line(row, others.get(row["network"]), reasons) for row in rows]
     return [
         "## Families",
         "",
@@ -186,10 +187,18 @@ def families_section(record: dict[str, Any]) -> list[str]:
         "and linear layers) from NNI's simulation. A step at which a value is rounded the other way shows there.",
         *_about_seconds(rows),
         "",
+        '<div class="dense" markdown>',
+        "",
         "| network | side | parameters | after | left | difference | ONNX | int8 | s "
         "| DepGraph: left | difference | s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *table,
+        "",
+        "</div>",
+        "",
+        "Why not, by the numbers in brackets:",
+        "",
+        *(f"{number}. {said[0].upper()}{said[1:].rstrip('.')}." for said, number in reasons.items()),
         "",
         *_depgraph_section(record, others),
         "`python benchmarks/shrinking.py --families --clones CLONES` measures what is missing; the first lines of",
@@ -218,7 +227,7 @@ def _family_counts(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"{shrunk} of these {len(rows)} networks are shrunk. {third} of the {len(convolutional)} convolutional ones "
         f"({share:.0f} %)",
-        "lose a third of their parameters or more. The others stay as they are, for the reason in their row.",
+        "lose a third of their parameters or more. The others stay as they are, for a reason named below the table.",
     ]
 
 
@@ -227,13 +236,20 @@ def by_a_third(row: dict[str, Any]) -> bool:
     return "after" in row and row["after"] <= 2 / 3 * row["before"]
 
 
-def _family_line(row: dict[str, Any], other: dict[str, Any] | None) -> str:
+def _family_line(row: dict[str, Any], other: dict[str, Any] | None, reasons: dict[str, int]) -> str:
+    """A row. A reason gets a number, and stands below the table: a sentence would make its column wide."""
+
+    def numbered(reason: str) -> str:
+        return "-" if reason == "-" else f"no ({reasons.setdefault(one_line(reason), len(reasons) + 1)})"
+
     before = f"{row['before']:,}" if "before" in row else "-"
     linear = " +" if row["network"] in LINEAR else ""
-    cells = [f"`{row['network']}`{linear}", str(row.get("side", "-")), before, *_shrunk_cells(row, row.get("why_not"))]
+    cells = [f"`{row['network']}`{linear}", str(row.get("side", "-")), before, *_shrunk_cells(row)]
+    if "after" not in row:
+        cells[3] = numbered(row.get("why_not") or "-")
     for kind in ("onnx", "int8"):
         difference, why_not = row.get(f"{kind}_difference"), row.get(f"{kind}_why_not", "-")
-        cells.append(one_line(why_not) if difference is None else f"{difference:.0e}")
+        cells.append(numbered(why_not) if difference is None else f"{difference:.0e}")
     cells.append(f"{row['seconds']:.0f}")
     if other is None:
         cells += ["-"] * 3
@@ -241,7 +257,7 @@ def _family_line(row: dict[str, Any], other: dict[str, Any] | None) -> str:
         left = 100 * other["after"] / other["before"]
         cells += [f"{left:.0f} %", _difference(other["max_logit_difference"]), f"{other['seconds']:.1f}"]
     else:
-        cells += [one_line(other["why_not"]), "-", f"{other['seconds']:.1f}"]
+        cells += [numbered(other["why_not"]), "-", f"{other['seconds']:.1f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -289,9 +305,9 @@ def _lines_of_code(counts: dict[str, int]) -> list[str]:
     ]
 
 
-def _shrunk_cells(row: dict[str, Any], why_not: str | None) -> list[str]:
+def _shrunk_cells(row: dict[str, Any]) -> list[str]:
     if "after" not in row:
-        return [one_line(why_not or "-"), "-", "-"]
+        return ["-"] * 3
     left = 100 * row["after"] / row["before"]
     return [f"{row['after']:,}", f"{left:.0f} %", _difference(row["max_logit_difference"])]
 
