@@ -199,9 +199,10 @@ def panel(data: str, teacher: float, size: int, columns: list[Column]) -> str:
 
 def _column(number: int, column: Column, x: float, down: Any) -> str:
     heights = [down(value) for value in (*map(column.mean, column.accuracies), *column.rivals.values())]
+    raised = 11 if number > 9 and number % 2 else 0  # two numbers of two digits are wider than marks are apart
     parts = [
         f'<path class="stem" d="M{x:.1f},{_TOP - 2} V{max(heights):.1f}"/>',
-        f'<text class="tick number" text-anchor="middle" x="{x:.1f}" y="{_TOP - 6}">{number}</text>',
+        f'<text class="tick number" text-anchor="middle" x="{x:.1f}" y="{_TOP - 6 - raised}">{number}</text>',
     ]
     for name, accuracy in column.rivals.items():
         said = f"{column.label}, instead of ours {name}: {accuracy:.2f} %"

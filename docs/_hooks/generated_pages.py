@@ -39,12 +39,16 @@ _WIDE = {  # pages whose tables or pictures need the place of the links beside t
 }
 _RESULTS_PAGE = """# Results of the packaged recipes
 
+The plots show mean test accuracy against the size of the ONNX file. Each number is a recipe in one precision, listed
+below its plot. The precision is fp32 (floating point), int8, or for instance W4A8: weights of 4 bits, activations of 8.
+[The home page](index.md#what-it-gains) says what the plots show, and
+[I have a ResNet and no data](howto/own-teacher.md) how to do the same with a network of your own.
+
 <!-- chart: accuracy and bytes -->
 
-The plots show mean test accuracy against the size of the ONNX file. Each number is a recipe in one precision, listed
-below its plot. [The home page](index.md#what-it-gains) says what they show. The table has the figures: test accuracy in
-percent after the last step, mean and standard deviation over seeds 0, 1 and 2. A figure without a deviation is that of
-seed 0, and the figures of `cifar10-half-quick` with real data are those of seeds 1 and 2.
+The table has the figures: test accuracy in percent after the last step, mean and standard deviation over seeds 0, 1
+and 2. A figure without a deviation is that of seed 0, and the figures of `cifar10-half-quick` with real data are those
+of seeds 1 and 2.
 
 - *student* was trained from the teacher's weights alone.
 - *with real data* is the same recipe on the training images, the upper limit.
