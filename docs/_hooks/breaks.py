@@ -10,7 +10,7 @@ from typing import Any
 
 _CELL = re.compile(r"<td\b[^>]*>.*?</td>", re.DOTALL)
 _CODE = re.compile(r"(?<=<code>)[^<]*(?=</code>)")
-_BREAK = re.compile(r"(?<=\w)(?:[:/_=](?=\w)|\.(?=[A-Za-z]))")  # not in 0.25
+_BREAK = re.compile(r"(?<=\w)(?:[:/_=](?=\w\w)|\.(?=[A-Za-z]{2}))")  # not in 0.25, nor before one letter
 
 
 def on_page_content(html: str, **_: Any) -> str:
