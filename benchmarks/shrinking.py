@@ -255,7 +255,7 @@ def _family_line(row: dict[str, Any], other: dict[str, Any] | None, reasons: dic
         cells += ["-"] * 3
     elif "after" in other:
         left = 100 * other["after"] / other["before"]
-        cells += [f"{left:.0f} %", _difference(other["max_logit_difference"]), f"{other['seconds']:.1f}"]
+        cells += [f"{left:.0f}\u00a0%", _difference(other["max_logit_difference"]), f"{other['seconds']:.1f}"]
     else:
         cells += [numbered(other["why_not"]), "-", f"{other['seconds']:.1f}"]
     return f"| {' | '.join(cells)} |"
@@ -309,7 +309,7 @@ def _shrunk_cells(row: dict[str, Any]) -> list[str]:
     if "after" not in row:
         return ["-"] * 3
     left = 100 * row["after"] / row["before"]
-    return [f"{row['after']:,}", f"{left:.0f} %", _difference(row["max_logit_difference"])]
+    return [f"{row['after']:,}", f"{left:.0f}\u00a0%", _difference(row["max_logit_difference"])]
 
 
 def _difference(value: float) -> str:
@@ -354,8 +354,8 @@ def document(record: dict[str, Any]) -> str:
     """The text of ``docs/shrinking.md`` from the measurements."""
     rows = [
         f"| `{row['network']}` | {row['parameters']['before']:,} | {row['parameters']['after']:,} "
-        f"| {100 * row['parameters']['after'] / row['parameters']['before']:.1f} % "
-        f"| {row['onnx_bytes']['before']:,} -> {row['onnx_bytes']['after']:,} "
+        f"| {100 * row['parameters']['after'] / row['parameters']['before']:.1f}\u00a0% "
+        f"| {row['onnx_bytes']['before']:,}\u00a0→\u00a0{row['onnx_bytes']['after']:,} "
         f"| {row['max_logit_difference']:.1e} | {row['seconds']:.0f} |"
         for row in record["networks"]
     ]
