@@ -28,7 +28,8 @@ def _package(name: str, extra: str, what: str) -> Any:
             return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{what} needs the package {name}, which is not installed: pip install zskd-nni[{extra}]."
+            f"{what} needs the package {name}, which is not installed. It comes with the extra {extra}: "
+            f"pip install '.[{extra}]' in the clone of zskd_nni."
         ) from error
 
 
