@@ -223,10 +223,11 @@ def test_a_report_tells_a_ceiling_from_images_of_something_else_and_what_was_mea
     assert "No student was trained on these images" not in (tmp_path / "a" / "report.html").read_text()
 
 
-def test_best_stands_for_the_colour_preset_with_a_colour_teacher_that_has_batch_norm() -> None:
+def test_best_stands_for_the_colour_preset_with_a_teacher_of_colour_images() -> None:
     colour = Teacher(alexnet(), InputSpec((3, 32, 32)))
     zskd, ats = find_method("zskd"), find_method("ats")
     assert preset_for(zskd, "best", colour) == "best-colour"
+    assert preset_for(zskd, "best", load_teacher("vgg-cifar10")) == "best-colour"
     assert preset_for(zskd, "paper", colour) == "paper"
     assert preset_for(ats, "unbalanced", colour) == "unbalanced"
     assert preset_for(zskd, "best", Teacher(alexnet(in_channels=1), InputSpec((1, 32, 32)))) == "best"

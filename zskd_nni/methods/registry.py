@@ -12,8 +12,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
-
 from zskd_nni.data.sources import TransferSource
 from zskd_nni.models.teacher import Teacher
 from zskd_nni.runtime.errors import UserError
@@ -100,23 +98,21 @@ def default_preset(method: Method) -> str:
 
 def preset_for(method: Method, preset: str, teacher: Teacher) -> str:
     """The preset that stands for ``preset`` with this teacher; see :func:`preset_for_kind`."""
-    normalised = any(isinstance(module, nn.BatchNorm2d) for module in teacher.model.modules())
-    return preset_for_kind(method, preset, teacher.spec.shape[0], normalised)
+    return preset_for_kind(method, preset, teacher.spec.shape[0])
 
 
-def preset_for_kind(method: Method, preset: str, channels: int, batch_norm: bool) -> str:
+def preset_for_kind(method: Method, preset: str, channels: int) -> str:
     """The preset that stands for ``preset`` with a kind of teacher.
 
-    A method may have a preset ``NAME-colour`` beside ``NAME``, for teachers of colour images with BatchNorm layers.
+    A method may have a preset ``NAME-colour`` beside ``NAME``, for teachers of colour images.
 
     Args:
         method: whose preset it is.
         preset: its name.
         channels: of the teacher's images.
-        batch_norm: whether the teacher has BatchNorm layers.
     """
     colour = f"{preset}-colour"
-    return colour if colour in method.presets and channels == 3 and batch_norm else preset
+    return colour if colour in method.presets and channels == 3 else preset
 
 
 def method_names() -> list[str]:

@@ -218,9 +218,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_statistics": 0.1,
         },
     },
-    # A few small steps from images that fill the frame, led by the teacher's BatchNorm statistics: what `best` means
-    # with colour images and a teacher that has such layers. Larger steps lead away from what makes the starts good:
-    # docs/methods/zskd-trials.md has the measurement, on CIFAR-10's validation slice.
+    # What `best` means with colour images: a few small steps from images that fill the frame, led by the teacher's
+    # BatchNorm statistics where it has such layers. Larger steps lead away from what makes the starts good:
+    # docs/methods/zskd-trials.md has the measurements, on CIFAR-10's validation slice.
     "best-colour": {
         "targets": {"betas": (1.0, 0.1)},
         "synthesis": {

@@ -58,8 +58,8 @@ class SynthesisSettings(Settings):
             ``max_steps``, as published.
         patience: an image is also finished when its divergence has not fallen by a hundredth of itself in that many
             steps; 0 switches this off.
-        start: ``uniform`` noise over the value range (ZSKD's paper), ``black``, ``smooth`` noise, ``shapes``, ``mixed``,
-            ``leaves`` or ``cutouts``; see :mod:`zskd_nni.data.procedural`.
+        start: ``uniform`` noise over the value range (ZSKD's paper), ``black``, ``smooth`` noise, ``shapes``,
+            ``mixed``, ``leaves`` or ``cutouts``; see :mod:`zskd_nni.data.procedural`.
         hold: probability that the empty background of a shape is held fixed, in [0, 1].
         total_variation: weight of the smoothness prior beside the divergence times temperature / 20. Each image draws
             its own log-uniformly between the two numbers; (0, 0) for none.

@@ -217,5 +217,5 @@ def _options(cell: Cell, pair: Pair, scale: Scale, student: DistillationSettings
         if cell.method == "sts":
             given["targets"] = {**pair.sts, **given.get("targets", {})}
     method = _method(SOURCES[cell.method])
-    preset = preset_for_kind(method, cell.preset, pair.recipe.spec.shape[0], pair.teacher_has_batch_norm)
+    preset = preset_for_kind(method, cell.preset, pair.recipe.spec.shape[0])
     return method.options(preset, given)
