@@ -93,6 +93,7 @@ def main() -> None:
     """Measure what is missing and write every point as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS])
+    parser.add_argument("--steps", nargs="+", type=int, help="only budgets of so many steps")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/time-to-accuracy"))
     given = parser.parse_args()
@@ -103,6 +104,7 @@ def main() -> None:
     for one in [*(json.loads(RECORD.read_text()) if RECORD.exists() else []), *of_the_recipe()]:
         points[tuple(one[name] for name in key)] = one
     budgets = [(way, *budget) for way in given.ways for budget in WAYS[way].budgets]
+    budgets = [budget for budget in budgets if given.steps is None or budget[2] in given.steps]
     for seed in given.seeds:
         for way, size, steps in sorted(budgets, key=lambda budget: budget[2]):  # the short ones first
             if (way, size, steps, seed) not in points:
