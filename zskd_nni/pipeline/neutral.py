@@ -29,7 +29,7 @@ WORTH = (
 )
 # Of the recorded data-free runs with test data: how many, and by how many points agreement on held-out images was below
 # agreement on test data, at least and at most.
-HELD_OUT_BELOW_TEST = (37, 4, 16)
+HELD_OUT_BELOW_TEST = (38, 4, 16)
 
 
 def neutral_images(teacher: Teacher, count: int = COUNT) -> Tensor:
