@@ -21,6 +21,7 @@ FOUR_BITS = {
     "target_settings": {"weight": {"quant_dtype": "int4", "quant_scheme": "symmetric", "granularity": "out_channel"}},
 }
 REFINED = {"ranges": "least_error", "rounding": "joint", "correct_biases": True}
+PLAIN = {"ranges": "extremes", "rounding": "nearest", "correct_biases": False}
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 5, 5), (8, 200)], ids=["convolution", "linear"])
@@ -80,7 +81,7 @@ def test_a_refined_network_is_nearer_to_the_original_and_can_be_exported(tmp_pat
     images, config = NoiseSource(teacher.spec, 64), QuantizationConfig([FOUR_BITS], calibration_images=128)
     probe = teacher.spec.uniform_noise(100, 5)
     errors = []
-    for options in ({}, REFINED):
+    for options in (PLAIN, REFINED):
         quantized = quantize(teacher.student(), replace(config, **options), teacher, images)
         with torch.no_grad():
             logits = simulated(quantized)(teacher.spec.normalise(probe))
@@ -170,3 +171,40 @@ def test_joint_rounding_stays_on_the_grid_of_the_scales(granularity: Any) -> Non
 def test_what_cannot_be_refined_is_refused(changes: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         QuantizationConfig([FOUR_BITS], rounding="joint", **changes)
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "expected"),
+    [
+        ({"quant_dtype": "int8"}, {}, ("extremes", "nearest", False)),
+        ({"quant_dtype": "int"}, {}, ("extremes", "nearest", False)),
+        (FOUR_BITS, {}, ("least_error", "joint", True)),
+        (
+            {"quant_dtype": "int8", "target_settings": {"weight": {"quant_dtype": "uint4"}}},
+            {},
+            ("least_error", "joint", True),
+        ),
+        ({"quant_types": ["weight"], "quant_bits": {"weight": 4}}, {}, ("least_error", "joint", True)),
+        ({"quant_types": ["weight"], "quant_bits": 4}, {}, ("least_error", "joint", True)),
+        (FOUR_BITS, {"rounding": "nearest", "correct_biases": False}, ("least_error", "nearest", False)),
+        ({"quant_dtype": "int8"}, {"rounding": "joint"}, ("extremes", "joint", False)),
+        (FOUR_BITS, {"quantizer": "QATQuantizer"}, ("extremes", "nearest", False)),
+        (FOUR_BITS, {"fuse_batch_norm": True}, ("extremes", "nearest", False)),
+        ({**FOUR_BITS, "fuse_names": [["conv1", "bn1"]]}, {}, ("extremes", "nearest", False)),
+    ],
+)
+def test_few_bits_are_refined_unless_a_key_says_otherwise(
+    entry: dict[str, Any], options: dict[str, Any], expected: tuple[str, str, bool]
+) -> None:
+    assert QuantizationConfig([entry], **options).refinement == expected
+
+
+def test_the_default_below_eight_bits_is_what_the_keys_name() -> None:
+    teacher = load_teacher("lenet5-digits")
+    images = NoiseSource(teacher.spec, 200)
+    found = [
+        quantize(teacher.student(), QuantizationConfig([FOUR_BITS], **options), teacher, images)
+        for options in ({}, REFINED, PLAIN)
+    ]
+    default, named, plain = (one.network.fc1.weight for one in found)
+    assert torch.equal(default, named) and not torch.equal(default, plain)

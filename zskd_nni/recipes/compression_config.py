@@ -2,10 +2,11 @@
 
 # No postponed annotations: under Python 3.10 pydantic cannot read KW_ONLY out of a string.
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -91,6 +92,17 @@ def _sparsities(config: Any, path: str) -> Iterator[tuple[str, Any]]:
                 yield from _sparsities(value, f"{path}.{key}")
 
 
+class Refinement(NamedTuple):
+    """What is done to a network that is only calibrated; see :class:`QuantizationConfig`."""
+
+    ranges: str
+    rounding: str
+    correct_biases: bool
+
+
+_PLAIN, _REFINED = Refinement("extremes", "nearest", False), Refinement("least_error", "joint", True)
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class QuantizationConfig:
     """How NNI quantizes a student.
@@ -110,6 +122,8 @@ class QuantizationConfig:
             narrower ones that round with the least squared error.
         rounding: of weights under ``PtqQuantizer``: to the ``nearest`` level, or ``joint``, as in SQuant.
         correct_biases: under ``PtqQuantizer``, take from biases by how much quantization moves the means of channels.
+            Of these three keys, one that is None is NNI's own way (``extremes``, ``nearest``, False) at 8 bits and
+            where modules are fused, and the other where the config list names fewer bits.
 
     Raises:
         ValueError: a value outside its range, or an unknown key.
@@ -130,14 +144,23 @@ class QuantizationConfig:
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     calibration_images: Annotated[int, Field(ge=1)] = 1000
     fused: bool = False
-    ranges: Literal["extremes", "least_error"] = "extremes"
-    rounding: Literal["nearest", "joint"] = "nearest"
-    correct_biases: bool = False
+    ranges: Literal["extremes", "least_error"] | None = None
+    rounding: Literal["nearest", "joint"] | None = None
+    correct_biases: bool | None = None
+
+    @property
+    def refinement(self) -> Refinement:
+        """What is done after the calibration: what the keys name, and where they are None what the bits ask for."""
+        fused = self.fuse_names or self.fuse_batch_norm or any("fuse_names" in entry for entry in self.config_list)
+        calibrates = self.quantizer in ("PtqQuantizer", "ptq") and not fused
+        usual = _REFINED if calibrates and min(_bits(self.config_list), default=8) < 8 else _PLAIN
+        named = (self.ranges, self.rounding, self.correct_biases)
+        return Refinement(*(own if one is None else one for one, own in zip(named, usual, strict=True)))  # type: ignore[arg-type]
 
     @property
     def refines(self) -> bool:
         """Whether the calibrated network is changed further."""
-        return (self.ranges, self.rounding, self.correct_biases) != ("extremes", "nearest", False)
+        return self.refinement != _PLAIN
 
     @model_validator(mode="after")
     def _refines_what_is_only_calibrated(self) -> "QuantizationConfig":
@@ -151,6 +174,17 @@ class QuantizationConfig:
                 "leave one of the two out"
             )
         return self
+
+
+def _bits(part: Any) -> Iterator[int]:
+    """All widths that a config list names, under the keys of NNI 3 or of NNI 2."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
+        if key == "quant_bits":
+            yield from (one for one in (value.values() if isinstance(value, dict) else [value]) if type(one) is int)
+        elif key == "quant_dtype" and (width := re.fullmatch(r"u?int(\d+)", str(value))):
+            yield int(width[1])
+        else:
+            yield from _bits(value)
 
 
 class DistillerConfig(Section):
