@@ -196,7 +196,8 @@ def test_what_cannot_be_refined_is_refused(changes: dict, said: str) -> None:
 def test_few_bits_are_refined_unless_a_key_says_otherwise(
     entry: dict[str, Any], options: dict[str, Any], expected: tuple[str, str, bool]
 ) -> None:
-    assert QuantizationConfig([entry], **options).refinement == expected
+    config = QuantizationConfig([entry], **options)
+    assert (config.ranges, config.rounding, config.correct_biases) == expected
 
 
 def test_the_default_below_eight_bits_is_what_the_keys_name() -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -92,15 +92,8 @@ def _sparsities(config: Any, path: str) -> Iterator[tuple[str, Any]]:
                 yield from _sparsities(value, f"{path}.{key}")
 
 
-class Refinement(NamedTuple):
-    """What is done to a network that is only calibrated; see :class:`QuantizationConfig`."""
-
-    ranges: str
-    rounding: str
-    correct_biases: bool
-
-
-_PLAIN, _REFINED = Refinement("extremes", "nearest", False), Refinement("least_error", "joint", True)
+# What is done to a network that is only calibrated: ranges, rounding, correct_biases.
+_PLAIN, _REFINED = ("extremes", "nearest", False), ("least_error", "joint", True)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -122,7 +115,7 @@ class QuantizationConfig:
             narrower ones that round with the least squared error.
         rounding: of weights under ``PtqQuantizer``: to the ``nearest`` level, or ``joint``, as in SQuant.
         correct_biases: under ``PtqQuantizer``, take from biases by how much quantization moves the means of channels.
-            Of these three keys, one that is None is NNI's own way (``extremes``, ``nearest``, False) at 8 bits and
+            Of these three keys, one that is None becomes NNI's own way (``extremes``, ``nearest``, False) at 8 bits and
             where modules are fused, and the other where the config list names fewer bits.
 
     Raises:
@@ -149,18 +142,19 @@ class QuantizationConfig:
     correct_biases: bool | None = None
 
     @property
-    def refinement(self) -> Refinement:
-        """What is done after the calibration: what the keys name, and where they are None what the bits ask for."""
+    def refines(self) -> bool:
+        """Whether the calibrated network is changed further."""
+        return (self.ranges, self.rounding, self.correct_biases) != _PLAIN
+
+    @model_validator(mode="after")
+    def _refined_where_bits_are_few(self) -> "QuantizationConfig":
         fused = self.fuse_names or self.fuse_batch_norm or any("fuse_names" in entry for entry in self.config_list)
         calibrates = self.quantizer in ("PtqQuantizer", "ptq") and not fused
         usual = _REFINED if calibrates and min(_bits(self.config_list), default=8) < 8 else _PLAIN
-        named = (self.ranges, self.rounding, self.correct_biases)
-        return Refinement(*(own if one is None else one for one, own in zip(named, usual, strict=True)))  # type: ignore[arg-type]
-
-    @property
-    def refines(self) -> bool:
-        """Whether the calibrated network is changed further."""
-        return self.refinement != _PLAIN
+        for key, value in zip(("ranges", "rounding", "correct_biases"), usual, strict=True):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)  # so that a run's record says what was done
+        return self
 
     @model_validator(mode="after")
     def _refines_what_is_only_calibrated(self) -> "QuantizationConfig":

@@ -139,11 +139,11 @@ def _refined(quantized: QuantizedNetwork, config: QuantizationConfig, images: Te
     network, calibration = quantized.network, quantized.calibration
     original = copy.deepcopy(network)
     with fast_response_norms(network), fast_response_norms(original):
-        if config.refinement.ranges == "least_error":
+        if config.ranges == "least_error":
             refinement.narrow_ranges(network, calibration, images)
-        if config.refinement.rounding == "joint":
+        if config.rounding == "joint":
             refinement.round_jointly(network, calibration)
-        if config.refinement.correct_biases:
+        if config.correct_biases:
             refinement.correct_biases(network, original, simulated(quantized), images)
     return quantized
 
