@@ -29,8 +29,13 @@ RECIPE = "cifar10-prune50"
 # A run of the recipe makes 500 held-out images too, which its student does not need.
 SHORT = ("controls=[]", "transfer.held_out=10")
 REAL = ("transfer.method=real", "transfer.data=cifar10", "transfer.size=50000", "transfer.fresh=null")
-# The published schedule: 1,500 steps from uniform noise for each batch, and no other images beside the impressions.
-PUBLISHED = ("transfer.preset=paper", "transfer.fresh=null")
+# What ZSKD's released code does for CIFAR-10: batches of 100 from uniform noise, 1,500 steps of Adam at 0.001, and no
+# other images beside the impressions. One batch alone is made here, so that its rows of one class play no part.
+PUBLISHED = (
+    "transfer.preset=paper",
+    "transfer.synthesis={start: uniform, range: rescale, learning_rate: 0.001, max_steps: 1500, slots: 100}",
+    "transfer.fresh=null",
+)
 
 
 @dataclass(frozen=True)
