@@ -91,7 +91,7 @@ def test_rivals_stand_in_the_column_of_the_same_shape_and_precision(hooks: Any) 
         records = json.loads((ROOT / "results" / f"{name}.json").read_text())
         return {column.label.split(", ")[1]: column.rivals for column in hooks.columns_of(name, records)}
 
-    rows = json.loads((ROOT / "results" / "rivals-alexnet.json").read_text())
+    rows = [row for row in json.loads((ROOT / "results" / "rivals-alexnet.json").read_text()) if row["seed"] == 0]
     half = {row["accuracy"] for row in rows if row["task"] == "half" and row["rival"] in ("nni", "folding")}
     assert half <= set(rivals("cifar10-prune50-quick")["fp32"].values())
     bits = {row["accuracy"] for row in rows if row["task"] == "W8A8" and row["rival"] in ("squant", "onnxruntime")}
@@ -100,6 +100,33 @@ def test_rivals_stand_in_the_column_of_the_same_shape_and_precision(hooks: Any) 
     assert rivals("mnist-ptq8") == {"int8": {}}
     assert len(rivals("fashion-mnist-taylor50")["fp32"]) == 4
     assert hooks.accuracy_and_bytes().count('class="mark rival"') > 10
+
+
+def test_every_budget_is_a_mark_at_its_minutes(hooks: Any) -> None:
+    points = json.loads((ROOT / "results" / "time-to-accuracy.json").read_text())
+    recorded = {}
+    for name in ("cifar10-prune50-quick", "cifar10-prune50"):
+        path = ROOT / "results" / f"{name}.json"
+        for record in json.loads(path.read_text()) if path.exists() else []:
+            recorded[record["recipe"]["distillation"]["steps"], record["recipe"]["seed"]] = record["accuracy"][
+                "student"
+            ]
+    known = {(one["steps"], one["seed"]): one["accuracy"] for one in points if one["way"] == "ours"}
+    assert recorded.items() <= known.items(), "python benchmarks/time_to_accuracy.py takes the recipe's records up"
+
+    svg = ElementTree.fromstring(hooks.time_to_accuracy())
+    marks = {group[0].text: group for group in svg.iter("g") if group[0].text}  # the legend's have no title
+    budgets = {(one["way"], one["impressions"], one["steps"]) for one in points}
+    assert len(marks) == len(budgets) >= 5
+    for way, size, steps in budgets:
+        runs = [one for one in points if (one["way"], one["impressions"], one["steps"]) == (way, size, steps)]
+        minutes = round(statistics.mean(one["seconds"] for one in runs) / 60, 1)
+        accuracy = f"{statistics.mean(one['accuracy'] for one in runs):.2f}"
+        (said,) = [text for text in marks if text.startswith(f"{hooks.WAYS[way][0]}, {minutes:g}: ")]
+        assert accuracy in said
+    across = [(float(text.split(", ")[1].split(":")[0]), float(group[2].get("cx"))) for text, group in marks.items()]
+    for (less, left), (more, right) in itertools.pairwise(sorted(across)):
+        assert left < right or less == more
 
 
 def test_recipes_of_one_size_stand_side_by_side(hooks: Any) -> None:
@@ -135,7 +162,7 @@ def test_each_data_set_has_its_chart_with_every_method() -> None:
         for path in (ROOT / "docs").rglob("*.md")
         for keys in re.findall(r"<!-- charts?: ([^>]+) -->", path.read_text())
         for key in keys.split()
-        if keys != "accuracy and bytes"
+        if keys not in ("accuracy and bytes", "time to accuracy")
     }
     assert keys <= of_pages <= set(charts)
     for chart in charts.values():

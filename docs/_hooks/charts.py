@@ -35,8 +35,7 @@ RIVAL = "another tool or method without data"
 RIVALS_OF = {"alexnet": "cifar10-prune50-quick", "lenet5": "fashion-mnist-taylor50"}  # and our recipe of their half
 WAYS = {  # of time-to-accuracy.json: name and style
     "ours": ("ours", "free best"),
-    "published": ("ZSKD's published schedule", "free"),
-    "fast-datafree": ("Fast-Datafree", "other"),
+    "published": ("the released code of ZSKD", "free"),
     "real": ("the same distillation on real images", "real"),
 }
 _MINUTES = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
