@@ -125,13 +125,15 @@ def rivals_of(name: str, precision: str, record: dict[str, Any]) -> dict[str, fl
 
 def accuracy_and_bytes() -> str:
     """A panel for each data set, side by side where there is room, and what the marks mean."""
-    panels: dict[str, tuple[float, int, list[Column]]] = {}
+    panels: dict[str, tuple[dict[str, tuple[float, int]], list[Column]]] = {}
     for path in packaged_recipes().recipe_results():
         records = json.loads(path.read_text())
         data = records[0]["recipe"]["evaluation"]["data"]
         if data in TITLES:
-            teacher = (records[0]["accuracy"]["teacher"], records[0]["bytes"]["teacher"]["onnx"])
-            panels.setdefault(data, (*teacher, []))[2].extend(columns_of(path.stem, records))
+            teachers, columns = panels.setdefault(data, ({}, []))
+            name = records[0]["recipe"]["teacher"]["weights"].removeprefix("zoo:")
+            teachers[name] = (records[0]["accuracy"]["teacher"], records[0]["bytes"]["teacher"]["onnx"])
+            columns.extend(columns_of(path.stem, records))
     drawn = "\n".join(panel(data, *panels[data]) for data in TITLES if data in panels)
     marks = " ".join(f'<span><svg viewBox="0 0 14 14">{mark(kind, 7, 7)}</svg>{said}</span>'
                      for kind, said in {"teacher": "teacher", **KINDS, "rival": RIVAL}.items())  # fmt: skip
@@ -158,12 +160,19 @@ def time_to_accuracy() -> str:
     return curves_chart("Time to accuracy", curves, accuracy_axis(drawn), "minutes of one core", ticks=ticks)
 
 
-def panel(data: str, teacher: float, size: int, columns: list[Column]) -> str:
-    """One data set: accuracy in percent (logarithmic in the error) against bytes (logarithmic)."""
+def panel(data: str, teachers: dict[str, tuple[float, int]], columns: list[Column]) -> str:
+    """One data set: accuracy in percent (logarithmic in the error) against bytes (logarithmic).
+
+    Args:
+        data: one of :data:`TITLES`.
+        teachers: by name, accuracy and bytes; a line shows the level of one that stands alone.
+        columns: a recipe in one precision each.
+    """
     columns = sorted(columns, key=lambda column: (column.size, column.label))
     drawn = [value for c in columns for value in (*map(c.mean, c.accuracies), *c.rivals.values())]
-    low, high = range_of([teacher, *drawn])
-    bounds = [math.log(f(size, *(c.size for c in columns)) * k) for f, k in ((min, 0.8), (max, 1.25))]
+    low, high = range_of([*(accuracy for accuracy, _ in teachers.values()), *drawn])
+    sizes = [*(size for _, size in teachers.values()), *(column.size for column in columns)]
+    bounds = [math.log(limit(sizes) * factor) for limit, factor in ((min, 0.8), (max, 1.25))]
     inner, floor = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
 
     def across(count: float) -> float:
@@ -186,10 +195,11 @@ def panel(data: str, teacher: float, size: int, columns: list[Column]) -> str:
         parts.append(f'<text class="tick" text-anchor="middle" x="{across(count):.1f}" y="{floor + 16}">{label}</text>')
     parts.append(f'<text class="tick" text-anchor="middle" x="{_LEFT + inner / 2}" y="{floor + 34}">ONNX file</text>')
     parts.append(f'<text class="tick" x="2" y="{_TOP - 22}">test accuracy, %</text>')
-    parts.append(f'<path class="teacher" d="M{_LEFT},{down(teacher):.1f} H{_WIDTH - _RIGHT}"/>')
-    parts.append(
-        f"<g><title>teacher: {teacher:.2f} %, {size:,} bytes</title>{mark('teacher', across(size), down(teacher))}</g>"
-    )
+    for name, (accuracy, size) in teachers.items():
+        if len(teachers) == 1:
+            parts.append(f'<path class="teacher" d="M{_LEFT},{down(accuracy):.1f} H{_WIDTH - _RIGHT}"/>')
+        said = f"teacher {name}: {accuracy:.2f} %, {size:,} bytes"
+        parts.append(f"<g><title>{said}</title>{mark('teacher', across(size), down(accuracy))}</g>")
     for number, (column, x) in enumerate(zip(columns, spread([across(c.size) for c in columns]), strict=True), start=1):
         parts.append(_column(number, column, x, down))
     items = "".join(f"<li>{html.escape(column.label)}</li>" for column in columns)
