@@ -37,7 +37,7 @@ def table(record: dict[str, Any]) -> str:
     seconds, count = record["seconds"], record["impressions"]["impressions"]
     steps, threads = record["recipe"]["distillation"]["steps"], record["provenance"]["threads"]
     time = (
-        f"It took {seconds['total']:.0f} s on {threads} thread of a busy machine:\n"
+        f"It took {seconds['total']:.0f} s on {threads} thread:\n"
         f"{seconds['synthesis']:.0f} s for {count} "
         f"impressions and those held out, {seconds['distillation of student']:.0f} s for {steps} steps of distillation."
     )
