@@ -278,5 +278,5 @@ def test_a_missing_package_is_named(
 
     saved(digits_network(), DIGITS, tmp_path)
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(UserError, match=rf"needs the package {package}, .*pip install zskd-nni\["):
+    with pytest.raises(UserError, match=rf"needs the package {package}, .*pip install '\.\["):
         build_network(reference, base=tmp_path)

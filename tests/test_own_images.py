@@ -100,7 +100,7 @@ def test_own_images_that_are_not_there_are_refused(
 
 
 def test_an_unknown_kind_of_fresh_images_is_refused() -> None:
-    with pytest.raises(UserError, match=r"transfer\.fresh: fresh is one of .*leaves, not 'leafs'"):
+    with pytest.raises(UserError, match=r"transfer\.fresh: fresh is one of .*leaves, cutouts, not 'leafs'"):
         load_recipe("digits-prune50", ["transfer.fresh=leafs"])
 
 
