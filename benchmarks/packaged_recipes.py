@@ -199,7 +199,7 @@ def table(names: list[str]) -> str:
 
 
 _README_TABLE = re.compile(
-    r"(<!-- table: (?P<names>[^;]*); (?P<columns>.*?) -->\n).*?(<!-- end of the table -->)", re.DOTALL
+    r"(<!-- table: (?P<names>[^;]*); (?P<columns>.*?) -->\n).*?(\n<!-- end of the table -->)", re.DOTALL
 )
 
 
@@ -209,11 +209,13 @@ def with_table(text: str) -> str:
     def filled(match: re.Match[str]) -> str:
         patterns = match["names"].split()
         names = [path.stem for path in recipe_results() if any(fnmatch(path.stem, one) for one in patterns)]
-        return match[1] + "\n" + chosen_columns(table(names), match["columns"].split("; ")) + "\n\n" + match[4]
+        return match[1] + "\n" + chosen_columns(table(names), match["columns"].split("; ")) + "\n" + match[4]
 
     new, count = _README_TABLE.subn(filled, text)
-    if not count:
-        raise SystemExit("README.md has no '<!-- table: NAMES; COLUMNS -->' that '<!-- end of the table -->' closes.")
+    if count != 2:
+        raise SystemExit(
+            f"README.md has {count} of its two '<!-- table: NAMES; COLUMNS -->' with '<!-- end of the table -->'."
+        )
     return new
 
 

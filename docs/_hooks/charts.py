@@ -35,7 +35,7 @@ RIVAL = "another tool or method without data"
 RIVALS_OF = {"alexnet": "cifar10-prune50-quick", "lenet5": "fashion-mnist-taylor50"}  # and our recipe of their half
 WAYS = {  # of time-to-accuracy.json: name and style
     "ours": ("ours", "free best"),
-    "published": ("the released code of ZSKD", "free"),
+    "published": ("the schedule of ZSKD's released code", "free"),
     "real": ("the same distillation on real images", "real"),
 }
 _MINUTES = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -51,7 +51,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if match["what"] == "accuracy and bytes":
             return accuracy_and_bytes()
         if match["what"] == "time to accuracy":
-            return f'<div class="chart-of-methods">\n{time_to_accuracy()}\n</div>'
+            return f'<div class="chart-of-methods">\n{time_to_accuracy()}\n</div>\n\n{table_of_budgets()}'
         if match["several"]:
             figures = "\n".join(charts_of_tables()[key] for key in match["what"].split())
             return f'<div class="charts">\n{figures}\n</div>'
@@ -112,15 +112,18 @@ def columns_of(name: str, records: list[dict[str, Any]]) -> Iterator[Column]:
 
 
 def rivals_of(name: str, precision: str, record: dict[str, Any]) -> dict[str, float]:
-    """By name the accuracies of other tools for our recipe's shape and precision, seed 0."""
+    """By name the accuracies of other tools for our recipe's shape and precision, means over their seeds."""
     network = next((key for key, half in RIVALS_OF.items() if half.split("-")[0] == name.split("-")[0]), "")
     path = ROOT / "results" / f"rivals-{network}.json"
     task = "half" if name == RIVALS_OF.get(network) else {"int8": "W8A8"}.get(precision, precision)
     rows = [row for row in json.loads(path.read_text()) if row["task"] == task] if path.exists() else []
     if {row.get("parameters", record["parameters"]["student"]) for row in rows} != {record["parameters"]["student"]}:
         return {}
-    others = (row for row in rows if not row["rival"].startswith(("ours", "real")) and row["seed"] == 0)
-    return {", ".join(NAMES[row["rival"]]): row["accuracy"] for row in others if "accuracy" in row}
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if not row["rival"].startswith(("ours", "real")) and "accuracy" in row:
+            found.setdefault(", ".join(NAMES[row["rival"]]), []).append(row["accuracy"])
+    return {rival: statistics.mean(values) for rival, values in found.items()}
 
 
 def accuracy_and_bytes() -> str:
@@ -140,18 +143,35 @@ def accuracy_and_bytes() -> str:
     return f'<div class="charts">\n{drawn}\n</div>\n<p class="marks">{marks}</p>'
 
 
+def budgets() -> Iterator[tuple[str, int | None, int, float, list[float]]]:
+    """Of each budget of ``time-to-accuracy.json``: way, impressions, steps, mean minutes, the seeds' accuracies."""
+    points = json.loads((ROOT / "results" / "time-to-accuracy.json").read_text())
+    found: dict[tuple[str, int | None, int], list[dict[str, Any]]] = {}
+    for point in sorted(points, key=lambda one: (list(WAYS).index(one["way"]), one["steps"])):
+        found.setdefault((point["way"], point["impressions"], point["steps"]), []).append(point)
+    for (way, size, steps), runs in found.items():
+        minutes = round(statistics.mean(run["seconds"] for run in runs) / 60, 1)
+        yield way, size, steps, minutes, [run["accuracy"] for run in runs]
+
+
+def table_of_budgets() -> str:
+    """The points of :func:`time_to_accuracy` as a Markdown table."""
+    lines = [
+        "| images | impressions | steps of the student | minutes | accuracy, % |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for way, size, steps, minutes, values in budgets():
+        made = f"{size:,}" if size else "-"
+        lines.append(f"| {WAYS[way][0]} | {made} | {steps:,} | {minutes:g} | {Row(way, values, '')} |")
+    return "\n".join(lines)
+
+
 def time_to_accuracy() -> str:
     """A curve for each way of training one pruned network: test accuracy against minutes of one core."""
     curves: dict[str, dict[float, Row]] = {}
-    points = json.loads((ROOT / "results" / "time-to-accuracy.json").read_text())
-    for way, (name, kind) in WAYS.items():
-        budgets: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
-        for point in points:
-            if point["way"] == way:
-                budgets.setdefault((point["impressions"], point["steps"]), []).append(point)
-        for runs in budgets.values():
-            minutes = round(statistics.mean(run["seconds"] for run in runs) / 60, 1)
-            curves.setdefault(name, {})[minutes] = Row(name, [run["accuracy"] for run in runs], kind)
+    for way, _, _, minutes, values in budgets():
+        name, kind = WAYS[way]
+        curves.setdefault(name, {})[minutes] = Row(name, values, kind)
     drawn = [row for rows in curves.values() for row in rows.values()]
     times = [minutes for rows in curves.values() for minutes in rows]
     ticks = [tick for tick in _MINUTES if tick <= max(times)]
