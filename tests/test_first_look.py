@@ -264,6 +264,8 @@ def test_slower_integers_are_told_with_what_may_help() -> None:
     assert "fuse_batch_norm: true and _output_ among the target_names may help" in line
     (line,) = remarks(report_of(0.092, 0.144, {**section, "fuse_batch_norm": True}))
     assert "fuse_batch_norm" not in line and "_output_" in line
+    (line,) = remarks({**report_of(0.092, 0.144, section), "batch_norm": False})
+    assert "fuse_batch_norm" not in line and "_output_" in line, "there is nothing to fold"
     assert remarks(report_of(0.3, 0.2, section)) == [] == remarks(report_of(0.3, None, section))
 
 

@@ -98,6 +98,7 @@ def test_the_integers_are_a_file_that_answers_as_reported(finished):
     page = (out / "report.html").read_text()
     assert "student, int8" in page and "quantized by calibration alone" in page
     assert report["macs"] == {"teacher": 416520, "student": 153720}
+    assert report["batch_norm"] is False
     assert set(report["agreements"]) == {
         f"{name}{end}" for name in ("student", "none", "noise") for end in ("", "_int8")
     } | {"teacher"}

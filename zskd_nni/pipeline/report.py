@@ -25,6 +25,7 @@ from zskd_nni.runtime.files import fingerprint_of
 from zskd_nni.runtime.progress import Progress
 from zskd_nni.runtime.provenance import provenance
 from zskd_nni.synthesis import ImpressionStore
+from zskd_nni.synthesis.batch_norm_statistics import batch_norms
 from zskd_nni.training.inference import float_answers, logits_on
 from zskd_nni.training.metrics import accuracy, agreement
 
@@ -160,6 +161,7 @@ def build_report(
             name: multiply_accumulates(network, run.teacher.spec)
             for name, network in (("teacher", run.teacher.model), ("student", student.network))
         },
+        "batch_norm": bool(batch_norms(student.network)),
         "bytes": exported["bytes"],
         "latency_ms": exported["latency_ms"],
         "controls": {name: _control(name, each, figures, recipe) for name, each in controls.items()},

@@ -81,7 +81,8 @@ def _slower(report: dict[str, Any]) -> list[str]:
         return []
     section = report["recipe"]["compression"]["quantization"] or {}
     targets = [name for entry in section.get("config_list", ()) for name in entry.get("target_names", ())]
-    tries = [] if section.get("fuse_batch_norm") or section.get("fuse_names") else ["fuse_batch_norm: true"]
+    foldable = report.get("batch_norm", True) and not (section.get("fuse_batch_norm") or section.get("fuse_names"))
+    tries = ["fuse_batch_norm: true"] if foldable else []
     tries += [] if any(name.startswith("_output_") for name in targets) else ["_output_ among the target_names"]
     hint = f"; compression.quantization: {' and '.join(tries)} may help" if tries else ""
     return [
